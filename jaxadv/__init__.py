@@ -1,0 +1,47 @@
+"""Perturbations, min-max training and robust evaluation for classifiers in JAX.
+
+Everything is a function of your own `apply_fn(params, x) -> logits` and `params`:
+
+>>> import jax.numpy as jnp
+>>> import jaxadv
+>>> def apply_fn(params, x):
+...     return x @ params["w"] + params["b"]
+>>> params = {"w": jnp.array([[1.0, -1.0], [0.0, 2.0]]), "b": jnp.zeros(2)}
+>>> x, y = jnp.array([[2.0, 0.5]]), jnp.array([0])
+>>> r = jaxadv.perturb.alpha(apply_fn, params, x, y, eps=1.5)
+>>> jaxadv.evaluate.correct(apply_fn, params, x, y).tolist()
+[True]
+>>> jaxadv.evaluate.correct(apply_fn, params, x + r, y).tolist()
+[False]
+
+`perturb` has the one-step methods of Huang et al., "Learning with a Strong Adversary", 2015, and
+`attack` the iterated ones; `objectives` and `train` make a jitted min-max step of one of them and
+an optax optimiser; `evaluate` counts what stays right. Below them: `norms` and `jacobian`.
+`logistic` is the paper's Appendix A. `types` names the signatures.
+"""
+
+from jaxadv import (
+    attack,
+    evaluate,
+    jacobian,
+    logistic,
+    norms,
+    objectives,
+    perturb,
+    train,
+    types,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "attack",
+    "evaluate",
+    "jacobian",
+    "logistic",
+    "norms",
+    "objectives",
+    "perturb",
+    "train",
+    "types",
+]

@@ -1,0 +1,548 @@
+"""Accuracies that can be counted on: a mask per example, and what went wrong in making it.
+
+The unit is one example, not a batch's mean: every function here gives arrays `[n]` that cover every
+example, the last short batch included, so that worst case and transfer are logical operations on
+masks, and counts add up over batches.
+
+An example that is misclassified to begin with is wrong whatever its r is. So is one with a label
+outside 0..K-1, or with NaN or infinity in its input or +inf or NaN in its logits. These are
+counted, and so are perturbations that are exactly 0 (no usable gradient), since a zero gradient
+makes a net look robust that isn't.
+
+Pure, for use under `jax.jit`: `correct`, `measure`, `count`, `merge`. On the host, over a data set
+in batches: `clean`, `robust`, `perturbations`, `curve`. They compile once for each `apply_fn` and
+`perturb_fn` object: make a `functools.partial` once and pass it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxadv import inputs, norms
+from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
+
+__all__ = [
+    "Counts",
+    "Outcome",
+    "accuracy",
+    "clean",
+    "correct",
+    "count",
+    "curve",
+    "measure",
+    "merge",
+    "perturbations",
+    "robust",
+    "worst_case",
+]
+
+Mask = NDArray[np.bool_]
+
+
+class Outcome(NamedTuple):
+    """What became of each example under a perturbation; every leaf is `[n]`.
+
+    Attributes:
+      clean: classified right as it is.
+      robust: classified right as it is and as perturbed.
+      norm: the measured size of its perturbation.
+      zero: its perturbation is exactly 0.
+      nonfinite: its perturbation, input or logits are not finite (a logit of -inf is a mask).
+      invalid: its label is outside 0..K-1.
+    """
+
+    clean: Any
+    robust: Any
+    norm: Any
+    zero: Any
+    nonfinite: Any
+    invalid: Any
+
+
+class Counts(NamedTuple):
+    """An `Outcome` summed up; `merge` adds these over batches.
+
+    Attributes:
+      total: number of examples.
+      clean: how many are classified right as they are.
+      robust: how many are classified right as they are and as perturbed.
+      zero: how many perturbations are exactly 0.
+      nonfinite: how many have a perturbation, input or logits that are not finite.
+      invalid: how many labels are outside 0..K-1.
+      max_norm: the greatest finite size of a perturbation.
+    """
+
+    total: Any
+    clean: Any
+    robust: Any
+    zero: Any
+    nonfinite: Any
+    invalid: Any
+    max_norm: Any
+
+
+def correct(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Tell which examples of a batch are classified right.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: integer labels, `[B]`.
+
+    Returns:
+      bool `[B]`: y has the largest logit (the lowest index on ties), its row is finite, and y is a
+      class that isn't masked.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if shapes are not `[B, ...]`, `[B]` and `[B, K]` with K >= 2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import evaluate
+      >>> x, y = jnp.array([[2.0, 1.0], [jnp.nan, 0.0]]), jnp.array([0, 0])
+      >>> evaluate.correct(lambda params, x: x, None, x, y).tolist()
+      [True, False]
+    """
+    x = inputs.examples(x)
+    y = inputs.labels(y, x.shape[0])
+    return _right(inputs.apply(apply_fn, params, x), x, y)
+
+
+def _right(logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    masked = jnp.all(jnp.isneginf(logits), axis=1)  # argmax would name class 0
+    return (jnp.argmax(logits, axis=1) == y) & inputs.finite(x, logits) & ~masked
+
+
+def measure(
+    apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array, r: jax.Array, *, norm: Norm
+) -> Outcome:
+    """Measure a batch of perturbations, whoever made them.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: integer labels, `[B]`.
+      r: perturbations, of x's shape and dtype.
+      norm: the norm to measure them in.
+
+    Returns:
+      `Outcome`, each leaf `[B]`.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if shapes are not `[B, ...]`, `[B]`, `[B, K]` with K >= 2, and r like x; if the
+        norm is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import evaluate
+      >>> x, y, r = jnp.array([[2.0, 1.0]]), jnp.array([0]), jnp.array([[-3.0, 4.0]])
+      >>> outcome = evaluate.measure(lambda params, x: x, None, x, y, r, norm="l2")
+      >>> outcome.clean.tolist(), outcome.robust.tolist(), outcome.norm.tolist()
+      ([True], [False], [5.0])
+    """
+    x = inputs.examples(x)
+    y = inputs.labels(y, x.shape[0])
+    if r.shape != x.shape:
+        raise ValueError(
+            f"expected r of x's shape {x.shape}, got {r.shape}; pass one perturbation per example"
+        )
+    logits = inputs.apply(apply_fn, params, x)
+    right = _right(logits, x, y)
+    of_example = tuple(range(1, r.ndim))
+    return Outcome(
+        clean=right,
+        robust=right & correct(apply_fn, params, x + r, y),
+        norm=norms.norm(r, norm),
+        zero=jnp.all(r == 0, axis=of_example),
+        nonfinite=~(inputs.finite(x, logits) & jnp.all(jnp.isfinite(r), axis=of_example)),
+        invalid=(y < 0) | (y >= logits.shape[1]),
+    )
+
+
+def count(outcome: Outcome) -> Counts:
+    """Sum an `Outcome` up.
+
+    Args:
+      outcome: of a batch or of a whole data set, each leaf `[n]`.
+
+    Returns:
+      `Counts`, each leaf a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import evaluate
+      >>> x, y, r = jnp.eye(3), jnp.array([0, 1, 0]), jnp.zeros((3, 3))
+      >>> counts = evaluate.count(
+      ...     evaluate.measure(lambda params, x: x, None, x, y, r, norm="l2")
+      ... )
+      >>> int(counts.total), int(counts.robust), int(counts.zero)
+      (3, 2, 3)
+    """
+    clean, robust, norm, zero, nonfinite, invalid = map(jnp.asarray, outcome)
+    total = jnp.asarray(clean.shape[0], jnp.int32)
+    sums = [jnp.sum(mask, dtype=jnp.int32) for mask in (clean, robust, zero, nonfinite, invalid)]
+    return Counts._make([total, *sums, jnp.max(jnp.where(jnp.isfinite(norm), norm, 0), initial=0)])
+
+
+def merge(*counts: Counts) -> Counts:
+    """Add the counts of several batches; their greatest norm is the greatest of all.
+
+    Args:
+      *counts: at least one.
+
+    Returns:
+      `Counts` of all the examples.
+
+    Example:
+      >>> from jaxadv import evaluate
+      >>> one = evaluate.Counts(10, 9, 5, 0, 0, 0, 1.5)
+      >>> evaluate.merge(one, one).robust
+      10
+    """
+    total, clean, robust, zero, nonfinite, invalid, max_norm = zip(*counts, strict=True)
+    sums = [sum(column) for column in (total, clean, robust, zero, nonfinite, invalid)]
+    return Counts._make([*sums, reduce(jnp.maximum, max_norm)])
+
+
+def accuracy(mask: Any) -> float:
+    """Return the share of True in a mask `[n]`, as a Python float.
+
+    Args:
+      mask: booleans, `[n]`, n of at least 1.
+
+    Raises:
+      ValueError: if the mask is empty or not one-dimensional.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxadv import evaluate
+      >>> evaluate.accuracy(np.array([True, False, True, True]))
+      0.75
+    """
+    mask = np.asarray(mask)
+    if mask.ndim != 1 or mask.size == 0:
+        raise ValueError(
+            f"expected a mask [n] of at least one example, got shape {mask.shape}; "
+            "pass the mask of one evaluation, e.g. outcome.robust"
+        )
+    return float(np.count_nonzero(mask) / mask.size)
+
+
+def worst_case(*masks: Any) -> Mask:
+    """Combine masks of the same examples: right under every one of several attacks.
+
+    The accuracy of the result is the robust accuracy against the worst of the attacks for each
+    example, at most the least of their accuracies. With the mask of perturbations that were made on
+    another net, it includes transfer.
+
+    Args:
+      *masks: at least one, booleans `[n]`.
+
+    Returns:
+      bool `[n]`.
+
+    Raises:
+      ValueError: if there is no mask, or their shapes differ.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxadv import evaluate
+      >>> evaluate.worst_case(np.array([True, True, False]), np.array([True, False, True])).tolist()
+      [True, False, False]
+    """
+    shapes = {np.shape(mask) for mask in masks}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"expected at least one mask, all of one shape [n], got shapes {sorted(shapes)}; "
+            "evaluate each attack on the same examples"
+        )
+    return np.logical_and.reduce([np.asarray(mask) for mask in masks])
+
+
+def clean(apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, batch_size: int = 500) -> Mask:
+    """Tell which examples of a data set are classified right.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, on the host or the device.
+      y: integer labels, `[n]`.
+      batch_size: how many go through the net at a time.
+
+    Returns:
+      bool `[n]`, on the host.
+
+    Raises:
+      TypeError: as `correct`; and under a trace.
+      ValueError: as `correct`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import evaluate
+      >>> mask = evaluate.clean(lambda params, x: x, None, jnp.eye(3), jnp.array([0, 1, 0]))
+      >>> evaluate.accuracy(mask)
+      0.6666666666666666
+    """
+    x, y = _on_host("clean", x, y)
+    batch = partial(_clean_batch, apply_fn, params)
+    return np.asarray(_over_batches(batch, (x, y), batch_size))
+
+
+def perturbations(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    perturb_fn: PerturbFn,
+    *,
+    eps: Eps,
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+    batch_size: int = 500,
+) -> NDArray[Any]:
+    """Perturb a data set, for instance to score the result on another net (transfer).
+
+    Args:
+      apply_fn: `(params, x) -> logits`, the net that is attacked.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, on the host or the device.
+      y: integer labels, `[n]`.
+      perturb_fn: the method, e.g. `perturb.loss`, or `functools.partial` of one (made once).
+      eps: the size, a scalar or `[n]`.
+      key: one key, split per example, or `[n]` keys; None for methods that draw nothing.
+      bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
+      batch_size: how many go through the net at a time; the result doesn't depend on it but for
+        rounding.
+
+    Returns:
+      r, `[n, ...]`, of x's dtype, on the host.
+
+    Raises:
+      TypeError: as the method; and under a trace.
+      ValueError: as the method.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import evaluate, perturb
+      >>> x, y = 0.5 * jnp.eye(2), jnp.array([0, 1])
+      >>> net, other = lambda params, x: x, lambda params, x: 3.0 * x
+      >>> r = evaluate.perturbations(net, None, x, y, perturb.loss, eps=1.0)
+      >>> evaluate.clean(other, None, x + r, y).tolist()
+      [False, False]
+    """
+    x, y = _on_host("perturbations", x, y)
+    batch = partial(_perturb_batch, apply_fn, perturb_fn, params, _checked(bounds, x))
+    return np.asarray(_over_batches(batch, (x, y, *_per_example(x, eps, key)), batch_size))
+
+
+def robust(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    perturb_fn: PerturbFn,
+    *,
+    eps: Eps,
+    norm: Norm = "l2",
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+    batch_size: int = 500,
+) -> Outcome:
+    """Attack a data set and measure what became of each example.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, on the host or the device.
+      y: integer labels, `[n]`.
+      perturb_fn: the method, e.g. `perturb.loss`, or `functools.partial` of one (made once).
+      eps: the size, a scalar or `[n]`.
+      norm: the norm that sizes are measured in.
+      key: one key, split per example, or `[n]` keys; None for methods that draw nothing.
+      bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
+      batch_size: how many go through the net at a time; the result doesn't depend on it but for
+        rounding.
+
+    Returns:
+      `Outcome` of NumPy arrays, each `[n]`.
+
+    Raises:
+      TypeError: as the method; and under a trace.
+      ValueError: as the method; if the norm is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import evaluate, perturb
+      >>> x, y = jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
+      >>> outcome = evaluate.robust(lambda params, x: x, None, x, y, perturb.loss, eps=1.5)
+      >>> evaluate.accuracy(outcome.clean), evaluate.accuracy(outcome.robust)
+      (1.0, 0.5)
+    """
+    x, y = _on_host("robust", x, y)
+    batch = partial(_robust_batch, apply_fn, perturb_fn, norm, params, _checked(bounds, x))
+    leaves = _over_batches(batch, (x, y, *_per_example(x, eps, key)), batch_size)
+    return jax.tree.map(np.asarray, leaves)
+
+
+def curve(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    perturb_fn: PerturbFn,
+    *,
+    eps: Sequence[float],
+    key: jax.Array | None = None,
+    batch_size: int = 500,
+) -> Mask:
+    """Which examples stay right at each of several sizes, from one gradient for all sizes.
+
+    For the one-step methods, whose direction doesn't depend on the size: the perturbation of size 1
+    is made once and scaled. (An iterated attack depends on its size: call `robust` for each.)
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, on the host or the device.
+      y: integer labels, `[n]`.
+      perturb_fn: a one-step method, e.g. `perturb.alpha`, or `functools.partial` of one.
+      eps: the sizes.
+      key: one key, split per example, or `[n]` keys; None for methods that draw nothing.
+      batch_size: how many go through the net at a time.
+
+    Returns:
+      bool `[len(eps), n]`: right as it is and as perturbed at each size.
+
+    Raises:
+      TypeError: as the method; and under a trace.
+      ValueError: as the method; if a size is negative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import evaluate, perturb
+      >>> x, y = jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
+      >>> net = lambda params, x: x
+      >>> evaluate.curve(net, None, x, y, perturb.loss, eps=[0.0, 1.0, 3.0]).tolist()
+      [[True, True], [True, False], [False, False]]
+    """
+    x, y = _on_host("curve", x, y)
+    for size in eps:
+        inputs.radius(size, x[:0])
+    sizes = jnp.asarray(eps, inputs.wide(x.dtype))
+    batch = partial(_curve_batch, apply_fn, perturb_fn, params, sizes)
+    masks = _over_batches(batch, (x, y, *_per_example(x, 1.0, key)), batch_size)
+    return np.asarray(masks).T
+
+
+@partial(jax.jit, static_argnums=0)
+def _clean_batch(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    return correct(apply_fn, params, x, y)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _perturb_batch(
+    apply_fn: ApplyFn,
+    perturb_fn: PerturbFn,
+    params: Params,
+    bounds: Bounds | None,
+    x: jax.Array,
+    y: jax.Array,
+    eps: jax.Array,
+    key: jax.Array | None,
+) -> jax.Array:
+    return perturb_fn(apply_fn, params, x, y, eps=eps, key=key, bounds=bounds)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _robust_batch(
+    apply_fn: ApplyFn,
+    perturb_fn: PerturbFn,
+    norm: Norm,
+    params: Params,
+    bounds: Bounds | None,
+    x: jax.Array,
+    y: jax.Array,
+    eps: jax.Array,
+    key: jax.Array | None,
+) -> Outcome:
+    r = perturb_fn(apply_fn, params, x, y, eps=eps, key=key, bounds=bounds)
+    return measure(apply_fn, params, x, y, r, norm=norm)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _curve_batch(
+    apply_fn: ApplyFn,
+    perturb_fn: PerturbFn,
+    params: Params,
+    sizes: jax.Array,
+    x: jax.Array,
+    y: jax.Array,
+    eps: jax.Array,
+    key: jax.Array | None,
+) -> jax.Array:
+    r = perturb_fn(apply_fn, params, x, y, eps=eps, key=key, bounds=None)
+
+    def at(size: jax.Array) -> jax.Array:
+        scaled = (size * r.astype(size.dtype)).astype(x.dtype)
+        return correct(apply_fn, params, x + scaled, y)
+
+    # One size at a time: a batch of the usual size fills the machine already.
+    return (jax.lax.map(at, sizes) & correct(apply_fn, params, x, y)[None]).T
+
+
+def _on_host(name: str, x: Any, y: Any) -> tuple[Any, Any]:
+    if any(isinstance(a, jax.core.Tracer) for a in (x, y)):
+        raise TypeError(
+            f"expected arrays, got a tracer: evaluate.{name} loops over a data set on the host; "
+            "under jit, vmap or grad use evaluate.correct or evaluate.measure on a batch"
+        )
+    inputs.examples(x[:0])
+    inputs.labels(y[:0], 0)
+    if len(x) != len(y):
+        raise ValueError(
+            f"expected as many labels as examples, got {len(y)} labels for {len(x)} examples; "
+            "pass the labels of this very data set"
+        )
+    return x, y
+
+
+def _checked(bounds: Bounds | None, x: Any) -> Bounds | None:
+    if bounds is not None:
+        inputs.box(bounds, jnp.zeros((1, *x.shape[1:]), x.dtype))
+    return bounds
+
+
+def _per_example(x: Any, eps: Eps, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Return the size and the key of each example: what it gets doesn't depend on its batch."""
+    n = len(x)
+    sizes = inputs.radius(eps, x)
+    return sizes, None if key is None else inputs.keys(key, n, "")
+
+
+def _over_batches(fn: Callable[..., Any], arrays: tuple[Any, ...], batch_size: int) -> Any:
+    """Apply a compiled function to batches of one shape, and join what it returns.
+
+    The last batch is filled up with copies of the last example, whose results are dropped: one
+    shape, one compilation.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}; 500 suits most machines")
+    n = len(arrays[0])
+    size = max(1, min(batch_size, n))
+    parts = []
+    for start in range(0, max(n, 1), size):
+        rows = np.minimum(np.arange(start, start + size), n - 1) if n else np.arange(0)
+        batch = [None if a is None else a[rows] for a in arrays]
+        parts.append(jax.tree.map(lambda leaf: leaf[: n - start], fn(*batch)))  # noqa: B023
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

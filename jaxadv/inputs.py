@@ -1,0 +1,213 @@
+"""What every public function does with its arguments first: check what is static, cast the rest.
+
+Errors are raised at trace time, for facts that tracing knows (rank, dtype, batch size, a norm's
+name, a Python number). They say what was expected, what came, and the cure. Facts that only the
+values know (labels out of range, NaN, a negative traced eps) are handled row by row where they
+matter, in `perturb` and `attack`, and counted by `evaluate`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadv.types import ApplyFn, Bounds, Eps, Params
+
+__all__ = [
+    "apply",
+    "batched",
+    "box",
+    "examples",
+    "finite",
+    "keys",
+    "labels",
+    "radius",
+    "solvable",
+    "wide",
+]
+
+
+def wide(dtype: Any) -> Any:
+    """Return the dtype that arithmetic on values of `dtype` is done in: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def batched(a: jax.Array, like: jax.Array) -> jax.Array:
+    """Reshape `a` of shape `[B]` to `[B, 1, ...]`, so that it broadcasts against `like`."""
+    return a.reshape(a.shape + (1,) * (like.ndim - 1))
+
+
+def examples(x: Any) -> jax.Array:
+    """Check a batch of inputs: floating point, `[B, ...]` with a batch axis and at least one more.
+
+    Raises:
+      TypeError: if `x` is not floating point.
+      ValueError: if `x` has no batch axis or its examples have no entries.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"expected x of a floating-point dtype, got {x.dtype}; "
+            "cast it first, e.g. x.astype(jnp.float32) / 255"
+        )
+    if x.ndim < 2 or math.prod(x.shape[1:]) == 0:
+        raise ValueError(
+            f"expected x of shape [B, ...], a batch of non-empty examples, got {x.shape}; "
+            "a single example becomes a batch of one by x[None]"
+        )
+    return x
+
+
+def labels(y: Any, n: int) -> jax.Array:
+    """Check integer class labels, `[n]`.
+
+    Raises:
+      TypeError: if `y` is not of an integer dtype.
+      ValueError: if `y` is not of shape `[n]`.
+    """
+    y = jnp.asarray(y)
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise TypeError(
+            f"expected integer labels [B], got {y.dtype} of shape {y.shape}; "
+            "one-hot or soft labels become integers by jnp.argmax(y, axis=-1)"
+        )
+    if y.ndim != 1:
+        raise ValueError(
+            f"expected integer labels of shape [{n}], got {y.shape}; "
+            "one-hot labels become integers by jnp.argmax(y, axis=-1)"
+        )
+    if y.shape[0] != n:
+        raise ValueError(
+            f"expected as many labels as examples, got {y.shape[0]} labels for {n} examples; "
+            "pass the labels of this very batch"
+        )
+    return y.astype(jnp.int32)
+
+
+def apply(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:
+    """Call a classifier and check that it returned logits `[B, K]`, in its own dtype.
+
+    Raises:
+      TypeError: if it returned anything but one floating-point array.
+      ValueError: if the array is not `[B, K]` with K of at least 2.
+    """
+    logits = apply_fn(params, x)
+    if not isinstance(logits, jax.Array | np.ndarray):
+        raise TypeError(
+            f"expected apply_fn to return logits, one array, got {type(logits).__name__}; wrap it "
+            "so that it returns the logits alone, e.g. lambda params, x: apply_fn(params, x)[0]"
+        )
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(
+            f"expected apply_fn to return floating-point logits, got {logits.dtype}; "
+            "return the scores before argmax or rounding"
+        )
+    if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"expected apply_fn to return logits of shape [{x.shape[0]}, K], got {logits.shape}; "
+            "it takes a batch [B, ...] and returns one row of K logits for each example"
+        )
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"expected logits of at least 2 classes, got shape {logits.shape}; a single logit s "
+            "becomes two classes by jnp.concatenate([jnp.zeros_like(s), s], axis=-1)"
+        )
+    return jnp.asarray(logits)
+
+
+def finite(x: jax.Array, logits: jax.Array) -> jax.Array:
+    """Tell which rows are sound, `[B]`: no NaN or infinity in x, no NaN or +inf in the logits."""
+    return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) & jnp.all(logits < jnp.inf, 1)
+
+
+def solvable(logits: jax.Array, y: jax.Array | None) -> jax.Array:
+    """Tell which rows pose a problem, `[B]`: y is a class with a finite logit, and another is too.
+
+    Without labels (`y` None), two classes with a finite logit are enough.
+    """
+    candidates = logits > -jnp.inf
+    several = jnp.sum(candidates, axis=1) > 1
+    if y is None:
+        return several
+    is_y = jax.nn.one_hot(y, logits.shape[1], dtype=bool)  # all False for a label out of range
+    return several & jnp.any(candidates & is_y, axis=1)
+
+
+def radius(eps: Eps, x: Any) -> jax.Array:
+    """Return `eps` as `[B]`, in the dtype that norms of `x` have; a negative traced value is 0.
+
+    Raises:
+      TypeError: if `eps` is not a number or an array of numbers.
+      ValueError: if a Python or NumPy `eps` is negative or not finite, or if the shape is neither
+        `()` nor `[B]`.
+    """
+    if isinstance(eps, int | float | np.ndarray | np.generic):
+        if not np.all(np.isfinite(eps)) or np.any(np.less(eps, 0)):
+            raise ValueError(
+                f"expected a finite eps >= 0, got {eps}; eps is a size, its sign is the method's"
+            )
+    elif not isinstance(eps, jax.Array):
+        raise TypeError(
+            f"expected eps to be a number or an array, got {type(eps).__name__}; pass a scalar "
+            "or one size per example, [B]"
+        )
+    if np.shape(eps) not in ((), (x.shape[0],)):
+        raise ValueError(
+            f"expected eps of shape () or [{x.shape[0]}], got {np.shape(eps)}; "
+            "pass one size, or one for each example of the batch"
+        )
+    eps = jnp.maximum(jnp.asarray(eps).astype(wide(x.dtype)), 0)
+    return jnp.broadcast_to(eps, (x.shape[0],))
+
+
+def box(bounds: Bounds, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return `bounds` as two arrays of x's shape, rounded to x's dtype, in the dtype of norms.
+
+    Raises:
+      ValueError: if `bounds` is not a pair, if Python or NumPy bounds are not lo <= hi, or if they
+        do not broadcast to `x`.
+    """
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise ValueError(f"expected bounds=(lo, hi), got {bounds!r}; pass a pair, e.g. (0.0, 1.0)")
+    if all(isinstance(b, int | float | np.ndarray | np.generic) for b in bounds) and not np.all(
+        np.less_equal(bounds[0], bounds[1])
+    ):
+        raise ValueError(f"expected bounds (lo, hi) with lo <= hi, got {bounds!r}; swap them")
+    try:
+        lo, hi = (
+            jnp.broadcast_to(jnp.asarray(b).astype(x.dtype), x.shape).astype(wide(x.dtype))
+            for b in bounds
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"expected bounds that broadcast to x of shape {x.shape}, got shapes "
+            f"{np.shape(bounds[0])} and {np.shape(bounds[1])}; pass numbers or arrays like x"
+        ) from error
+    return lo, hi
+
+
+def keys(key: jax.Array | None, n: int, name: str) -> jax.Array:
+    """Return one key per example, `[n]`: the keys given, or one key split.
+
+    Raises:
+      ValueError: if `key` is missing, or is neither one key nor `n` of them.
+    """
+    if key is None:
+        raise ValueError(
+            f"expected a key: {name} draws random numbers; pass key=jax.random.key(0), "
+            "or one key per example"
+        )
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.shape == (n,):
+        return key
+    if key.shape == ():
+        return jax.random.split(key, n)
+    raise ValueError(
+        f"expected one key or {n} keys, one per example, got keys of shape {key.shape}; "
+        "pass jax.random.key(seed) or jax.random.split(key, batch_size)"
+    )

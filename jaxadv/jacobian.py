@@ -1,0 +1,262 @@
+r"""Per-example derivatives of the softmax output, exact at any confidence.
+
+The paper linearises the net's output :math:`\alpha = \mathrm{softmax}(z(x))` by its Jacobian
+:math:`T = \partial\alpha / \partial x`, `[K, D]` (printed as a derivative in w; it is in x), and
+moves along differences of its rows, :math:`d_j = T_j - T_y`. `softmax_jacobian` is T itself.
+
+In float32 the T of a confident net is rounding noise, and then exactly zero: a probability of
+1 - 1e-8 is 1. What Adv_Alpha needs of it is only the direction of each :math:`d_j` and its size
+relative to the others, and those are never lost if the factor that vanishes is taken out first.
+`class_differences` does that. Row j of :math:`V = \partial(\alpha_j - \alpha_y) / \partial z` is
+
+.. math::
+    v_{jj} = \alpha_j (1 - \alpha_j + \alpha_y), \quad
+    v_{jy} = -\alpha_y (\alpha_j + 1 - \alpha_y), \quad
+    v_{jk} = \alpha_k (\alpha_y - \alpha_j),
+
+and sums to 0. It is computed as :math:`V_j e^{-c_j}` with :math:`c_j = \max(\log v_{jj}, \log
+|v_{jy}|)`, from the log-softmax and without the logarithm of a difference, and then pulled back
+through the net: :math:`d_j e^{-c_j}`, one backward pass for each class but y.
+
+`margin` is the same idea for the loss: cross-entropy is :math:`\log(1 + e^m)` with :math:`m =
+\mathrm{logsumexp}_{k \ne y} z_k - z_y`, whose gradient never vanishes by rounding.
+
+Next: `perturb` makes Algorithm 1 of these rows.
+
+References:
+  Huang et al., "Learning with a Strong Adversary", 2015, Sections 2 and 6.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxadv import inputs
+from jaxadv.types import ApplyFn, Params
+
+__all__ = ["Rows", "class_differences", "margin", "pullback", "softmax_jacobian"]
+
+# Stands for a logit of -inf, or further than this below the largest: far enough that its
+# probability is 0 in any dtype, and finite, so that no derivative meets infinity minus infinity.
+_NEVER = -1e30
+
+
+class Rows(NamedTuple):
+    r"""The scaled rows of one batch: :math:`T_j - T_y = e^{c_j} d_j`, for each j but y.
+
+    Attributes:
+      logits: the net's output, `[B, K]`, in float32 at least.
+      classes: j of each row, int32 `[B, K - 1]`, ascending.
+      d: :math:`d_j`, the scaled difference, `[B, K - 1, ...]`, of x's dtype.
+      log_scale: :math:`c_j`, `[B, K - 1]`.
+      log_gap: :math:`\log |\alpha_y - \alpha_j|`, `[B, K - 1]`; -inf on a tie.
+    """
+
+    logits: jax.Array
+    classes: jax.Array
+    d: jax.Array
+    log_scale: jax.Array
+    log_gap: jax.Array
+
+
+def softmax_jacobian(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:
+    r"""The Jacobian of the softmax output with respect to each input, the paper's T.
+
+    .. math:: T = \partial\, \mathrm{softmax}(z(x)) / \partial x
+
+    Each example goes through the net alone (a batch of one under `jax.vmap`). For a confident net
+    its entries underflow; `class_differences` doesn't.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+
+    Returns:
+      `[B, K, ...]`, of x's dtype. Its rows sum to 0 over K.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays.
+      ValueError: if `x` is not `[B, ...]` or the logits are not `[B, K]` with K >= 2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import jacobian
+      >>> w = jnp.array([[1.0, -1.0], [0.0, 2.0]])
+      >>> jacobian.softmax_jacobian(lambda w, x: x @ w, w, jnp.zeros((1, 2))).tolist()
+      [[[0.5, -0.5], [-0.5, 0.5]]]
+
+    References:
+      Huang et al., 2015, Section 2.
+    """
+    x = inputs.examples(x)
+
+    def softmax(example: jax.Array) -> jax.Array:
+        logits = inputs.apply(apply_fn, params, example[None])[0]
+        return jax.nn.softmax(logits.astype(inputs.wide(logits.dtype)))
+
+    return jax.vmap(jax.jacrev(softmax))(x)
+
+
+def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    r"""Cross-entropy's margin form: it grows with the loss and its gradient never vanishes.
+
+    .. math:: m = \mathrm{logsumexp}_{k \ne y} z_k - z_y, \qquad \mathrm{CE} = \log(1 + e^m)
+
+    Args:
+      logits: `[B, K]`, floating point; a logit of -inf masks its class.
+      labels: integers, `[B]`, in 0..K-1.
+
+    Returns:
+      `[B]`, in float32 at least; -inf where no class but y is left.
+
+    Raises:
+      TypeError: if `labels` are not integers.
+      ValueError: if `labels` are not `[B]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import jacobian
+      >>> jacobian.margin(jnp.array([[3.0, 1.0]]), jnp.array([0])).tolist()
+      [-2.0]
+    """
+    labels = inputs.labels(labels, logits.shape[0])
+    logits = logits.astype(inputs.wide(logits.dtype))
+    is_y = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
+    others = jax.nn.logsumexp(jnp.where(is_y, -jnp.inf, logits), axis=1)
+    return others - jnp.sum(jnp.where(is_y, logits, 0), axis=1)
+
+
+def pullback(
+    apply_fn: ApplyFn, params: Params, x: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """One forward pass, and the function that takes rows of `[B, K]` back to the input.
+
+    This is what `jax.jacrev` is made of, over the whole batch at once: since rows don't interact,
+    the cotangents of all examples go back together, and `jax.vmap` over several cotangents shares
+    the forward pass.
+
+    Args:
+      apply_fn: `(params, x) -> logits`.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+
+    Returns:
+      The logits `[B, K]` in float32 at least, and a function from `[B, K]` to `[B, ...]`.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays.
+      ValueError: if `x` is not `[B, ...]` or the logits are not `[B, K]` with K >= 2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import jacobian
+      >>> w = jnp.array([[1.0, -1.0], [0.0, 2.0]])
+      >>> _, pull = jacobian.pullback(lambda w, x: x @ w, w, jnp.zeros((1, 2)))
+      >>> pull(jnp.array([[1.0, 0.0]])).tolist()
+      [[1.0, 0.0]]
+    """
+    x = inputs.examples(x)
+    logits, vjp = jax.vjp(lambda v: inputs.apply(apply_fn, params, v), x)
+
+    def pull(rows: jax.Array) -> jax.Array:
+        (pulled,) = vjp(rows.astype(logits.dtype))
+        return pulled
+
+    return logits.astype(inputs.wide(logits.dtype)), pull
+
+
+def class_differences(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array) -> Rows:
+    r"""The differences :math:`T_j - T_y` of Equation 1, each scaled so that it can't underflow.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: integer labels, `[B]`. A label outside 0..K-1 is clipped into it.
+
+    Returns:
+      `Rows`. Costs one forward and K - 1 backward passes. Memory: K - 1 times x.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if shapes are not `[B, ...]`, `[B]` and `[B, K]` with K >= 2.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxadv import jacobian
+      >>> w = jnp.array([[1.0, -1.0], [0.0, 2.0]])
+      >>> x = jnp.array([[1000.0, 0.0]])  # the softmax Jacobian is exactly zero here
+      >>> rows = jacobian.class_differences(lambda w, x: x @ w, w, x, jnp.array([0]))
+      >>> rows.d.tolist(), rows.log_scale.tolist()
+      ([[[-2.0, 2.0]]], [[-1999.306884765625]])
+
+    References:
+      Huang et al., 2015, Section 2, Equation 1.
+    """
+    x = inputs.examples(x)
+    y = inputs.labels(y, x.shape[0])
+    logits, pull = pullback(apply_fn, params, x)
+    y = jnp.clip(y, 0, logits.shape[1] - 1)
+    classes, rows, log_scale, log_gap = _softmax_rows(logits, y)
+    # K - 1 cotangents of the whole batch, one forward pass: vmap over axis 1 of [B, K - 1, K].
+    d = jax.vmap(pull, in_axes=1, out_axes=1)(rows)
+    return Rows(logits, classes, d, log_scale, log_gap)
+
+
+def _softmax_rows(
+    logits: jax.Array, y: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return j `[B, K-1]`, the scaled rows of V `[B, K-1, K]`, log scales and gaps `[B, K-1]`."""
+    n_classes = logits.shape[1]
+    z = below_largest(logits)
+    y = y[:, None]  # [B, 1]
+    j = jnp.arange(n_classes - 1, dtype=y.dtype)[None]
+    j = j + (j >= y).astype(y.dtype)  # [B, K-1]: each class but y
+
+    log_z = jax.nn.logsumexp(z, axis=1, keepdims=True)
+    log_a = z - log_z  # log alpha
+    # log(1 - alpha): only the likeliest class can have an alpha near 1, where 1 - alpha would be
+    # lost; its complement is the sum of the others.
+    is_top = jax.nn.one_hot(jnp.argmax(z, axis=1), n_classes, dtype=bool)
+    rest_of_top = jax.nn.logsumexp(jnp.where(is_top, _NEVER, z), axis=1, keepdims=True) - log_z
+    log_1ma = jnp.where(is_top, rest_of_top, jnp.log1p(-jnp.where(is_top, 0, jnp.exp(log_a))))
+
+    def at(values: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values, index, axis=1)
+
+    log_aj, log_ay = at(log_a, j), at(log_a, y)  # [B, K-1], [B, 1]
+    log_vjj = log_aj + jnp.logaddexp(at(log_1ma, j), log_ay)
+    log_vjy = log_ay + jnp.logaddexp(log_aj, at(log_1ma, y))  # of |v_jy|
+    log_scale = jnp.maximum(log_vjj, log_vjy)  # c_j, [B, K-1]
+
+    # alpha_y - alpha_j = max(alpha_j, alpha_y) * gap, with gap = -sign(delta) (1 - e^-|delta|). The
+    # two one-sided parts of delta keep the derivative right at 0, and no exponential overflows.
+    delta = at(z, j) - at(z, y)  # [B, K-1]
+    above = delta > 0
+    gap = jnp.expm1(-jnp.where(above, delta, 0)) - jnp.expm1(jnp.where(above, 0, delta))
+    log_larger = jnp.maximum(log_aj, log_ay)
+
+    off = gap[..., None] * jnp.exp(log_a[:, None] + (log_larger - log_scale)[..., None])
+    is_j, is_y = (jax.nn.one_hot(index, n_classes, dtype=bool) for index in (j, y))
+    rows = jnp.where(is_j, jnp.exp(log_vjj - log_scale)[..., None], jnp.where(is_y, 0, off))
+    rows = jnp.where(is_y, -jnp.sum(rows, axis=2, keepdims=True), rows)  # [B, K-1, K]
+
+    tie = gap == 0  # double where: the logarithm's derivative at 0 is infinite
+    log_gap = jnp.where(tie, -jnp.inf, log_larger + jnp.log(jnp.where(tie, 1, jnp.abs(gap))))
+    return j, rows, log_scale, log_gap
+
+
+def below_largest(logits: jax.Array) -> jax.Array:
+    """Shift logits `[B, K]` so that the largest is 0 and -inf is a large finite negative number.
+
+    The softmax and all that is made of it stay the same; no difference of two entries overflows
+    or is NaN. Rows of nothing but -inf come out finite as well.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
+    # A shift changes no softmax, so it is a constant for derivatives.
+    return jnp.maximum(logits - jnp.where(jnp.isneginf(largest), 0, largest), _NEVER)

@@ -1,0 +1,354 @@
+"""Per-example lp geometry: sizes, steepest directions, balls and boxes.
+
+Everything that depends on the choice of norm is in this module's one table, so that no other
+module branches on a norm's name. All functions take a batch `[B, ...]` and treat each example as
+one vector. The steepest directions are the maximisers of Proposition 3 and Section 6.1.1 (Huang
+et al., 2015): over the unit ball of a norm, `<g, r>` is greatest at `steepest(g)`, where it equals
+the dual norm of g.
+
+Arithmetic is in float32 at least. Each example is divided by its largest magnitude first, so that
+784 entries of 1e-23, or of 1e20, have a norm and a direction. A zero example has norm 0 and
+direction 0, with finite derivatives (of value 0).
+
+Next: `jacobian` says which vectors are measured, `perturb` turns directions into perturbations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxadv import inputs
+from jaxadv.types import Bounds, Eps, Norm
+
+__all__ = ["confine", "dual", "norm", "project", "rescale", "sample", "steepest"]
+
+
+class _Geometry(NamedTuple):
+    """One norm's row of the table; functions of flat, scaled vectors `[B, D]`."""
+
+    dual: Norm
+    size: Callable[[jax.Array], jax.Array]  # [B, D] -> [B]
+    steepest: Callable[[jax.Array], jax.Array]  # [B, D] -> [B, D]
+    project: Callable[[jax.Array, jax.Array], jax.Array]  # outside points [B, D], [B] -> [B, D]
+    draw: Callable[..., jax.Array]  # (key, shape, dtype): entries of density exp(-|t|^p)
+
+
+def _l2(u: jax.Array) -> jax.Array:
+    square = jnp.sum(u * u, axis=1)
+    # Double where: the square root's derivative at 0 is infinite, and infinity times 0 is NaN.
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+
+
+def _magnitude(u: jax.Array) -> jax.Array:
+    return u * jnp.sign(u)  # jnp.abs, but for its derivative at 0, which is 0 and not 1
+
+
+def _l2_steepest(u: jax.Array) -> jax.Array:
+    size = _l2(u)
+    return u / jnp.where(size == 0, 1, size)[:, None]
+
+
+def _l1_steepest(u: jax.Array) -> jax.Array:
+    k = jnp.argmax(jnp.abs(u), axis=1)  # the lowest index on ties
+    return jnp.where(jnp.arange(u.shape[1])[None] == k[:, None], jnp.sign(u), 0)
+
+
+def _l2_project(v: jax.Array, eps: jax.Array) -> jax.Array:
+    return _flat_rescale(v, eps, "l2")
+
+
+def _linf_project(v: jax.Array, eps: jax.Array) -> jax.Array:
+    return jnp.clip(v, -eps[:, None], eps[:, None])
+
+
+def _l1_project(v: jax.Array, eps: jax.Array) -> jax.Array:
+    # optax's projection divides by its radius; the ball of radius 0 is one point.
+    positive = eps > 0
+    nearest = jax.vmap(optax.projections.projection_l1_ball)(v, jnp.where(positive, eps, 1))
+    # Its threshold is rounded before it is subtracted from every entry, which adds up in a sum.
+    excess = jnp.sum(_magnitude(nearest), axis=1) / jnp.where(positive, eps, 1)
+    return jnp.where(positive[:, None], nearest / jnp.maximum(excess, 1)[:, None], 0)
+
+
+_GEOMETRY: dict[Norm, _Geometry] = {
+    "l1": _Geometry(
+        "linf",
+        lambda u: jnp.sum(_magnitude(u), axis=1),
+        _l1_steepest,
+        _l1_project,
+        jax.random.laplace,
+    ),
+    "l2": _Geometry("l2", _l2, _l2_steepest, _l2_project, jax.random.normal),
+    "linf": _Geometry(
+        "l1",
+        lambda u: jnp.max(_magnitude(u), axis=1),
+        jnp.sign,
+        _linf_project,
+        partial(jax.random.uniform, minval=-1, maxval=1),
+    ),
+}
+
+
+def _geometry(norm: Norm) -> _Geometry:
+    if norm not in _GEOMETRY:
+        raise ValueError(
+            f"expected norm to be one of {', '.join(map(repr, _GEOMETRY))}, got {norm!r}; "
+            "choose one of these names"
+        )
+    return _GEOMETRY[norm]
+
+
+def _flat(v: jax.Array) -> jax.Array:
+    v = inputs.examples(v)
+    return v.reshape(v.shape[0], math.prod(v.shape[1:])).astype(inputs.wide(v.dtype))
+
+
+def _scaled(v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return `v / m` and `m`, the largest magnitude of each row, or 1 where that is no scale."""
+    m = jnp.max(jnp.abs(v), axis=1)
+    # A constant for derivatives: all that is made of v / m and m is homogeneous in v, so that the
+    # terms through m cancel.
+    m = lax.stop_gradient(jnp.where((m > 0) & jnp.isfinite(m), m, 1))
+    return v / m[:, None], m
+
+
+def _flat_rescale(v: jax.Array, eps: jax.Array, norm: Norm) -> jax.Array:
+    u, _ = _scaled(v)
+    size = _geometry(norm).size(u)
+    return u * (eps / jnp.where(size == 0, 1, size))[:, None]
+
+
+def norm(v: jax.Array, norm: Norm) -> jax.Array:
+    r"""The norm of each example.
+
+    Args:
+      v: `[B, ...]`, floating point.
+      norm: `"l1"`, `"l2"` or `"linf"`.
+
+    Returns:
+      `[B]`, in float32 at least; 0 with derivative 0 for a zero example.
+
+    Raises:
+      TypeError: if `v` is not floating point.
+      ValueError: if `v` has no batch axis, or the norm is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import norms
+      >>> norms.norm(jnp.array([[3.0, -4.0]]), "l2").tolist()
+      [5.0]
+    """
+    u, m = _scaled(_flat(v))
+    return m * _geometry(norm).size(u)
+
+
+def dual(norm: Norm) -> Norm:
+    r"""The dual norm's name: :math:`\|u\|_* = \max_{\|v\| \le 1} \langle u, v \rangle`.
+
+    Args:
+      norm: `"l1"`, `"l2"` or `"linf"`.
+
+    Returns:
+      `"linf"`, `"l2"` or `"l1"`.
+
+    Raises:
+      ValueError: if the norm is unknown.
+
+    Example:
+      >>> from jaxadv import norms
+      >>> norms.dual("linf")
+      'l1'
+
+    References:
+      Huang et al., 2015, Section 1.1.
+    """
+    return _geometry(norm).dual
+
+
+def steepest(g: jax.Array, norm: Norm) -> jax.Array:
+    r"""The unit perturbation along which a gradient grows most.
+
+    .. math:: \arg\max_{\|r\| \le 1} \langle g, r \rangle
+
+    l2: :math:`g / \|g\|_2`. linf: :math:`\mathrm{sign}(g)`. l1: :math:`\mathrm{sign}(g_k) e_k` with
+    :math:`k = \arg\max |g_k|`, the lowest such k on ties.
+
+    Args:
+      g: gradients, `[B, ...]`, floating point.
+      norm: the norm of the unit ball.
+
+    Returns:
+      Of g's shape and dtype; exactly zero where the example of g is zero.
+
+    Raises:
+      TypeError: if `g` is not floating point.
+      ValueError: if `g` has no batch axis, or the norm is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import norms
+      >>> norms.steepest(jnp.array([[3.0, -4.0]]), "l1").tolist()
+      [[0.0, -1.0]]
+
+    References:
+      Huang et al., 2015, Proposition 3 and Section 6.1.1.
+    """
+    u, _ = _scaled(_flat(g))
+    return _geometry(norm).steepest(u).reshape(g.shape).astype(g.dtype)
+
+
+def rescale(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
+    r"""The same direction at size eps: :math:`\epsilon v / \|v\|` (step 5 of Algorithm 2).
+
+    Args:
+      v: `[B, ...]`, floating point.
+      eps: the size, a scalar or `[B]`; a negative traced value counts as 0.
+      norm: the norm that the size is measured in.
+
+    Returns:
+      Of v's shape and dtype; exactly zero where the example of v is zero.
+
+    Raises:
+      TypeError: if `v` is not floating point.
+      ValueError: if `v` has no batch axis, if a Python `eps` is negative, or the norm is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import norms
+      >>> norms.rescale(jnp.array([[3.0, -4.0]]), 10.0, "l2").tolist()
+      [[6.0, -8.0]]
+
+    References:
+      Huang et al., 2015, Algorithm 2 and Section 6.1.2.
+    """
+    flat = _flat(v)
+    return _flat_rescale(flat, inputs.radius(eps, flat), norm).reshape(v.shape).astype(v.dtype)
+
+
+def project(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
+    r"""The nearest point of the ball of radius eps, in Euclidean distance.
+
+    .. math:: \arg\min_{\|r\| \le \epsilon} \|r - v\|_2
+
+    Args:
+      v: `[B, ...]`, floating point.
+      eps: the radius, a scalar or `[B]`; a negative traced value counts as 0.
+      norm: the norm of the ball. The l1 ball's projection is optax's.
+
+    Returns:
+      Of v's shape and dtype; an example inside the ball comes back bit for bit.
+
+    Raises:
+      TypeError: if `v` is not floating point.
+      ValueError: if `v` has no batch axis, if a Python `eps` is negative, or the norm is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import norms
+      >>> norms.project(jnp.array([[3.0, -4.0]]), 2.0, "linf").tolist()
+      [[2.0, -2.0]]
+    """
+    flat = _flat(v)
+    eps = inputs.radius(eps, flat)
+    u, m = _scaled(flat)
+    geometry = _geometry(norm)
+    inside = m * geometry.size(u) <= eps
+    nearest = jnp.where(inside[:, None], flat, geometry.project(flat, eps))
+    return nearest.reshape(v.shape).astype(v.dtype)
+
+
+def sample(keys: jax.Array, x: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
+    r"""A point of the ball around 0, uniformly at random, for each example.
+
+    Args:
+      keys: one key per example, `[B]`.
+      x: `[B, ...]`, floating point; only its shape and dtype are used.
+      eps: the radius, a scalar or `[B]`; a negative traced value counts as 0.
+      norm: the norm of the ball.
+
+    Returns:
+      `[B, ...]`, in float32 at least.
+
+    Raises:
+      TypeError: if `x` is not floating point.
+      ValueError: if `x` has no batch axis, if a Python `eps` is negative, or the norm is unknown.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxadv import norms
+      >>> keys = jax.random.split(jax.random.key(0), 4)
+      >>> r = norms.sample(keys, jnp.zeros((4, 3)), 2.0, "l1")
+      >>> bool(jnp.all(norms.norm(r, "l1") <= 2.0))
+      True
+
+    References:
+      Barthe et al., "A probabilistic approach to the geometry of the l_p^n-ball", 2005: entries of
+      density exp(-|t|^p), normalised, at a radius distributed as U^(1/D).
+    """
+    x = inputs.examples(x)
+    n_entries = math.prod(x.shape[1:])
+    dtype = inputs.wide(x.dtype)
+    geometry = _geometry(norm)
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        direction, radius = jax.random.split(key)
+        share = jax.random.uniform(radius, (), dtype) ** (1 / n_entries)
+        return geometry.draw(direction, x.shape[1:], dtype), share
+
+    v, share = jax.vmap(draw)(keys)
+    return rescale(v, inputs.radius(eps, x) * share, norm)
+
+
+def confine(x: jax.Array, r: jax.Array, bounds: Bounds) -> jax.Array:
+    r"""Shorten r, entry by entry, until x + r lies in a box.
+
+    The entries shrink toward 0 and never change sign, so that no norm of r grows. What holds
+    afterwards is about x + r as it is computed in x's dtype: where rounding would carry it past
+    a bound, r moves one unit in the last place toward 0. Entries of x that lie outside the box
+    are never moved further out.
+
+    Args:
+      x: `[B, ...]`, floating point, inside the box.
+      r: of x's shape; of x's dtype or a wider one (it is rounded to x's dtype toward 0).
+      bounds: `(lo, hi)`, numbers or arrays that broadcast to x.
+
+    Returns:
+      Of x's shape and dtype.
+
+    Raises:
+      ValueError: if `bounds` is not a pair with lo <= hi, or doesn't broadcast to `x`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import norms
+      >>> norms.confine(jnp.array([[0.75, 0.5]]), jnp.array([[1.0, -0.25]]), (0.0, 1.0)).tolist()
+      [[0.25, -0.25]]
+    """
+    lo, hi = inputs.box(bounds, x)
+    start = x.astype(lo.dtype)
+    r = r.astype(lo.dtype)
+    r = jnp.clip(r, jnp.minimum(lo - start, 0), jnp.maximum(hi - start, 0))
+
+    kind = jnp.finfo(x.dtype)
+    # reduce_precision, since a compiler may drop a cast down and up again.
+    rounded = lax.reduce_precision(r, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
+    rounded = _toward_zero(rounded, jnp.abs(rounded) > jnp.abs(r), x.dtype)
+    # One unit is enough: lo - x and hi - x were rounded by half of one at the most.
+    end = start + rounded
+    return _toward_zero(rounded, (end < lo) | (end > hi), x.dtype).astype(x.dtype)
+
+
+def _toward_zero(r: jax.Array, where: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Move entries of `r`, values of `dtype` in a wider one, by an ulp of `dtype` toward 0."""
+    narrow = lax.stop_gradient(r).astype(dtype)
+    step = lax.nextafter(narrow, jnp.zeros_like(narrow)).astype(r.dtype) - lax.stop_gradient(r)
+    return r + jnp.where(where, step, 0)  # nextafter has no derivative; the shift is a constant

@@ -1,0 +1,358 @@
+r"""The paper's perturbations: from a net, a batch and its labels, the r that harms most.
+
+Each is one linearised step, made of exact derivatives (see `jacobian`), with the best perturbation
+of the linearised net in closed form (see `norms`):
+
+- `alpha` (Adv_Alpha, Algorithm 1): toward the class that the linearised softmax reaches with
+  the least perturbation. K - 1 backward passes.
+- `loss` (Adv_Loss, Section 6.1.1): against the probability of the true class; one backward pass.
+  With the linf norm this is the fast gradient sign method (Goodfellow et al., 2014).
+- `loss_sign` (Adv_Loss_Sign): the sign direction of the latter, rescaled to an l2 size.
+- `virtual` (Miyato et al., 2015): away from the net's own output, labels unused.
+
+All are pure functions, un-jitted, with one signature (`types.PerturbFn`), and return r, never
+x + r. Set a method's own arguments by `functools.partial(perturb.alpha, norm="linf")`.
+
+For every one of them: r is exactly 0, with finite derivatives, where eps is 0, where there is no
+usable gradient, where the label is outside 0..K-1, where its own logit is -inf, and where no other
+class has a finite logit. A row with NaN or infinity in x, or NaN or +inf in its logits, gives NaN
+in that row and changes no other. `evaluate` counts all of these.
+
+Iterated methods with the same signature are in `attack`; `objectives` trains against any of them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxadv import inputs, jacobian, norms
+from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
+
+__all__ = ["alpha", "loss", "loss_sign", "virtual"]
+
+
+def alpha(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    /,
+    *,
+    norm: Norm = "l2",
+    eps: Eps | None = None,
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+) -> jax.Array:
+    r"""Adv_Alpha: the least perturbation that makes the linearised net err (Algorithm 1).
+
+    For each class j but y, with :math:`d_j = T_j - T_y` of the softmax Jacobian, the problem
+
+    .. math:: \min_r \|r\| \quad \text{s.t.} \quad \langle d_j, r \rangle \ge \alpha_y - \alpha_j
+
+    has the value :math:`\max(0, \alpha_y - \alpha_j) / \|d_j\|_*` (Equation 1 and Proposition 3,
+    the printed inequality put right). r is the solution for the class I of least value
+    (Proposition 4). Sizes are compared as logarithms, so that the choice holds at any confidence.
+
+    With `eps`, the direction of that solution at size eps (Section 6.1.2).
+
+    Where x is already misclassified, or on a tie, the least perturbation is exactly 0; with `eps`
+    the step goes along :math:`+d_I` for the class I of the largest logit but y's, away from y.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: integer labels, `[B]`.
+      norm: the norm that is minimal, or of size eps: `"l1"`, `"l2"` or `"linf"`.
+      eps: None for the least perturbation of the linearised net, else a size, a scalar or `[B]`;
+        a negative traced value counts as 0.
+      key: ignored; this method draws nothing.
+      bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
+
+    Returns:
+      r, of x's shape and dtype. The least perturbation of a confident net may be huge (for two
+      classes at logit distance a it is sinh(a) over the gradient's norm); where it overflows it is
+      infinite, and exactly 0 where its direction is 0.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if shapes are not `[B, ...]`, `[B]` and `[B, K]` with K >= 2, if the norm is
+        unknown, if a Python `eps` is negative, or if `bounds` is not a pair.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import perturb
+      >>> w = jnp.array([[1.0, -1.0, 0.0], [0.0, 0.0, 3.0]])
+      >>> x, y = jnp.array([[1.0, 0.0]]), jnp.array([0])
+      >>> perturb.alpha(lambda w, x: x @ w, w, x, y, norm="linf", eps=0.5).tolist()
+      [[-0.5, 0.5]]
+
+    References:
+      Huang et al., "Learning with a Strong Adversary", 2015, Algorithm 1, Equation 1,
+      Propositions 3 and 4, Section 6.1.2.
+    """
+    x = inputs.examples(x)
+    y = inputs.labels(y, x.shape[0])
+    rows = jacobian.class_differences(apply_fn, params, x, y)
+
+    def of_class(values: jax.Array, index: jax.Array) -> jax.Array:  # [B, K-1, ...] -> [B, ...]
+        return jnp.take_along_axis(values, inputs.batched(index, values), axis=1)[:, 0]
+
+    z = jacobian.below_largest(rows.logits)
+    z_j = jnp.take_along_axis(z, rows.classes, axis=1)  # [B, K-1]
+    z_y = jnp.take_along_axis(z, jnp.clip(y, 0, z.shape[1] - 1)[:, None], axis=1)  # [B, 1]
+    masked = jnp.isneginf(jnp.take_along_axis(rows.logits, rows.classes, axis=1))
+
+    # log of |alpha_y - alpha_j| / ||d_j||_*; double where, for a d_j of 0 has no logarithm.
+    d_size = norms.norm(rows.d.reshape(-1, *x.shape[1:]), norms.dual(norm)).reshape(z_j.shape)
+    unreachable = masked | (d_size == 0)
+    log_size = rows.log_gap - rows.log_scale - jnp.log(jnp.where(unreachable, 1, d_size))
+    nearest = jnp.argmin(jnp.where(unreachable, jnp.inf, log_size), axis=1)
+
+    likeliest = jnp.argmax(jnp.where(masked, -jnp.inf, z_j), axis=1)
+    wrong = (of_class(z_j, likeliest) >= z_y[:, 0]) & ~of_class(masked, likeliest)
+    chosen = jnp.where(wrong, likeliest, nearest)  # I
+
+    direction = norms.steepest(of_class(rows.d, chosen), norm)
+    direction = direction.astype(inputs.wide(x.dtype))
+    if eps is None:
+        size = jnp.where(wrong, 0, jnp.exp(jnp.where(wrong, 0, of_class(log_size, chosen))))
+    else:
+        size = inputs.radius(eps, x)
+    size = inputs.batched(size, x).astype(direction.dtype)
+    r = jnp.where(direction == 0, 0, size * direction)  # 0 times an infinite size is 0
+    return _finish(r, x, y, rows.logits, bounds, unusable=of_class(unreachable, chosen))
+
+
+def loss(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    /,
+    *,
+    eps: Eps,
+    norm: Norm = "l2",
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+) -> jax.Array:
+    r"""Adv_Loss: the perturbation that lowers the true class's linearised probability most.
+
+    .. math:: \arg\min_{\|r\| \le \epsilon} \langle T_y, r \rangle
+
+    l2: :math:`-\epsilon T_y / \|T_y\|_2`. linf: :math:`-\epsilon\, \mathrm{sign}(T_y)`, the fast
+    gradient sign method. l1: :math:`-\epsilon\, \mathrm{sign}((T_y)_k) e_k` at the largest
+    :math:`|(T_y)_k|`. (The minus is missing in print.) The direction of :math:`-T_y` is taken from
+    the gradient of `jacobian.margin`, of which it is a positive multiple that doesn't vanish.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: integer labels, `[B]`.
+      eps: the size, a scalar or `[B]`; a negative traced value counts as 0.
+      norm: the norm of that size: `"l1"`, `"l2"` or `"linf"`.
+      key: ignored; this method draws nothing.
+      bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
+
+    Returns:
+      r, of x's shape and dtype, of size eps (less where `bounds` shorten it).
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if shapes are not `[B, ...]`, `[B]` and `[B, K]` with K >= 2, if the norm is
+        unknown, if a Python `eps` is negative, or if `bounds` is not a pair.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import perturb
+      >>> w = jnp.array([[3.0, -3.0], [4.0, -4.0]])
+      >>> x, y = jnp.array([[1.0, 1.0]]), jnp.array([0])
+      >>> perturb.loss(lambda w, x: x @ w, w, x, y, eps=5.0).tolist()
+      [[-3.0, -4.0]]
+
+    References:
+      Huang et al., 2015, Section 6.1.1; Goodfellow et al., "Explaining and Harnessing Adversarial
+      Examples", 2014, for the linf norm.
+    """
+    x = inputs.examples(x)
+    y = inputs.labels(y, x.shape[0])
+    logits, g = _margin_gradient(apply_fn, params, x, y)
+    direction = norms.steepest(g, norm).astype(inputs.wide(x.dtype))
+    r = inputs.batched(inputs.radius(eps, x), x) * direction
+    return _finish(r, x, y, logits, bounds)
+
+
+def loss_sign(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    /,
+    *,
+    eps: Eps,
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+) -> jax.Array:
+    r"""Adv_Loss_Sign: the sign direction of Adv_Loss, rescaled to the l2 size eps.
+
+    .. math:: r = -\epsilon\, \mathrm{sign}(T_y) / \|\mathrm{sign}(T_y)\|_2
+
+    Each entry with a gradient moves by :math:`\epsilon / \sqrt{n}`, n being the number of such
+    entries. This is the column of the paper's tables, compared at the same l2 size; the method for
+    an linf ball is `loss` with `norm="linf"`.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: integer labels, `[B]`.
+      eps: the l2 size, a scalar or `[B]`; a negative traced value counts as 0.
+      key: ignored; this method draws nothing.
+      bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
+
+    Returns:
+      r, of x's shape and dtype, of l2 size eps (less where `bounds` shorten it).
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if shapes are not `[B, ...]`, `[B]` and `[B, K]` with K >= 2, if a Python `eps` is
+        negative, or if `bounds` is not a pair.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import perturb
+      >>> w = jnp.array([[3.0, -3.0], [4.0, -4.0], [0.0, 0.0], [1.0, 0.0], [0.0, 5.0]])
+      >>> x, y = jnp.ones((1, 5)), jnp.array([0])
+      >>> perturb.loss_sign(lambda w, x: x @ w, w, x, y, eps=4.0).tolist()
+      [[-2.0, -2.0, 0.0, -2.0, 2.0]]
+
+    References:
+      Huang et al., 2015, Section 7.1.
+    """
+    x = inputs.examples(x)
+    y = inputs.labels(y, x.shape[0])
+    logits, g = _margin_gradient(apply_fn, params, x, y)
+    r = norms.rescale(jnp.sign(g).astype(inputs.wide(x.dtype)), inputs.radius(eps, x), "l2")
+    return _finish(r, x, y, logits, bounds)
+
+
+def virtual(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array | None = None,
+    /,
+    *,
+    eps: Eps,
+    norm: Norm = "l2",
+    steps: int = 1,
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+) -> jax.Array:
+    r"""Miyato's virtual adversary: the perturbation that changes the net's own output most.
+
+    .. math:: \arg\max_{\|r\| \le \epsilon} D_{KL}(p(x) \,\|\, p(x + r))
+              \approx \arg\max_{\|r\| \le \epsilon} r^\top H r, \qquad
+              H = J^\top (\mathrm{diag}(p) - p p^\top) J
+
+    with J the logits' Jacobian. From a random direction, `steps` power iterations on H, each an
+    exact product (push forward, multiply by diag(p) - pp^T, pull back) rather than a finite
+    difference, with the factor by which a confident p vanishes taken out. The last product is taken
+    to the norm's steepest direction.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`; differentiable in both modes. A
+        logit of -inf masks its class.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: unused, may be None; checked as integer labels `[B]` if given.
+      eps: the size, a scalar or `[B]`; a negative traced value counts as 0.
+      norm: the norm of that size: `"l1"`, `"l2"` or `"linf"`.
+      steps: power iterations, at least 1, each a forward and a backward pass.
+      key: one key, or one per example, `[B]`; for the random direction.
+      bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
+
+    Returns:
+      r, of x's shape and dtype, of size eps (less where `bounds` shorten it). Its sign is random:
+      to second order, both are equally harmful.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if the key is missing, if `steps` < 1, if shapes are not `[B, ...]`, `[B]` and
+        `[B, K]` with K >= 2, if the norm is unknown, if a Python `eps` is negative, or if `bounds`
+        is not a pair.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxadv import perturb
+      >>> w = jnp.array([[3.0, -3.0], [4.0, -4.0]])
+      >>> r = perturb.virtual(
+      ...     lambda w, x: x @ w, w, jnp.ones((1, 2)), eps=5.0, key=jax.random.key(0)
+      ... )
+      >>> jnp.abs(r).round(4).tolist()
+      [[3.0, 4.0]]
+
+    References:
+      Miyato et al., "Distributional Smoothing with Virtual Adversarial Training", 2015, Section 3.
+    """
+    if steps < 1:
+        raise ValueError(f"expected steps >= 1, got {steps}; one power iteration is the usual")
+    x = inputs.examples(x)
+    if y is not None:
+        y = inputs.labels(y, x.shape[0])
+    row_keys = inputs.keys(key, x.shape[0], "perturb.virtual")
+    logits, push = jax.linearize(lambda v: inputs.apply(apply_fn, params, v), x)
+    pull = jax.linear_transpose(push, x)
+
+    wide = inputs.wide(x.dtype)
+    v = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], wide))(row_keys)
+    for _ in range(steps):
+        pushed = push(norms.steepest(v, "l2").astype(x.dtype)).astype(inputs.wide(logits.dtype))
+        (v,) = pull(_scaled_fisher(logits, pushed).astype(logits.dtype))
+    direction = norms.steepest(v, norm).astype(wide)
+    r = inputs.batched(inputs.radius(eps, x), x) * direction
+    return _finish(r, x, y, logits, bounds)
+
+
+def _margin_gradient(
+    apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the logits `[B, K]` and the gradient `[B, ...]` of logsumexp_{k != y} z_k - z_y."""
+    logits, pull = jacobian.pullback(apply_fn, params, x)
+    is_y = jax.nn.one_hot(y, logits.shape[1], dtype=bool)
+    # The gradient in z: the softmax of the other classes, and -1 at y.
+    z = jacobian.below_largest(jnp.where(is_y, -jnp.inf, logits))
+    return logits, pull(jnp.where(is_y, -1, jax.nn.softmax(z, axis=1)))
+
+
+def _scaled_fisher(logits: jax.Array, u: jax.Array) -> jax.Array:
+    """Return `(diag(p) - p p^T) u` of each row, over the largest probability but the likeliest's.
+
+    With u relative to the likeliest class's entry, no term is the difference of nearly equal
+    numbers, however close to 1 that class's probability is.
+    """
+    z = jacobian.below_largest(logits.astype(u.dtype))
+    log_p = jax.nn.log_softmax(z, axis=1)
+    is_top = jax.nn.one_hot(jnp.argmax(z, axis=1), z.shape[1], dtype=bool)
+    log_second = jnp.max(jnp.where(is_top, -jnp.inf, log_p), axis=1, keepdims=True)
+    w = jnp.where(is_top, 0, jnp.exp(log_p - log_second))  # p / p_second, but for the likeliest
+    u = u - jnp.sum(jnp.where(is_top, u, 0), axis=1, keepdims=True)
+    mean = jnp.sum(w * u, axis=1, keepdims=True)  # <p, u> / p_second
+    return jnp.where(is_top, -jnp.exp(log_p) * mean, w * (u - jnp.exp(log_second) * mean))
+
+
+def _finish(
+    r: jax.Array,
+    x: jax.Array,
+    y: jax.Array | None,
+    logits: jax.Array,
+    bounds: Bounds | None,
+    unusable: jax.Array | bool = False,
+) -> jax.Array:
+    """Return r in x's dtype and bounds: 0 in rows that pose no problem, NaN in unsound ones."""
+    solvable = inputs.solvable(logits, y) & ~jnp.asarray(unusable)
+    r = jnp.where(inputs.batched(solvable, x), r, 0)
+    r = r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
+    return jnp.where(inputs.batched(inputs.finite(x, logits), x), r, jnp.nan)

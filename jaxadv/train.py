@@ -1,0 +1,208 @@
+"""The min-max step: an objective's gradient and an optax update, in one jitted function.
+
+State and report are apart: `TrainState` is all that the next step needs (and all that a checkpoint
+holds), `StepInfo` is what a person wants to see. The objective brings the perturbation (see
+`objectives`), the optimiser brings schedules, clipping, averaging and the rest (see optax); this
+module puts them together and compiles.
+
+`make_step` takes one batch; `make_epoch` a whole epoch that lies on the device, as one `lax.scan`.
+
+References:
+  Huang et al., "Learning with a Strong Adversary", 2015, Algorithms 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxadv.types import Objective, Params
+
+__all__ = ["StepInfo", "TrainState", "init", "make_epoch", "make_step", "update"]
+
+
+class TrainState(NamedTuple):
+    """What training carries from step to step.
+
+    Attributes:
+      step: number of updates made so far, int32 `[]`.
+      params: the parameters, a pytree.
+      opt_state: the state of the optax transformation.
+      model_state: what the net carries beside its parameters (batch norm's statistics), or None.
+      key: the run's key; a step's own key is this one with the step folded in.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    model_state: Any
+    key: jax.Array
+
+
+class StepInfo(NamedTuple):
+    """What one step reports.
+
+    Attributes:
+      loss: the objective's value before the update, `[]`.
+      aux: whatever else the objective reports; `objectives.Aux` for this library's.
+    """
+
+    loss: jax.Array
+    aux: Any
+
+
+def init(
+    params: Params, tx: optax.GradientTransformation, *, model_state: Any = None, key: jax.Array
+) -> TrainState:
+    """Return the state before the first step.
+
+    Everything is copied, since steps give their state's memory away (`donate`): the caller's arrays
+    stay valid.
+
+    Args:
+      params: the initial parameters, any pytree of arrays.
+      tx: the optax transformation that will be given to `make_step`.
+      model_state: what the net carries beside its parameters, any pytree, or None.
+      key: the key that all randomness of the run derives from.
+
+    Returns:
+      `TrainState` at step 0.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jaxadv import train
+      >>> state = train.init({"w": jnp.zeros(3)}, optax.sgd(0.1), key=jax.random.key(0))
+      >>> int(state.step)
+      0
+    """
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), model_state, key)
+    return jax.tree.map(_copy, state)
+
+
+def _copy(leaf: Any) -> jax.Array:
+    # With its own dtype named, a weakly typed leaf becomes what it will be after the first update;
+    # otherwise that update would be traced twice.
+    return jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)
+
+
+def update(
+    objective: Objective, tx: optax.GradientTransformation, state: TrainState, batch: Any
+) -> tuple[TrainState, StepInfo]:
+    """One update, pure and un-jitted: gradient of the objective, then optax.
+
+    Args:
+      objective: what is minimised, see `objectives`.
+      tx: an optax transformation; it is also given `value`, the loss, for those that want it.
+      state: the state before.
+      batch: what the objective takes, `(x, y)` for this library's.
+
+    Returns:
+      The state after, and `StepInfo`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jaxadv import objectives, train
+      >>> tx, natural = optax.sgd(1.0), objectives.natural(lambda w, x: x @ w)
+      >>> state = train.init(jnp.zeros((1, 2)), tx, key=jax.random.key(0))
+      >>> state, _ = train.update(natural, tx, state, (jnp.ones((1, 1)), jnp.array([1])))
+      >>> state.params.tolist()
+      [[-0.5, 0.5]]
+    """
+    key = jax.random.fold_in(state.key, state.step)
+    (loss, (model_state, aux)), grads = jax.value_and_grad(objective, has_aux=True)(
+        state.params, state.model_state, batch, key=key, step=state.step
+    )
+    updates, opt_state = optax.with_extra_args_support(tx).update(
+        grads, state.opt_state, state.params, value=loss
+    )
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state, model_state, state.key), StepInfo(
+        loss, aux
+    )
+
+
+def make_step(
+    objective: Objective, tx: optax.GradientTransformation, *, donate: bool = True
+) -> Callable[[TrainState, Any], tuple[TrainState, StepInfo]]:
+    """Compile `update` for one batch.
+
+    Args:
+      objective: what is minimised, see `objectives`.
+      tx: an optax transformation.
+      donate: reuse the memory of the state passed in, which is then gone. False keeps it.
+
+    Returns:
+      `step(state, batch) -> (state, StepInfo)`, jitted; traced once for each shape of batch.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jaxadv import objectives, perturb, train
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+      >>> lwa = objectives.adversarial(lambda w, x: x @ w, perturb.alpha, eps=0.1)
+      >>> step = train.make_step(lwa, tx)
+      >>> state = train.init(jnp.eye(2), tx, key=jax.random.key(0))
+      >>> for _ in range(3):
+      ...     state, info = step(state, (jnp.eye(2), jnp.array([0, 1])))
+      >>> int(state.step), int(info.aux.zero)
+      (3, 0)
+
+    References:
+      Huang et al., 2015, Algorithms 2 and 3.
+    """
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
+        return update(objective, tx, state, batch)
+
+    return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+def make_epoch(
+    objective: Objective, tx: optax.GradientTransformation, *, donate: bool = True
+) -> Callable[..., tuple[TrainState, StepInfo]]:
+    """Compile `update` over many batches that lie on the device, as one `lax.scan`.
+
+    On CPU, XLA runs a convolution's gradients far slower inside a loop than outside: there, a
+    convolutional net trains faster by a Python loop over `make_step`.
+
+    Args:
+      objective: what is minimised, see `objectives`.
+      tx: an optax transformation.
+      donate: reuse the memory of the state passed in, which is then gone. False keeps it.
+
+    Returns:
+      `epoch(state, data, order=None) -> (state, StepInfo)`, jitted. Without `order`, `data` is a
+      pytree of batches stacked on a first axis, `[S, B, ...]`. With `order`, integers `[S, B]`,
+      `data` is a pytree of examples, `[N, ...]`, and step s takes those that `order[s]` names.
+      The leaves of `StepInfo` are stacked, `[S]`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jaxadv import objectives, train
+      >>> tx = optax.sgd(0.5)
+      >>> epoch = train.make_epoch(objectives.natural(lambda w, x: x @ w), tx)
+      >>> state = train.init(jnp.zeros((6, 2)), tx, key=jax.random.key(0))
+      >>> data = jnp.eye(6), jnp.array([0, 1, 0, 1, 0, 1])
+      >>> order = jax.random.permutation(jax.random.key(1), 6).reshape(3, 2)
+      >>> state, info = epoch(state, data, order)
+      >>> int(state.step), info.loss.shape
+      (3, (3,))
+
+    References:
+      Huang et al., 2015, Algorithms 2 and 3.
+    """
+
+    def epoch(
+        state: TrainState, data: Any, order: jax.Array | None = None
+    ) -> tuple[TrainState, StepInfo]:
+        def one(state: TrainState, item: Any) -> tuple[TrainState, StepInfo]:
+            batch = item if order is None else jax.tree.map(lambda a: a[item], data)
+            return update(objective, tx, state, batch)
+
+        return lax.scan(one, state, data if order is None else order)
+
+    return jax.jit(epoch, donate_argnums=(0,) if donate else ())

@@ -1,0 +1,119 @@
+"""The names that the rest of the library is written against; no computation here.
+
+Call signatures are `Protocol` classes with positional-only data, so that a user's own argument
+names match. Shapes use `B` for the batch, `K` for the number of classes and `...` for the shape
+of one example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeAlias
+
+import jax
+
+__all__ = [
+    "ApplyFn",
+    "Bounds",
+    "EncodeFn",
+    "Eps",
+    "LossFn",
+    "Norm",
+    "Objective",
+    "Params",
+    "PerturbFn",
+    "Schedule",
+    "TrainFn",
+]
+
+Params: TypeAlias = Any
+"""Whatever pytree the caller's function takes first; never looked into."""
+
+Norm: TypeAlias = Literal["l1", "l2", "linf"]
+"""The norms of the paper's Proposition 3."""
+
+Eps: TypeAlias = float | jax.Array
+"""A perturbation size, the paper's c: a scalar or one number per example, `[B]`."""
+
+Bounds: TypeAlias = tuple[float | jax.Array, float | jax.Array]
+"""`(lo, hi)`, the box that `x + r` stays in; each a number or an array that broadcasts to x."""
+
+Schedule: TypeAlias = Callable[[jax.Array], jax.Array | float]
+"""A number as a function of the step, as optax makes them."""
+
+
+class ApplyFn(Protocol):
+    """A classifier: `[B, ...]` to logits `[B, K]`, each row by itself."""
+
+    def __call__(self, params: Params, x: jax.Array, /) -> jax.Array:
+        """Return logits (not probabilities) of shape `[B, K]`.
+
+        Rows must not interact, so batch norm runs on its stored statistics, and dropout is off.
+        """
+        ...
+
+
+class EncodeFn(Protocol):
+    """The paper's N_rep: `[B, ...]` to a representation `[B, ...]`, each row by itself."""
+
+    def __call__(self, params: Params, x: jax.Array, /) -> jax.Array:
+        """Return the representation that the classifier part takes as its input."""
+        ...
+
+
+class TrainFn(Protocol):
+    """The net as it is trained: with dropout, and batch norm on the batch's statistics."""
+
+    def __call__(
+        self, params: Params, model_state: Any, x: jax.Array, key: jax.Array, /
+    ) -> tuple[jax.Array, Any]:
+        """Return the output for `x` (logits, or a representation) and the new model state."""
+        ...
+
+
+class LossFn(Protocol):
+    """A loss per example, in optax's argument order."""
+
+    def __call__(self, logits: jax.Array, labels: jax.Array, /) -> jax.Array:
+        """Return the loss of each example, `[B]`, from logits `[B, K]`."""
+        ...
+
+
+class PerturbFn(Protocol):
+    """A perturbation method: returns r, never x + r."""
+
+    def __call__(
+        self,
+        apply_fn: ApplyFn,
+        params: Params,
+        x: jax.Array,
+        y: jax.Array,
+        /,
+        *,
+        eps: Eps,
+        key: jax.Array | None = None,
+        bounds: Bounds | None = None,
+    ) -> jax.Array:
+        """Return r of x's shape and dtype.
+
+        `functools.partial` sets the arguments that belong to one method (its norm, its number of
+        steps). `key` is one key, split per row, or one key per row.
+        """
+        ...
+
+
+class Objective(Protocol):
+    """What `train.make_step` minimises; ready for `jax.value_and_grad(..., has_aux=True)`."""
+
+    def __call__(
+        self,
+        params: Params,
+        model_state: Any,
+        batch: tuple[jax.Array, jax.Array],
+        /,
+        *,
+        key: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, tuple[Any, Any]]:
+        """Return `(loss, (model_state, aux))` for one batch `(x, y)`."""
+        ...
