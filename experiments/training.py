@@ -1,0 +1,179 @@
+"""Training that shows where it is, and that goes on where it was after any interruption.
+
+`fit` runs epochs of `jaxadv.train.make_epoch` and saves the whole training state after each, with
+orbax, whose checkpoints appear whole or not at all. Killed at any moment, the same call restores
+the last one and repeats only the epoch that was cut off; since an epoch's order of examples and
+every step's key derive from the run's key, the end is bit for bit that of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from jaxadv import train
+from jaxadv.types import Objective, Params
+
+__all__ = ["Fitted", "bars", "fit"]
+
+_CHUNK = 50  # steps between two updates of the progress bar
+
+
+class Fitted(NamedTuple):
+    """A trained net.
+
+    Attributes:
+      state: the last training state.
+      seconds: time spent training, over all the sessions it took, compilation included.
+      history: one entry per epoch: mean loss and accuracy over its batches, as trained.
+    """
+
+    state: train.TrainState
+    seconds: float
+    history: list[dict[str, float]]
+
+
+@contextmanager
+def bars(console: Console) -> Iterator[Progress]:
+    """Progress bars with loss, accuracy and time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield progress
+
+
+def fit(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    params: Params,
+    data: tuple[jax.Array, jax.Array],
+    *,
+    epochs: int,
+    batch_size: int,
+    key: jax.Array,
+    directory: Path,
+    settings: dict[str, Any],
+    progress: Progress,
+    name: str,
+) -> Fitted:
+    """Train for some epochs, from scratch or from the last checkpoint in `directory`.
+
+    Args:
+      objective: what is minimised.
+      tx: the optax transformation.
+      params: the initial parameters.
+      data: all training examples, `x [N, ...]` and `y [N]`, on the device. The N mod batch_size
+        last examples of an epoch's random order sit that epoch out.
+      epochs: how many.
+      batch_size: B.
+      key: what the run's order of examples and keys derive from.
+      directory: where its checkpoints are kept.
+      settings: all that determines the run, kept with the checkpoint.
+      progress: where to show a bar.
+      name: what to call it there.
+
+    Returns:
+      `Fitted`.
+
+    Raises:
+      ValueError: if the checkpoint there was made with other settings.
+    """
+    order_key, step_key = jax.random.split(key)
+    state = train.init(params, tx, key=step_key)
+    n_steps = len(data[1]) // batch_size
+    epoch_fn = train.make_epoch(objective, tx)
+    seconds, history = 0.0, []
+    task = progress.add_task(name, total=epochs * n_steps, note="")
+
+    with ocp.CheckpointManager(
+        directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
+    ) as manager:
+        done = manager.latest_step() or 0
+        if done:
+            restored = manager.restore(
+                done,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(state), record=ocp.args.JsonRestore()
+                ),
+            )
+            _check_same(restored.record["settings"], settings, directory)
+            state = restored.state
+            seconds, history = restored.record["seconds"], restored.record["history"]
+            progress.console.print(f"{name}: goes on after epoch {done} of {epochs}")
+        for epoch in range(done, epochs):
+            start = time.perf_counter()
+            order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(data[1]))
+            order = order[: n_steps * batch_size].reshape(n_steps, batch_size)
+            infos = []
+            for first in range(0, n_steps, _CHUNK):
+                state, info = epoch_fn(state, data, order[first : first + _CHUNK])
+                infos.append(info)
+                loss, accuracy = info.loss.mean(), info.aux.accuracy.mean()
+                progress.update(
+                    task,
+                    completed=epoch * n_steps + min(first + _CHUNK, n_steps),
+                    note=f"loss {loss:.3f}  accuracy {accuracy:.3f}",
+                )
+            history.append(_summary(infos))
+            seconds += time.perf_counter() - start
+            record = {"settings": settings, "seconds": seconds, "history": history}
+            manager.save(
+                epoch + 1,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+                ),
+            )
+            if not progress.console.is_terminal:
+                last = history[-1]
+                progress.console.print(
+                    f"{name}: epoch {epoch + 1} of {epochs}, loss {last['loss']:.4f}, "
+                    f"accuracy {last['accuracy']:.4f}, {seconds:.0f} s"
+                )
+    progress.update(task, completed=epochs * n_steps)
+    return Fitted(state, seconds, history)
+
+
+def _summary(infos: list[train.StepInfo]) -> dict[str, float]:
+    """One epoch's means, and its counts of perturbations without a gradient or not finite."""
+    loss, aux = jax.tree.map(lambda *chunks: jnp.concatenate(chunks), *infos)
+    return {
+        "loss": float(loss.mean()),
+        "accuracy": float(aux.accuracy.mean()),
+        "eps": float(aux.eps.mean()),
+        "zero": int(aux.zero.sum()),
+        "nonfinite": int(aux.nonfinite.sum()),
+    }
+
+
+def _check_same(stored: dict[str, Any], settings: dict[str, Any], directory: Path) -> None:
+    other = [
+        f"{name}: {stored.get(name)!r} then, {settings.get(name)!r} now"
+        for name in sorted(stored.keys() | settings.keys())
+        if stored.get(name) != settings.get(name)
+    ]
+    if other:
+        raise ValueError(
+            f"expected the settings that the checkpoint in {directory} was made with, got others "
+            f"({'; '.join(other)}); choose another --out, or delete that checkpoint to start again"
+        )

@@ -1,0 +1,534 @@
+"""Algorithm 1 and Adv_Loss are exact at any confidence: against references of thousands of digits.
+
+The nets come in float32 and the reference evaluates the same float32 parameters in float64. That
+makes the logits' own rounding part of what is tested, and it is what bounds a size: a logit z is
+known to about an ulp, 2^-24 |z| for each rounding on its way, and a size grows as exp(z_y - z_j).
+"""
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from references import NORMS
+
+from jaxadv import jacobian, perturb
+
+# name: layer sizes D, ..., K and the batch size, no two of B, K and D alike
+NETS = {
+    "linear-2": ((7, 2), 10),
+    "linear-3": ((8, 3), 10),
+    "mlp-2": ((7, 9, 2), 10),
+    "mlp-3": ((8, 9, 3), 10),
+    "mlp-10": ((13, 11, 10), 8),
+}
+SCALES = (1, 10, 100, 1000)
+LOG_MAX = math.log(np.finfo(np.float32).max)
+
+every_norm = pytest.mark.parametrize("norm", NORMS)
+every_net = pytest.mark.parametrize("name", NETS)
+every_scale = pytest.mark.parametrize("scale", SCALES)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_size_half(*data):
+    """Each method that takes eps in each norm, compiled at once: [method, norm] -> r."""
+    return {
+        **{("alpha", norm): perturb.alpha(*data, norm=norm, eps=0.5) for norm in NORMS},
+        **{("loss", norm): perturb.loss(*data, norm=norm, eps=0.5) for norm in NORMS},
+        ("loss_sign", "l2"): perturb.loss_sign(*data, eps=0.5),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def everything(*data):
+    """These, and the minimal perturbations."""
+    minimal = {("minimal", norm): perturb.alpha(*data, norm=norm) for norm in NORMS}
+    return {**minimal, **of_size_half(*data)}
+
+
+softmax_jacobian = jax.jit(jacobian.softmax_jacobian, static_argnums=0)
+
+
+def apply(params, x):
+    """The JAX twin of `references.net`, in the parameters' dtype."""
+    *hidden, (w, b) = params
+    h = x.reshape(x.shape[0], -1).astype(w.dtype)
+    for v, c in hidden:
+        h = jnp.tanh(h @ v + c[None])
+    return h @ w + b[None]
+
+
+def apply_low(params, x):
+    """Dot products that accumulate in float32, logits in the input's dtype."""
+    return apply(params, x).astype(x.dtype)
+
+
+class Problem(NamedTuple):
+    params: list
+    x: np.ndarray  # [B, D]
+    y: np.ndarray  # [B]; even rows are classified right, odd rows wrong, with any rank
+    logits: np.ndarray  # [B, K], float64
+    jac: np.ndarray  # [B, K, D], float64
+
+    @property
+    def slack(self):
+        """Relative rounding that sizes and coordinates of directions may show in float32.
+
+        DESIGN's bar for a size is 1e-4 + 8 ulps of the largest logit; coordinates of d_j are sums
+        of rows weighed by the same exponentials, without the 1e-4.
+        """
+        return 1e-5 + 8 * 2**-24 * np.abs(self.logits).max()
+
+
+@functools.cache
+def problem(name, scale, dtype="float32"):
+    sizes, batch = NETS[name]
+    params = references.draw(len(name), sizes, scale)
+    x = np.random.default_rng(1).normal(size=(batch, sizes[0]))
+    x = np.asarray(jnp.asarray(x, dtype))
+    logits, jac = map(np.stack, zip(*(references.net(params, row) for row in x), strict=True))
+    order, classes = np.argsort(-logits), sizes[-1]
+    rank = [0 if i % 2 == 0 else 1 + i // 2 % (classes - 1) for i in range(batch)]
+    return Problem(params, x, order[np.arange(batch), rank].astype(np.int32), logits, jac)
+
+
+@functools.cache
+def solved(name, scale):
+    p = problem(name, scale)
+    r = everything(apply, p.params, p.x, p.y)
+    assert all(v.shape == p.x.shape and v.dtype == p.x.dtype for v in r.values())
+    return {which: np.asarray(v) for which, v in r.items()}
+
+
+def solved_in_float64(name, scale):
+    p = problem(name, scale)
+    x, params = jax.tree.map(lambda a: a.astype(np.float64), (p.x, p.params))
+    r = everything(apply, params, x, p.y)
+    assert all(v.dtype == np.float64 for v in r.values())
+    return {which: np.asarray(v) for which, v in r.items()}
+
+
+@functools.cache
+def exact(name, scale, norm):
+    p = problem(name, scale)
+    rows = zip(p.logits, p.jac, p.y, strict=True)
+    return [references.alpha(z, jac, y, norm=norm) for z, jac, y in rows]
+
+
+def closeness(r, row, norm, slack):
+    """Cosine of r with the steepest direction of `row`, whose jumps are given `slack`.
+
+    Only l2's direction is continuous. A sign is rounding where |row_k| is under slack of the
+    largest, and l1's coordinate is any whose |row_k| is within slack of the largest.
+    """
+    want = references.steepest(row, norm)
+    r = np.asarray(r).astype(np.float64)
+    assert np.all(r[row == 0] == 0)
+    if norm == "linf":
+        want = np.where((np.abs(row) < slack) & (row != 0), np.sign(r), want)
+    if norm == "l1":
+        k = np.argmax(np.abs(r))
+        if np.abs(row[k]) >= 1 - slack:
+            want = np.sign(row[k]) * np.eye(len(row))[k]
+    return references.cosine(r, want)
+
+
+def acceptable(found):
+    """Classes whose distance is within 1% of the least: just I, mostly."""
+    if found.log_size == -math.inf:
+        return [found.cls]
+    return np.flatnonzero(found.log_sizes <= found.log_size + math.log(1.01))
+
+
+def direction_of(found, r, norm, slack):
+    """How near r is to the direction of I, or of a class that is as near as I."""
+    return max(closeness(r, found.rows[j], norm, slack) for j in acceptable(found))
+
+
+def check_minimal(found, r, norm, p):
+    """That r has the size, and the direction, of the exact minimal perturbation."""
+    tolerance = 1e-4 + 8 * 2**-24 * np.abs(p.logits).max()  # DESIGN's bar
+    if found.log_size == -math.inf:
+        np.testing.assert_array_equal(r, np.zeros_like(r))
+    elif found.log_size < LOG_MAX - tolerance:
+        log_size = math.log(references.length(r, norm))
+        assert log_size == pytest.approx(found.log_size, abs=tolerance)
+        assert direction_of(found, r, norm, p.slack) >= 0.9999
+    else:
+        assert found.log_size > LOG_MAX + tolerance
+        assert np.all(np.isinf(r) | (r == 0))
+        signs = "l1" if norm == "l1" else "linf"
+        assert direction_of(found, np.sign(r), signs, p.slack) >= 0.9999
+
+
+# The references agree with plainer arithmetic where that is good enough
+
+
+@every_net
+def test_the_reference_jacobian_is_the_slope_of_the_reference_net(name):
+    p, h = problem(name, 1), 1e-6
+    for x, jac in zip(p.x.astype(np.float64), p.jac, strict=True):
+        steps = h * np.eye(x.size)
+        logits = [[references.net(p.params, x + s * e)[0] for e in steps] for s in (1, -1)]
+        slope = (np.array(logits[0]) - np.array(logits[1])).T / (2 * h)
+        # Central differences: 2^-53 / h = 1e-10 of rounding and h^2 of truncation, with room.
+        np.testing.assert_allclose(slope, jac, atol=5e-9)
+
+
+@every_net
+@every_norm
+def test_many_digits_agree_with_float64_where_nothing_saturates(name, norm):
+    p = problem(name, 1)
+    for z, jac, y, found in zip(p.logits, p.jac, p.y, exact(name, 1, norm), strict=True):
+        a, t = references.softmax_jacobian(z, jac)
+        d = t - t[y]
+        others = [j for j in range(len(a)) if j != y]
+        sizes = {j: (a[y] - a[j]) / references.length(d[j], references.DUAL[norm]) for j in others}
+        if min(sizes.values()) > 0:
+            assert found.cls == min(sizes, key=sizes.get)
+            assert found.log_size == pytest.approx(math.log(sizes[found.cls]), abs=1e-12)
+        else:
+            assert found.cls == max(others, key=lambda j: z[j])
+            assert found.log_size == -math.inf
+        assert references.cosine(found.rows[found.cls], d[found.cls]) > 1 - 1e-12
+        assert references.cosine(references.loss_row(z, jac, y), -t[y]) > 1 - 1e-12
+
+
+def test_the_reference_quadratic_form_is_the_curvature_of_kl():
+    p, h = problem("mlp-3", 1), 1e-4
+    for x, z, jac in zip(p.x.astype(np.float64), p.logits, p.jac, strict=True):
+        v, values = references.virtual(z, jac)
+        rng = np.random.default_rng(0)
+        others = [references.steepest(u, "l2") for u in rng.normal(size=(20, x.size))]
+        bends = [references.kl(z, references.net(p.params, x + h * u)[0]) for u in (v, *others)]
+        # KL is r^T H r / 2 up to a relative h: no direction bends it more than the top one.
+        assert max(bends[1:]) <= bends[0] * (1 + 10 * h)
+        assert values[-1] == 1
+        assert np.all(values > -1e-12)
+
+
+# Algorithm 1
+
+
+@every_norm
+@every_scale
+@every_net
+def test_alpha_goes_the_way_of_the_nearest_class(name, scale, norm):
+    p = problem(name, scale)
+    r = solved(name, scale)["alpha", norm]
+    for found, row in zip(exact(name, scale, norm), r, strict=True):
+        assert direction_of(found, row, norm, p.slack) >= 0.9999
+        # Divisions and a root: a few roundings of 2^-24.
+        assert references.length(row, norm) == pytest.approx(0.5, rel=1e-6)
+
+
+@every_norm
+@every_scale
+@every_net
+def test_alpha_takes_the_least_distance_and_stays_when_the_class_is_wrong_already(
+    name, scale, norm
+):
+    p = problem(name, scale)
+    r = solved(name, scale)["minimal", norm]
+    for i, (found, row) in enumerate(zip(exact(name, scale, norm), r, strict=True)):
+        assert (found.log_size == -math.inf) == (i % 2 == 1)
+        check_minimal(found, row, norm, p)
+
+
+def test_sizes_both_within_and_beyond_float32_are_tried():
+    cases = itertools.product(NETS, SCALES)
+    sizes = [found.log_size for case in cases for found in exact(*case, "l2")[::2]]
+    assert min(sizes) < 0
+    assert sum(math.log(1e6) < size < LOG_MAX for size in sizes) >= 15
+    assert sum(size > LOG_MAX for size in sizes) >= 15
+
+
+def test_nearly_every_point_has_one_nearest_class():
+    cases = itertools.product(NETS, SCALES, NORMS)
+    alone = [len(acceptable(found)) == 1 for case in cases for found in exact(*case)]
+    assert np.mean(alone) > 0.95
+
+
+@pytest.mark.parametrize("scale", [100, 1000])
+def test_the_plain_softmax_jacobian_is_lost_on_these_points(scale):
+    # What a peer would do in float32. If it passed, the points above would prove nothing.
+    lost = []
+    for name in NETS:
+        p = problem(name, scale)
+        t = np.asarray(softmax_jacobian(apply, p.params, p.x), np.float64)
+        for i, found in enumerate(exact(name, scale, "l2")):
+            d = t[i, found.cls] - t[i, p.y[i]]
+            lost.append(not d.any() or references.cosine(d, found.direction) < 0.9999)
+    assert np.mean(lost) > 0.5
+
+
+# Adv_Loss
+
+
+@every_norm
+@every_scale
+@every_net
+def test_loss_lowers_the_probability_of_the_true_class_fastest(name, scale, norm):
+    p = problem(name, scale)
+    r = solved(name, scale)["loss", norm]
+    for z, jac, y, row in zip(p.logits, p.jac, p.y, r, strict=True):
+        want = references.loss_row(z, jac, y)
+        assert closeness(row, want, norm, p.slack) >= 0.9999
+        assert references.length(row, norm) == pytest.approx(0.5, rel=1e-6)
+
+
+@every_scale
+@every_net
+def test_loss_sign_is_the_sign_direction_at_l2_size_eps(name, scale):
+    p = problem(name, scale)
+    r = solved(name, scale)["loss_sign", "l2"]
+    for z, jac, y, row in zip(p.logits, p.jac, p.y, r, strict=True):
+        want = references.loss_row(z, jac, y)
+        assert closeness(np.sign(row), want, "linf", p.slack) >= 0.9999
+        np.testing.assert_allclose(
+            np.abs(row), 0.5 * np.abs(references.loss_sign(z, jac, y)), rtol=1e-6
+        )
+
+
+@every_scale
+@pytest.mark.parametrize("name", ["linear-2", "mlp-2"])
+def test_with_two_classes_alpha_and_loss_go_the_same_way(name, scale):
+    r = solved(name, scale)
+    # The same difference of two rows, but for a few roundings of 2^-24 in its weights.
+    np.testing.assert_allclose(r["alpha", "l2"], r["loss", "l2"], atol=1e-6)
+
+
+# Other precisions
+
+
+@every_norm
+@every_scale
+@pytest.mark.parametrize("name", ["mlp-2", "mlp-10"])
+def test_float64_is_exact_to_float64(name, scale, norm, x64):
+    p, r = problem(name, scale), solved_in_float64(name, scale)
+    for i, found in enumerate(exact(name, scale, norm)):
+        # Logits of some thousands are known to 2^-53 of that: 1e-12, with room for the sums.
+        np.testing.assert_allclose(r["alpha", norm][i], found.r(0.5), atol=1e-9)
+        want = 0.5 * references.loss(p.logits[i], p.jac[i], p.y[i], norm=norm)
+        np.testing.assert_allclose(r["loss", norm][i], want, atol=1e-9)
+        minimal = r["minimal", norm][i]
+        if found.log_size < math.log(np.finfo(np.float64).max):
+            np.testing.assert_allclose(minimal, found.r(), rtol=1e-9, atol=1e-9)
+        else:
+            np.testing.assert_array_equal(np.isinf(minimal), found.direction != 0)
+
+
+@every_scale
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("net", [apply, apply_low])
+def test_low_precision_keeps_the_direction(scale, dtype, net):
+    p = problem("mlp-10", scale, dtype)
+    # Logits that the net rounded are the logits there are, and exactly known.
+    logits = p.logits if net is apply else np.asarray(net(p.params, p.x)).astype(np.float64)
+    r = of_size_half(net, p.params, p.x, p.y)
+    assert all(v.dtype == dtype for v in r.values())
+    # A gradient rounded to the dtype on its way through the net: four roundings.
+    slack = p.slack + 4 * float(jnp.finfo(dtype).eps)
+    for i, (z, jac, y) in enumerate(zip(logits, p.jac, p.y, strict=True)):
+        fastest = references.loss_row(z, jac, y)
+        for norm in NORMS:
+            found = references.alpha(z, jac, y, norm=norm)
+            assert direction_of(found, r["alpha", norm][i], norm, slack) >= 0.99
+            assert closeness(r["loss", norm][i], fastest, norm, slack) >= 0.99
+
+
+# Propositions and identities
+
+
+@every_norm
+@every_net
+def test_proposition_4_by_brute_force_on_the_linearised_net(name, norm):
+    p = problem(name, 1)
+    r = solved(name, 1)["minimal", norm].astype(np.float64)
+    rng = np.random.default_rng(2)
+    for i in range(0, len(r), 2):
+        a, t = references.softmax_jacobian(p.logits[i], p.jac[i])
+        size = references.length(r[i], norm)
+        # Linear programs (SLSQP for l2), one for each class: their tolerance is 1e-7, float32's
+        # logits of order 1 add a few 1e-7 relative.
+        best = references.proposition_4(a, t, p.y[i], norm=norm)
+        assert size == pytest.approx(references.length(best, norm), rel=1e-5)
+        # r reaches the boundary of the linearised net, neither sooner nor later.
+        assert references.flip_length(a, t, p.y[i], r[i][None])[0] == pytest.approx(1, abs=1e-5)
+        # Nothing shorter does: at random and, as extreme points matter, at signs and axes.
+        u = rng.normal(size=(2000, r.shape[1]))
+        u = np.concatenate([u, np.sign(u), np.eye(r.shape[1]), -np.eye(r.shape[1])])
+        u = np.array([v / references.length(v, norm) for v in u])
+        assert references.flip_length(a, t, p.y[i], u).min() >= size * (1 - 1e-5)
+
+
+def test_proposition_4_by_exhaustion_in_the_plane():
+    # Two inputs that are used, so that a fine grid of directions must come as short as r.
+    p = problem("linear-3", 1)
+    ((w, b),) = p.params
+    params = [(np.where(np.arange(len(w))[:, None] < 2, w, 0), b)]
+    y = np.array([references.net(params, row)[0].argmax() for row in p.x], np.int32)
+    r = everything(apply, params, p.x, y)
+    angles = np.arange(100_000) * 2 * np.pi / 100_000
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    order = {"l1": 1, "l2": 2, "linf": np.inf}
+    for norm in NORMS:
+        u = circle / np.linalg.norm(circle, order[norm], axis=1, keepdims=True)
+        for i in range(len(y)):
+            a, t = references.softmax_jacobian(*references.net(params, p.x[i]))
+            shortest = references.flip_length(a, t[:, :2], y[i], u).min()
+            # The grid misses a corner of the ball by at most an angle of 3e-5.
+            size = references.length(r["minimal", norm][i], norm)
+            assert size == pytest.approx(shortest, rel=1e-4)
+
+
+@every_norm
+@every_net
+def test_the_linearised_gap_is_closed_exactly(name, norm):
+    p = problem(name, 1)
+    r = solved(name, 1)["minimal", norm].astype(np.float64)
+    for i, found in list(enumerate(exact(name, 1, norm)))[::2]:
+        a, t = references.softmax_jacobian(p.logits[i], p.jac[i])
+        gap = a[p.y[i]] - a[found.cls]
+        # Corrected Prop. 3. Float32's probabilities and rows: a few 1e-7, relative to alpha_y.
+        assert (t[found.cls] - t[p.y[i]]) @ r[i] == pytest.approx(gap, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1, 10, 100])
+def test_two_classes_are_sinh_of_the_margin_apart(scale, x64):
+    p, r = problem("mlp-2", scale), solved_in_float64("mlp-2", scale)["minimal", "l2"]
+    for i in range(0, len(r), 2):
+        y, j = p.y[i], 1 - p.y[i]
+        margin, slope = p.logits[i, y] - p.logits[i, j], p.jac[i, y] - p.jac[i, j]
+        want = math.sinh(margin) / references.length(slope, "l2")
+        # exp of a margin of hundreds that is known to 2^-53 of that.
+        assert references.length(r[i], "l2") == pytest.approx(want, rel=1e-11)
+
+
+@every_net
+def test_softmax_jacobian_is_the_papers_t_and_its_rows_sum_to_0(name):
+    p = problem(name, 1)
+    t = np.asarray(softmax_jacobian(apply, p.params, p.x))
+    want = [references.softmax_jacobian(z, jac)[1] for z, jac in zip(p.logits, p.jac, strict=True)]
+    # Sums of K rows of order 1: some roundings of 2^-24.
+    np.testing.assert_allclose(t, want, atol=1e-6)
+    np.testing.assert_allclose(t.sum(axis=1), 0, atol=1e-6)
+
+
+def test_images_keep_their_shape():
+    p = problem("mlp-3", 1)
+    x = p.x.reshape(-1, 2, 4)
+    # The same numbers in another order of axes: XLA may sum them in another order too.
+    r = jax.jit(perturb.alpha, static_argnums=0)(apply, p.params, x, p.y)
+    want = solved("mlp-3", 1)["minimal", "l2"].reshape(x.shape)
+    np.testing.assert_allclose(r, want, rtol=1e-5, atol=1e-6)
+    t, flat = (softmax_jacobian(apply, p.params, v) for v in (x, p.x))
+    np.testing.assert_allclose(t, flat.reshape(-1, 3, 2, 4), rtol=1e-5, atol=1e-6)
+
+
+# Ties, masks and derivatives
+
+
+REACHED = [
+    # logits, y, I
+    ([1, 1, 0], 0, 1),  # a tie counts as reached
+    ([1, 1, 1], 1, 0),  # the lowest j of two
+    ([5, 5, 0], 2, 0),  # wrong, and the lowest of two on top
+    ([0, 3, 5], 0, 2),  # wrong, and the top is not the lowest
+    ([-300, 499, 500], 0, 2),  # the same where probabilities are 0 and 1
+]
+
+
+def test_what_is_reached_already_has_size_0_and_a_way_on():
+    p = problem("linear-3", 1)  # for its shapes: compiled already
+    logits, y, classes = zip(*REACHED * (len(p.y) // len(REACHED)), strict=True)
+    # The first three inputs are the logits, exactly; the others are 0 and have slopes.
+    ((w, b),) = p.params
+    params = [(np.concatenate([np.eye(3, dtype=np.float32), w[:-3]]), np.zeros_like(b))]
+    x = np.zeros_like(p.x)
+    x[:, :3] = logits
+    r = everything(apply, params, x, np.array(y, np.int32))
+    for norm in NORMS:
+        np.testing.assert_array_equal(r["minimal", norm], np.zeros_like(x))
+        for i, cls in enumerate(classes):
+            found = references.alpha(*references.net(params, x[i]), y[i], norm=norm)
+            assert found.cls == cls
+            assert closeness(r["alpha", norm][i], found.rows[cls], norm, p.slack) >= 0.9999
+
+
+@pytest.mark.parametrize("margin", [1, 100])
+def test_of_two_classes_equally_near_the_lower_one_is_taken(margin):
+    p = problem("linear-3", 1)
+    # Inputs 0 and 1 drive classes 1 and 2 alike. l1, as its dual is free of sums: the tie is exact.
+    w = np.zeros_like(p.params[0][0])
+    w[0, 1] = w[1, 2] = 1
+    params = [(w, np.array([margin, -margin, -margin], np.float32))]
+    x, y = np.zeros_like(p.x), np.zeros_like(p.y)
+    found = references.alpha(*references.net(params, x[0]), 0, norm="l1")
+    assert found.log_sizes[1] == found.log_sizes[2]
+    r = everything(apply, params, x, y)["alpha", "l1"]
+    np.testing.assert_array_equal(r, np.broadcast_to(0.5 * np.eye(x.shape[1])[0], x.shape))
+
+
+@pytest.mark.parametrize("scale", [1, 100])
+@pytest.mark.parametrize("masked", [[0, 4, 7], [1, 2], list(range(9))])
+def test_a_class_at_minus_infinity_is_no_candidate(scale, masked):
+    p = problem("mlp-10", scale)
+    mask = ~np.isin(np.arange(10), masked)
+    logits = np.where(mask, p.logits, -np.inf)
+    *hidden, (w, b) = p.params
+    params = [*hidden, (w, np.where(mask, b, -np.inf))]
+    y = np.where(np.arange(len(p.y)) % 2, p.y, logits.argmax(1)).astype(np.int32)
+    r = everything(apply, params, p.x, y)
+    for i, (z, jac) in enumerate(zip(logits, p.jac, strict=True)):
+        fastest = references.loss_row(z, jac, y[i])
+        for norm in NORMS:
+            found = references.alpha(z, jac, y[i], norm=norm)
+            if mask[y[i]] and mask.sum() > 1:
+                check_minimal(found, r["minimal", norm][i], norm, p)
+                assert direction_of(found, r["alpha", norm][i], norm, p.slack) >= 0.9999
+                assert closeness(r["loss", norm][i], fastest, norm, p.slack) >= 0.9999
+            else:
+                for method in ("minimal", "alpha", "loss"):
+                    np.testing.assert_array_equal(r[method, norm][i], 0)
+
+
+@jax.jit
+def derivatives(params, x, y):
+    """Of r in x at one example: {method: [D, D]}."""
+
+    def methods(x):
+        data = apply, params, x[None], y[None]
+        return {
+            "minimal": perturb.alpha(*data)[0],
+            "alpha": perturb.alpha(*data, eps=0.5)[0],
+            "loss": perturb.loss(*data, eps=0.5)[0],
+        }
+
+    return jax.jacrev(methods)(x)
+
+
+@every_scale
+def test_derivatives_of_r_match_finite_differences_of_the_reference(scale, x64):
+    p = problem("mlp-3", scale)
+    params = jax.tree.map(lambda a: a.astype(np.float64), p.params)
+    x, y = p.x[0].astype(np.float64), p.y[0]
+
+    def reference(x):
+        z, jac = references.net(params, x)
+        found = references.alpha(z, jac, y, norm="l2")
+        loss = 0.5 * references.loss(z, jac, y, norm="l2")
+        return {"minimal": found.r(), "alpha": found.r(0.5), "loss": loss}
+
+    h = 1e-5 / scale  # the net bends at a length of 1 / scale
+    steps = [(reference(x + e), reference(x - e)) for e in h * np.eye(x.size)]
+    for method, got in derivatives(params, x, y).items():
+        want = np.stack([(up[method] - down[method]) / (2 * h) for up, down in steps], axis=1)
+        # Central differences: (h scale)^2 of truncation, 2^-53 / h scale of rounding.
+        np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max(), err_msg=method)

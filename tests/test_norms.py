@@ -1,0 +1,298 @@
+"""`jaxadv.norms` against float64 references, closed forms and the properties that define it."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+
+from jaxadv import norms
+
+every_norm = pytest.mark.parametrize("norm", references.NORMS)
+
+# A float32 sum of n terms, then a division or a root: a few roundings of 2^-24 each.
+RTOL = 1e-6
+
+# Nearly all tests share one shape, and so one compilation per dtype.
+SHAPE = (3, 5)
+
+
+@jax.jit
+def geometry(v, eps):
+    """Every function in every norm, compiled at once: [function, norm] -> array."""
+    functions = {
+        "norm": norms.norm,
+        "steepest": norms.steepest,
+        "rescale": lambda v, norm: norms.rescale(v, eps, norm),
+        "project": lambda v, norm: norms.project(v, eps, norm),
+    }
+    return {(k, norm): f(v, norm) for k, f in functions.items() for norm in references.NORMS}
+
+
+jacobians = jax.jit(jax.jacrev(geometry))
+jacobians_forward = jax.jit(jax.jacfwd(geometry))
+
+
+def gaussian(seed, shape=SHAPE, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def radii(*eps, dtype=np.float32):
+    return np.resize(np.array(eps, dtype), SHAPE[0])
+
+
+def rowwise(reference, v, *args):
+    return np.array([reference(row, *args) for row in np.asarray(v).astype(np.float64)])
+
+
+def projected(v, eps, norm):
+    return np.array([references.project(row, e, norm) for row, e in zip(v, eps, strict=True)])
+
+
+@every_norm
+def test_all_axes_but_the_first_are_the_example(norm):
+    v, eps = gaussian(0, (4, 2, 3)), np.full(4, 0.75, np.float32)
+    got = geometry(v, eps)
+    assert got["norm", norm].shape == (4,)
+    np.testing.assert_allclose(got["norm", norm], rowwise(references.length, v, norm), rtol=RTOL)
+    want = rowwise(references.steepest, v, norm)
+    np.testing.assert_allclose(got["steepest", norm], want, rtol=RTOL)
+    # Entries of order 1: the rounding of a sum of six.
+    np.testing.assert_allclose(got["project", norm], projected(v, eps, norm), atol=RTOL)
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_is_measured_in_float32_and_moved_in_its_own_dtype(norm, dtype):
+    v, eps = jnp.asarray(gaussian(1), dtype), jnp.asarray(radii(0.75), dtype)
+    got = geometry(v, eps)
+    assert got["norm", norm].dtype == jnp.float32
+    np.testing.assert_allclose(got["norm", norm], rowwise(references.length, v, norm), rtol=RTOL)
+    steepest, project = (np.asarray(got[k, norm]) for k in ("steepest", "project"))
+    assert steepest.dtype == project.dtype == dtype
+    # Each entry, of 1 at most, is rounded to nearest once: half of the gap above 1, its eps.
+    atol = float(jnp.finfo(dtype).eps) / 2 + RTOL
+    want = rowwise(references.steepest, v, norm)
+    np.testing.assert_allclose(steepest.astype(np.float64), want, atol=atol)
+    want = projected(np.asarray(v).astype(np.float64), [0.75] * len(v), norm)
+    np.testing.assert_allclose(project.astype(np.float64), want, atol=atol)
+
+
+@every_norm
+def test_float64_stays_float64(norm, x64):
+    v, eps = gaussian(2, dtype=np.float64), radii(0.75, dtype=np.float64)
+    got = geometry(v, eps)
+    # A few roundings of 2^-53.
+    want = rowwise(references.length, v, norm)
+    np.testing.assert_allclose(got["norm", norm], want, rtol=1e-15)
+    want = rowwise(references.steepest, v, norm)
+    np.testing.assert_allclose(got["steepest", norm], want, rtol=1e-15)
+    np.testing.assert_allclose(got["project", norm], projected(v, eps, norm), atol=1e-15)
+
+
+@every_norm
+def test_dual_is_an_involution_and_pairs_l1_with_linf(norm):
+    assert norms.dual(norm) == references.DUAL[norm]
+    assert norms.dual(norms.dual(norm)) == norm
+
+
+@pytest.mark.parametrize(
+    ("norm", "g", "step", "objective"),
+    [
+        ("linf", [1, -2], [1, -1], 3),
+        ("l1", [1, -2], [0, -1], 2),
+        ("l1", [2, -2], [1, 0], 2),  # a tie goes to the lowest index
+        ("l1", [-2, 2], [-1, 0], 2),
+        ("l2", [0.5**0.5, -(0.5**0.5)], [0.5**0.5, -(0.5**0.5)], 1),
+    ],
+)
+def test_steepest_solves_cleverhans_linear_programs(norm, g, step, objective):
+    v = np.zeros(SHAPE, np.float32)
+    v[1, :2] = g
+    got = geometry(v, radii(1))["steepest", norm][1, :2]
+    np.testing.assert_allclose(got, step, rtol=RTOL)
+    assert float(got @ np.array(g, np.float32)) == pytest.approx(objective, rel=RTOL)
+
+
+@every_norm
+@pytest.mark.parametrize("magnitude", [1e-23, 1e20])
+def test_magnitudes_whose_squares_leave_float32_have_a_geometry(norm, magnitude):
+    v = np.full((2, 784), magnitude, np.float32)
+    v[1] *= np.where(np.arange(784) % 3 == 0, -0.5, 1).astype(np.float32)
+    # 784 terms may be added one by one: 784 roundings of half an ulp at the very most.
+    rtol = 784 * 2**-24
+    size = rowwise(references.length, v, norm)
+    # Half of the norm, so that the ball cuts.
+    eps = (size / 2).astype(np.float32)
+    got = geometry(v, eps)
+    np.testing.assert_allclose(got["norm", norm], size, rtol=rtol)
+    want = rowwise(references.steepest, v, norm)
+    np.testing.assert_allclose(got["steepest", norm], want, rtol=rtol)
+    np.testing.assert_allclose(got["rescale", norm], v * (eps / size)[:, None], rtol=rtol)
+    want = projected(v, eps, norm)
+    np.testing.assert_allclose(got["project", norm], want, atol=rtol * magnitude)
+
+
+@every_norm
+def test_a_zero_row_stays_zero_and_has_finite_derivatives(norm):
+    v, eps = gaussian(3), radii(0.5)
+    v[1] = 0
+    value, jac = geometry(v, eps), jacobians(v, eps)
+    for name in ("norm", "steepest", "rescale", "project"):
+        assert not np.any(value[name, norm][1]), name
+        assert np.any(value[name, norm][0]), name
+        assert np.all(np.isfinite(jac[name, norm])), name
+    # Inside the ball the projection is the identity, at 0 too.
+    np.testing.assert_array_equal(jac["project", norm][1, :, 1], np.eye(SHAPE[1]))
+
+
+@every_norm
+def test_a_row_that_is_not_a_number_spoils_no_other(norm):
+    v, eps = gaussian(4), radii(0.5)
+    spoiled = v.copy()
+    spoiled[1, 2] = np.nan
+    got, want = geometry(spoiled, eps), geometry(v, eps)
+    for name in ("norm", "steepest", "rescale", "project"):
+        assert np.any(np.isnan(got[name, norm][1])), name
+        np.testing.assert_array_equal(got[name, norm][::2], want[name, norm][::2])
+
+
+@every_norm
+def test_projection_keeps_what_is_inside_or_on_the_ball_and_moves_the_rest_to_the_nearest(norm):
+    # The middle row has norm 1 in every norm without a rounding.
+    v = np.array([[0.125, -0.25, 0, 0.0625, 0], [0, 0, -1, 0, 0], [2, -3, 0.25, 1, 0]], np.float32)
+    got = np.asarray(geometry(v, radii(1))["project", norm])
+    np.testing.assert_array_equal(got[:2], v[:2])
+    np.testing.assert_allclose(got[2], references.project(v[2], 1, norm), rtol=RTOL, atol=RTOL)
+
+
+@every_norm
+def test_radii_are_per_example_and_those_under_0_count_as_0(norm):
+    v, eps = gaussian(5), radii(0, 0.25, 100)
+    got = geometry(v, eps)
+    # Entries up to 3 less a threshold, or times a scale: a few roundings.
+    np.testing.assert_allclose(got["project", norm], projected(v, eps, norm), atol=3 * RTOL)
+    np.testing.assert_array_equal(got["project", norm][2], v[2])
+    np.testing.assert_allclose(rowwise(references.length, got["rescale", norm], norm), eps, RTOL)
+    under = geometry(v, -eps)
+    for name in ("rescale", "project"):
+        np.testing.assert_array_equal(got[name, norm][0], np.zeros(SHAPE[1]))
+        np.testing.assert_array_equal(under[name, norm], np.zeros(SHAPE))
+
+
+@every_norm
+def test_the_gradient_of_the_dual_norm_is_the_steepest_direction(norm):
+    # Danskin: ||g||_* = max <g, v> over the unit ball, where the maximiser is unique.
+    g = gaussian(6)
+    jac = jacobians(g, radii(0.5))["norm", references.DUAL[norm]]
+    want = np.zeros((SHAPE[0], *SHAPE))
+    want[np.arange(SHAPE[0]), np.arange(SHAPE[0])] = rowwise(references.steepest, g, norm)
+    np.testing.assert_allclose(jac, want, atol=RTOL)
+
+
+@every_norm
+@pytest.mark.parametrize("derivative", [jacobians, jacobians_forward])
+def test_derivatives_match_finite_differences_of_the_reference(norm, derivative, x64):
+    v, eps, h = gaussian(7, dtype=np.float64), radii(0.75, dtype=np.float64), 1e-6
+    jac = derivative(v, eps)
+    for name, reference in {
+        "norm": lambda v: references.length(v, norm),
+        "steepest": lambda v: references.steepest(v, norm),
+        "rescale": lambda v: 0.75 * v / references.length(v, norm),
+        "project": lambda v: references.project(v, 0.75, norm),
+    }.items():
+        for i, row in enumerate(v):
+            steps = h * np.eye(row.size)
+            columns = [(reference(row + e) - reference(row - e)) / (2 * h) for e in steps]
+            # h^2 of truncation and 2^-53 / h = 1e-10 of rounding, with some room.
+            want = np.stack(columns, axis=-1)
+            np.testing.assert_allclose(jac[name, norm][i, ..., i, :], want, atol=1e-8, err_msg=name)
+
+
+# Properties
+
+entries = hnp.arrays(np.float32, SHAPE, elements=st.floats(-1, 1, width=32))
+magnitudes = st.sampled_from([1e-20, 1e-3, 1.0, 1e3, 1e15])
+sizes = st.sampled_from([1e-3, 0.5, 3.0])
+
+
+def properties(test):
+    # Derandomised: the same examples in every run.
+    settings = hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    return every_norm(settings(hypothesis.given(entries, magnitudes, sizes)(test)))
+
+
+def at(entries, magnitude):
+    """Entries times a magnitude, without the subnormals that a processor may flush to 0."""
+    return np.where(np.abs(entries) < 1e-12, 0, entries) * np.float32(magnitude)
+
+
+@properties
+def test_steepest_has_norm_1_and_attains_the_dual_norm(norm, entries, magnitude, eps):
+    g = at(entries, magnitude)
+    got = np.asarray(geometry(g, radii(eps))["steepest", norm]).astype(np.float64)
+    for row, v in zip(g.astype(np.float64), got, strict=True):
+        if row.any():
+            assert references.length(v, norm) == pytest.approx(1, rel=RTOL)
+            dual = references.length(row, references.DUAL[norm])
+            assert row @ v == pytest.approx(dual, rel=RTOL)
+        else:
+            assert not v.any()
+
+
+@properties
+def test_rescaled_has_size_eps_and_the_same_direction(norm, entries, magnitude, eps):
+    v = at(entries, magnitude)
+    got = np.asarray(geometry(v, radii(eps))["rescale", norm])
+    for row, r in zip(v, got, strict=True):
+        if row.any():
+            assert references.length(r, norm) == pytest.approx(eps, rel=RTOL)
+            assert references.cosine(row, r) == pytest.approx(1, abs=RTOL)
+        else:
+            assert not r.any()
+
+
+@properties
+def test_projection_is_the_nearest_point_no_longer_than_eps(norm, entries, magnitude, eps):
+    v, eps = at(entries, magnitude), radii(eps)
+    got = np.asarray(geometry(v, eps)["project", norm])
+    # Entries as large as max|v| are summed for a threshold: an error of their ulps, not eps's.
+    atol = RTOL * max(float(np.abs(v).max()), eps[0])
+    np.testing.assert_allclose(got, projected(v, eps, norm), atol=atol)
+    # The bar of every perturbation with a budget.
+    assert np.all(rowwise(references.length, got, norm) <= eps * (1 + RTOL))
+    again = geometry(got, eps)["project", norm]
+    np.testing.assert_allclose(again, got, atol=RTOL * eps[0])
+
+
+@properties
+def test_norms_are_homogeneous(norm, entries, magnitude, eps):
+    v = at(entries, 1)
+    # Powers of two scale float32 without rounding, so that equality is exact.
+    power = np.float32(2.0 ** np.round(np.log2(magnitude)))
+    got, want = (geometry(u, radii(eps))["norm", norm] for u in (v * power, v))
+    np.testing.assert_array_equal(got, want * power)
+
+
+# Strictness
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_no_dtype_is_promoted_by_accident(norm, dtype, strict_dtypes):
+    v = jax.ShapeDtypeStruct(SHAPE, dtype)
+    functions = [norms.norm, norms.steepest, lambda v, norm: norms.rescale(v, 0.5, norm)]
+    if norm != "l1":  # optax's projection promotes
+        functions.append(lambda v, norm: norms.project(v, 0.5, norm))
+    measured, *moved = (jax.eval_shape(lambda v, f=f: f(v, norm), v) for f in functions)
+    assert measured.dtype == jnp.float32
+    assert all(r.dtype == dtype for r in moved)
+
+
+@pytest.mark.parametrize("function", [norms.norm, norms.steepest])
+def test_an_unknown_norm_is_named(function):
+    with pytest.raises(ValueError, match="l3"):
+        function(np.ones(SHAPE, np.float32), "l3")

@@ -1,0 +1,741 @@
+"""`jaxadv.objectives` against explicit gradients, float64 NumPy and Danskin's theorem.
+
+The adversary is an argument there, so most tests bring their own: one that returns a fixed r, or
+one that records what it is called with.
+"""
+
+import functools
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+from flax import linen as nn
+from references import NORMS
+
+from jaxadv import attack, logistic, norms, objectives, perturb, train
+
+B, D, H, K = 6, 5, 4, 3
+KEY = jax.random.key(7)
+
+# Sums of a dozen float32 terms, compiled in two different ways: a few roundings of 2^-24 each.
+RTOL = 2e-6
+ATOL = 2e-7
+
+cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+
+
+def mlp(params, x):
+    h = jnp.tanh(x @ params["w1"] + params["b1"][None])
+    return h @ params["w2"] + params["b2"][None]
+
+
+def encode(params, x):
+    return jnp.tanh(x @ params["w1"] + params["b1"][None])
+
+
+def classify(params, h):
+    return h @ params["w2"] + params["b2"][None]
+
+
+def draw_params(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"w1": (D, H), "b1": (H,), "w2": (H, K), "b2": (K,)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def draw_batch(seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(B, D)).astype(np.float32), np.arange(B) % K
+
+
+PARAMS, BATCH = draw_params(), draw_batch()
+R = np.random.default_rng(2).normal(size=(B, D)).astype(np.float32)
+
+
+def fixed(r):
+    """An adversary that returns r whatever it is asked."""
+
+    def perturb_fn(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.asarray(r, x.dtype)
+
+    return perturb_fn
+
+
+# Compiled, because op by op each call costs half a second.
+adv_loss = jax.jit(perturb.loss, static_argnums=0)
+
+
+def recorder(calls):
+    """`perturb.loss` that keeps what it was called with."""
+
+    def perturb_fn(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        r = adv_loss(apply_fn, params, x, y, eps=eps, bounds=bounds)
+        calls.append(
+            {"apply_fn": apply_fn, "params": params, "x": x, "eps": eps, "key": key, "r": r}
+            | {"bounds": bounds}
+        )
+        return r
+
+    return perturb_fn
+
+
+def call(objective, params=PARAMS, batch=BATCH, model_state=None, step=0):
+    """Op by op, so that a recorder sees numbers."""
+    return objective(params, model_state, batch, key=KEY, step=jnp.int32(step))
+
+
+def trace(objective, batch=BATCH):
+    """What is static only: enough to raise."""
+    jax.eval_shape(partial(objective, key=KEY, step=jnp.int32(0)), PARAMS, None, batch)
+
+
+def value_and_grad(objective, params=PARAMS, batch=BATCH, model_state=None, step=0):
+    """Return loss, gradient, aux, compiled."""
+    compiled = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (loss, (_, aux)), grad = compiled(params, model_state, batch, key=KEY, step=jnp.int32(step))
+    return loss, grad, aux
+
+
+def mean_loss(params, x, y, apply_fn=mlp):
+    z = apply_fn(params, x)
+    return jnp.mean(jax.nn.logsumexp(z, axis=1) - z[jnp.arange(B), y])
+
+
+def compiled_grad(function, *args, argnums=0):
+    return jax.jit(jax.grad(function, argnums))(*args)
+
+
+def every_objective(apply_fn=mlp, perturb_fn=perturb.loss, **kwargs):
+    """Each factory over the same net and adversary, by name."""
+    return {
+        "natural": objectives.natural(apply_fn, **kwargs),
+        "adversarial": objectives.adversarial(apply_fn, perturb_fn, eps=0.5, **kwargs),
+        "mixed": objectives.mixed(apply_fn, perturb_fn, eps=0.5, **kwargs),
+        "virtual": objectives.virtual(apply_fn, perturb_fn, eps=0.5, **kwargs),
+        "representation": objectives.representation(
+            lambda params, x: x, apply_fn, perturb_fn, eps=0.5, **kwargs
+        ),
+    }
+
+
+FACTORIES = tuple(every_objective())
+every_factory = pytest.mark.parametrize("name", FACTORIES)
+
+
+def close(got, want, rtol=RTOL, atol=ATOL):
+    chex.assert_trees_all_close(got, want, rtol=rtol, atol=atol)
+
+
+def furthest(a, b):
+    """Greatest difference between two trees, relative to the greatest entry."""
+    a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(t)]) for t in (a, b))
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+# natural
+
+
+def test_natural_is_the_mean_cross_entropy():
+    x, y = BATCH
+    h = np.tanh(x.astype(np.float64) @ PARAMS["w1"] + PARAMS["b1"])
+    z = h @ PARAMS["w2"] + PARAMS["b2"]
+    want = np.mean([-references.log_softmax(row)[label] for row, label in zip(z, y, strict=True)])
+    loss, _, _ = value_and_grad(objectives.natural(mlp))
+    np.testing.assert_allclose(loss, want, rtol=RTOL)
+
+
+def test_natural_gradient_is_that_of_the_mean_loss():
+    _, grad, _ = value_and_grad(objectives.natural(mlp))
+    close(grad, compiled_grad(mean_loss, PARAMS, *BATCH))
+
+
+# adversarial, Equation 2
+
+
+@pytest.mark.parametrize("adversary", ["zeros", "eps=0"])
+def test_adversarial_without_a_perturbation_is_plain_training_exactly(adversary):
+    perturb_fn, eps = {"zeros": (fixed(0 * R), 0.5), "eps=0": (perturb.loss, 0.0)}[adversary]
+    plain, lwa = objectives.natural(mlp), objectives.adversarial(mlp, perturb_fn, eps=eps)
+    tx = optax.adam(0.1)
+    params = []
+    for objective in (plain, lwa):
+        state, step = train.init(PARAMS, tx, key=KEY), train.make_step(objective, tx)
+        for _ in range(3):
+            state, info = step(state, BATCH)
+        params.append((state.params, info.loss))
+    chex.assert_trees_all_equal(*params)
+
+
+def test_adversarial_value_is_the_loss_at_the_perturbed_inputs():
+    x, y = BATCH
+    loss, _, _ = value_and_grad(objectives.adversarial(mlp, fixed(R), eps=0.5))
+    np.testing.assert_allclose(loss, mean_loss(PARAMS, x + R, y), rtol=RTOL)
+
+
+def test_adversarial_gradient_holds_r_constant():
+    x, y = BATCH
+    _, grad, _ = value_and_grad(objectives.adversarial(mlp, perturb.loss, eps=0.5))
+    r = adv_loss(mlp, PARAMS, x, y, eps=0.5)
+    close(grad, compiled_grad(mean_loss, PARAMS, x + r, y))
+
+    def through_r(params):
+        return mean_loss(params, x + perturb.loss(mlp, params, x, y, eps=0.5), y)
+
+    # r does depend on the parameters, and differentiating through it gives something else.
+    assert furthest(grad, compiled_grad(through_r, PARAMS)) > 0.01
+
+
+def test_an_adversary_that_cannot_be_differentiated_is_trained_against():
+    def search(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        def louder(r):
+            return jnp.max(jnp.abs(r)) < 0.5
+
+        # A while loop has no reverse derivative, and JAX raises if one is asked for.
+        start = 0.01 * jnp.sign(apply_fn(params, x)[:, :1]) * jnp.ones_like(x)
+        return jax.lax.while_loop(louder, lambda r: 2 * r, start)
+
+    _, grad, _ = value_and_grad(objectives.adversarial(mlp, search, eps=0.5))
+    chex.assert_tree_all_finite(grad)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_danskin_gradient_is_that_of_the_exact_maximum(norm, x64):
+    rng = np.random.default_rng(3)
+    w, x, y = rng.normal(size=D), rng.normal(size=(B, D)), np.arange(B) % 2
+    eps, h = 0.3, 1e-6
+
+    def maximum(w):  # Appendix A in closed form, in NumPy
+        margins = (2 * y - 1) * (x @ w) - eps * references.length(w, references.DUAL[norm])
+        return np.mean(np.log1p(np.exp(-margins)))
+
+    lwa = objectives.adversarial(logistic.logits, partial(perturb.loss, norm=norm), eps=eps)
+    loss, grad, _ = value_and_grad(lwa, w, (x, y))
+    want = [(maximum(w + e) - maximum(w - e)) / (2 * h) for e in h * np.eye(D)]
+    np.testing.assert_allclose(loss, maximum(w), rtol=1e-12)
+    # Central differences: h^2 of truncation, 2^-53 / h = 1e-10 of rounding.
+    np.testing.assert_allclose(grad, want, atol=1e-9)
+
+
+# mixed, Goodfellow
+
+
+WEIGHTS = (0, 0.25, 0.5, 1)
+
+
+@functools.cache
+def natural_adversarial_and_mixed():
+    """Loss and gradient of each, mixed at each of the weights; compiled together."""
+    several = [
+        objectives.natural(mlp),
+        objectives.adversarial(mlp, perturb.loss, eps=0.5),
+        *[objectives.mixed(mlp, perturb.loss, eps=0.5, weight=weight) for weight in WEIGHTS],
+    ]
+
+    def all_of_them(params):
+        return [
+            jax.value_and_grad(lambda params, one=one: call(one, params)[0])(params)
+            for one in several
+        ]
+
+    natural, lwa, *mixed = jax.jit(all_of_them)(PARAMS)
+    return natural, lwa, dict(zip(WEIGHTS, mixed, strict=True))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_mixed_is_the_weighted_sum_of_natural_and_adversarial(weight):
+    natural, lwa, mixed = natural_adversarial_and_mixed()
+    want = jax.tree.map(lambda n, a: weight * n + (1 - weight) * a, natural, lwa)
+    close(mixed[weight], want)
+    assert furthest(natural, lwa) > 0.1
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
+def test_mixed_weight_outside_the_unit_interval_raises(weight):
+    with pytest.raises(ValueError, match="weight"):
+        objectives.mixed(mlp, perturb.loss, eps=0.5, weight=weight)
+
+
+# virtual, Miyato
+
+
+def test_virtual_value_is_cross_entropy_plus_weighted_divergence():
+    x, y = BATCH
+    weights = [PARAMS[name].astype(np.float64) for name in ("w1", "b1", "w2", "b2")]
+
+    def net(x):
+        return np.tanh(x @ weights[0] + weights[1]) @ weights[2] + weights[3]
+
+    clean, moved = net(x.astype(np.float64)), net(x.astype(np.float64) + 3 * R)
+    entropy = np.mean([-references.log_softmax(z)[k] for z, k in zip(clean, y, strict=True)])
+    divergence = np.mean([references.kl(p, q) for p, q in zip(clean, moved, strict=True)])
+    assert divergence > 0.1, divergence  # or its weight would not be tested
+    loss, _, _ = value_and_grad(objectives.virtual(mlp, fixed(3 * R), eps=0.5, weight=3.0))
+    np.testing.assert_allclose(loss, entropy + 3 * divergence, rtol=RTOL)
+
+
+def test_virtual_gradient_of_the_divergence_goes_through_the_perturbed_output_only():
+    x, y = BATCH
+    p = jax.nn.softmax(mlp(PARAMS, x))
+
+    def explicit(params, p):
+        log_q = jax.nn.log_softmax(mlp(params, x + R))
+        # p log p is constant in the parameters where p is.
+        divergence = jnp.sum(jax.scipy.special.xlogy(p, p) - p * log_q, axis=1)
+        return mean_loss(params, x, y) + 3 * jnp.mean(divergence)
+
+    _, grad, _ = value_and_grad(objectives.virtual(mlp, fixed(R), eps=0.5, weight=3.0))
+    close(grad, compiled_grad(explicit, PARAMS, p))
+    through_p = compiled_grad(
+        lambda params: explicit(params, jax.nn.softmax(mlp(params, x))), PARAMS
+    )
+    assert furthest(grad, through_p) > 0.01
+
+
+def test_virtual_with_masked_classes_is_that_of_the_classes_that_remain():
+    def masked(params, x):
+        z = mlp(params, x)
+        return jnp.concatenate([z, jnp.full_like(z[:, :1], -jnp.inf)], axis=1)
+
+    kept, with_mask = (
+        value_and_grad(objectives.virtual(net, fixed(R), eps=0.5)) for net in (mlp, masked)
+    )
+    chex.assert_tree_all_finite(with_mask)
+    close(with_mask[:2], kept[:2])
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan")])
+def test_virtual_weight_that_is_no_number_at_least_0_raises(weight):
+    with pytest.raises(ValueError, match="weight"):
+        objectives.virtual(mlp, perturb.virtual, eps=0.5, weight=weight)
+
+
+def test_virtual_draws_its_direction_from_the_key_of_the_step():
+    objective = jax.jit(objectives.virtual(mlp, perturb.virtual, eps=1.0))
+    losses = [
+        objective(PARAMS, None, BATCH, key=key, step=jnp.int32(0))[0]
+        for key in (KEY, KEY, jax.random.key(8))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+# representation, Equation 4
+
+
+def rep(eps=0.5, perturb_fn=perturb.loss):
+    return objectives.representation(encode, classify, perturb_fn, eps=eps)
+
+
+def test_representation_perturbs_the_encoders_output_for_the_classifier_part():
+    calls = []
+    call(rep(perturb_fn=recorder(calls)))
+    (seen,) = calls
+    assert seen["apply_fn"] is classify
+    np.testing.assert_allclose(seen["x"], encode(PARAMS, BATCH[0]), rtol=RTOL)
+    assert seen["bounds"] is None
+
+
+def test_representation_gradients_are_those_of_algorithm_3():
+    x, y = BATCH
+    h, back = jax.vjp(lambda params: encode(params, x), PARAMS)
+    r = adv_loss(classify, PARAMS, h, y, eps=0.5)
+    # Step 10: the classifier part at h + r. Step 12: dl/dh at h + r, times dh/dW at x.
+    of_params, of_h = compiled_grad(
+        partial(mean_loss, apply_fn=classify), PARAMS, h + r, y, argnums=(0, 1)
+    )
+    (through_encoder,) = back(of_h)
+    want = jax.tree.map(jnp.add, of_params, through_encoder)
+    loss, grad, _ = value_and_grad(rep())
+    np.testing.assert_allclose(loss, mean_loss(PARAMS, h + r, y, classify), rtol=RTOL)
+    close(grad, want)
+
+    def through_r(params):
+        h = encode(params, x)
+        return mean_loss(params, h + perturb.loss(classify, params, h, y, eps=0.5), y, classify)
+
+    assert furthest(grad, compiled_grad(through_r, PARAMS)) > 0.01
+
+
+def test_representation_of_an_absolute_size_moves_every_h_by_it():
+    calls = []
+    call(rep(eps=0.75, perturb_fn=recorder(calls)))
+    np.testing.assert_allclose(norms.norm(calls[0]["r"], "l2"), np.full(B, 0.75), rtol=RTOL)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_representation_of_a_relative_size_moves_h_by_a_fraction_of_its_norm(norm):
+    calls = []
+    call(rep(eps=objectives.Relative(0.25, norm), perturb_fn=recorder(calls)))
+    h = np.asarray(encode(PARAMS, BATCH[0]))
+    want = [0.25 * references.length(row, norm) for row in h]
+    np.testing.assert_allclose(norms.norm(calls[0]["r"], "l2"), want, rtol=RTOL)
+
+
+def test_a_relative_size_is_a_constant_for_the_encoder():
+    x, y = BATCH
+    h, back = jax.vjp(lambda params: encode(params, x), PARAMS)
+    sizes = 0.25 * norms.norm(h, "l2")
+    r = adv_loss(classify, PARAMS, h, y, eps=sizes)
+    of_params, of_h = compiled_grad(
+        partial(mean_loss, apply_fn=classify), PARAMS, h + r, y, argnums=(0, 1)
+    )
+    want = jax.tree.map(jnp.add, of_params, *back(of_h))
+    _, grad, _ = value_and_grad(rep(eps=objectives.Relative(0.25)))
+    close(grad, want)
+
+
+# Sizes
+
+SCHEDULE = optax.linear_schedule(0.0, 1.0, 4)
+# name: eps, and the sizes [B] that it means at a step
+SIZES = {
+    "number": (0.5, lambda step: np.full(B, 0.5)),
+    "array": (jnp.float32(0.5), lambda step: np.full(B, 0.5)),
+    "schedule": (SCHEDULE, lambda step: np.full(B, step / 4)),
+    "constant schedule": (optax.constant_schedule(0.5), lambda step: np.full(B, 0.5)),
+    "relative": (
+        objectives.Relative(0.5),
+        lambda step: 0.5 * np.linalg.norm(BATCH[0], axis=1),
+    ),
+    "relative schedule": (
+        objectives.Relative(SCHEDULE, "linf"),
+        lambda step: step / 4 * np.abs(BATCH[0]).max(axis=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_adversary_gets_the_size_of_its_step(name):
+    eps, want = SIZES[name]
+    for step in (0, 3):
+        calls = []
+        _, (_, aux) = call(objectives.adversarial(mlp, recorder(calls), eps=eps), step=step)
+        np.testing.assert_allclose(np.broadcast_to(calls[0]["eps"], (B,)), want(step), rtol=RTOL)
+        np.testing.assert_allclose(aux.eps, np.mean(want(step)), rtol=RTOL)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_changes_with_the_step_is_traced_once(name):
+    chex.clear_trace_counter()
+    objective = objectives.adversarial(mlp, perturb.loss, eps=SIZES[name][0])
+    compiled = jax.jit(chex.assert_max_traces(objective, n=1))
+    for step in range(4):
+        compiled(PARAMS, None, BATCH, key=KEY, step=jnp.int32(step))
+
+
+def test_a_negative_size_raises():
+    with pytest.raises(ValueError, match="eps"):
+        trace(objectives.adversarial(mlp, perturb.loss, eps=-0.5))
+
+
+def test_bounds_are_handed_on_and_kept():
+    x, y = BATCH
+    box = (-0.5, 0.5)
+    for factory in (objectives.adversarial, objectives.mixed, objectives.virtual):
+        calls = []
+        call(factory(mlp, recorder(calls), eps=1.0, bounds=box), batch=(np.clip(x, *box), y))
+        assert calls[0]["bounds"] == box
+        end = np.clip(x, *box) + calls[0]["r"]
+        assert end.min() == -0.5
+        assert end.max() == 0.5
+
+
+# Nets that are trained otherwise than they are attacked
+
+
+class Net(nn.Module):
+    """Dropout and batch norm, both of which `train` switches."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Dense(H)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+        return nn.Dense(K)(x)
+
+
+NET = Net()
+VARIABLES = NET.init(jax.random.key(1), BATCH[0], train=False)
+
+
+def net_apply(variables, x):
+    params, stats = variables
+    return NET.apply({"params": params, "batch_stats": stats}, x, train=False)
+
+
+def net_train(params, stats, x, key):
+    logits, updated = NET.apply(
+        {"params": params, "batch_stats": stats},
+        x,
+        train=True,
+        rngs={"dropout": key},
+        mutable=["batch_stats"],
+    )
+    return logits, updated["batch_stats"]
+
+
+def test_the_adversary_sees_the_deterministic_net_with_parameters_and_statistics():
+    calls = []
+    objective = objectives.adversarial(net_apply, recorder(calls), eps=0.5, train_fn=net_train)
+    variables = VARIABLES["params"], VARIABLES["batch_stats"]
+    call(objective, params=variables[0], model_state=variables[1])
+    (seen,) = calls
+    assert seen["apply_fn"] is net_apply
+    chex.assert_trees_all_equal(seen["params"], variables)
+    np.testing.assert_allclose(
+        seen["r"], adv_loss(net_apply, variables, *BATCH, eps=0.5), rtol=RTOL, atol=ATOL
+    )
+
+
+def test_batch_norm_statistics_are_those_of_the_perturbed_batch():
+    x, y = BATCH
+    variables = VARIABLES["params"], VARIABLES["batch_stats"]
+    objective = objectives.adversarial(net_apply, perturb.loss, eps=0.5, train_fn=net_train)
+    tx = optax.sgd(0.0)
+    state = train.init(variables[0], tx, model_state=variables[1], key=KEY)
+    state, _ = train.make_step(objective, tx)(state, BATCH)
+    r = adv_loss(net_apply, variables, x, y, eps=0.5)
+    _, want = net_train(*variables, x + r, KEY)  # batch norm comes before dropout: any key
+    close(state.model_state, want)
+    assert furthest(want, variables[1]) > 0.01
+
+
+def test_two_passes_update_the_model_state_one_after_the_other():
+    x, _ = BATCH
+    variables = VARIABLES["params"], VARIABLES["batch_stats"]
+    _, first = net_train(*variables, x, KEY)
+    _, want = net_train(variables[0], first, x + R, KEY)
+    for factory in (objectives.mixed, objectives.virtual):
+        objective = factory(net_apply, fixed(R), eps=0.5, train_fn=net_train)
+        _, (got, _) = call(objective, params=variables[0], model_state=variables[1])
+        close(got, want)
+
+
+@every_factory
+def test_without_a_train_fn_the_model_state_is_seen_by_apply_fn_and_kept(name):
+    def shifted(variables, x):
+        params, shift = variables
+        return mlp(params, x) + shift[None]
+
+    shift = np.array([0.5, -1, 2], np.float32)
+    moved = PARAMS | {"b2": PARAMS["b2"] + shift}
+    want = call(every_objective()[name], params=moved)[0]
+    got, (state, _) = call(every_objective(shifted)[name], model_state=shift)
+    np.testing.assert_allclose(got, want, rtol=RTOL)
+    np.testing.assert_array_equal(state, shift)
+
+
+def train_recording_keys(params, model_state, x, key):
+    return mlp(params, x), jax.random.key_data(key)
+
+
+def test_each_step_has_a_key_of_its_own_for_dropout_and_another_for_the_adversary():
+    def noisy(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return eps[:, None] * jnp.ones_like(x) * jax.random.key_data(key)[0].astype(x.dtype)
+
+    objective = objectives.adversarial(
+        lambda variables, x: mlp(variables[0], x), noisy, eps=1.0, train_fn=train_recording_keys
+    )
+    step = jax.jit(objective)
+    attack_keys, train_keys = set(), set()
+    for t in range(4):
+        key = jax.random.fold_in(KEY, t)
+        calls = []
+        spied = objectives.adversarial(
+            lambda variables, x: mlp(variables[0], x),
+            recorder(calls),
+            eps=1.0,
+            train_fn=train_recording_keys,
+        )
+        spied(PARAMS, np.zeros(2, np.uint32), BATCH, key=key, step=jnp.int32(t))
+        _, (used, _) = step(PARAMS, np.zeros(2, np.uint32), BATCH, key=key, step=jnp.int32(t))
+        attack_keys.add(tuple(jax.random.key_data(calls[0]["key"]).tolist()))
+        train_keys.add(tuple(used.tolist()))
+    assert len(attack_keys | train_keys) == 8
+
+
+def test_dropout_differs_from_step_to_step_and_not_from_run_to_run():
+    objective = objectives.natural(net_apply, train_fn=net_train)
+    tx = optax.sgd(0.0)  # the parameters stay, so that only dropout moves the loss
+    step = train.make_step(objective, tx)
+    runs = []
+    for _ in range(2):
+        state = train.init(VARIABLES["params"], tx, model_state=VARIABLES["batch_stats"], key=KEY)
+        losses = []
+        for _ in range(4):
+            state, info = step(state, BATCH)
+            losses.append(float(info.loss))
+        runs.append(losses)
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 4
+
+
+def test_the_two_passes_of_one_step_share_their_dropout():
+    keys = []
+
+    def train_fn(params, model_state, x, key):
+        keys.append(jax.random.key_data(key).tolist())
+        return mlp(params, x), model_state
+
+    for factory in (objectives.mixed, objectives.virtual):
+        keys.clear()
+        call(factory(mlp, fixed(R), eps=0.5, train_fn=train_fn))
+        assert len(keys) == 2
+        assert keys[0] == keys[1]
+
+
+def test_representation_trains_both_parts_by_their_own_train_fns():
+    def encode_train(params, model_state, x, key):
+        return 2 * encode(params, x), model_state + 1
+
+    def classify_train(params, model_state, h, key):
+        return classify(params, h), 10 * model_state
+
+    calls = []
+    objective = objectives.representation(
+        encode,
+        lambda variables, h: classify(variables[0], h),
+        recorder(calls),
+        eps=0.5,
+        encode_train_fn=encode_train,
+        classify_train_fn=classify_train,
+    )
+    loss, (model_state, _) = call(objective, model_state=jnp.float32(1))
+    h = 2 * encode(PARAMS, BATCH[0])
+    np.testing.assert_allclose(
+        loss, mean_loss(PARAMS, h + calls[0]["r"], BATCH[1], classify), rtol=RTOL
+    )
+    assert model_state == 20
+
+
+# Losses and labels
+
+
+@every_factory
+def test_a_loss_fn_that_returns_a_mean_raises(name):
+    def mean(logits, labels):
+        return jnp.mean(cross_entropy(logits, labels))
+
+    with pytest.raises(ValueError, match="mean"):
+        trace(every_objective(loss_fn=mean)[name])
+
+
+# name: what the net returns of its logits [B, K], and what is raised
+BAD_LOGITS = {
+    "tuple": (lambda z: (z, z), TypeError),
+    "integers": (lambda z: z.astype(jnp.int32), TypeError),
+    "K = 1": (lambda z: z[:, :1], ValueError),
+    "no class axis": (lambda z: z[:, 0], ValueError),
+    "another batch": (lambda z: z[:2], ValueError),
+}
+
+
+@every_factory
+@pytest.mark.parametrize("bad", BAD_LOGITS)
+def test_logits_that_are_not_one_row_per_example_raise(name, bad):
+    spoil, error = BAD_LOGITS[bad]
+    with pytest.raises(error, match=r"expected .*logits.*got"):
+        trace(every_objective(lambda params, x: spoil(mlp(params, x)))[name])
+
+
+@every_factory
+def test_labels_of_another_batch_raise(name):
+    x, y = BATCH
+    with pytest.raises(ValueError, match=r"expected .*got"):
+        trace(every_objective()[name], batch=(x, y[:2]))
+
+
+@every_factory
+def test_one_hot_labels_for_the_default_loss_raise(name):
+    x, y = BATCH
+    with pytest.raises(TypeError, match="integer"):
+        trace(every_objective()[name], batch=(x, np.eye(K, dtype=np.float32)[y]))
+
+
+def test_soft_labels_train_against_pgd_on_a_soft_loss():
+    x, y = BATCH
+    soft = 0.9 * np.eye(K, dtype=np.float32)[y] + np.float32(0.1 / K)
+    pgd = partial(attack.pgd, loss_fn=optax.losses.softmax_cross_entropy, steps=5)
+    objective = objectives.adversarial(
+        mlp, pgd, eps=0.5, loss_fn=optax.losses.softmax_cross_entropy
+    )
+    loss, grad, aux = value_and_grad(objective, batch=(x, soft))
+    r = pgd(mlp, PARAMS, x, soft, eps=0.5)
+
+    @jax.jit
+    def explicit(params, x):
+        return -jnp.mean(jnp.sum(soft * jax.nn.log_softmax(mlp(params, x)), axis=1))
+
+    close((loss, grad), jax.value_and_grad(explicit)(PARAMS, x + r))
+    assert loss > explicit(PARAMS, x)
+    hits = np.argmax(mlp(PARAMS, x + r), axis=1) == y
+    np.testing.assert_allclose(aux.accuracy, hits.mean(), rtol=RTOL)
+
+
+# Aux
+
+
+def test_aux_counts_perturbations_that_are_zero_and_that_are_not_finite():
+    r = R.copy()
+    r[0] = r[2] = 0
+    r[3, 1], r[4, 0], r[5, 2] = np.nan, np.inf, -np.inf
+    _, _, aux = value_and_grad(objectives.adversarial(mlp, fixed(r), eps=0.5))
+    assert (int(aux.zero), int(aux.nonfinite)) == (2, 3)
+
+
+def test_aux_without_an_adversary_reports_none():
+    _, _, aux = value_and_grad(objectives.natural(mlp))
+    assert (float(aux.eps), int(aux.zero), int(aux.nonfinite)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", FACTORIES[1:])
+def test_aux_accuracy_is_that_at_the_perturbed_inputs(name):
+    x, _ = BATCH
+    swap = [1, 0, 3, 2, 5, 4]
+    r = x[swap] - x  # each becomes its neighbour
+    labels = np.asarray(jnp.argmax(mlp(PARAMS, x), axis=1))
+    moved = np.mean(labels[np.array(swap)] == labels)
+    assert moved < 1  # which is what it is without r
+    _, _, aux = value_and_grad(every_objective(perturb_fn=fixed(r))[name], batch=(x, labels))
+    np.testing.assert_allclose(aux.accuracy, moved, rtol=RTOL)
+
+
+def test_aux_counts_no_row_of_nan_as_right():
+    # argmax of a row of NaN is 0, the label of some.
+    everything = np.full_like(R, np.nan)
+    _, _, aux = value_and_grad(objectives.adversarial(mlp, fixed(everything), eps=0.5))
+    assert float(aux.accuracy) == 0
+
+
+# Dtypes
+
+
+BFLOAT16 = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+
+
+@every_factory
+def test_a_bfloat16_net_has_a_float32_loss_and_bfloat16_gradients(name):
+    x, y = BATCH
+    differentiated = jax.value_and_grad(
+        partial(every_objective()[name], key=KEY, step=jnp.int32(0)), has_aux=True
+    )
+    batch = (jnp.asarray(x, jnp.bfloat16), y)
+    (loss, _), grad = jax.eval_shape(differentiated, BFLOAT16, None, batch)
+    assert loss.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(grad))
+
+
+def test_a_bfloat16_net_is_perturbed_in_bfloat16_and_scored_in_float32():
+    calls = []
+    x, y = jnp.asarray(BATCH[0], jnp.bfloat16), BATCH[1]
+    loss, _ = call(objectives.adversarial(mlp, recorder(calls), eps=0.5), BFLOAT16, (x, y))
+    assert calls[0]["r"].dtype == jnp.bfloat16
+    z = mlp(BFLOAT16, x + calls[0]["r"])
+    assert z.dtype == jnp.bfloat16
+    # The logits are bfloat16, what is made of them is not: float32's tolerance holds.
+    want = [-references.log_softmax(row)[k] for row, k in zip(np.float64(z), y, strict=True)]
+    np.testing.assert_allclose(loss, np.mean(want), rtol=RTOL)

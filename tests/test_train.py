@@ -1,0 +1,440 @@
+"""`jaxadv.train` against optax by hand, and its compilation: traced once, donated, pure."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from jaxadv import objectives, perturb, train
+
+B, D, K, S = 4, 5, 3, 6  # S batches of B examples
+KEY = jax.random.key(11)
+
+# The same operations, fused in another way: a few roundings of 2^-24 each.
+RTOL = 2e-6
+ATOL = 2e-7
+
+
+@pytest.fixture(autouse=True)
+def _fresh_trace_counter():
+    chex.clear_trace_counter()
+
+
+def linear(params, x):
+    return x @ params["w"] + params["b"][None]
+
+
+def draw_params(seed=0):
+    rng = np.random.default_rng(seed)
+    w, b = rng.normal(size=(D, K)), rng.normal(size=K)
+    return {"w": jnp.asarray(w, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
+
+
+def draw_batches(seed=1):
+    """Stacked, [S, B, D] and [S, B]."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(S, B, D)).astype(np.float32)
+    return jnp.asarray(x), jnp.asarray(np.arange(S * B).reshape(S, B) % K)
+
+
+PARAMS, BATCHES = draw_params(), draw_batches()
+
+
+def batch(s):
+    return jax.tree.map(lambda leaf: leaf[s], BATCHES)
+
+
+def run(step, state, steps=S):
+    infos = []
+    for s in range(steps):
+        state, info = step(state, batch(s))
+        infos.append(info)
+    return state, infos
+
+
+def cross_entropy(params, x, y):
+    z = linear(params, x)
+    return jnp.mean(jax.nn.logsumexp(z, axis=1) - z[jnp.arange(B), y])
+
+
+NATURAL = objectives.natural(linear)
+# Its adversary draws from the key of the step.
+VIRTUAL = objectives.virtual(linear, perturb.virtual, eps=1.0)
+
+
+def report_key(params, model_state, batch, /, *, key, step):
+    """An objective whose aux is what a step hands to it."""
+    return jnp.sum(params["w"] ** 2), (model_state, (jax.random.key_data(key), step))
+
+
+# name: the transformation, and whether it takes `value`
+TRANSFORMATIONS = {
+    "sgd with momentum": (lambda: optax.sgd(0.1, momentum=0.9), False),
+    "adamw": (lambda: optax.adamw(0.1, weight_decay=0.1), False),
+    "chain with clipping": (
+        lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)),
+        False,
+    ),
+    "reduce on plateau": (
+        lambda: optax.chain(
+            optax.sgd(0.1),
+            # Every second loss counts as no better, so that the scale does change.
+            optax.contrib.reduce_on_plateau(factor=0.5, patience=1, atol=10.0),
+        ),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_a_step_is_the_gradient_and_the_optax_update(name):
+    make, takes_value = TRANSFORMATIONS[name]
+    tx = make()
+    state, infos = run(train.make_step(NATURAL, tx), train.init(PARAMS, tx, key=KEY))
+
+    @jax.jit
+    def by_hand(params, opt_state, x, y):
+        value, grad = jax.value_and_grad(cross_entropy)(params, x, y)
+        extra = {"value": value} if takes_value else {}
+        updates, opt_state = tx.update(grad, opt_state, params, **extra)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    params, opt_state = PARAMS, tx.init(PARAMS)
+    for s in range(S):
+        params, opt_state, value = by_hand(params, opt_state, *batch(s))
+        np.testing.assert_allclose(infos[s].loss, value, rtol=RTOL)
+    chex.assert_trees_all_close(state.params, params, rtol=RTOL, atol=ATOL)
+    chex.assert_trees_all_close(state.opt_state, opt_state, rtol=RTOL, atol=ATOL)
+    if takes_value:
+        assert opt_state[1].scale < 1  # the plateau was met
+
+
+# State
+
+
+def test_the_initial_state_is_step_0_in_int32():
+    tx = optax.adam(0.1)
+    state = train.init(PARAMS, tx, model_state={"count": 2.0}, key=KEY)
+    assert state.step.dtype == jnp.int32
+    assert state.step.shape == ()
+    assert state.step == 0
+    chex.assert_trees_all_equal(state.params, PARAMS)
+    chex.assert_trees_all_equal(state.opt_state, tx.init(PARAMS))
+    chex.assert_trees_all_equal(state.model_state, {"count": jnp.float32(2)})
+    assert state.key == KEY
+
+
+def test_the_step_counts_updates_in_int32():
+    tx = optax.sgd(0.1)
+    state, _ = run(train.make_step(NATURAL, tx), train.init(PARAMS, tx, key=KEY), 3)
+    assert state.step.dtype == jnp.int32
+    assert state.step == 3
+
+
+def test_donation_takes_the_state_and_leaves_the_callers_arrays():
+    tx = optax.adam(0.1)
+    mine = {"params": draw_params(), "model_state": jnp.ones(K), "key": jax.random.key(5)}
+    step = train.make_step(NATURAL, tx)
+    ends = []
+    for _ in range(2):
+        state = train.init(mine["params"], tx, model_state=mine["model_state"], key=mine["key"])
+        after, _ = step(state._replace(model_state=None), batch(0))
+        assert state.params["w"].is_deleted()
+        ends.append(after.params)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(mine))
+    chex.assert_trees_all_equal(*ends)
+
+
+def test_donation_leaves_the_callers_model_state_and_key():
+    def train_fn(params, model_state, x, key):
+        return linear(params, x), model_state + 1
+
+    tx = optax.sgd(0.1)
+    step = train.make_step(objectives.natural(linear, train_fn=train_fn), tx)
+    model_state, key = jnp.ones(K), jax.random.key(5)
+    state, _ = run(step, train.init(PARAMS, tx, model_state=model_state, key=key), 2)
+    np.testing.assert_array_equal(state.model_state, np.full(K, 3))
+    np.testing.assert_array_equal(model_state, np.ones(K))
+    assert jax.random.uniform(key) == jax.random.uniform(state.key)
+
+
+def test_an_array_that_appears_twice_in_the_parameters_is_donated_twice():
+    # JAX refuses to donate one buffer twice; tied weights and states that hold the parameters do.
+    shared = jnp.ones((D, K))
+    objective = objectives.natural(lambda params, x: x @ (params["a"] + params["b"]))
+    tx = optax.sgd(0.1)
+    state = train.init({"a": shared, "b": shared}, tx, key=KEY)
+    state, _ = train.make_step(objective, tx)(state, batch(0))
+    chex.assert_trees_all_equal(state.params["a"], state.params["b"])
+
+
+def test_without_donation_the_state_stays():
+    tx = optax.adam(0.1)
+    state = train.init(PARAMS, tx, key=KEY)
+    step = train.make_step(NATURAL, tx, donate=False)
+    epoch = train.make_epoch(NATURAL, tx, donate=False)
+    first, second = step(state, batch(0)), step(state, batch(0))
+    chex.assert_trees_all_equal(first, second)
+    epoch(state, BATCHES)
+    chex.assert_trees_all_equal(state.params, PARAMS)
+
+
+@pytest.mark.parametrize("made", [jax.random.key, jax.random.PRNGKey])
+def test_the_key_of_a_step_is_the_runs_with_the_step_folded_in(made):
+    tx, key = optax.sgd(0.0), made(5)
+    state, infos = run(train.make_step(report_key, tx), train.init(PARAMS, tx, key=key))
+    for s, info in enumerate(infos):
+        data, step = info.aux
+        np.testing.assert_array_equal(data, jax.random.key_data(jax.random.fold_in(key, s)))
+        assert step == s
+    np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(key))
+
+
+def test_raw_and_typed_keys_train_alike():
+    tx = optax.sgd(0.1)
+    step = train.make_step(VIRTUAL, tx)
+    typed, raw = (
+        run(step, train.init(PARAMS, tx, key=made(5)), 2)[0].params
+        for made in (jax.random.key, jax.random.PRNGKey)
+    )
+    chex.assert_trees_all_equal(typed, raw)
+
+
+def test_same_key_same_bits_and_another_key_others():
+    tx = optax.sgd(0.1)
+    step = train.make_step(VIRTUAL, tx)
+    keys = KEY, KEY, jax.random.key(12)
+    first, again, other = (run(step, train.init(PARAMS, tx, key=key), 3)[0].params for key in keys)
+    chex.assert_trees_all_equal(first, again)
+    assert np.any(first["w"] != other["w"])
+
+
+def test_a_run_resumed_from_its_state_ends_in_the_same_bits():
+    tx = optax.adam(0.1)
+    whole, _ = run(train.make_step(VIRTUAL, tx), train.init(PARAMS, tx, key=KEY))
+    half, _ = run(train.make_step(VIRTUAL, tx), train.init(PARAMS, tx, key=KEY), 2)
+    half = jax.tree.map(jnp.array, half)
+    resumed = train.make_step(VIRTUAL, tx)
+    for s in range(2, S):
+        half, _ = resumed(half, batch(s))
+    chex.assert_trees_all_equal(half.params, whole.params)
+
+
+# Epochs
+
+
+def test_an_epoch_is_the_loop_of_its_steps():
+    tx = optax.adam(0.1)
+    stepped, infos = run(train.make_step(VIRTUAL, tx), train.init(PARAMS, tx, key=KEY))
+    scanned, info = train.make_epoch(VIRTUAL, tx)(train.init(PARAMS, tx, key=KEY), BATCHES)
+    assert scanned.step == S
+    # One program in a loop and alone is compiled twice: a rounding here and there, over S steps.
+    want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *infos)
+    chex.assert_trees_all_close(info, want, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(scanned[:3], stepped[:3], rtol=1e-6, atol=1e-6)
+
+
+def test_an_epoch_in_an_order_is_the_epoch_of_the_batches_it_names():
+    tx = optax.adam(0.1)
+    epoch = train.make_epoch(VIRTUAL, tx)
+    x, y = BATCHES
+    examples = x.reshape(S * B, D), y.reshape(S * B)
+    order = jax.random.permutation(jax.random.key(3), S * B)[: 4 * B].reshape(4, B)
+    ordered, info = epoch(train.init(PARAMS, tx, key=KEY), examples, order)
+    stacked = jax.tree.map(lambda leaf: leaf[order], examples)
+    want, want_info = epoch(train.init(PARAMS, tx, key=KEY), stacked)
+    assert ordered.step == 4
+    chex.assert_trees_all_close(info, want_info, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(ordered[:3], want[:3], rtol=1e-6, atol=1e-6)
+
+
+def test_two_epochs_go_on_counting():
+    tx = optax.sgd(0.0)
+    epoch = train.make_epoch(report_key, tx)
+    state, first = epoch(train.init(PARAMS, tx, key=KEY), BATCHES)
+    _, second = epoch(state, BATCHES)
+    _, steps = jax.tree.map(lambda a, b: np.concatenate([a, b]), first.aux, second.aux)
+    np.testing.assert_array_equal(steps, np.arange(2 * S))
+
+
+# Tracing
+
+
+def weak(shape):
+    return jnp.broadcast_to(jnp.asarray(0.5), shape)
+
+
+# name: parameters, all of the shapes of `linear`
+PARAMETERS = {
+    "float32": PARAMS,
+    "weakly typed": {"w": weak((D, K)), "b": weak((K,))},
+    "NumPy": jax.tree.map(np.asarray, PARAMS),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_step_is_traced_once(name):
+    params = PARAMETERS[name]
+    assert name != "weakly typed" or params["w"].weak_type
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.linear_schedule(0.1, 0, S)))
+    eps = optax.linear_schedule(0.0, 1.0, S)
+    objective = objectives.adversarial(linear, perturb.loss, eps=eps)
+    step = train.make_step(chex.assert_max_traces(objective, n=1), tx)
+    state, _ = run(step, train.init(params, tx, key=KEY))
+    assert state.step == S
+
+
+def test_a_step_with_weakly_typed_model_state_is_traced_once():
+    def train_fn(params, model_state, x, key):
+        return linear(params, x), 0.9 * model_state + 0.1
+
+    tx = optax.sgd(0.1)
+    objective = objectives.natural(linear, train_fn=train_fn)
+    step = train.make_step(chex.assert_max_traces(objective, n=1), tx)
+    state, _ = run(step, train.init(PARAMS, tx, model_state=2.0, key=KEY))
+    np.testing.assert_allclose(state.model_state, 1 + 0.9**S, rtol=RTOL)
+
+
+def test_an_epoch_is_traced_once():
+    tx = optax.adam(0.1)
+    traces = []
+
+    def counted(*args, **kwargs):
+        traces.append(None)
+        return NATURAL(*args, **kwargs)
+
+    epoch = train.make_epoch(counted, tx)
+    state = train.init(PARAMETERS["weakly typed"], tx, key=KEY)
+    state, _ = epoch(state, BATCHES)
+    once = len(traces)  # scan may look at its body more than once in one compilation
+    for _ in range(2):
+        state, _ = epoch(state, BATCHES)
+    assert len(traces) == once
+    assert state.step == 3 * S
+
+
+# Nets of every make
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(nn.tanh(nn.Dense(7)(x)))
+
+
+def haiku_like(params, x):
+    h = jnp.tanh(x @ params["mlp/~/linear_0"]["w"] + params["mlp/~/linear_0"]["b"][None])
+    return h @ params["mlp/~/linear_1"]["w"] + params["mlp/~/linear_1"]["b"][None]
+
+
+def layers(params, x):
+    for w, b in params[:-1]:
+        x = jnp.tanh(x @ w + b[None])
+    return x @ params[-1][0] + params[-1][1][None]
+
+
+def draw_layer(seed, fan_in, fan_out):
+    w = np.random.default_rng(seed).normal(size=(fan_in, fan_out)) / np.sqrt(fan_in)
+    return jnp.asarray(w, jnp.float32), jnp.zeros(fan_out)
+
+
+def draw_haiku_like():
+    return {
+        f"mlp/~/linear_{i}": dict(zip("wb", draw_layer(i, *sizes), strict=True))
+        for i, sizes in enumerate([(D, 7), (7, K)])
+    }
+
+
+# name: apply_fn and parameters
+NETS = {
+    "flax linen": (Linen().apply, Linen().init(jax.random.key(0), jnp.zeros((1, D)))),
+    "nested dicts": (haiku_like, draw_haiku_like()),
+    "list of tuples": (layers, [draw_layer(0, D, 7), draw_layer(1, 7, K)]),
+    "one array": (lambda w, x: x @ w, PARAMS["w"]),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_any_pytree_of_parameters_trains(name):
+    apply_fn, params = NETS[name]
+    tx = optax.adam(0.05)
+    epoch = train.make_epoch(objectives.adversarial(apply_fn, perturb.loss, eps=0.1), tx)
+    state = train.init(params, tx, key=KEY)
+    for _ in range(10):
+        state, info = epoch(state, BATCHES)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state.params, params)
+    first = objectives.adversarial(apply_fn, perturb.loss, eps=0.1)
+    before, _ = jax.jit(first)(params, None, batch(0), key=KEY, step=jnp.int32(0))
+    assert info.loss[0] < before
+
+
+OBJECTIVES = {
+    "natural": objectives.natural(layers),
+    "adversarial": objectives.adversarial(layers, perturb.loss, eps=0.3),
+    "mixed": objectives.mixed(layers, perturb.loss, eps=0.3),
+    "virtual": objectives.virtual(layers, perturb.virtual, eps=0.3),
+    "representation": objectives.representation(
+        lambda params, x: jnp.tanh(x @ params[0][0] + params[0][1][None]),
+        lambda params, h: h @ params[1][0] + params[1][1][None],
+        perturb.loss,
+        eps=objectives.Relative(0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_loss_falls_with_every_objective(name):
+    # Three clusters that a net with one hidden layer separates easily, perturbed or not.
+    rng = np.random.default_rng(4)
+    centres = 2 * rng.normal(size=(K, D))
+    y = np.arange(S * B) % K
+    x = (centres[y] + 0.1 * rng.normal(size=(S * B, D))).astype(np.float32)
+    tx = optax.adam(0.03)
+    state = train.init([draw_layer(0, D, 7), draw_layer(1, 7, K)], tx, key=KEY)
+    data = jnp.asarray(x).reshape(S, B, D), jnp.asarray(y).reshape(S, B)
+    epoch, means = train.make_epoch(OBJECTIVES[name], tx), []
+    for _ in range(15):
+        state, info = epoch(state, data)
+        means.append(float(info.loss.mean()))
+    assert means[-1] < means[0] / 2
+
+
+# The pure form
+
+
+def test_update_is_pure_alone_and_under_jit_and_scan():
+    tx = optax.adam(0.1)
+    state = train.init(PARAMS, tx, key=KEY)
+    copy = jax.tree.map(jnp.array, state)
+
+    def one(state, item):
+        return train.update(VIRTUAL, tx, state, item)
+
+    alone = one(state, batch(0))
+    under_jit = jax.jit(one)(state, batch(0))
+    first = jax.tree.map(lambda leaf: leaf[:1], BATCHES)
+    under_scan, info = jax.jit(lambda state, data: jax.lax.scan(one, state, data))(state, first)
+    chex.assert_trees_all_equal(state[:4], copy[:4])
+    info = jax.tree.map(lambda leaf: leaf[0], info)
+    for got in (under_jit, (under_scan, info)):
+        chex.assert_trees_all_close(got[0][:3], alone[0][:3], rtol=1e-6, atol=1e-6)
+        chex.assert_trees_all_close(got[1], alone[1], rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_is_the_compiled_update():
+    tx = optax.adam(0.1)
+    stepped = train.make_step(VIRTUAL, tx, donate=False)(
+        state := train.init(PARAMS, tx, key=KEY), batch(0)
+    )
+    updated = jax.jit(lambda state: train.update(VIRTUAL, tx, state, batch(0)))(state)
+    chex.assert_trees_all_close(stepped[0][:3], updated[0][:3], rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(stepped[1], updated[1], rtol=1e-6, atol=1e-6)
+
+
+def test_the_loss_reported_is_that_before_the_update():
+    tx = optax.sgd(0.5)
+    _, info = train.make_step(NATURAL, tx)(train.init(PARAMS, tx, key=KEY), batch(0))
+    np.testing.assert_allclose(info.loss, cross_entropy(PARAMS, *batch(0)), rtol=RTOL)
