@@ -7,6 +7,7 @@ a module is applied with `train=True` and a `dropout` key; otherwise the net is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,11 +16,21 @@ from flax import linen as nn
 
 from jaxadv.types import ApplyFn, Params, TrainFn
 
-__all__ = ["MLP", "function", "train_function"]
+__all__ = ["MLP", "function", "init", "train_function"]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def init(net: nn.Module, key: jax.Array, x: jax.Array) -> Params:
+    """Return a module's initial parameters; compiled once for equal modules."""
+    return net.init(key, x)
+
+
+@functools.cache
 def function(net: nn.Module, method: str | None = None) -> ApplyFn:
-    """Return `(params, x) -> output` of a module, or of one of its methods, deterministic."""
+    """Return `(params, x) -> output` of a module, or of one of its methods, deterministic.
+
+    Equal modules get the same function object, so that what is compiled for one serves the other.
+    """
 
     def apply(params: Params, x: jax.Array, /) -> jax.Array:
         return cast(jax.Array, net.apply(params, x, method=method))

@@ -462,6 +462,16 @@ def test_what_is_reached_already_has_size_0_and_a_way_on():
             assert closeness(r["alpha", norm][i], found.rows[cls], norm, p.slack) >= 0.9999
 
 
+def test_a_tie_with_a_class_that_never_parts_is_reached():
+    p = problem("linear-3", 1)
+    ((w, _),) = p.params
+    w = w[:, [0, 0, 2]]  # classes 0 and 1 are one: d_1 is 0, and class 2 must not be taken instead
+    params = [(w, np.array([1, 1, 0], np.float32))]
+    r = everything(apply, params, np.zeros_like(p.x), np.zeros_like(p.y))
+    for norm in NORMS:
+        np.testing.assert_array_equal(r["minimal", norm], np.zeros_like(p.x))
+
+
 @pytest.mark.parametrize("margin", [1, 100])
 def test_of_two_classes_equally_near_the_lower_one_is_taken(margin):
     p = problem("linear-3", 1)

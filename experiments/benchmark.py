@@ -1,0 +1,181 @@
+"""How near the training steps come to the time of their own matrix products.
+
+    python experiments/benchmark.py
+
+Times plain, LWA and LWA-with-Adv_Alpha steps of the 500x500 net at batch 100 against the summed
+time of the products that such a step can't do without, of the same shapes, forward and transposed,
+each timed by itself in the same run:
+
+- forward `[B, i] x [i, o]` of each layer: once for the trained pass, once more for the adversary's;
+- weight gradients `[i, B] x [B, o]` of each layer: once;
+- gradients to a layer's input `[M, o] x [o, i]`: down to the second layer for the trained pass (M =
+  B); down to the image for the adversary, with M = B for Adv_Loss and (K - 1) B for Adv_Alpha.
+
+Prints products / step for each: 1 means that everything else is free. All are timed in turn in
+every round and the median over rounds is quoted, since a machine's speed drifts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from experiments import report
+from experiments.models import MLP, function, init
+from jaxadv import objectives, perturb, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Time training steps against their own matrix products."""
+
+    widths: tuple[int, ...] = (500, 500)
+    """Sizes of the hidden layers."""
+    batch_size: int = 100
+    """Images per step."""
+    rounds: int = 15
+    """How often everything is timed; the median is quoted."""
+    seconds: float = 0.1
+    """Least time of one timing; calls are repeated until then."""
+    out: Path | None = None
+    """A JSON file to write the figures to."""
+
+
+Call = Callable[[], Any]
+
+
+def products(settings: Settings, n_inputs: int = 784, n_classes: int = 10) -> dict[str, Call]:
+    """Return one compiled matrix product for each kind and layer."""
+    sizes = (n_inputs, *settings.widths, n_classes)
+    rng = np.random.default_rng(0)
+
+    def array(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    dot = jax.jit(jnp.matmul)
+    left_transposed = jax.jit(lambda a, b: a.T @ b)
+    right_transposed = jax.jit(lambda a, b: a @ b.T)
+    batch = settings.batch_size
+    calls: dict[str, Call] = {}
+    for layer, (i, o) in enumerate(itertools.pairwise(sizes)):
+        w, h, g = array(i, o), array(batch, i), array(batch, o)
+        gs = array((n_classes - 1) * batch, o)
+        calls[f"forward {layer}"] = partial(dot, h, w)
+        calls[f"weights {layer}"] = partial(left_transposed, h, g)
+        calls[f"input {layer}"] = partial(right_transposed, g, w)
+        calls[f"inputs {layer}"] = partial(right_transposed, gs, w)
+    return calls
+
+
+def floors(seconds: dict[str, float], layers: int) -> dict[str, float]:
+    """Return the summed time of each step's products."""
+    forward, weights, back, backs = (
+        [seconds[f"{kind} {layer}"] for layer in range(layers)]
+        for kind in ("forward", "weights", "input", "inputs")
+    )
+    plain = sum(forward) + sum(weights) + sum(back[1:])
+    return {
+        "plain": plain,
+        "lwa": plain + sum(forward) + sum(back),
+        "lwa_alpha": plain + sum(forward) + sum(backs),
+    }
+
+
+def steps(settings: Settings) -> dict[str, Call]:
+    """Return one compiled training step for each method, which carries its state along."""
+    net = MLP(settings.widths)
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.random((settings.batch_size, 28, 28, 1)), jnp.float32)
+    y = jnp.asarray(rng.integers(0, 10, settings.batch_size), jnp.int32)
+    params = init(net, jax.random.key(0), x)
+    apply_fn, tx = function(net), optax.sgd(1e-3, momentum=0.9)
+    kinds = {
+        "plain": objectives.natural(apply_fn),
+        "lwa": objectives.adversarial(apply_fn, perturb.loss, eps=1.5),
+        "lwa_alpha": objectives.adversarial(apply_fn, perturb.alpha, eps=1.5),
+    }
+
+    def call(objective: Any) -> Call:
+        step, state = train.make_step(objective, tx), train.init(params, tx, key=jax.random.key(1))
+
+        def go() -> Any:
+            nonlocal state
+            state, info = step(state, (x, y))
+            return info.loss
+
+        return go
+
+    return {name: call(objective) for name, objective in kinds.items()}
+
+
+def time_of(call: Call, seconds: float) -> float:
+    """Return the time of one call, in seconds, from as many as fill the time given."""
+    jax.block_until_ready(call())
+    n, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        for _ in range(5):
+            result = call()
+        jax.block_until_ready(result)
+        n += 5
+    return elapsed / n
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    settings = tyro.cli(Settings, description=__doc__)
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"note: the load average is {load:.2f}: other work makes these ratios unreliable")
+    kernels, kinds = products(settings), steps(settings)
+    rounds = []
+    for _ in range(settings.rounds):
+        seconds = {name: time_of(call, settings.seconds) for name, call in kernels.items()}
+        taken = {name: time_of(call, settings.seconds) for name, call in kinds.items()}
+        least = floors(seconds, len(settings.widths) + 1)
+        rounds.append({name: (least[name], taken[name]) for name in taken})
+
+    figures = {}
+    for name in kinds:
+        of_products, of_steps = np.array([r[name] for r in rounds]).T
+        figures[name] = {
+            "products_ms": float(np.median(of_products) * 1e3),
+            "step_ms": float(np.median(of_steps) * 1e3),
+            "ratio": float(np.median(of_products / of_steps)),
+            "ratio_quartiles": np.quantile(of_products / of_steps, [0.25, 0.75]).tolist(),
+        }
+        print(
+            "{:10} products {products_ms:6.2f} ms   step {step_ms:6.2f} ms   products / step "
+            "{ratio:.2f} (quartiles {ratio_quartiles[0]:.2f} to {ratio_quartiles[1]:.2f})".format(
+                name, **figures[name]
+            )
+        )
+    if settings.out is not None:
+        record = {
+            "figures": figures,
+            "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"},
+            "load_average": load,
+            "versions": report.versions(),
+            "device": report.device(),
+        }
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        settings.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+"""`jaxadv.logistic`: Appendix A, against brute force over the ball and scipy's optimum."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+from references import NORMS
+from scipy import optimize
+
+from jaxadv import attack, logistic, perturb
+
+B, D = 9, 4
+EPS = 0.3
+
+every_norm = pytest.mark.parametrize("norm", NORMS)
+
+# A float32 dot product of D terms and a softplus: a few roundings of 2^-24 each.
+RTOL = 1e-6
+
+
+def draw(seed=0, n=B, d=D):
+    """Weights, examples and signed labels that no hyperplane through 0 separates."""
+    rng = np.random.default_rng(seed)
+    w, x = rng.normal(size=d), rng.normal(size=(n, d))
+    return w.astype(np.float32), x.astype(np.float32), np.where(np.arange(n) % 2, 1, -1)
+
+
+def loss_at(w, x, y):
+    """log(1 + exp(-y w.x)) in float64."""
+    w, x = np.asarray(w, np.float64), np.asarray(x, np.float64)
+    return np.logaddexp(0, -y * (x @ w))
+
+
+def exact(w, x, y, eps, norm):
+    """The maximum over the ball in closed form, in float64."""
+    w, x = np.asarray(w, np.float64), np.asarray(x, np.float64)
+    return np.logaddexp(0, -y * (x @ w) + eps * references.length(w, references.DUAL[norm]))
+
+
+def in_ball(norm, n, d, eps, seed=1):
+    """n points of the ball, half of them on its surface."""
+    rng = np.random.default_rng(seed)
+    v = rng.normal(size=(n, d)) * np.exp(2 * rng.normal(size=(n, d)))
+    v /= np.array([references.length(row, norm) for row in v])[:, None]
+    return eps * v * np.where(np.arange(n) % 2, 1, rng.random(n))[:, None]
+
+
+def corners(norm, d, eps):
+    """Every vertex of the l1 and of the linf ball."""
+    if norm == "l1":
+        return eps * np.concatenate([np.eye(d), -np.eye(d)])
+    return eps * np.array(list(itertools.product([-1.0, 1.0], repeat=d)))
+
+
+# The inner maximum, Proposition B
+
+
+@every_norm
+def test_the_loss_is_that_at_the_adversary(norm):
+    w, x, y = draw()
+    r = np.asarray(logistic.adversary(w, x, y, eps=EPS, norm=norm), np.float64)
+    got = logistic.loss(w, x, y, eps=EPS, norm=norm)
+    np.testing.assert_allclose(got, loss_at(w, x + r, y), rtol=RTOL)
+    np.testing.assert_allclose(got, exact(w, x, y, EPS, norm), rtol=RTOL)
+
+
+@every_norm
+def test_the_adversary_is_of_size_eps(norm):
+    w, x, y = draw()
+    r = logistic.adversary(w, x, y, eps=EPS, norm=norm)
+    sizes = [references.length(row, norm) for row in np.asarray(r)]
+    np.testing.assert_allclose(sizes, EPS, rtol=RTOL)
+
+
+@every_norm
+def test_no_point_of_the_ball_beats_the_loss(norm):
+    w, x, y = draw()
+    best = np.asarray(logistic.loss(w, x, y, eps=EPS, norm=norm), np.float64)
+    for r in in_ball(norm, 2000, D, EPS):
+        assert np.all(loss_at(w, x + r[None], y) <= best * (1 + RTOL))
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_the_loss_is_that_at_the_worst_corner_of_the_ball(norm):
+    w, x, y = draw()
+    at_corners = [loss_at(w, x + r[None], y) for r in corners(norm, D, EPS)]
+    got = logistic.loss(w, x, y, eps=EPS, norm=norm)
+    np.testing.assert_allclose(got, np.max(at_corners, axis=0), rtol=RTOL)
+
+
+@every_norm
+def test_sizes_are_per_example(norm):
+    w, x, y = draw()
+    eps = np.arange(B, dtype=np.float32) / 4
+    want = [exact(w, x[i : i + 1], y[i : i + 1], eps[i], norm)[0] for i in range(B)]
+    np.testing.assert_allclose(logistic.loss(w, x, y, eps=eps, norm=norm), want, rtol=RTOL)
+    r = np.asarray(logistic.adversary(w, x, y, eps=eps, norm=norm), np.float64)
+    np.testing.assert_allclose(loss_at(w, x + r, y), want, rtol=RTOL)
+
+
+def test_without_a_ball_it_is_logistic_regression():
+    w, x, y = draw()
+    np.testing.assert_allclose(
+        logistic.loss(w, x, y, eps=0.0, norm="l2"), loss_at(w, x, y), rtol=RTOL
+    )
+    assert not np.any(logistic.adversary(w, x, y, eps=0.0, norm="l2"))
+
+
+def test_the_objective_is_the_mean_of_the_loss():
+    w, x, y = draw()
+    got = logistic.objective(w, x, y, eps=EPS, norm="l2")
+    np.testing.assert_allclose(got, exact(w, x, y, EPS, "l2").mean(), rtol=RTOL)
+
+
+def test_the_logits_are_those_whose_cross_entropy_is_the_logistic_loss():
+    w, x, y = draw()
+    z = logistic.logits(w, x)
+    assert z.shape == (B, 2)
+    log_p = [references.log_softmax(row)[(label + 1) // 2] for row, label in zip(z, y, strict=True)]
+    np.testing.assert_allclose(-np.array(log_p), loss_at(w, x, y), rtol=RTOL)
+
+
+# name: a general method; and what of the exact maximum it may miss
+METHODS = {
+    "loss": (perturb.loss, RTOL),
+    "alpha": (perturb.alpha, RTOL),  # for two classes it has the direction of loss
+    "pgd": (partial(attack.pgd, steps=20), 1e-5),
+}
+
+
+@every_norm
+@pytest.mark.parametrize("name", METHODS)
+def test_the_general_methods_hit_the_closed_form(name, norm):
+    method, tolerance = METHODS[name]
+    w, x, y = draw()
+    run = jax.jit(lambda w, x, y: method(logistic.logits, w, x, y, eps=EPS, norm=norm))
+    r = np.asarray(run(w, x, (y + 1) // 2), np.float64)
+    want = logistic.loss(w, x, y, eps=EPS, norm=norm)
+    if name == "alpha":
+        # It crosses the boundary; a misclassified x goes on away from y: both raise the loss.
+        assert np.any(y * (x @ w) < 0)
+    np.testing.assert_allclose(loss_at(w, x + r, y), want, rtol=tolerance)
+
+
+# The outer minimum
+
+
+@every_norm
+def test_the_objective_is_convex_along_every_segment(norm):
+    _, x, y = draw()
+    rng = np.random.default_rng(2)
+    ends = 3 * rng.normal(size=(2, 500, D))
+    ends[1, :100] = -ends[0, :100] * rng.random((100, 1))  # through 0, where the norm has its kink
+    t = rng.random((500, 1))
+    value = jax.jit(jax.vmap(partial(logistic.objective, x=x, y=y, eps=EPS, norm=norm)))
+    first, second = value(jnp.float32(ends[0])), value(jnp.float32(ends[1]))
+    between = value(jnp.float32(t * ends[0] + (1 - t) * ends[1]))
+    chord = t[:, 0] * first + (1 - t[:, 0]) * second
+    assert np.all(between <= chord * (1 + 1e-6))
+    assert np.mean(between < 0.99 * chord) > 0.5  # and it is no straight line
+
+
+def regularisation(w):
+    """R of Proposition C for x = y = 1 and c = 1/2, from the library, [n] of scalars w."""
+    one = jnp.ones((1, 1))
+
+    def of_one(w):
+        worst, plain = (
+            logistic.loss(w[None], one, jnp.ones(1), eps=eps, norm="l2")[0] for eps in (0.5, 0.0)
+        )
+        return worst - plain
+
+    return jax.jit(jax.vmap(of_one))(w)
+
+
+def test_proposition_c_the_regularisation_is_the_corrected_formula():
+    w = np.linspace(-6, 12, 37)
+    # The print has exp(-w / 2), which holds for w >= 0 only.
+    want = np.logaddexp(0, -(w - 0.5 * np.abs(w))) - np.logaddexp(0, -w)
+    np.testing.assert_allclose(regularisation(jnp.float32(w)), want, rtol=RTOL, atol=1e-7)
+
+
+def test_proposition_c_the_regularisation_is_not_convex():
+    start, middle, end = regularisation(jnp.array([0.0, 2.0, 12.0]))
+    # On w >= 0 it starts at 0, is positive, and falls to 0 again: above its chord.
+    assert start == 0
+    assert middle > 10 * max(start, end)
+    assert middle > start + (end - start) * 2 / 12
+
+
+def scipy_optimum(x, y, eps, norm):
+    """The least objective, by a smooth problem in float64 and scipy."""
+    x, n, d = np.asarray(x, np.float64), *x.shape
+
+    def value_and_gradient(w, size, of_size):
+        q = -y * (x @ w) + eps * size
+        s = 1 / (1 + np.exp(-q)) / n
+        return np.logaddexp(0, q).mean(), -(s * y) @ x, eps * s.sum() * of_size
+
+    if norm == "l2":
+
+        def smooth(w):
+            size = np.linalg.norm(w)
+            value, of_w, of_size = value_and_gradient(w, size, w / size)
+            return value, of_w + of_size
+
+        found = optimize.minimize(smooth, np.full(d, 0.1), jac=True, method="L-BFGS-B",
+                                  options={"ftol": 1e-15, "gtol": 1e-10})  # fmt: skip
+        return found.fun, found.x
+    if norm == "linf":  # ||w||_1 = sum(u + v) for w = u - v, u and v >= 0
+
+        def smooth(uv):
+            w = uv[:d] - uv[d:]
+            value, of_w, of_size = value_and_gradient(w, uv.sum(), np.ones(2 * d))
+            return value, np.concatenate([of_w, -of_w]) + of_size
+
+        found = optimize.minimize(smooth, np.full(2 * d, 0.1), jac=True, method="L-BFGS-B",
+                                  bounds=[(0, None)] * (2 * d),
+                                  options={"ftol": 1e-15, "gtol": 1e-10})  # fmt: skip
+        return found.fun, found.x[:d] - found.x[d:]
+
+    def smooth(wt):  # ||w||_inf <= t
+        value, of_w, of_size = value_and_gradient(wt[:d], wt[d], 1)
+        return value, np.append(of_w, of_size)
+
+    eye, ones = np.eye(d), np.ones((d, 1))
+    within = optimize.LinearConstraint(
+        np.vstack([np.hstack([-eye, ones]), np.hstack([eye, ones])]), 0, np.inf
+    )
+    found = optimize.minimize(smooth, np.full(d + 1, 0.1), jac=True, method="SLSQP",
+                              constraints=within,
+                              options={"ftol": 1e-14, "maxiter": 500})  # fmt: skip
+    return found.fun, found.x[:d]
+
+
+def draw_problem(seed=5):
+    """Thirty noisy examples whose robust solution is neither 0 nor without bound."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(30, D)) * np.array([1.5, 1, 0.7, 0.4])
+    y = np.where(x @ np.array([2.0, -1.0, 0.5, 0]) + 0.7 * rng.normal(size=30) > 0, 1, -1)
+    return x.astype(np.float32), y
+
+
+def test_fit_meets_scipys_optimum_in_l2():
+    x, y = draw_problem()
+    least, at = scipy_optimum(x, y, EPS, "l2")
+    w, values = logistic.fit(jnp.full(D, 0.1), x, y, eps=EPS, norm="l2")
+    # The objective in float32 near its minimum: a few roundings.
+    np.testing.assert_allclose(values[-1], least, rtol=1e-6)
+    # It is flat there, so that roundings of 2^-24 move w by their root.
+    np.testing.assert_allclose(w, at, atol=2e-3)
+    np.testing.assert_allclose(exact(w, x, y, EPS, "l2").mean(), least, rtol=1e-6)
+    assert 0.1 < np.linalg.norm(at) < 10
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_fit_with_a_decaying_subgradient_method_meets_scipys_optimum(norm):
+    x, y = draw_problem()
+    least, at = scipy_optimum(x, y, EPS, norm)
+    steps = 3000
+    tx = optax.sgd(optax.cosine_decay_schedule(0.5, steps))
+    w, values = logistic.fit(jnp.full(D, 0.1), x, y, eps=EPS, norm=norm, tx=tx, steps=steps)
+    assert values.shape == (steps,)
+    np.testing.assert_allclose(values[-1], least, atol=1e-4)
+    np.testing.assert_allclose(exact(w, x, y, EPS, norm).mean(), least, atol=1e-4)
+    assert least < values[0] - 0.01  # there was something to learn
+    assert np.any(at != 0)
+
+
+def test_fit_reports_the_objective_before_each_update():
+    x, y = draw_problem()
+    start = jnp.full(D, 0.1)
+    w, values = logistic.fit(start, x, y, eps=EPS, norm="l2", tx=optax.sgd(0.1), steps=2)
+    objective = partial(logistic.objective, x=x, y=y, eps=EPS, norm="l2")
+    value, grad = jax.jit(jax.value_and_grad(objective))(start)
+    np.testing.assert_allclose(values, [value, objective(start - 0.1 * grad)], rtol=RTOL)
+    assert objective(w) < values[1]
+
+
+# Proposition D
+
+
+def separable():
+    """Data whose full gap between the classes is 2 in every norm.
+
+    y is the sign of the first entry, at distance 1 from the hyperplane e_1 through 0; the second
+    entries come in both signs, so that no other hyperplane does better.
+    """
+    x = np.array([[1, 0.5], [1, -0.5], [-1, 0.5], [-1, -0.5], [2, 0]], np.float32)
+    return x, np.array([1, 1, -1, -1, 1])
+
+
+def margin(x, y, norm):
+    """2 max over w of min_i y_i w.x_i / ||w||_*, over all directions of the plane."""
+    angles = np.linspace(0, 2 * np.pi, 3601)
+    w = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    sizes = np.array([references.length(row, references.DUAL[norm]) for row in w])
+    return 2 * np.max(np.min(y * (w @ x.T), axis=1) / sizes)
+
+
+@every_norm
+def test_proposition_d_a_margin_of_less_than_2_eps_has_a_bounded_minimiser(norm):
+    x, y = separable()
+    assert margin(x, y, norm) == pytest.approx(2)
+    tx = optax.sgd(optax.cosine_decay_schedule(1.0, 2000))
+    ends = []
+    for start in ([1.0, 0.5], [20.0, -10.0]):
+        w, values = logistic.fit(jnp.array(start), x, y, eps=1.1, norm=norm, tx=tx, steps=2000)
+        ends.append((w, values[-1]))
+    (w, value), (other, other_value) = ends
+    # From near and from far, to one point.
+    np.testing.assert_allclose(w, other, atol=0.02)
+    np.testing.assert_allclose(value, other_value, atol=1e-4)
+    assert np.linalg.norm(w) < 5
+    assert 0 < value <= np.log(2) + RTOL  # the loss at w = 0
+
+
+@every_norm
+def test_proposition_d_a_margin_of_more_than_2_eps_lets_w_grow_and_the_loss_vanish(norm):
+    x, y = separable()
+    # Steps of one length, since the gradient vanishes with the loss.
+    tx = optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.25))
+    w, sizes, values = jnp.array([0.1, 0.1]), [], []
+    for _ in range(3):
+        w, losses = logistic.fit(w, x, y, eps=0.5, norm=norm, tx=tx, steps=30)
+        sizes.append(float(np.linalg.norm(w)))
+        values.append(float(losses[-1]))
+    assert np.all(np.diff(sizes) > 5)
+    assert np.all(np.diff(np.log(values)) < -2)
+    assert values[-1] < 1e-3
+
+
+def test_fit_by_default_stays_finite_where_the_loss_vanishes():
+    x, y = separable()
+    w, values = logistic.fit(jnp.array([0.1, 0.1]), x, y, eps=0.5, norm="l2")
+    assert np.all(np.isfinite(w))
+    assert values[-1] < 1e-3
+
+
+@every_norm
+def test_at_w_of_0_the_gradient_is_finite(norm):
+    _, x, y = draw()
+    objective = partial(logistic.objective, x=x, y=y, eps=EPS, norm=norm)
+    value, grad = jax.jit(jax.value_and_grad(objective))(jnp.zeros(D))
+    np.testing.assert_allclose(value, np.log(2), rtol=RTOL)
+    # The ball's part has 0 among its subgradients there; what is left is that of the plain loss.
+    np.testing.assert_allclose(grad, -(y[:, None] * x).mean(axis=0) / 2, rtol=1e-5, atol=1e-7)
+    assert not np.any(logistic.adversary(jnp.zeros(D), x, y, eps=EPS, norm=norm))
+
+
+# Transformations and bad input
+
+
+def test_everything_works_under_jit_with_a_traced_size():
+    w, x, y = draw()
+    for function in (logistic.loss, logistic.adversary, logistic.objective):
+        got = jax.jit(partial(function, norm="l2"))(w, x, y, eps=EPS)
+        np.testing.assert_allclose(got, function(w, x, y, eps=EPS, norm="l2"), rtol=RTOL)
+    fit = partial(logistic.fit, norm="l2", tx=optax.sgd(0.1), steps=3)
+    got, want = jax.jit(fit)(w, x, y, eps=EPS)[1], fit(w, x, y, eps=EPS)[1]
+    np.testing.assert_allclose(got, want, rtol=RTOL)
+
+
+FUNCTIONS = (logistic.loss, logistic.adversary, logistic.objective, logistic.fit)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_labels_0_and_1_raise_with_the_cure(function):
+    w, x, y = draw()
+    with pytest.raises(ValueError, match=r"-1 and \+1.*got.*2 \* y - 1"):
+        function(w, x, (y + 1) // 2, eps=EPS, norm="l2")
+
+
+# name: w, x and y of w [D], x [B, D], y [B]
+SHAPES = {
+    "w of another size": lambda w, x, y: (w[:-1], x, y),
+    "w a column": lambda w, x, y: (w[:, None], x, y),
+    "y of another batch": lambda w, x, y: (w, x, y[:-1]),
+    "y a column": lambda w, x, y: (w, x, y[:, None]),
+    "x images": lambda w, x, y: (w, x.reshape(B, 2, 2), y),
+    "x one example": lambda w, x, y: (w, x[0], y[0]),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_that_do_not_match_raise(name, function):
+    with pytest.raises(ValueError, match=r"expected .*got"):
+        function(*SHAPES[name](*draw()), eps=EPS, norm="l2")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_an_unknown_norm_and_a_negative_size_raise(function):
+    with pytest.raises(ValueError, match="l3"):
+        function(*draw(), eps=EPS, norm="l3")
+    with pytest.raises(ValueError, match="eps"):
+        function(*draw(), eps=-EPS, norm="l2")
+
+
+def test_no_steps_raise():
+    with pytest.raises(ValueError, match="steps"):
+        logistic.fit(*draw(), eps=EPS, norm="l2", steps=0)

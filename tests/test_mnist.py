@@ -1,0 +1,192 @@
+"""The main job: on a small data set here; on MNIST, killed ten times, by `pytest -m slow`."""
+
+import dataclasses
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from experiments import data, mnist
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def digits(n, seed):
+    """Images of a bright bar whose place is the label: learnt in a few steps."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, n).astype(np.int32)
+    images = rng.integers(0, 60, (n, 28, 28, 1), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[:, 2 * label + 4 : 2 * label + 6] += 180
+    return images, labels
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A small data set in MNIST's place, and settings to match."""
+    monkeypatch.setattr(data, "mnist", lambda: data.Dataset(*digits(300, 0), *digits(120, 1)))
+    tiny = {
+        name: dataclasses.replace(
+            getattr(mnist.Settings(), name), widths=(12, 11), epochs=2, warmup=0
+        )
+        for name in mnist.NAMES
+    }
+    return mnist.Settings(batch_size=20, pgd_steps=3, n_eval=100, **tiny)
+
+
+def run(settings, out):
+    return mnist.run(dataclasses.replace(settings, out=out), Console(file=io.StringIO()))
+
+
+def test_it_writes_rows_tables_figures_and_weights(small, tmp_path):
+    rows = run(small, tmp_path)
+    assert rows == json.loads((tmp_path / "results.json").read_text())
+    assert [row["method"] for row in rows] == list(mnist.NAMES)
+    for row in rows:
+        assert row.keys() >= {
+            "experiment", "network", "method", "seed", "eps", "norm", "n", "columns",
+            "train_seconds", "epochs", "versions", "device", "settings",
+        }  # fmt: skip
+        assert (row["n"], row["eps"], row["norm"], row["network"]) == (100, 1.5, "l2", "12x11")
+        assert row["columns"].keys() >= set(mnist.report.LABELS)
+        assert all(0 <= value <= 1 for value in row["columns"].values())
+        assert row["columns"]["pgd"] <= row["columns"]["adv_loss"] + 0.02
+        assert row["curves"]["adv_loss"][0] == row["columns"]["validation"]
+        for counted in row["counts"].values():
+            assert counted["nonfinite"] == counted["invalid"] == 0
+            assert counted["max_norm"] == pytest.approx(1.5, rel=1e-6)
+        stored = load_file(tmp_path / row["method"] / "params.safetensors")
+        assert stored["params/hidden_0/kernel"].shape == (784, 12)
+    assert rows[0]["columns"]["validation"] > 0.9  # it learnt, in 30 steps
+    for name in ("accuracy_vs_eps.png", "adversarial_digits.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_the_same_command_again_changes_nothing(small, tmp_path):
+    small = dataclasses.replace(small, methods=("normal",))
+    first = run(small, tmp_path)
+    results, weights = (tmp_path / name for name in ("results.json", "normal/params.safetensors"))
+    before = results.read_bytes(), weights.read_bytes()
+    assert run(small, tmp_path) == first
+    assert (results.read_bytes(), weights.read_bytes()) == before
+
+
+def test_each_seed_is_a_row_and_has_its_weights(small, tmp_path):
+    small = dataclasses.replace(small, methods=("lwa",), seed=(4, 5))
+    rows = run(small, tmp_path)
+    assert [row["seed"] for row in rows] == [4, 5]
+    first, second = (
+        load_file(tmp_path / "lwa" / name)["params/logits/kernel"]
+        for name in ("params.safetensors", "seed_5/params.safetensors")
+    )
+    assert not np.array_equal(first, second)
+
+
+def test_held_out_images_are_scored_without_touching_the_test_images(small, tmp_path, monkeypatch):
+    empty = np.zeros((0, 28, 28, 1), np.uint8), np.zeros(0, np.int32)
+    monkeypatch.setattr(data, "mnist", lambda: data.Dataset(*digits(300, 0), *empty))
+    small = dataclasses.replace(small, methods=("normal",), holdout=90)
+    (row,) = run(small, tmp_path)
+    assert row["n"] == 90
+
+
+def test_another_setting_in_the_same_folder_is_an_error(small, tmp_path):
+    small = dataclasses.replace(small, methods=("normal",))
+    run(small, tmp_path)
+    with pytest.raises(ValueError, match=r"momentum: 0\.9 then, 0\.5 now.*choose another --out"):
+        run(dataclasses.replace(small, momentum=0.5), tmp_path)
+
+
+def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
+    arguments = [
+        "mnist.py", "--quick", "--methods", "normal", "lwa", "--seed", "3", "--out", str(tmp_path),
+        "--batch-size", "20", "--pgd-steps", "2", "--n-eval", "60", "--lwa.eps", "0.25",
+        "--lwa.widths", "9", "8", "--normal.widths", "9", "8", "--normal.epochs", "1",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    mnist.main()
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["method"], row["seed"], row["epochs"]) for row in rows] == [
+        ("normal", 3, 1),
+        ("lwa", 3, 2),  # --quick
+    ]
+    assert rows[1]["settings"]["eps"] == 1.5
+    assert rows[1]["settings"]["train_eps"] == 0.25
+    printed = capsys.readouterr().out
+    assert "accuracy on 60 test images" in printed
+    assert "which itself scores" in printed
+    assert (tmp_path / "results.md").read_text().count("| paper |") == 2
+
+
+def command(out, cache):
+    arguments = [
+        "--methods", "normal", "lwa", "--out", str(out), "--normal.epochs", "3", "--lwa.epochs",
+        "3", "--lwa.widths", "100", "100", "--n-eval", "200", "--pgd-steps", "5",
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "experiments" / "mnist.py"), *arguments],
+        env={**os.environ, "JAXADV_DATA": str(cache)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def final_states(out):
+    """Every array of every training state, optimiser included, as bytes."""
+    states = {}
+    for directory in sorted((out / "checkpoints").iterdir()):
+        with ocp.CheckpointManager(directory) as manager:
+            restored = manager.restore(
+                manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore())
+            )
+        leaves = ocp.tree.to_flat_dict(restored.state)
+        states[directory.name] = {
+            "/".join(map(str, path)): np.asarray(
+                leaf if "key" not in path else leaf.astype(np.uint32)
+            ).tobytes()
+            for path, leaf in leaves.items()
+            if leaf is not None
+        }
+    return states
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Couldn't find sharding info:UserWarning")  # restored on a host
+def test_killed_at_ten_random_moments_it_ends_bit_for_bit_the_same(tmp_path):
+    cache = tmp_path / "cache"
+    data.mnist(data_dir=cache)
+    start = time.perf_counter()
+    reference = command(tmp_path / "reference", cache)
+    assert reference.wait() == 0, reference.stderr.read().decode()
+    whole = time.perf_counter() - start
+
+    moments = random.Random(0)
+    for _ in range(10):
+        process = command(tmp_path / "killed", cache)
+        time.sleep(moments.uniform(0.2, 0.6 * whole))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    process = command(tmp_path / "killed", cache)
+    assert process.wait() == 0, process.stderr.read().decode()
+
+    expected, got = final_states(tmp_path / "reference"), final_states(tmp_path / "killed")
+    assert expected.keys() == {"lwa-0", "normal-0", "normal-1000"}
+    assert got == expected
+    for method in ("normal", "lwa"):
+        weights = [
+            (tmp_path / run / method / "params.safetensors").read_bytes()
+            for run in ("reference", "killed")
+        ]
+        assert weights[0] == weights[1]

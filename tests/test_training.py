@@ -1,0 +1,114 @@
+"""Training that is interrupted anywhere ends where it would have ended."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from experiments import training
+from jaxadv import objectives, perturb
+
+N, D, K = 70, 5, 3
+RNG = np.random.default_rng(0)
+DATA = jnp.asarray(RNG.normal(size=(N, D)), jnp.float32), jnp.asarray(RNG.integers(0, K, N))
+SETTINGS = {"lr": 0.1, "widths": [2, 3]}
+
+
+def apply_fn(w, x):
+    return x @ w
+
+
+class Interrupted(Exception):
+    pass
+
+
+def fit(directory, *, epochs=4, settings=SETTINGS, interrupt_at=None, file=None):
+    """Train by LWA; `interrupt_at` raises at that update of the progress bar."""
+    console = Console(file=file or io.StringIO())
+    with training.bars(console) as progress:
+        if interrupt_at is not None:
+            update, calls = progress.update, iter(range(10**6))
+
+            def interrupting(*args, **kwargs):
+                if next(calls) == interrupt_at:
+                    raise Interrupted
+                update(*args, **kwargs)
+
+            progress.update = interrupting
+        return training.fit(
+            objectives.adversarial(apply_fn, perturb.loss, eps=0.1),
+            optax.sgd(optax.cosine_decay_schedule(0.1, 40), momentum=0.9),
+            jnp.zeros((D, K)),
+            DATA,
+            epochs=epochs,
+            batch_size=8,
+            key=jax.random.key(3),
+            directory=directory,
+            settings=settings,
+            progress=progress,
+            name="lwa",
+        )
+
+
+def bits(state):
+    state = state._replace(key=jax.random.key_data(state.key))
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("uninterrupted"))
+
+
+def test_it_takes_every_step_of_every_epoch(uninterrupted):
+    assert int(uninterrupted.state.step) == 4 * (N // 8)
+    assert len(uninterrupted.history) == 4
+    assert uninterrupted.history[-1]["loss"] < uninterrupted.history[0]["loss"]
+    assert uninterrupted.history[0]["eps"] == pytest.approx(0.1)
+    assert uninterrupted.history[0]["nonfinite"] == 0
+
+
+def test_without_a_gradient_the_first_steps_are_counted(uninterrupted):
+    # With w = 0 all logits are equal and constant: no gradient for the first batch of 8.
+    assert uninterrupted.history[0]["zero"] == 8
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, at, uninterrupted):
+    with pytest.raises(Interrupted):
+        fit(tmp_path, interrupt_at=at)
+    resumed = fit(tmp_path)
+    assert bits(resumed.state) == bits(uninterrupted.state)
+    assert resumed.history == uninterrupted.history
+    assert resumed.seconds > 0
+
+
+def test_a_finished_run_is_restored_and_not_trained_again(tmp_path, uninterrupted):
+    first, again = fit(tmp_path), fit(tmp_path)
+    assert again.seconds == first.seconds
+    assert bits(again.state) == bits(uninterrupted.state)
+
+
+def test_other_settings_are_an_error_with_the_cure(tmp_path):
+    fit(tmp_path, epochs=1)
+    with pytest.raises(ValueError, match=r"lr: 0\.1 then, 0\.2 now.*choose another --out"):
+        fit(tmp_path, epochs=1, settings={**SETTINGS, "lr": 0.2})
+
+
+def test_without_a_terminal_every_epoch_is_a_line(tmp_path):
+    log = io.StringIO()
+    fit(tmp_path, epochs=2, file=log)
+    assert "lwa: epoch 1 of 2, loss" in log.getvalue()
+    fit(tmp_path, epochs=2, file=log)
+    assert "lwa: goes on after epoch 2 of 2" in log.getvalue()
+
+
+def test_every_epoch_has_its_own_order_of_examples(tmp_path):
+    one = fit(tmp_path / "one", epochs=1).history[0]["loss"]
+    two = fit(tmp_path / "two", epochs=2).history
+    assert two[0]["loss"] == one
+    assert two[1]["loss"] != one

@@ -1,0 +1,82 @@
+"""`jaxadv.types`: the signatures it names are those that the library's own functions have."""
+
+import inspect
+import typing
+from functools import partial
+
+import jax.numpy as jnp
+import pytest
+
+from jaxadv import attack, jacobian, logistic, norms, objectives, perturb, types
+
+PERTURB_FNS = {
+    **{name: getattr(perturb, name) for name in perturb.__all__},
+    **{name: getattr(attack, name) for name in attack.__all__},
+    "partial": partial(perturb.loss, norm="linf"),
+}
+OBJECTIVES = {
+    "natural": objectives.natural(logistic.logits),
+    "adversarial": objectives.adversarial(logistic.logits, perturb.loss, eps=0.5),
+    "mixed": objectives.mixed(logistic.logits, perturb.loss, eps=0.5),
+    "virtual": objectives.virtual(logistic.logits, perturb.virtual, eps=0.5),
+    "representation": objectives.representation(
+        lambda params, x: x, logistic.logits, perturb.loss, eps=0.5
+    ),
+}
+
+
+def accepts(function, protocol):
+    """Bind every call that the protocol allows, with its names for what goes by name."""
+    parameters = list(inspect.signature(protocol.__call__).parameters.values())[1:]
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    assert len(positional) + len(keywords) == len(parameters)
+    signature = inspect.signature(function)
+    required = {p.name: None for p in keywords if p.default is p.empty}
+    signature.bind(*positional, **required)
+    signature.bind(*positional, **{p.name: None for p in keywords})
+
+
+@pytest.mark.parametrize("name", PERTURB_FNS)
+def test_every_perturbation_is_a_perturb_fn(name):
+    accepts(PERTURB_FNS[name], types.PerturbFn)
+
+
+@pytest.mark.parametrize("name", PERTURB_FNS)
+def test_a_perturbation_takes_its_data_by_position_and_the_rest_by_name(name):
+    kinds = [p.kind for p in inspect.signature(PERTURB_FNS[name]).parameters.values()]
+    by_position, by_name = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY
+    assert kinds[:4] == [by_position] * 4
+    assert set(kinds[4:]) == {by_name}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_factory_makes_an_objective(name):
+    accepts(OBJECTIVES[name], types.Objective)
+
+
+def test_the_logistic_model_is_an_apply_fn():
+    accepts(logistic.logits, types.ApplyFn)
+
+
+def test_the_margin_is_a_loss_fn():
+    accepts(jacobian.margin, types.LossFn)
+
+
+def test_the_norms_named_are_those_there_are():
+    names = typing.get_args(types.Norm)
+    assert names == ("l1", "l2", "linf")
+    assert {norms.dual(name) for name in names} == set(names)
+    for name in names:
+        assert norms.norm(jnp.ones((2, 3)), name).shape == (2,)
+
+
+PROTOCOLS = ("ApplyFn", "EncodeFn", "LossFn", "Objective", "PerturbFn", "TrainFn")
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_call_signature_is_a_documented_protocol(name):
+    protocol = getattr(types, name)
+    assert typing.Protocol in protocol.__mro__
+    assert protocol.__doc__
+    assert protocol.__call__.__doc__
