@@ -54,7 +54,8 @@ class Outcome(NamedTuple):
       robust: classified right as it is and as perturbed.
       norm: the measured size of its perturbation.
       zero: its perturbation is exactly 0.
-      nonfinite: its perturbation, input or logits are not finite (a logit of -inf is a mask).
+      nonfinite: its perturbation, its input, or its logits before or after are not finite (a
+        logit of -inf is a mask).
       invalid: its label is outside 0..K-1.
     """
 
@@ -74,7 +75,7 @@ class Counts(NamedTuple):
       clean: how many are classified right as they are.
       robust: how many are classified right as they are and as perturbed.
       zero: how many perturbations are exactly 0.
-      nonfinite: how many have a perturbation, input or logits that are not finite.
+      nonfinite: how many have a perturbation, an input or logits that are not finite.
       invalid: how many labels are outside 0..K-1.
       max_norm: the greatest finite size of a perturbation.
     """
@@ -157,15 +158,17 @@ def measure(
         raise ValueError(
             f"expected r of x's shape {x.shape}, got {r.shape}; pass one perturbation per example"
         )
-    logits = inputs.apply(apply_fn, params, x)
+    moved = x + r
+    logits, moved_logits = (inputs.apply(apply_fn, params, v) for v in (x, moved))
     right = _right(logits, x, y)
+    finite = inputs.finite(x, logits) & inputs.finite(moved, moved_logits)
     of_example = tuple(range(1, r.ndim))
     return Outcome(
         clean=right,
-        robust=right & correct(apply_fn, params, x + r, y),
+        robust=right & _right(moved_logits, moved, y),
         norm=norms.norm(r, norm),
         zero=jnp.all(r == 0, axis=of_example),
-        nonfinite=~(inputs.finite(x, logits) & jnp.all(jnp.isfinite(r), axis=of_example)),
+        nonfinite=~(finite & jnp.all(jnp.isfinite(r), axis=of_example)),
         invalid=(y < 0) | (y >= logits.shape[1]),
     )
 
@@ -204,12 +207,17 @@ def merge(*counts: Counts) -> Counts:
     Returns:
       `Counts` of all the examples.
 
+    Raises:
+      ValueError: if there are none.
+
     Example:
       >>> from jaxadv import evaluate
       >>> one = evaluate.Counts(10, 9, 5, 0, 0, 0, 1.5)
       >>> evaluate.merge(one, one).robust
       10
     """
+    if not counts:
+        raise ValueError("expected at least one batch's counts, got none; pass count(outcome)")
     total, clean, robust, zero, nonfinite, invalid, max_norm = zip(*counts, strict=True)
     sums = [sum(column) for column in (total, clean, robust, zero, nonfinite, invalid)]
     return Counts._make([*sums, reduce(jnp.maximum, max_norm)])
@@ -220,6 +228,9 @@ def accuracy(mask: Any) -> float:
 
     Args:
       mask: booleans, `[n]`, n of at least 1.
+
+    Returns:
+      A number in [0, 1].
 
     Raises:
       ValueError: if the mask is empty or not one-dimensional.
@@ -294,7 +305,7 @@ def clean(apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, batch_size: int 
       >>> evaluate.accuracy(mask)
       0.6666666666666666
     """
-    x, y = _on_host("clean", x, y)
+    x, y = _on_host("clean", x, y, params)
     batch = partial(_clean_batch, apply_fn, params)
     return np.asarray(_over_batches(batch, (x, y), batch_size))
 
@@ -341,7 +352,7 @@ def perturbations(
       >>> evaluate.clean(other, None, x + r, y).tolist()
       [False, False]
     """
-    x, y = _on_host("perturbations", x, y)
+    x, y = _on_host("perturbations", x, y, (params, eps, key, bounds))
     batch = partial(_perturb_batch, apply_fn, perturb_fn, params, _checked(bounds, x))
     return np.asarray(_over_batches(batch, (x, y, *_per_example(x, eps, key)), batch_size))
 
@@ -389,7 +400,7 @@ def robust(
       >>> evaluate.accuracy(outcome.clean), evaluate.accuracy(outcome.robust)
       (1.0, 0.5)
     """
-    x, y = _on_host("robust", x, y)
+    x, y = _on_host("robust", x, y, (params, eps, key, bounds))
     batch = partial(_robust_batch, apply_fn, perturb_fn, norm, params, _checked(bounds, x))
     leaves = _over_batches(batch, (x, y, *_per_example(x, eps, key)), batch_size)
     return jax.tree.map(np.asarray, leaves)
@@ -436,7 +447,7 @@ def curve(
       >>> evaluate.curve(net, None, x, y, perturb.loss, eps=[0.0, 1.0, 3.0]).tolist()
       [[True, True], [True, False], [False, False]]
     """
-    x, y = _on_host("curve", x, y)
+    x, y = _on_host("curve", x, y, (params, key))
     for size in eps:
         inputs.radius(size, x[:0])
     sizes = jnp.asarray(eps, inputs.wide(x.dtype))
@@ -501,8 +512,9 @@ def _curve_batch(
     return (jax.lax.map(at, sizes) & correct(apply_fn, params, x, y)[None]).T
 
 
-def _on_host(name: str, x: Any, y: Any) -> tuple[Any, Any]:
-    if any(isinstance(a, jax.core.Tracer) for a in (x, y)):
+def _on_host(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
+    # Under jit even a constant becomes a tracer.
+    if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((x, y, others, jnp.zeros(())))):
         raise TypeError(
             f"expected arrays, got a tracer: evaluate.{name} loops over a data set on the host; "
             "under jit, vmap or grad use evaluate.correct or evaluate.measure on a batch"

@@ -25,6 +25,7 @@ __all__ = [
     "finite",
     "keys",
     "labels",
+    "logits_of",
     "radius",
     "solvable",
     "wide",
@@ -33,7 +34,8 @@ __all__ = [
 
 def wide(dtype: Any) -> Any:
     """Return the dtype that arithmetic on values of `dtype` is done in: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
+    kind = jax.dtypes.canonicalize_dtype(dtype)
+    return jnp.dtype(jnp.float32) if jnp.finfo(kind).bits < 32 else kind
 
 
 def batched(a: jax.Array, like: jax.Array) -> jax.Array:
@@ -69,7 +71,7 @@ def labels(y: Any, n: int) -> jax.Array:
       TypeError: if `y` is not of an integer dtype.
       ValueError: if `y` is not of shape `[n]`.
     """
-    y = jnp.asarray(y)
+    y = y if isinstance(y, jax.Array) else np.asarray(y)
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(
             f"expected integer labels [B], got {y.dtype} of shape {y.shape}; "
@@ -85,17 +87,23 @@ def labels(y: Any, n: int) -> jax.Array:
             f"expected as many labels as examples, got {y.shape[0]} labels for {n} examples; "
             "pass the labels of this very batch"
         )
-    return y.astype(jnp.int32)
+    if y.dtype.itemsize > 4:  # a label of 2^32 is no class, and int32 would make it class 0
+        y = y.clip(-1, 2**31 - 1)
+    return jnp.asarray(y).astype(jnp.int32)
 
 
 def apply(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:
-    """Call a classifier and check that it returned logits `[B, K]`, in its own dtype.
+    """Call a classifier and check what it returns, see `logits_of`."""
+    return logits_of(apply_fn(params, x), x.shape[0])
+
+
+def logits_of(logits: Any, n: int) -> jax.Array:
+    """Check that a classifier returned logits `[n, K]`; they keep their dtype.
 
     Raises:
       TypeError: if it returned anything but one floating-point array.
-      ValueError: if the array is not `[B, K]` with K of at least 2.
+      ValueError: if the array is not `[n, K]` with K of at least 2.
     """
-    logits = apply_fn(params, x)
     if not isinstance(logits, jax.Array | np.ndarray):
         raise TypeError(
             f"expected apply_fn to return logits, one array, got {type(logits).__name__}; wrap it "
@@ -106,9 +114,9 @@ def apply(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:
             f"expected apply_fn to return floating-point logits, got {logits.dtype}; "
             "return the scores before argmax or rounding"
         )
-    if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+    if logits.ndim != 2 or logits.shape[0] != n:
         raise ValueError(
-            f"expected apply_fn to return logits of shape [{x.shape[0]}, K], got {logits.shape}; "
+            f"expected apply_fn to return logits of shape [{n}, K], got {logits.shape}; "
             "it takes a batch [B, ...] and returns one row of K logits for each example"
         )
     if logits.shape[1] < 2:
@@ -194,20 +202,26 @@ def keys(key: jax.Array | None, n: int, name: str) -> jax.Array:
     """Return one key per example, `[n]`: the keys given, or one key split.
 
     Raises:
-      ValueError: if `key` is missing, or is neither one key nor `n` of them.
+      TypeError: if `key` isn't one (a seed, say).
+      ValueError: if `key` is missing, or there are neither one nor `n` keys.
     """
     if key is None:
         raise ValueError(
             f"expected a key: {name} draws random numbers; pass key=jax.random.key(0), "
             "or one key per example"
         )
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    cure = "pass jax.random.key(seed), or one key per example, jax.random.split(key, batch_size)"
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed:
+        width = jax.random.key_data(jax.random.key(0)).shape
+        raw = getattr(key, "dtype", None) == jnp.uint32 and np.shape(key)[-1:] == width
+        if not raw:
+            raise TypeError(f"expected a key, got {key!r}; {cure}")
         key = jax.random.wrap_key_data(key)
     if key.shape == (n,):
         return key
     if key.shape == ():
         return jax.random.split(key, n)
     raise ValueError(
-        f"expected one key or {n} keys, one per example, got keys of shape {key.shape}; "
-        "pass jax.random.key(seed) or jax.random.split(key, batch_size)"
+        f"expected one key or {n} keys, one per example, got keys of shape {key.shape}; {cure}"
     )

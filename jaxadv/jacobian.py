@@ -18,6 +18,9 @@ and sums to 0. It is computed as :math:`V_j e^{-c_j}` with :math:`c_j = \max(\lo
 |v_{jy}|)`, from the log-softmax and without the logarithm of a difference, and then pulled back
 through the net: :math:`d_j e^{-c_j}`, one backward pass for each class but y.
 
+What remains is the rounding of the pull-back itself, the net's own backward pass: where the classes
+that weigh most in a row have the same gradient to the last bit, what is left of the row is lost.
+
 `margin` is the same idea for the loss: cross-entropy is :math:`\log(1 + e^m)` with :math:`m =
 \mathrm{logsumexp}_{k \ne y} z_k - z_y`, whose gradient never vanishes by rounding.
 
@@ -202,7 +205,10 @@ def class_differences(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Ar
     y = inputs.labels(y, x.shape[0])
     logits, pull = pullback(apply_fn, params, x)
     y = jnp.clip(y, 0, logits.shape[1] - 1)
-    classes, rows, log_scale, log_gap = _softmax_rows(logits, y)
+    # A row that poses no problem gets logits that pose an easy one: whoever discards its result
+    # then multiplies its derivatives by 0, and they have to be finite for that.
+    posed = inputs.solvable(logits, y)[:, None]
+    classes, rows, log_scale, log_gap = _softmax_rows(jnp.where(posed, logits, 0), y)
     # K - 1 cotangents of the whole batch, one forward pass: vmap over axis 1 of [B, K - 1, K].
     d = jax.vmap(pull, in_axes=1, out_axes=1)(rows)
     return Rows(logits, classes, d, log_scale, log_gap)
@@ -241,8 +247,10 @@ def _softmax_rows(
     gap = jnp.expm1(-jnp.where(above, delta, 0)) - jnp.expm1(jnp.where(above, 0, delta))
     log_larger = jnp.maximum(log_aj, log_ay)
 
-    off = gap[..., None] * jnp.exp(log_a[:, None] + (log_larger - log_scale)[..., None])
     is_j, is_y = (jax.nn.one_hot(index, n_classes, dtype=bool) for index in (j, y))
+    log_off = log_a[:, None] + (log_larger - log_scale)[..., None]
+    # Double where: at k = y this exponential overflows, and is not wanted.
+    off = gap[..., None] * jnp.exp(jnp.where(is_j | is_y, 0, log_off))
     rows = jnp.where(is_j, jnp.exp(log_vjj - log_scale)[..., None], jnp.where(is_y, 0, off))
     rows = jnp.where(is_y, -jnp.sum(rows, axis=2, keepdims=True), rows)  # [B, K-1, K]
 

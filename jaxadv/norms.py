@@ -44,7 +44,7 @@ class _Geometry(NamedTuple):
 def _l2(u: jax.Array) -> jax.Array:
     square = jnp.sum(u * u, axis=1)
     # Double where: the square root's derivative at 0 is infinite, and infinity times 0 is NaN.
-    positive = square > 0
+    positive = square != 0  # or NaN, which stays NaN
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 
 
@@ -73,7 +73,9 @@ def _linf_project(v: jax.Array, eps: jax.Array) -> jax.Array:
 def _l1_project(v: jax.Array, eps: jax.Array) -> jax.Array:
     # optax's projection divides by its radius; the ball of radius 0 is one point.
     positive = eps > 0
-    nearest = jax.vmap(optax.projections.projection_l1_ball)(v, jnp.where(positive, eps, 1))
+    # For points outside, the sphere's nearest is the ball's. In 64-bit mode it widens its result.
+    to_sphere = jax.vmap(optax.projections.projection_l1_sphere)
+    nearest = to_sphere(v, jnp.where(positive, eps, 1)).astype(v.dtype)
     # Its threshold is rounded before it is subtracted from every entry, which adds up in a sum.
     excess = jnp.sum(_magnitude(nearest), axis=1) / jnp.where(positive, eps, 1)
     return jnp.where(positive[:, None], nearest / jnp.maximum(excess, 1)[:, None], 0)

@@ -113,7 +113,7 @@ def natural(
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
         x, y = batch
         logits, model_state = run(params, model_state, x, key)
-        return _mean_loss(loss_fn, logits, y), (model_state, _aux(logits, y))
+        return _mean_loss(loss_fn, logits, x, y), (model_state, _aux(logits, y))
 
     return objective
 
@@ -170,7 +170,7 @@ def adversarial(
             bounds,
         )  # fmt: skip
         logits, model_state = run(params, model_state, x + r, train_key)
-        return _mean_loss(loss_fn, logits, y), (model_state, _aux(logits, y, r, size))
+        return _mean_loss(loss_fn, logits, x, y), (model_state, _aux(logits, y, r, size))
 
     return objective
 
@@ -233,8 +233,8 @@ def mixed(
         )  # fmt: skip
         clean, model_state = run(params, model_state, x, train_key)
         logits, model_state = run(params, model_state, x + r, train_key)
-        loss = weight * _mean_loss(loss_fn, clean, y)
-        loss += (1 - weight) * _mean_loss(loss_fn, logits, y)
+        loss = weight * _mean_loss(loss_fn, clean, x, y)
+        loss += (1 - weight) * _mean_loss(loss_fn, logits, x, y)
         return loss, (model_state, _aux(logits, y, r, size))
 
     return objective
@@ -282,7 +282,7 @@ def virtual(
       Miyato et al., "Distributional Smoothing with Virtual Adversarial Training", 2015;
       Huang et al., 2015, Section 5, Related Works.
     """
-    if weight < 0:
+    if not weight >= 0:
         raise ValueError(f"expected a weight >= 0, got {weight}; it multiplies the divergence")
     run = _trained(apply_fn, train_fn)
 
@@ -297,12 +297,12 @@ def virtual(
         )  # fmt: skip
         clean, model_state = run(params, model_state, x, train_key)
         moved, model_state = run(params, model_state, x + r, train_key)
+        loss = _mean_loss(loss_fn, clean, x, y)
         p, q = (jax.nn.log_softmax(z.astype(inputs.wide(z.dtype))) for z in (clean, moved))
         divergence = optax.losses.kl_divergence_with_log_targets(
             q, lax.stop_gradient(p), where=p > -jnp.inf
         )
-        loss = _mean_loss(loss_fn, clean, y) + weight * jnp.mean(divergence)
-        return loss, (model_state, _aux(moved, y, r, size))
+        return loss + weight * jnp.mean(divergence), (model_state, _aux(moved, y, r, size))
 
     return objective
 
@@ -369,7 +369,7 @@ def representation(
             None,
         )  # fmt: skip
         logits, new_state = classify(params, new_state, h + r, classify_key)
-        return _mean_loss(loss_fn, logits, y), (new_state, _aux(logits, y, r, size))
+        return _mean_loss(loss_fn, logits, x, y), (new_state, _aux(logits, y, r, size))
 
     return objective
 
@@ -405,7 +405,8 @@ def _constant_perturbation(
     """Return r, a constant for derivatives (Proposition 6), and the sizes asked for, `[B]`.
 
     The inputs are constants as well, so that differentiating an objective never traces derivatives
-    through the adversary's loop.
+    through the adversary's loop, and an adversary needs none; the stop at r is for what else a
+    `perturb_fn` may have closed over.
     """
     variables, x = lax.stop_gradient((variables, x))
     number = eps.size if isinstance(eps, Relative) else eps
@@ -416,7 +417,13 @@ def _constant_perturbation(
     return lax.stop_gradient(r), size
 
 
-def _mean_loss(loss_fn: LossFn, logits: jax.Array, y: jax.Array) -> jax.Array:
+def _mean_loss(loss_fn: LossFn, logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    logits = inputs.logits_of(logits, x.shape[0])
+    if y.shape[:1] != x.shape[:1]:
+        raise ValueError(
+            f"expected as many labels as examples, got y of shape {y.shape} for {x.shape[0]} "
+            "examples; pass the labels of this very batch"
+        )
     losses = loss_fn(logits.astype(inputs.wide(logits.dtype)), y)
     if losses.shape != logits.shape[:1]:
         raise ValueError(
@@ -430,7 +437,9 @@ def _aux(
     logits: jax.Array, y: jax.Array, r: jax.Array | None = None, size: jax.Array | None = None
 ) -> Aux:
     labels = y if jnp.issubdtype(y.dtype, jnp.integer) else jnp.argmax(y, axis=-1)
-    accuracy = jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32))
+    # A NaN would be the largest logit, and a net that has diverged would be right about class 0.
+    right = (jnp.argmax(logits, axis=-1) == labels) & jnp.all(logits < jnp.inf, axis=-1)
+    accuracy = jnp.mean(right.astype(jnp.float32))
     if r is None or size is None:
         none = jnp.zeros((), jnp.int32)
         return Aux(accuracy, jnp.zeros_like(accuracy), none, none)

@@ -105,7 +105,8 @@ def alpha(
     masked = jnp.isneginf(jnp.take_along_axis(rows.logits, rows.classes, axis=1))
 
     # log of |alpha_y - alpha_j| / ||d_j||_*; double where, for a d_j of 0 has no logarithm.
-    d_size = norms.norm(rows.d.reshape(-1, *x.shape[1:]), norms.dual(norm)).reshape(z_j.shape)
+    vectors = rows.d.reshape(z_j.size, *x.shape[1:])
+    d_size = norms.norm(vectors, norms.dual(norm)).reshape(z_j.shape)
     unreachable = masked | (d_size == 0)
     log_size = rows.log_gap - rows.log_scale - jnp.log(jnp.where(unreachable, 1, d_size))
     nearest = jnp.argmin(jnp.where(unreachable, jnp.inf, log_size), axis=1)
@@ -114,8 +115,7 @@ def alpha(
     wrong = (of_class(z_j, likeliest) >= z_y[:, 0]) & ~of_class(masked, likeliest)
     chosen = jnp.where(wrong, likeliest, nearest)  # I
 
-    direction = norms.steepest(of_class(rows.d, chosen), norm)
-    direction = direction.astype(inputs.wide(x.dtype))
+    direction = norms.steepest(of_class(rows.d, chosen).astype(inputs.wide(x.dtype)), norm)
     if eps is None:
         size = jnp.where(wrong, 0, jnp.exp(jnp.where(wrong, 0, of_class(log_size, chosen))))
     else:
@@ -179,7 +179,7 @@ def loss(
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
     logits, g = _margin_gradient(apply_fn, params, x, y)
-    direction = norms.steepest(g, norm).astype(inputs.wide(x.dtype))
+    direction = norms.steepest(g, norm)
     r = inputs.batched(inputs.radius(eps, x), x) * direction
     return _finish(r, x, y, logits, bounds)
 
@@ -234,7 +234,7 @@ def loss_sign(
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
     logits, g = _margin_gradient(apply_fn, params, x, y)
-    r = norms.rescale(jnp.sign(g).astype(inputs.wide(x.dtype)), inputs.radius(eps, x), "l2")
+    r = norms.rescale(jnp.sign(g), inputs.radius(eps, x), "l2")
     return _finish(r, x, y, logits, bounds)
 
 
@@ -311,7 +311,7 @@ def virtual(
     for _ in range(steps):
         pushed = push(norms.steepest(v, "l2").astype(x.dtype)).astype(inputs.wide(logits.dtype))
         (v,) = pull(_scaled_fisher(logits, pushed).astype(logits.dtype))
-    direction = norms.steepest(v, norm).astype(wide)
+    direction = norms.steepest(v.astype(wide), norm)
     r = inputs.batched(inputs.radius(eps, x), x) * direction
     return _finish(r, x, y, logits, bounds)
 
@@ -319,12 +319,16 @@ def virtual(
 def _margin_gradient(
     apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the logits `[B, K]` and the gradient `[B, ...]` of logsumexp_{k != y} z_k - z_y."""
+    """Return the logits `[B, K]`, and the gradient `[B, ...]` of logsumexp_{k != y} z_k - z_y.
+
+    The gradient is in float32 at least: a direction rounded before it is scaled has another size.
+    """
     logits, pull = jacobian.pullback(apply_fn, params, x)
     is_y = jax.nn.one_hot(y, logits.shape[1], dtype=bool)
     # The gradient in z: the softmax of the other classes, and -1 at y.
     z = jacobian.below_largest(jnp.where(is_y, -jnp.inf, logits))
-    return logits, pull(jnp.where(is_y, -1, jax.nn.softmax(z, axis=1)))
+    g = pull(jnp.where(is_y, -1, jax.nn.softmax(z, axis=1)))
+    return logits, g.astype(inputs.wide(g.dtype))
 
 
 def _scaled_fisher(logits: jax.Array, u: jax.Array) -> jax.Array:
@@ -337,7 +341,8 @@ def _scaled_fisher(logits: jax.Array, u: jax.Array) -> jax.Array:
     log_p = jax.nn.log_softmax(z, axis=1)
     is_top = jax.nn.one_hot(jnp.argmax(z, axis=1), z.shape[1], dtype=bool)
     log_second = jnp.max(jnp.where(is_top, -jnp.inf, log_p), axis=1, keepdims=True)
-    w = jnp.where(is_top, 0, jnp.exp(log_p - log_second))  # p / p_second, but for the likeliest
+    # p / p_second, but for the likeliest class, where it overflows: double where.
+    w = jnp.where(is_top, 0, jnp.exp(jnp.where(is_top, 0, log_p - log_second)))
     u = u - jnp.sum(jnp.where(is_top, u, 0), axis=1, keepdims=True)
     mean = jnp.sum(w * u, axis=1, keepdims=True)  # <p, u> / p_second
     return jnp.where(is_top, -jnp.exp(log_p) * mean, w * (u - jnp.exp(log_second) * mean))

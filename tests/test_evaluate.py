@@ -201,7 +201,7 @@ def test_measure_count_and_merge_work_under_jit_and_scan():
 
 
 def test_no_counts_to_merge_raise():
-    with pytest.raises(ValueError, match=r"expected .*got"):
+    with pytest.raises(ValueError, match=r"^expected at least one"):
         evaluate.merge()
 
 
@@ -288,7 +288,7 @@ def at_once():
 
 
 @every_driver
-@pytest.mark.parametrize("n", [0, 1, 3, 4, 10, 11])
+@pytest.mark.parametrize("n", [0, 1, 4, 10])
 def test_every_example_is_covered_once_and_in_order(name, n):
     # n = 0 and n = 1; less than, equal to, and no multiple of the batch size.
     w, x, y = draw(11)
@@ -429,6 +429,19 @@ def test_a_curve_is_robust_at_each_size(name):
     np.testing.assert_array_equal(masks, want)
     shares = [evaluate.accuracy(mask) for mask in masks]
     assert shares[0] > shares[2] > shares[4]  # or there is nothing to tell apart
+
+
+def test_a_curve_counts_what_a_perturbation_repairs_as_wrong():
+    def helpful(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return -perturb.loss(apply_fn, params, x, y, eps=eps)
+
+    w, x, y = draw(11)
+    clean, masks = (
+        evaluate.clean(linear, w, x, y),
+        evaluate.curve(linear, w, x, y, helpful, eps=[0.0, 9.0]),
+    )
+    assert not np.all(clean)
+    np.testing.assert_array_equal(masks, [clean, clean])
 
 
 def test_a_curve_makes_its_perturbations_once_for_all_sizes():

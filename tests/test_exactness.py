@@ -435,6 +435,35 @@ def test_images_keep_their_shape():
 # Ties, masks and derivatives
 
 
+def with_logits(logits):
+    """A linear net of problem linear-3's shapes, compiled already, and x with these logits exactly.
+
+    The first three inputs are the logits; the others are 0 and have slopes.
+    """
+    p = problem("linear-3", 1)
+    ((w, b),) = p.params
+    params = [(np.concatenate([np.eye(3, dtype=np.float32), w[:-3]]), np.zeros_like(b))]
+    x = np.zeros_like(p.x)
+    x[:, :3] = np.resize(np.array(logits, np.float32), (len(x), 3))
+    return params, x
+
+
+@pytest.mark.parametrize("gap", [0.03, 7e-5, 1.3e-6])
+def test_a_narrow_margin_keeps_its_size(gap):
+    # 1 - e^-gap has lost its digits in float32; the logits themselves are exact.
+    logits = [[1 + gap, 1, -1], [gap, 0, 0], [500 + gap, 500, -500], [500 + gap, -500, 500]]
+    params, x = with_logits(logits)
+    p = problem("linear-3", 1)
+    r = everything(apply, params, x, np.zeros_like(p.y))
+    for i, row in enumerate(x):
+        z, jac = references.net(params, row)
+        for norm in NORMS:
+            found = references.alpha(z, jac, 0, norm=norm)
+            check_minimal(found, r["minimal", norm][i], norm, p._replace(logits=z))
+            # The gap is what it is in float32, or a tie where float32 has no room for it.
+            assert (found.log_size > -math.inf) == (row[0] > max(row[1:3]))
+
+
 REACHED = [
     # logits, y, I
     ([1, 1, 0], 0, 1),  # a tie counts as reached
@@ -446,13 +475,9 @@ REACHED = [
 
 
 def test_what_is_reached_already_has_size_0_and_a_way_on():
-    p = problem("linear-3", 1)  # for its shapes: compiled already
+    p = problem("linear-3", 1)
     logits, y, classes = zip(*REACHED * (len(p.y) // len(REACHED)), strict=True)
-    # The first three inputs are the logits, exactly; the others are 0 and have slopes.
-    ((w, b),) = p.params
-    params = [(np.concatenate([np.eye(3, dtype=np.float32), w[:-3]]), np.zeros_like(b))]
-    x = np.zeros_like(p.x)
-    x[:, :3] = logits
+    params, x = with_logits(logits)
     r = everything(apply, params, x, np.array(y, np.int32))
     for norm in NORMS:
         np.testing.assert_array_equal(r["minimal", norm], np.zeros_like(x))

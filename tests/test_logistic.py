@@ -383,6 +383,7 @@ SHAPES = {
     "y of another batch": lambda w, x, y: (w, x, y[:-1]),
     "y a column": lambda w, x, y: (w, x, y[:, None]),
     "x images": lambda w, x, y: (w, x.reshape(B, 2, 2), y),
+    "w and x images": lambda w, x, y: (w.reshape(2, 2), x.reshape(B, 2, 2), y),
     "x one example": lambda w, x, y: (w, x[0], y[0]),
 }
 

@@ -188,20 +188,22 @@ def test_adversarial_gradient_holds_r_constant():
         return mean_loss(params, x + perturb.loss(mlp, params, x, y, eps=0.5), y)
 
     # r does depend on the parameters, and differentiating through it gives something else.
-    assert furthest(grad, compiled_grad(through_r, PARAMS)) > 0.01
+    assert furthest(grad, compiled_grad(through_r, PARAMS)) > 1e-3
 
 
 def test_an_adversary_that_cannot_be_differentiated_is_trained_against():
-    def search(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
-        def louder(r):
-            return jnp.max(jnp.abs(r)) < 0.5
+    x, y = BATCH
 
-        # A while loop has no reverse derivative, and JAX raises if one is asked for.
-        start = 0.01 * jnp.sign(apply_fn(params, x)[:, :1]) * jnp.ones_like(x)
-        return jax.lax.while_loop(louder, lambda r: 2 * r, start)
+    def on_the_host(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        # A callback has no derivative in any mode, and JAX raises if one is asked for.
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(of_logits, shape, apply_fn(params, x))
 
-    _, grad, _ = value_and_grad(objectives.adversarial(mlp, search, eps=0.5))
-    chex.assert_tree_all_finite(grad)
+    def of_logits(z):
+        return np.sign(np.asarray(z)[:, :1]) * np.ones(D, np.float32)
+
+    _, grad, _ = value_and_grad(objectives.adversarial(mlp, on_the_host, eps=0.5))
+    close(grad, compiled_grad(mean_loss, PARAMS, x + of_logits(mlp(PARAMS, x)), y))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -294,7 +296,7 @@ def test_virtual_gradient_of_the_divergence_goes_through_the_perturbed_output_on
     through_p = compiled_grad(
         lambda params: explicit(params, jax.nn.softmax(mlp(params, x))), PARAMS
     )
-    assert furthest(grad, through_p) > 0.01
+    assert furthest(grad, through_p) > 1e-3
 
 
 def test_virtual_with_masked_classes_is_that_of_the_classes_that_remain():
@@ -362,7 +364,7 @@ def test_representation_gradients_are_those_of_algorithm_3(relative):
 
     loss, grad, _ = value_and_grad(rep(eps=objectives.Relative(0.5) if relative else 0.5))
     close((loss, grad), algorithm_3(PARAMS))
-    assert furthest(grad, compiled_grad(through_r, PARAMS)) > 0.01
+    assert furthest(grad, compiled_grad(through_r, PARAMS)) > 1e-3
 
 
 def test_representation_of_an_absolute_size_moves_every_h_by_it():
@@ -663,6 +665,7 @@ def test_soft_labels_train_against_pgd_on_a_soft_loss():
 def test_aux_counts_perturbations_that_are_zero_and_that_are_not_finite():
     r = R.copy()
     r[0] = r[2] = 0
+    r[1, 1:] = 0  # but not all of it
     r[3, 1], r[4, 0], r[5, 2] = np.nan, np.inf, -np.inf
     _, (_, aux) = call(objectives.adversarial(mlp, fixed(r), eps=0.5))
     assert (int(aux.zero), int(aux.nonfinite)) == (2, 3)

@@ -501,7 +501,9 @@ def boxes(seed, dtype, width, edge):
     middle, below, above = rng.normal(size=shape), rng.random(shape), rng.random(shape)
     ends = middle - width * below, middle + width * above
     lo, hi = (np.asarray(jnp.broadcast_to(jnp.asarray(end, dtype), (B, D))) for end in ends)
-    return np.clip(np.asarray(jnp.asarray(rng.normal(size=(B, D)), dtype)), lo, hi), lo, hi
+    x = jnp.clip(jnp.asarray(rng.normal(size=(B, D)), dtype), lo, hi)
+    assert x.dtype == dtype
+    return x, lo, hi
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -518,7 +520,7 @@ def properties(max_examples):
 
 def assert_in_box_and_ball(name, x, r, lo, hi, eps):
     assert r.dtype == x.dtype
-    moved = np.asarray(jnp.asarray(x) + r)  # as computed in x's dtype
+    moved = np.asarray(x + r)  # as computed in x's dtype
     assert (lo <= moved).all(), name
     assert (moved <= hi).all(), name
     if name in SIZED:

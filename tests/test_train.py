@@ -380,7 +380,6 @@ def draw_haiku_like():
 NETS = {
     "flax linen": (Linen().apply, Linen().init(jax.random.key(0), jnp.zeros((1, D)))),
     "nested dicts": (haiku_like, draw_haiku_like()),
-    "one array": (lambda w, x: x @ w, PARAMS["w"]),
 }
 
 

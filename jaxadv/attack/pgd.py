@@ -101,6 +101,8 @@ def pgd(
         )
     eps = inputs.radius(eps, x)
     step_size = 2.5 * eps / steps if step_size is None else inputs.radius(step_size, x)
+    if bounds is not None:
+        inputs.box(bounds, x)  # now, while they are numbers
     keys = inputs.keys(key, x.shape[0], "a random start") if random_start else None
     return _run(
         apply_fn, norm, steps, loss_fn, targeted, params, x, y, eps, step_size, keys, bounds
@@ -124,9 +126,13 @@ def _run(
 ) -> jax.Array:
     integer = jnp.issubdtype(y.dtype, jnp.integer) and y.ndim == 1
     sign = -1 if targeted else 1
+    clean = inputs.apply(apply_fn, params, x)
+    posed = inputs.solvable(clean, y if integer else None)
 
     def losses(r: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         logits = inputs.apply(apply_fn, params, x + r)
+        # Rows that pose no problem are decided: finite logits keep their derivatives finite.
+        logits = jnp.where(posed[:, None], logits, 0)
         loss = sign * loss_fn(logits.astype(inputs.wide(logits.dtype)), y)
         # A sum over examples, so that the gradient of each is its own.
         return jnp.sum(loss), (loss, logits)
@@ -165,7 +171,5 @@ def _run(
     r, best = lax.fori_loop(0, steps, step, (r, best))
     _, (loss, logits) = losses(r)
     best = keep(best, r, loss, logits)
-    clean = inputs.apply(apply_fn, params, x)
-    posed = inputs.solvable(clean, y) if integer else inputs.solvable(clean, None)
     r = jnp.where(inputs.batched(posed, x), best.r, 0)
     return jnp.where(inputs.batched(inputs.finite(x, clean), x), r, jnp.nan)

@@ -1,0 +1,281 @@
+"""`jaxadv.jacobian` against closed forms in float64 NumPy, and where no float64 could follow."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxadv import jacobian
+
+B, D, H, K = 5, 7, 6, 4
+
+
+def net(params, x):
+    w, b, v = params
+    return jnp.tanh(x.reshape(x.shape[0], -1) @ w + b[None]) @ v
+
+
+def identity(params, x):
+    """Logits are the input, so that what is pulled back are the rows of V themselves."""
+    return x
+
+
+def draw(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    shapes = (D, H), (H,), (H, K)
+    w, b, v = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    x = rng.normal(size=(B, D)).astype(np.float32)
+    return (w, b, v * np.float32(scale)), x, np.array([0, 3, 1, 2, 3])
+
+
+def to64(tree):
+    return jax.tree.map(lambda a: np.asarray(a).astype(np.float64), tree)
+
+
+def softmax(params, x):
+    w, b, v = to64(params)
+    a = np.exp(np.tanh(np.asarray(x, np.float64) @ w + b) @ v)
+    return a / a.sum(axis=1, keepdims=True)
+
+
+def differences(f, x, h):
+    """Central differences in each entry of x, [B, K, D]."""
+    steps = h * np.eye(x.shape[1])
+    return np.stack([(f(x + e) - f(x - e)) / (2 * h) for e in steps], axis=2)
+
+
+def others(y, n_classes=K):
+    """The classes but y, ascending, [B, K - 1]."""
+    return np.array([np.delete(np.arange(n_classes), label) for label in y])
+
+
+rows_of = jax.jit(jacobian.class_differences, static_argnums=0)
+jacobian_of = jax.jit(jacobian.softmax_jacobian, static_argnums=0)
+
+
+# T
+
+
+def test_softmax_jacobian_is_the_slope_of_the_probabilities(x64):
+    params, x, _ = to64(draw(0))
+    want = differences(functools.partial(softmax, params), x, 1e-5)
+    # h^2 = 1e-10 of truncation and 2^-53 / h = 1e-11 of rounding, times third derivatives.
+    np.testing.assert_allclose(jacobian_of(net, params, x), want, atol=2e-9)
+
+
+def test_softmax_jacobian_has_the_shape_of_the_input():
+    params, x, _ = draw(0)
+    image = jacobian_of(net, params, x.reshape(B, 1, D, 1))
+    assert image.shape == (B, K, 1, D, 1)
+    np.testing.assert_allclose(image.reshape(B, K, D), jacobian_of(net, params, x), atol=1e-6)
+
+
+def test_the_rows_of_t_sum_to_0():
+    params, x, _ = draw(0)
+    t = np.asarray(jacobian_of(net, params, x))
+    # Four float32 roundings of entries of about 1.
+    np.testing.assert_allclose(t.sum(axis=1), 0, atol=5e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_t_and_the_scaled_rows_have_the_dtype_of_x_and_logs_float32(dtype):
+    params, x, y = jax.tree.map(lambda a: jnp.asarray(a), draw(0))
+    params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
+    t = jax.eval_shape(functools.partial(jacobian.softmax_jacobian, net), params, x)
+    rows = jax.eval_shape(functools.partial(jacobian.class_differences, net), params, x, y)
+    assert t.dtype == rows.d.dtype == dtype
+    assert rows.logits.dtype == rows.log_scale.dtype == rows.log_gap.dtype == jnp.float32
+
+
+# Scaled rows
+
+
+@functools.cache
+def unconfident():
+    """Rows, probabilities and T at logits of about 1, in float64."""
+    params, x, y = draw(1)
+    params, x = to64((params, x))
+    rows = jax.tree.map(np.asarray, rows_of(net, params, x, y))
+    w, b, v = params
+    a = softmax(params, x)
+    jac = np.einsum("hk,bh,dh->bkd", v, 1 - np.tanh(x @ w + b) ** 2, w)
+    t = a[..., None] * (jac - np.einsum("bk,bkd->bd", a, jac)[:, None])
+    return rows, a, t, y
+
+
+def test_the_classes_are_all_but_y_in_ascending_order(x64):
+    rows, *_, y = unconfident()
+    np.testing.assert_array_equal(rows.classes, others(y))
+    assert rows.classes.dtype == np.int32
+
+
+def test_the_scaled_rows_times_their_scales_are_t_j_minus_t_y(x64):
+    rows, _, t, y = unconfident()
+    each = np.arange(B)[:, None]
+    want = t[each, others(y)] - t[each, y[:, None]]
+    # Some twenty roundings of 2^-53.
+    np.testing.assert_allclose(np.exp(rows.log_scale)[..., None] * rows.d, want, atol=1e-14)
+
+
+def test_log_gap_is_the_logarithm_of_the_distance_in_probability(x64):
+    rows, a, _, y = unconfident()
+    each = np.arange(B)[:, None]
+    gap = np.abs(a[each, y[:, None]] - a[each, others(y)])
+    # The reference's subtraction of probabilities loses a digit or two.
+    np.testing.assert_allclose(rows.log_gap, np.log(gap), atol=1e-13)
+
+
+def test_the_scale_is_the_larger_of_the_two_entries_that_v_has_at_j_and_y(x64):
+    rows, a, _, y = unconfident()
+    each = np.arange(B)[:, None]
+    a_y, a_j = a[each, y[:, None]], a[each, others(y)]
+    c = np.log(np.maximum(a_j * (1 - a_j + a_y), a_y * (a_j + 1 - a_y)))
+    np.testing.assert_allclose(rows.log_scale, c, atol=1e-13)
+
+
+def extremes(scale):
+    """Logits [B, K] of that size, with ties, and labels of all ranks."""
+    z = scale * np.random.default_rng(2).normal(size=(B, K))
+    z[3, 1] = z[3, 2]
+    z[4] = z[4, 0]
+    return z.astype(np.float32), np.array([0, 3, 1, 2, 3])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 100.0, 1e4, 1e30])
+def test_each_scaled_row_of_v_is_bounded_by_1_reaches_it_and_sums_to_0(scale):
+    z, y = extremes(scale)
+    v = np.asarray(rows_of(identity, None, z, y).d)
+    assert np.isfinite(v).all()
+    # The larger of entries j and y is 1, and what is summed to 0 are K entries of at most 1: a few
+    # roundings of 2^-24 and, in the exponent of a logarithm c, of 2^-24 |c|.
+    slack = 2**-22 * (1 + np.ptp(z)) if scale <= 100 else 1e-3
+    np.testing.assert_allclose(np.abs(v).max(axis=2), 1, atol=slack)
+    np.testing.assert_allclose(v.sum(axis=2), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 100.0, 1e4, 1e30])
+def test_entry_j_of_a_scaled_row_is_positive_and_entry_y_negative_or_they_underflow(scale):
+    z, y = extremes(scale)
+    rows = rows_of(identity, None, z, y)
+    each = np.arange(B)[:, None]
+    d = np.asarray(rows.d)
+    v_jj = d[each, np.arange(K - 1)[None], others(y)]
+    v_jy = d[each, np.arange(K - 1)[None], y[:, None]]
+    assert (v_jj >= 0).all()
+    assert (v_jy <= 0).all()
+    assert (np.maximum(v_jj, -v_jy) > 0.5).all()
+
+
+def test_logs_of_a_confident_net_are_finite_where_there_is_no_tie():
+    z, y = extremes(1e4)
+    rows = rows_of(identity, None, z, y)
+    each = np.arange(B)[:, None]
+    ties = z[each, others(y)] == z[each, y[:, None]]
+    assert ties.sum() == 1 + (K - 1)
+    assert np.isfinite(rows.log_scale).all()
+    np.testing.assert_array_equal(np.isneginf(rows.log_gap), ties)
+    assert np.isfinite(np.asarray(rows.log_gap)[~ties]).all()
+
+
+def test_a_masked_class_adds_nothing_to_the_rows_of_the_others():
+    z, y = extremes(3.0)
+    keep = [0, 1, 3]
+    y = np.array([0, 3, 1, 0, 3])
+    masked, without = z.copy(), z[:, keep]
+    masked[:, 2] = -np.inf
+    got = rows_of(identity, None, masked, y)
+    want = rows_of(identity, None, without, np.searchsorted(keep, y))
+    i, j = np.nonzero(np.asarray(got.classes) != 2)
+    i, j = i.reshape(B, 2), j.reshape(B, 2)
+    np.testing.assert_allclose(np.asarray(got.d)[i, j][..., keep], want.d, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(np.asarray(got.d)[i, j, 2], 0)
+    # Logarithms of a size of about 10.
+    for name in ("log_scale", "log_gap"):
+        np.testing.assert_allclose(
+            np.asarray(getattr(got, name))[i, j], getattr(want, name), rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("masked", [(0,), (1, 2), (3,)])
+def test_rows_are_finite_whichever_class_is_masked(scale, masked):
+    z, y = extremes(scale)
+    z[:, masked] = -np.inf
+    rows = rows_of(identity, None, z, y)
+    assert np.isfinite(rows.d).all()
+    assert not np.isnan(rows.log_gap).any()
+    assert not np.isnan(rows.log_scale).any()
+
+
+def test_a_saturated_net_has_rows_where_its_softmax_jacobian_is_0():
+    (w, b, v), x, _ = draw(3)
+    params = (w, b, np.float32(3e3) * v)
+    y = np.asarray(net(params, x)).argmax(axis=1)
+    assert not np.asarray(jacobian_of(net, params, x)).any()
+    assert (np.linalg.norm(rows_of(net, params, x, y).d, axis=2) > 0.1).all()
+
+
+# The forward pass
+
+
+def test_class_differences_cost_one_forward_pass_and_one_pull_back_for_each_class_but_y():
+    n, width, classes = 8, 256, 3
+    sizes = (128, width, width, classes)
+    params = [jnp.ones(shape) for shape in zip(sizes[:-1], sizes[1:], strict=True)]
+
+    def mlp(params, x):
+        for w in params[:-1]:
+            x = jnp.maximum(x @ w, 0)
+        return x @ params[-1]
+
+    args = params, jnp.ones((n, sizes[0])), jnp.zeros(n, jnp.int32)
+    fn = jax.jit(functools.partial(jacobian.class_differences, mlp))
+    flops = fn.lower(*args).compile().cost_analysis()["flops"]
+    forward = 2 * n * sum(w.size for w in params)
+    # What is not a matrix product is linear in the width: a few per cent. A second forward pass
+    # would make it (classes + 1) / classes.
+    assert 0.99 < flops / (classes * forward) < 1.1
+
+
+# The margin
+
+
+def test_cross_entropy_is_log_1_plus_e_to_the_margin(x64):
+    z = np.random.default_rng(4).normal(size=(B, K)) * 3
+    y = np.array([0, 3, 1, 2, 3])
+    cross_entropy = np.log(np.exp(z).sum(axis=1)) - z[np.arange(B), y]
+    got = np.logaddexp(0, jacobian.margin(jnp.asarray(z), y))
+    np.testing.assert_allclose(got, cross_entropy, rtol=1e-13)
+
+
+def test_the_gradient_of_cross_entropy_is_a_sigmoid_times_that_of_the_margin(x64):
+    z = np.random.default_rng(5).normal(size=(B, K)) * 3
+    y = np.array([0, 3, 1, 2, 3])
+    a = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    m, g = jacobian.margin(jnp.asarray(z), y), jax.grad(lambda z: jacobian.margin(z, y).sum())(z)
+    want = a - np.eye(K)[y]
+    np.testing.assert_allclose(g / (1 + np.exp(-m))[:, None], want, atol=1e-14)
+
+
+def test_the_gradient_of_the_margin_has_no_confidence_at_which_it_vanishes():
+    y = np.array([0, 3, 1, 2, 3])
+    for scale in (1, 1e2, 1e4, 1e30):
+        z = np.float32(scale) * np.eye(K, dtype=np.float32)[y]
+        g = np.asarray(jax.grad(lambda z: jacobian.margin(z, y).sum())(z))
+        np.testing.assert_array_equal(g[np.arange(B), y], -1)
+        np.testing.assert_allclose(g.sum(axis=1), 0, atol=1e-6)
+
+
+def test_the_margin_is_minus_infinity_where_no_class_but_y_is_left():
+    z = np.array([[-np.inf, 2, -np.inf], [1, 2, -np.inf]], np.float32)
+    np.testing.assert_array_equal(jacobian.margin(jnp.asarray(z), np.array([1, 0])), [-np.inf, 1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_margin_is_in_float32_at_least(dtype, strict_dtypes):
+    z = jnp.asarray([[11.0, 0.0, 3.0]], dtype)
+    got = jacobian.margin(z, np.array([0]))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, np.log(1 + np.exp(3)) - 11, rtol=1e-6)

@@ -1,0 +1,305 @@
+"""`jaxadv.attack.pgd`: what is its own; the contract of all methods is in test_perturb."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxadv import attack, jacobian
+
+NORMS = ("l1", "l2", "linf")
+ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
+DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
+B, D, H, K = 6, 5, 8, 3
+KEYS = jax.random.split(jax.random.key(9), B)
+
+every_norm = pytest.mark.parametrize("norm", NORMS)
+
+
+def net(params, x):
+    w, v, b = params
+    return jnp.tanh(x @ w) @ v + b[None]
+
+
+def linear(params, x):
+    w, b = params
+    return x @ w + b[None]
+
+
+def problem(seed=0):
+    """Most of the labels are those of the net itself."""
+    rng = np.random.default_rng(seed)
+    shapes = (D, H), (H, K), (K,)
+    params = tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    x = rng.normal(size=(B, D)).astype(np.float32)
+    y = np.asarray(net(params, x)).argmax(axis=1)
+    y[-1] = (y[-1] + 1) % K
+    return params, x, y
+
+
+def length(r, norm):
+    return np.linalg.norm(np.asarray(r, np.float64), ORDER[norm], axis=1)
+
+
+def outcome(params, x, y, r):
+    """Whether each example is misclassified at x + r, and its margin there."""
+    z = net(params, x + r)
+    return np.asarray(z.argmax(axis=1)) != y, np.asarray(jacobian.margin(z, y))
+
+
+# The best iterate
+
+
+@every_norm
+@pytest.mark.parametrize("random_start", [False, True])
+def test_more_steps_of_the_same_size_never_do_worse(norm, random_start):
+    params, x, y = problem()
+    # Steps so long that single ones do overshoot.
+    fn = functools.partial(
+        attack.pgd, net, params, x, y, eps=1.0, norm=norm, step_size=0.7, key=KEYS
+    )
+    results = [
+        outcome(params, x, y, fn(steps=steps, random_start=random_start))
+        for steps in (1, 2, 3, 5, 8, 13)
+    ]
+    for (hit, loss), (later_hit, later_loss) in zip(results[:-1], results[1:], strict=True):
+        assert (later_hit >= hit).all()
+        # Of those that neither gain nor lose; programs of other lengths round otherwise.
+        assert (later_loss >= loss - 1e-5)[later_hit == hit].all()
+
+
+@every_norm
+def test_a_custom_loss_of_soft_targets_never_falls_with_more_steps(norm):
+    params, x, y = problem()
+    soft = 0.8 * np.eye(K, dtype=np.float32)[y] + np.float32(0.2 / K)
+    losses = [optax.softmax_cross_entropy(net(params, x), soft)]
+    for steps in (1, 2, 4, 9):
+        r = attack.pgd(
+            net,
+            params,
+            x,
+            soft,
+            eps=1.0,
+            norm=norm,
+            steps=steps,
+            step_size=0.7,
+            loss_fn=optax.softmax_cross_entropy,
+        )
+        losses.append(optax.softmax_cross_entropy(net(params, x + r), soft))
+    rise = np.diff(np.array(losses), axis=0)
+    assert (rise >= -1e-5).all()
+    assert (rise.sum(axis=0) > 0.1).all()
+
+
+@every_norm
+def test_the_start_itself_is_kept_where_each_step_does_worse(norm):
+    params, x, y = problem()
+    r = attack.pgd(net, params, x, y, eps=1.0, norm=norm, steps=3, loss_fn=lambda z, y: 0 * z[:, 0])
+    np.testing.assert_array_equal(r, 0)
+
+
+def test_success_comes_before_loss():
+    def bump(params, x):
+        t = x[:, 0]
+        near = 3 * jnp.exp(-((t - 0.5) ** 2) * 50)  # two classes close to y's, neither above it
+        z1 = -3 + near
+        z2 = -3 + near + jnp.where(t > 0.9, 3.02 - near, 0)
+        return jnp.stack([jnp.zeros_like(t), z1, z2], axis=1)
+
+    x, y = np.zeros((1, 2), np.float32), np.array([0])
+    halfway, end = (np.array([[t, 0]], np.float32) for t in (0.5, 1.0))
+    margins = [jacobian.margin(bump(None, x + r), y) for r in (halfway, end)]
+    assert margins[0] > margins[1]  # a loss that is higher, but the class is right
+    r = attack.pgd(bump, None, x, y, eps=1.0, norm="linf", steps=2, step_size=0.5)
+    assert bump(None, x + r).argmax(axis=1) == 2
+
+
+# Closed forms
+
+
+@functools.cache
+def linear_problem():
+    rng = np.random.default_rng(1)
+    w, b = rng.normal(size=(D, 2)).astype(np.float32), rng.normal(size=2).astype(np.float32)
+    return (w, b), rng.normal(size=(B, D)).astype(np.float32), np.array([0, 1, 1, 0, 1, 0])
+
+
+@every_norm
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_on_a_linear_net_the_loss_reaches_minus_the_margin_plus_eps_times_the_dual_norm(
+    norm, steps
+):
+    params, x, y = linear_problem()
+    w, b = (p.astype(np.float64) for p in params)
+    eps = np.linspace(0.2, 2, B).astype(np.float32)
+    r = attack.pgd(linear, params, x, y, eps=eps, norm=norm, steps=steps)
+    away = (w[:, 1] - w[:, 0]) * np.where(y == 0, 1, -1)[:, None]
+    margin = -(x @ away.T)[np.arange(B), np.arange(B)] - (b[1] - b[0]) * np.where(y == 0, 1, -1)
+    want = -margin + eps * np.linalg.norm(away, DUAL[norm], axis=1)
+    got = jacobian.margin(linear(params, x + r), y)
+    # Float32 sums of D products of about 1.
+    np.testing.assert_allclose(got, want, atol=3e-6)
+    np.testing.assert_allclose(length(r, norm), eps, rtol=1e-6)
+
+
+@every_norm
+def test_a_targeted_attack_lowers_the_loss_of_its_target_to_the_closed_form(norm):
+    params, x, y = linear_problem()
+    away = attack.pgd(linear, params, x, y, eps=0.5, norm=norm, steps=4)
+    toward = attack.pgd(linear, params, x, 1 - y, eps=0.5, norm=norm, steps=4, targeted=True)
+    # With two classes, to reach one is to leave the other.
+    np.testing.assert_allclose(toward, away, atol=1e-6)
+
+
+def test_a_targeted_attack_reaches_the_target():
+    params, x, _ = problem()
+    clean = np.asarray(net(params, x)).argmax(axis=1)
+    for target in range(K):
+        y = np.full(B, target)
+        r = attack.pgd(net, params, x, y, eps=5.0, steps=60, targeted=True)
+        hit = np.asarray(net(params, x + r)).argmax(axis=1) == target
+        assert hit[clean == target].all()  # what was there stays there
+        assert hit.mean() > 0.5
+
+
+# The ball
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("step_size", [0.05, 30.0])
+def test_r_stays_in_the_ball(norm, dtype, step_size):
+    params, x, y = problem()
+    params, x = jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, x))
+    eps = np.array([0, 0.1, 0.3, 0.7, 1.3, 5], np.float32)
+    r = attack.pgd(
+        net,
+        params,
+        x,
+        y,
+        eps=eps,
+        norm=norm,
+        steps=5,
+        step_size=step_size,
+        random_start=True,
+        key=KEYS,
+    )
+    assert r.dtype == dtype
+    # Without bounds r is rounded to the nearest, an ulp of its dtype at the most.
+    slack = 1e-6 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
+    assert (length(r, norm) <= eps * (1 + slack)).all()
+    np.testing.assert_array_equal(r[0], 0)
+
+
+@every_norm
+def test_a_random_start_is_a_point_of_the_ball_and_not_x(norm):
+    params, x, y = problem()
+    r = attack.pgd(
+        net, params, x, y, eps=0.5, norm=norm, steps=1, step_size=0.0, random_start=True, key=KEYS
+    )
+    size = length(r, norm)
+    assert (size > 0).all()
+    assert (size <= 0.5 * (1 + 1e-6)).all()
+
+
+@every_norm
+def test_each_example_has_its_own_radius_and_step(norm):
+    params, x, y = problem()
+    eps = np.linspace(0.1, 1.2, B).astype(np.float32)
+    together = attack.pgd(net, params, x, y, eps=eps, norm=norm, steps=3, step_size=eps / 2)
+    for i in range(B):
+        row = slice(i, i + 1)
+        size = float(eps[i])
+        r = attack.pgd(
+            net, params, x[row], y[row], eps=size, norm=norm, steps=3, step_size=size / 2
+        )
+        np.testing.assert_allclose(together[row], r, rtol=1e-5, atol=1e-5)
+
+
+@every_norm
+def test_the_default_step_is_two_and_a_half_times_eps_over_the_steps(norm):
+    params, x, y = problem()
+    fn = functools.partial(attack.pgd, net, params, x, y, eps=0.8, norm=norm, steps=4)
+    np.testing.assert_allclose(fn(), fn(step_size=2.5 * 0.8 / 4), atol=1e-6)
+
+
+# Labels and losses
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.full((B, K), 1 / K, np.float32),
+        np.eye(K, dtype=np.int32)[[0, 1, 2, 0, 1, 2]],
+        np.linspace(0, 1, B, dtype=np.float32),
+        np.full((B, 2, 2), 7, np.uint8),
+    ],
+    ids=["soft", "one-hot", "regression", "anything"],
+)
+def test_labels_reach_the_loss_unchanged(labels):
+    params, x, _ = problem()
+    seen = []
+
+    def loss_fn(logits, y):
+        seen.append((y.shape, y.dtype))
+        return logits[:, 0] + 0 * y.reshape(B, -1)[:, 0].astype(jnp.float32)
+
+    r = attack.pgd(net, params, x, labels, eps=1.0, steps=2, loss_fn=loss_fn)
+    assert set(seen) == {(labels.shape, labels.dtype)}
+    assert r.shape == x.shape
+
+
+def test_the_default_loss_takes_integers():
+    params, x, y = problem()
+    with pytest.raises(TypeError, match=r"expected integer labels .*jnp\.argmax"):
+        attack.pgd(net, params, x, np.eye(K, dtype=np.float32)[y], eps=1.0, steps=2)
+    with pytest.raises(ValueError, match=r"expected integer labels .*jnp\.argmax"):
+        attack.pgd(net, params, x, np.eye(K, dtype=np.int32)[y], eps=1.0, steps=2)
+
+
+# Compilation
+
+
+def counting():
+    calls = []
+
+    def apply_fn(params, x):
+        calls.append(x.shape)
+        return net(params, x)
+
+    return apply_fn, calls
+
+
+def test_called_twice_without_jit_the_same_net_is_traced_once():
+    params, x, y = problem()
+    apply_fn, calls = counting()
+    attack.pgd(apply_fn, params, x, y, eps=0.5, steps=3)
+    once = len(calls)
+    for eps in (0.25, np.float32(1), jnp.float32(1), np.full(B, 0.3)):
+        attack.pgd(apply_fn, params, 2 * x, y, eps=eps, steps=3)
+    assert len(calls) == once
+
+
+def test_under_a_callers_jit_it_is_traced_once_with_the_caller():
+    params, x, y = problem()
+    apply_fn, calls = counting()
+    fn = jax.jit(functools.partial(attack.pgd, apply_fn, steps=3))
+    fn(params, x, y, eps=0.5)
+    once = len(calls)
+    fn(params, x, y, eps=0.25)
+    assert len(calls) == once
+
+
+def test_the_number_of_steps_does_not_multiply_the_traces():
+    params, x, y = problem()
+    traces = []
+    for steps in (2, 50):
+        apply_fn, calls = counting()
+        jax.eval_shape(
+            lambda fn=apply_fn, steps=steps: attack.pgd(fn, params, x, y, eps=0.5, steps=steps)
+        )
+        traces.append(len(calls))
+    assert traces[0] == traces[1]
