@@ -53,12 +53,18 @@ class Method:
     """Passes over the training images."""
     lr: float
     """Learning rate at the start; it falls to 0 by a cosine."""
-    eps: float = 0.0
+    dropout: float = 0.0
+    """Probability of dropping a hidden unit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversarial(Method):
+    """How one of the nets that have an adversary is made."""
+
+    eps: float = 1.5
     """l2 size of the training perturbations, the paper's c; relative to ||h|| for LWA_Rep."""
     warmup: int = 0
     """Epochs over which that size rises from 0."""
-    dropout: float = 0.0
-    """Probability of dropping a hidden unit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +95,9 @@ class Settings:
     """Seed of the Normal net that the Fixed set is made on."""
     normal: Method = Method((100, 100), epochs=20, lr=0.1)
     dropout: Method = Method((200, 200), epochs=20, lr=0.1, dropout=0.5)
-    goodfellow: Method = Method((500, 500), epochs=20, lr=0.1, eps=1.5)
-    lwa: Method = Method((500, 500), epochs=30, lr=0.1, eps=1.7)
-    lwa_rep: Method = Method((200, 500), epochs=20, lr=0.05, eps=0.12, warmup=10)
+    goodfellow: Adversarial = Adversarial((500, 500), epochs=20, lr=0.1)
+    lwa: Adversarial = Adversarial((500, 500), epochs=30, lr=0.1, eps=1.7)
+    lwa_rep: Adversarial = Adversarial((200, 500), epochs=20, lr=0.05, eps=0.12, warmup=10)
 
 
 NAMES: dict[str, str] = {
@@ -153,21 +159,25 @@ def load(settings: Settings) -> tuple[Images, Images]:
 def make_objective(name: str, net: MLP, method: Method, epoch_steps: int) -> Objective:
     """Return what a method of Table 1 minimises."""
     apply_fn = function(net)
+    train_fn = train_function(net) if net.dropout else None
+    if not isinstance(method, Adversarial):
+        return objectives.natural(apply_fn, train_fn=train_fn)
+    eps: float | Schedule = method.eps
     if method.warmup:
-        eps: float | Schedule = optax.linear_schedule(0, method.eps, method.warmup * epoch_steps)
-    else:
-        eps = method.eps
-    if name == "normal":
-        return objectives.natural(apply_fn)
-    if name == "dropout":
-        return objectives.natural(apply_fn, train_fn=train_function(net))
+        eps = optax.linear_schedule(0, method.eps, method.warmup * epoch_steps)
     if name == "goodfellow":  # the sign direction at an l2 size, as the authors ran it
-        return objectives.mixed(apply_fn, perturb.loss_sign, eps=eps)
+        return objectives.mixed(apply_fn, perturb.loss_sign, eps=eps, train_fn=train_fn)
     if name == "lwa":
-        return objectives.adversarial(apply_fn, perturb.loss, eps=eps)
-    encode, classify = function(net, "encode"), function(net, "classify")
-    # Relative, as the authors' script has it: an absolute size is escaped by scaling features up.
-    return objectives.representation(encode, classify, perturb.loss, eps=objectives.Relative(eps))
+        return objectives.adversarial(apply_fn, perturb.loss, eps=eps, train_fn=train_fn)
+    return objectives.representation(
+        function(net, "encode"),
+        function(net, "classify"),
+        perturb.loss,
+        # As the authors' script has it: a net escapes an absolute size by scaling features up.
+        eps=objectives.Relative(eps),
+        encode_train_fn=train_function(net, "encode") if net.dropout else None,
+        classify_train_fn=train_function(net, "classify") if net.dropout else None,
+    )
 
 
 def train(name: str, seed: int, settings: Settings, images: Images, progress: Progress) -> Net:
@@ -186,24 +196,31 @@ def train(name: str, seed: int, settings: Settings, images: Images, progress: Pr
         batch_size=settings.batch_size,
         key=fit_key,
         directory=settings.out / "checkpoints" / f"{name}-{seed}",
-        settings=row_settings(name, settings),
+        settings=train_settings(name, settings),
         progress=progress,
         name=f"{NAMES[name]}, seed {seed}",
     )
     return Net(function(net), fitted.state.params, fitted)
 
 
-def row_settings(name: str, settings: Settings) -> dict[str, Any]:
-    """Return all that a row of the table depends on, in the form that JSON gives back."""
-    shared = ("holdout", "n_eval", "eps", "pgd_steps", "batch_size", "momentum", "fixed_seed")
+def train_settings(name: str, settings: Settings) -> dict[str, Any]:
+    """Return all that a net depends on but its seed, in the form that JSON gives back."""
     method = dataclasses.asdict(getattr(settings, name))
     return {
-        **method,
-        "train_eps": method["eps"],
+        **{field: value for field, value in method.items() if field not in ("widths", "eps")},
         "widths": list(method["widths"]),
-        **{field: getattr(settings, field) for field in shared},
+        "train_eps": method.get("eps", 0.0),
+        "holdout": settings.holdout,
+        "batch_size": settings.batch_size,
         "optimiser": "sgd, cosine to 0",
+        "momentum": settings.momentum,
     }
+
+
+def row_settings(name: str, settings: Settings) -> dict[str, Any]:
+    """Return all that a row of the table depends on but its seed, likewise."""
+    scoring = ("n_eval", "eps", "pgd_steps", "fixed_seed")
+    return train_settings(name, settings) | {field: getattr(settings, field) for field in scoring}
 
 
 def score(

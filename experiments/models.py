@@ -38,11 +38,12 @@ def function(net: nn.Module, method: str | None = None) -> ApplyFn:
     return apply
 
 
-def train_function(net: nn.Module) -> TrainFn:
-    """Return the module as it is trained: with dropout, and no state."""
+def train_function(net: nn.Module, method: str | None = None) -> TrainFn:
+    """Return a module, or one of its methods, as it is trained: with dropout, and no state."""
 
     def apply(params: Params, state: Any, x: jax.Array, key: jax.Array, /) -> tuple[jax.Array, Any]:
-        return cast(jax.Array, net.apply(params, x, train=True, rngs={"dropout": key})), state
+        dropped = net.apply(params, x, train=True, rngs={"dropout": key}, method=method)
+        return cast(jax.Array, dropped), state
 
     return apply
 

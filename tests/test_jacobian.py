@@ -1,6 +1,7 @@
 """`jaxadv.jacobian` against closed forms in float64 NumPy, and where no float64 could follow."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +157,7 @@ def test_each_scaled_row_of_v_is_bounded_by_1_reaches_it_and_sums_to_0(scale):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 100.0, 1e4, 1e30])
-def test_entry_j_of_a_scaled_row_is_positive_and_entry_y_negative_or_they_underflow(scale):
+def test_entry_j_of_a_scaled_row_is_positive_and_entry_y_negative_but_for_rounding(scale):
     z, y = extremes(scale)
     rows = rows_of(identity, None, z, y)
     each = np.arange(B)[:, None]
@@ -164,7 +165,8 @@ def test_entry_j_of_a_scaled_row_is_positive_and_entry_y_negative_or_they_underf
     v_jj = d[each, np.arange(K - 1)[None], others(y)]
     v_jy = d[each, np.arange(K - 1)[None], y[:, None]]
     assert (v_jj >= 0).all()
-    assert (v_jy <= 0).all()
+    # Minus the sum of the others, of which the largest is 1: rounding where it is next to nothing.
+    assert (v_jy <= 2**-22).all()
     assert (np.maximum(v_jj, -v_jy) > 0.5).all()
 
 
@@ -223,7 +225,7 @@ def test_a_saturated_net_has_rows_where_its_softmax_jacobian_is_0():
 def test_class_differences_cost_one_forward_pass_and_one_pull_back_for_each_class_but_y():
     n, width, classes = 8, 256, 3
     sizes = (128, width, width, classes)
-    params = [jnp.ones(shape) for shape in zip(sizes[:-1], sizes[1:], strict=True)]
+    params = [jnp.ones(shape) for shape in itertools.pairwise(sizes)]
 
     def mlp(params, x):
         for w in params[:-1]:

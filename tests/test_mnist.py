@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -37,9 +38,7 @@ def small(monkeypatch):
     """A small data set in MNIST's place, and settings to match."""
     monkeypatch.setattr(data, "mnist", lambda: data.Dataset(*digits(300, 0), *digits(120, 1)))
     tiny = {
-        name: dataclasses.replace(
-            getattr(mnist.Settings(), name), widths=(12, 11), epochs=2, warmup=0
-        )
+        name: dataclasses.replace(getattr(mnist.Settings(), name), widths=(12, 11), epochs=2)
         for name in mnist.NAMES
     }
     return mnist.Settings(batch_size=20, pgd_steps=3, n_eval=100, **tiny)
@@ -127,6 +126,20 @@ def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
     assert "accuracy on 60 test images" in printed
     assert "which itself scores" in printed
     assert (tmp_path / "results.md").read_text().count("| paper |") == 2
+
+
+def test_dropout_acts_with_every_method():
+    x = np.random.default_rng(0).random((6, 28, 28, 1), np.float32)
+    y = np.arange(6)
+    for name in mnist.NAMES:
+        method = dataclasses.replace(getattr(mnist.Settings(), name), widths=(5, 4), dropout=0.5)
+        net = mnist.MLP(method.widths, dropout=method.dropout)
+        params = mnist.init(net, jax.random.key(0), x)
+        objective = jax.jit(mnist.make_objective(name, net, method, 10))
+        losses = [
+            float(objective(params, None, (x, y), key=jax.random.key(k), step=0)[0]) for k in (1, 2)
+        ]
+        assert losses[0] != losses[1], name
 
 
 def command(out, cache):
