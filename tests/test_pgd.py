@@ -65,14 +65,15 @@ def outcome(params, x, y, r):
 # The best iterate
 
 
-@every_norm
-@pytest.mark.parametrize("random_start", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "random_start"), [("l1", False), ("l2", False), ("linf", False), ("l2", True)]
+)
 def test_more_steps_of_the_same_size_never_do_worse(norm, random_start):
     params, x, y = problem()
     # Steps so long that single ones do overshoot.
     fn = functools.partial(pgd, net, params, x, y, eps=1.0, norm=norm, step_size=0.7, key=KEYS)
     results = [
-        outcome(params, x, y, fn(steps=steps, random_start=random_start)) for steps in (1, 2, 5, 13)
+        outcome(params, x, y, fn(steps=steps, random_start=random_start)) for steps in (1, 3, 13)
     ]
     for (hit, loss), (later_hit, later_loss) in itertools.pairwise(results):
         assert (later_hit >= hit).all()
@@ -85,7 +86,7 @@ def test_a_custom_loss_of_soft_targets_never_falls_with_more_steps(norm):
     params, x, y = problem()
     soft = 0.8 * np.eye(K, dtype=np.float32)[y] + np.float32(0.2 / K)
     losses = [optax.softmax_cross_entropy(net(params, x), soft)]
-    for steps in (1, 3, 9):
+    for steps in (1, 9):
         r = pgd(
             net,
             params,
@@ -134,7 +135,7 @@ def linear_problem():
 
 
 @every_norm
-@pytest.mark.parametrize("steps", [1, 4, 10])
+@pytest.mark.parametrize("steps", [1, 10])
 def test_on_a_linear_net_the_loss_reaches_minus_the_margin_plus_eps_times_the_dual_norm(
     norm, steps
 ):
@@ -175,7 +176,7 @@ def test_a_targeted_attack_reaches_the_target():
 
 
 @every_norm
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("step_size", [0.05, 30.0])
 def test_r_stays_in_the_ball(norm, dtype, step_size):
     params, x, y = problem()
@@ -211,22 +212,20 @@ def test_a_random_start_is_a_point_of_the_ball_and_not_x(norm):
     assert (size <= 0.5 * (1 + 1e-6)).all()
 
 
-@every_norm
-def test_each_example_has_its_own_radius_and_step(norm):
+def test_each_example_has_its_own_radius_and_step():
     params, x, y = problem()
     eps = np.linspace(0.1, 1.2, B).astype(np.float32)
-    together = pgd(net, params, x, y, eps=eps, norm=norm, steps=3, step_size=eps / 2)
+    together = pgd(net, params, x, y, eps=eps, steps=3, step_size=eps / 2)
     for i in range(B):
         row = slice(i, i + 1)
         size = float(eps[i])
-        r = pgd(net, params, x[row], y[row], eps=size, norm=norm, steps=3, step_size=size / 2)
+        r = pgd(net, params, x[row], y[row], eps=size, steps=3, step_size=size / 2)
         np.testing.assert_allclose(together[row], r, rtol=1e-5, atol=1e-5)
 
 
-@every_norm
-def test_the_default_step_is_two_and_a_half_times_eps_over_the_steps(norm):
+def test_the_default_step_is_two_and_a_half_times_eps_over_the_steps():
     params, x, y = problem()
-    fn = functools.partial(pgd, net, params, x, y, eps=0.8, norm=norm, steps=4)
+    fn = functools.partial(pgd, net, params, x, y, eps=0.8, steps=4)
     np.testing.assert_allclose(fn(), fn(step_size=2.5 * 0.8 / 4), atol=1e-6)
 
 
