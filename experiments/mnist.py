@@ -94,7 +94,7 @@ class Settings:
     fixed_seed: int = 1000
     """Seed of the Normal net that the Fixed set is made on."""
     normal: Method = Method((100, 100), epochs=20, lr=0.1)
-    dropout: Method = Method((200, 200), epochs=20, lr=0.1, dropout=0.5)
+    dropout: Method = Method((200, 200), epochs=30, lr=0.05, dropout=0.5)
     goodfellow: Adversarial = Adversarial((500, 500), epochs=20, lr=0.1)
     lwa: Adversarial = Adversarial((500, 500), epochs=30, lr=0.1, eps=1.7)
     lwa_rep: Adversarial = Adversarial((200, 500), epochs=20, lr=0.05, eps=0.12, warmup=10)
