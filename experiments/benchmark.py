@@ -11,8 +11,10 @@ each timed by itself in the same run:
 - gradients to a layer's input `[M, o] x [o, i]`: down to the second layer for the trained pass (M =
   B); down to the image for the adversary, with M = B for Adv_Loss and (K - 1) B for Adv_Alpha.
 
-Prints products / step for each: 1 means that everything else is free. All are timed in turn in
-every round and the median over rounds is quoted, since a machine's speed drifts.
+Prints products / step for each, for steps called one by one (`train.make_step`) and for those of an
+epoch on the device (`train.make_epoch`, as the experiments train): 1 means that everything else is
+free. All are timed in turn in every round and the median over rounds is quoted, since a machine's
+speed drifts.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ class Settings:
     """How often everything is timed; the median is quoted."""
     seconds: float = 0.1
     """Least time of one timing; calls are repeated until then."""
+    epoch_steps: int = 40
+    """Steps in the epoch that is timed."""
     out: Path | None = None
     """A JSON file to write the figures to."""
 
@@ -98,7 +102,7 @@ def floors(seconds: dict[str, float], layers: int) -> dict[str, float]:
 
 
 def steps(settings: Settings) -> dict[str, Call]:
-    """Return one compiled training step for each method, which carries its state along."""
+    """Return compiled training steps for each method, one and an epoch, which carry their state."""
     net = MLP(settings.widths)
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.random((settings.batch_size, 28, 28, 1)), jnp.float32)
@@ -111,17 +115,23 @@ def steps(settings: Settings) -> dict[str, Call]:
         "lwa_alpha": objectives.adversarial(apply_fn, perturb.alpha, eps=1.5),
     }
 
-    def call(objective: Any) -> Call:
-        step, state = train.make_step(objective, tx), train.init(params, tx, key=jax.random.key(1))
+    order = jnp.tile(jnp.arange(settings.batch_size), (settings.epoch_steps, 1))
+
+    def call(compiled: Any, *inputs: Any) -> Call:
+        state = train.init(params, tx, key=jax.random.key(1))
 
         def go() -> Any:
             nonlocal state
-            state, info = step(state, (x, y))
+            state, info = compiled(state, *inputs)
             return info.loss
 
         return go
 
-    return {name: call(objective) for name, objective in kinds.items()}
+    calls = {}
+    for name, objective in kinds.items():
+        calls[name] = call(train.make_step(objective, tx), (x, y))
+        calls[f"{name} epoch"] = call(train.make_epoch(objective, tx), (x, y), order)
+    return calls
 
 
 def time_of(call: Call, seconds: float) -> float:
@@ -146,9 +156,12 @@ def main() -> None:
     rounds = []
     for _ in range(settings.rounds):
         seconds = {name: time_of(call, settings.seconds) for name, call in kernels.items()}
-        taken = {name: time_of(call, settings.seconds) for name, call in kinds.items()}
         least = floors(seconds, len(settings.widths) + 1)
-        rounds.append({name: (least[name], taken[name]) for name in taken})
+        taken = {}
+        for name, call in kinds.items():
+            of_call = time_of(call, settings.seconds)
+            taken[name] = of_call / settings.epoch_steps if name.endswith("epoch") else of_call
+        rounds.append({name: (least[name.split()[0]], taken[name]) for name in taken})
 
     figures = {}
     for name in kinds:
@@ -160,7 +173,7 @@ def main() -> None:
             "ratio_quartiles": np.quantile(of_products / of_steps, [0.25, 0.75]).tolist(),
         }
         print(
-            "{:10} products {products_ms:6.2f} ms   step {step_ms:6.2f} ms   products / step "
+            "{:15} products {products_ms:6.2f} ms   step {step_ms:6.2f} ms   products / step "
             "{ratio:.2f} (quartiles {ratio_quartiles[0]:.2f} to {ratio_quartiles[1]:.2f})".format(
                 name, **figures[name]
             )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
@@ -147,9 +148,10 @@ def print_table(
     """Print the table to a terminal."""
     # A terminal of 80 columns has no room for the longest heading in one line.
     headings = (label.replace("Loss_", "Loss\n_") for label in LABELS.values())
-    table = Table("Method", *headings, title=title)
+    table = Table("Method", *headings, title=title, box=box.SIMPLE, pad_edge=False)
     for line in _cells(rows, names, paper):
-        table.add_row(*line, style="dim" if line[0] == "  paper" else None)
+        cells = (cell.replace(" ±", "\n±") for cell in line)
+        table.add_row(*cells, style="dim" if line[0] == "  paper" else None)
     console.print(table)
 
 

@@ -443,7 +443,8 @@ def _aux(
     if r is None or size is None:
         none = jnp.zeros((), jnp.int32)
         return Aux(accuracy, jnp.zeros_like(accuracy), none, none)
-    of_example = tuple(range(1, r.ndim))
-    zero = jnp.sum(jnp.all(r == 0, axis=of_example), dtype=jnp.int32)
-    nonfinite = jnp.sum(~jnp.all(jnp.isfinite(r), axis=of_example), dtype=jnp.int32)
+    # One pass over r tells both, since a maximum hands NaN on.
+    largest = jnp.max(jnp.abs(r), axis=tuple(range(1, r.ndim)))
+    zero = jnp.sum(largest == 0, dtype=jnp.int32)
+    nonfinite = jnp.sum(~jnp.isfinite(largest), dtype=jnp.int32)
     return Aux(accuracy, jnp.mean(size).astype(jnp.float32), zero, nonfinite)

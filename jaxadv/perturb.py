@@ -97,7 +97,7 @@ def alpha(
     rows = jacobian.class_differences(apply_fn, params, x, y)
 
     def of_class(values: jax.Array, index: jax.Array) -> jax.Array:  # [B, K-1, ...] -> [B, ...]
-        return jnp.take_along_axis(values, inputs.batched(index, values), axis=1)[:, 0]
+        return values[jnp.arange(values.shape[0]), index]
 
     z = jacobian.below_largest(rows.logits)
     z_j = jnp.take_along_axis(z, rows.classes, axis=1)  # [B, K-1]

@@ -1,4 +1,4 @@
-"""The README says what is so: its example runs, its table is the record's, its links lead somewhere."""
+"""The README says what is so: its example runs, its table is the record's, its links lead on."""
 
 import json
 import re
