@@ -5,8 +5,8 @@ Everything is a function of your own `apply_fn(params, x) -> logits` and `params
 >>> import jax.numpy as jnp
 >>> import jaxadv
 >>> def apply_fn(params, x):
-...     return x @ params["w"] + params["b"]
->>> params = {"w": jnp.array([[1.0, -1.0], [0.0, 2.0]]), "b": jnp.zeros(2)}
+...     return x @ params["w"]
+>>> params = {"w": jnp.array([[1.0, -1.0], [0.0, 2.0]])}
 >>> x, y = jnp.array([[2.0, 0.5]]), jnp.array([0])
 >>> r = jaxadv.perturb.alpha(apply_fn, params, x, y, eps=1.5)
 >>> jaxadv.evaluate.correct(apply_fn, params, x, y).tolist()
