@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -556,5 +557,5 @@ def _over_batches(fn: Callable[..., Any], arrays: tuple[Any, ...], batch_size: i
     for start in range(0, max(n, 1), size):
         rows = np.minimum(np.arange(start, start + size), n - 1) if n else np.arange(0)
         batch = [None if a is None else a[rows] for a in arrays]
-        parts.append(jax.tree.map(lambda leaf: leaf[: n - start], fn(*batch)))  # noqa: B023
+        parts.append(jax.tree.map(itemgetter(slice(n - start)), fn(*batch)))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
