@@ -155,22 +155,29 @@ def command(out, cache):
     )
 
 
+def complete(process):
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+
+
 def final_states(out):
     """Every array of every training state, optimiser included, as bytes."""
+
+    def bits(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return np.asarray(leaf).tobytes()
+
     states = {}
     for directory in sorted((out / "checkpoints").iterdir()):
         with ocp.CheckpointManager(directory) as manager:
             restored = manager.restore(
                 manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore())
             )
-        leaves = ocp.tree.to_flat_dict(restored.state)
-        states[directory.name] = {
-            "/".join(map(str, path)): np.asarray(
-                leaf if "key" not in path else leaf.astype(np.uint32)
-            ).tobytes()
-            for path, leaf in leaves.items()
-            if leaf is not None
-        }
+        states[directory.name] = [
+            (jax.tree_util.keystr(path), bits(leaf))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(restored.state)
+        ]
     return states
 
 
@@ -180,8 +187,7 @@ def test_killed_at_ten_random_moments_it_ends_bit_for_bit_the_same(tmp_path):
     cache = tmp_path / "cache"
     data.mnist(data_dir=cache)
     start = time.perf_counter()
-    reference = command(tmp_path / "reference", cache)
-    assert reference.wait() == 0, reference.stderr.read().decode()
+    complete(command(tmp_path / "reference", cache))
     whole = time.perf_counter() - start
 
     moments = random.Random(0)
@@ -189,10 +195,8 @@ def test_killed_at_ten_random_moments_it_ends_bit_for_bit_the_same(tmp_path):
         process = command(tmp_path / "killed", cache)
         time.sleep(moments.uniform(0.2, 0.6 * whole))
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
-    process = command(tmp_path / "killed", cache)
-    assert process.wait() == 0, process.stderr.read().decode()
+        process.communicate()
+    complete(command(tmp_path / "killed", cache))
 
     expected, got = final_states(tmp_path / "reference"), final_states(tmp_path / "killed")
     assert expected.keys() == {"lwa-0", "normal-0", "normal-1000"}
