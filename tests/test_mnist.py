@@ -111,14 +111,14 @@ def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
     arguments = [
         "mnist.py", "--quick", "--methods", "normal", "lwa", "--seed", "3", "--out", str(tmp_path),
         "--batch-size", "20", "--pgd-steps", "2", "--n-eval", "60", "--lwa.eps", "0.25",
-        "--lwa.widths", "9", "8", "--normal.widths", "9", "8", "--normal.epochs", "1",
+        "--lwa.widths", "9", "8", "--normal.widths", "9", "8", "--normal.epochs", "2",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     mnist.main()
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [(row["method"], row["seed"], row["epochs"]) for row in rows] == [
-        ("normal", 3, 1),
-        ("lwa", 3, 2),  # --quick
+        ("normal", 3, 2),
+        ("lwa", 3, 1),  # --quick
     ]
     assert rows[1]["settings"]["eps"] == 1.5
     assert rows[1]["settings"]["train_eps"] == 0.25
