@@ -26,6 +26,7 @@ __all__ = [
     "keys",
     "labels",
     "logits_of",
+    "paired",
     "radius",
     "solvable",
     "wide",
@@ -90,6 +91,19 @@ def labels(y: Any, n: int) -> jax.Array:
     if y.dtype.itemsize > 4:  # a label of 2^32 is no class, and int32 would make it class 0
         y = y.clip(-1, 2**31 - 1)
     return jnp.asarray(y).astype(jnp.int32)
+
+
+def paired(x: jax.Array, y: jax.Array) -> None:
+    """Check that labels of any kind (soft ones too) are as many as the examples.
+
+    Raises:
+      ValueError: if they are not.
+    """
+    if y.shape[:1] != x.shape[:1]:
+        raise ValueError(
+            f"expected as many labels as examples, got y of shape {y.shape} for {x.shape[0]} "
+            "examples; pass the labels of this very batch"
+        )
 
 
 def apply(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:

@@ -419,11 +419,7 @@ def _constant_perturbation(
 
 def _mean_loss(loss_fn: LossFn, logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     logits = inputs.logits_of(logits, x.shape[0])
-    if y.shape[:1] != x.shape[:1]:
-        raise ValueError(
-            f"expected as many labels as examples, got y of shape {y.shape} for {x.shape[0]} "
-            "examples; pass the labels of this very batch"
-        )
+    inputs.paired(x, y)
     losses = loss_fn(logits.astype(inputs.wide(logits.dtype)), y)
     if losses.shape != logits.shape[:1]:
         raise ValueError(

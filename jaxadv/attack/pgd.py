@@ -94,11 +94,7 @@ def pgd(
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}; one step is perturb.loss")
     x, y = inputs.examples(x), jnp.asarray(y)
-    if y.shape[:1] != x.shape[:1]:
-        raise ValueError(
-            f"expected as many labels as examples, got y of shape {y.shape} for {x.shape[0]} "
-            "examples; pass the labels of this very batch"
-        )
+    inputs.paired(x, y)
     eps = inputs.radius(eps, x)
     step_size = 2.5 * eps / steps if step_size is None else inputs.radius(step_size, x)
     if bounds is not None:
