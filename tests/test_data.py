@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
 
 from experiments import data
 
@@ -380,3 +382,200 @@ def test_split_is_drawn_by_seed():
 def test_split_refuses_more_than_there_is(holdout):
     with pytest.raises(ValueError, match=rf"expected holdout in 0\.\.60, got {holdout}; hold out"):
         data.split(60, holdout, seed=3)
+
+
+# Folders of images, and CIFAR-10.
+
+
+def folder_of(place, sizes=((5, 4),) * 3, mode="RGB", suffix="png"):
+    """`train` and `test` with classes a and b, three images each; returns the pixels by path."""
+    rng = np.random.default_rng(0)
+    pixels = {}
+    for part in ("test", "train"):
+        for name in ("b", "a"):
+            (place / part / name).mkdir(parents=True)
+            for i, (width, height) in enumerate(sizes):
+                shape = (height, width) if mode == "L" else (height, width, 3)
+                pixels[part, name, i] = rng.integers(0, 256, shape, dtype=np.uint8)
+                path = place / part / name / f"{i}.{suffix}"
+                Image.fromarray(pixels[part, name, i]).save(path)
+    return pixels
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
+def test_a_folder_comes_as_its_pixels_in_the_order_of_its_names(tmp_path, mode, channels):
+    pixels = folder_of(tmp_path / "images", mode=mode)
+    read = data.image_folder(tmp_path / "images", data_dir=tmp_path / "cache")
+    for part in ("train", "test"):
+        images, labels = getattr(read, f"{part}_images"), getattr(read, f"{part}_labels")
+        assert images.shape == (6, 4, 5, channels)
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+        np.testing.assert_array_equal(labels, [0, 0, 0, 1, 1, 1])
+        expected = [pixels[part, name, i] for name in "ab" for i in range(3)]
+        np.testing.assert_array_equal(images.reshape(np.shape(expected)), expected)
+
+
+def test_a_folder_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    place, cache = tmp_path / "images", tmp_path / "cache"
+    folder_of(place)
+    calls = []
+    prepare = data._prepare_folder
+    monkeypatch.setattr(data, "_prepare_folder", lambda *a: calls.append(1) or prepare(*a))
+    data.image_folder(place, data_dir=cache)
+    data.image_folder(place, data_dir=cache)
+    assert len(calls) == 1
+    Image.new("RGB", (5, 4), (9, 8, 7)).save(place / "test" / "b" / "1.png")
+    read = data.image_folder(place, data_dir=cache)
+    assert len(calls) == 2
+    np.testing.assert_array_equal(read.test_images[4], np.broadcast_to([9, 8, 7], (4, 5, 3)))
+
+
+def broken(place, how):
+    if how == "no test":
+        shutil.rmtree(place / "test")
+    elif how == "no class":
+        shutil.rmtree(place / "test" / "b")
+    elif how == "empty class":
+        for path in (place / "train" / "a").iterdir():
+            path.unlink()
+    elif how == "no classes":
+        for part in ("train", "test"):
+            shutil.rmtree(place / part)
+            (place / part).mkdir()
+    elif how == "unreadable":
+        path = place / "test" / "a" / "1.png"
+        path.write_bytes(path.read_bytes()[:60])
+    elif how == "altered":
+        path = place / "test" / "a" / "1.png"
+        content = bytearray(path.read_bytes())
+        content[content.index(b"IDAT") - 1] -= 20  # the length of the pixels' chunk
+        path.write_bytes(content)
+    elif how == "no image":
+        (place / "train" / "b" / "0.png").write_text("hello")
+    elif how == "size":
+        Image.new("RGB", (4, 4)).save(place / "train" / "b" / "2.png")
+    elif how == "suffix":
+        (place / "train" / "b" / "notes.txt").write_text("hello")
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("no test", FileNotFoundError, r"expected a folder .*test with a folder of images"),
+        ("no class", FileNotFoundError, r"expected images of class 'b' in .*test.b, got none"),
+        ("empty class", FileNotFoundError, r"expected images of class 'a' in .*train.a, got none"),
+        ("no classes", FileNotFoundError, r"expected a folder for each class in .*train, got none"),
+        ("unreadable", ValueError, r"expected an image in .*test.a.1\.png.*replace or remove it"),
+        ("altered", ValueError, r"expected an image in .*test.a.1\.png.*replace or remove it"),
+        ("no image", ValueError, r"expected an image in .*train.b.0\.png.*replace or remove it"),
+        ("size", ValueError, r"images of one size, 5x4 as .*0\.png has, got 4x4 in .*b.2\.png"),
+        ("suffix", ValueError, r"expected PNG or JPEG images, got .*notes\.txt; convert or"),
+    ],
+)
+def test_a_broken_folder_is_an_error_naming_the_place(tmp_path, how, error, message):
+    place = tmp_path / "images"
+    folder_of(place)
+    broken(place, how)
+    with pytest.raises(error, match=message):
+        data.image_folder(place, data_dir=tmp_path / "cache")
+    # And once it is mended, nothing of the failure is left.
+    shutil.rmtree(place)
+    folder_of(place)
+    assert len(data.image_folder(place, data_dir=tmp_path / "cache").test_labels) == 6
+
+
+def test_jpegs_are_decoded_and_hidden_files_passed_over(tmp_path):
+    place = tmp_path / "images"
+    folder_of(place, suffix="jpg")
+    (place / "train" / ".hidden").mkdir()
+    (place / "train" / "a" / ".DS_Store").write_text("")
+    read = data.image_folder(place, data_dir=tmp_path / "cache")
+    with Image.open(place / "train" / "b" / "2.jpg") as image:
+        np.testing.assert_array_equal(read.train_images[5], np.asarray(image))
+
+
+def test_cifar10_is_the_archives_bytes_in_their_order(tmp_path, monkeypatch):
+    """Through the stock builder's own list of files, the archive being a small one."""
+    rng = np.random.default_rng(0)
+    place = tmp_path / "extracted" / "cifar-10-batches-bin"
+    place.mkdir(parents=True)
+    names = ["airplane", "automobile", "bird", "cat", "deer"]
+    names += ["dog", "frog", "horse", "ship", "truck"]
+    (place / "batches.meta.txt").write_text("\n".join(names) + "\n\n")
+    records = {}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        records[name] = rng.integers(0, 256, (3, 3073), dtype=np.uint8)
+        records[name][:, 0] %= 10
+        records[name].tofile(place / f"{name}.bin")
+    asked = []
+
+    def download(self, url):
+        asked.append(url)
+        return tmp_path / "extracted"
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
+    read = data.cifar10(data_dir=tmp_path / "cache")
+    assert asked == ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
+    train = np.concatenate([records[f"data_batch_{i}"] for i in range(1, 6)])
+    for images, labels, expected in (
+        (read.train_images, read.train_labels, train),
+        (read.test_images, read.test_labels, records["test_batch"]),
+    ):
+        np.testing.assert_array_equal(labels, expected[:, 0])
+        # Planes of red, green and blue, each by rows.
+        for c in range(3):
+            plane = expected[:, 1 + 1024 * c : 1 + 1024 * (c + 1)].reshape(-1, 32, 32)
+            np.testing.assert_array_equal(images[..., c], plane)
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
+    def download(self, url):
+        raise tfds.download.DownloadError("no network here")
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
+    message = r"download CIFAR-10 from https://\S+, got DownloadError: no network here; .*--image-f"
+    with pytest.raises(OSError, match=message):
+        data.cifar10(data_dir=tmp_path)
+
+
+def test_one_colour_image_makes_all_colour_images(tmp_path):
+    pixels = folder_of(tmp_path / "images", mode="L")
+    Image.new("RGB", (5, 4), (9, 8, 7)).save(tmp_path / "images" / "test" / "b" / "1.png")
+    read = data.image_folder(tmp_path / "images", data_dir=tmp_path / "cache")
+    np.testing.assert_array_equal(read.test_images[4, 0, 0], [9, 8, 7])
+    grey = pixels["train", "a", 0]
+    np.testing.assert_array_equal(read.train_images[0], np.stack([grey] * 3, -1))
+
+
+def test_a_description_tells_other_pixels_and_lossy_files(tmp_path):
+    texts = []
+    for name, suffix in (("one", "png"), ("same", "png"), ("jpeg", "jpg")):
+        folder_of(tmp_path / name, suffix=suffix)
+        read = data.image_folder(tmp_path / name, data_dir=tmp_path / "cache")
+        texts.append(data.describe(tmp_path / name, read))
+    assert re.fullmatch(r"a folder of PNG files, crc32 [0-9a-f]{8}", texts[0])
+    assert texts[0] == texts[1] != texts[2]
+    assert "JPEG (lossy)" in texts[2]
+    Image.new("RGB", (5, 4)).save(tmp_path / "one" / "test" / "b" / "1.png")
+    changed = data.image_folder(tmp_path / "one", data_dir=tmp_path / "cache")
+    assert data.describe(tmp_path / "one", changed) != texts[0]
+
+
+def test_cifar10s_scale_is_the_papers():
+    pixels = np.array([0, 117, 255], np.uint8)[None, None, :, None].repeat(3, 3)
+    scaled = data.scale_cifar10(pixels)
+    assert scaled.dtype == np.float32
+    np.testing.assert_array_equal(scaled[0, 0, :, 0], [-117 / 256, 0, 138 / 256])
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (np.zeros((1, 4, 4, 3), np.float32), TypeError, "expected uint8 images, got float32"),
+        (np.zeros((4, 4, 3), np.uint8), ValueError, r"\[n, H, W, 3\], got \[4, 4, 3\]"),
+        (np.zeros((1, 4, 4, 1), np.uint8), ValueError, r"got \[1, 4, 4, 1\]; convert them to RGB"),
+    ],
+)
+def test_scaling_other_images_as_cifar10_is_an_error(images, error, message):
+    with pytest.raises(error, match=message):
+        data.scale_cifar10(images)
