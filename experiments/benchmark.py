@@ -13,8 +13,9 @@ each timed by itself in the same run:
 
 Prints products / step for each, for steps called one by one (`train.make_step`) and for those of an
 epoch on the device (`train.make_epoch`, as the experiments train): 1 means that everything else is
-free. All are timed in turn in every round and the median over rounds is quoted, since a machine's
-speed drifts.
+free. Beside them, how many times longer Adv_Alpha takes than Adv_Loss, perturbations alone, which
+Section 7.1 of the paper puts at K, for the same net and for LeNet. All are timed in turn in every
+round and the median over rounds is quoted, since a machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import optax
 import tyro
 
 from experiments import report
-from experiments.models import MLP, function, init
+from experiments.models import function, init, lenet, mlp
 from jaxadv import objectives, perturb, train
 
 
@@ -103,7 +104,7 @@ def floors(seconds: dict[str, float], layers: int) -> dict[str, float]:
 
 def steps(settings: Settings) -> dict[str, Call]:
     """Return compiled training steps for each method, one and an epoch, which carry their state."""
-    net = MLP(settings.widths)
+    net = mlp(settings.widths)
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.random((settings.batch_size, 28, 28, 1)), jnp.float32)
     y = jnp.asarray(rng.integers(0, 10, settings.batch_size), jnp.int32)
@@ -134,6 +135,20 @@ def steps(settings: Settings) -> dict[str, Call]:
     return calls
 
 
+def perturbations(settings: Settings) -> dict[str, Call]:
+    """Return compiled perturbations of a batch, by net and method."""
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.random((settings.batch_size, 28, 28, 1)), jnp.float32)
+    y = jnp.asarray(rng.integers(0, 10, settings.batch_size), jnp.int32)
+    calls: dict[str, Call] = {}
+    for name, net in (("mlp", mlp(settings.widths)), ("lenet", lenet(settings.widths[-1:]))):
+        params = init(net, jax.random.key(0), x)
+        for kind, method in (("adv_loss", perturb.loss), ("adv_alpha", perturb.alpha)):
+            compiled = jax.jit(partial(method, function(net), eps=1.5))
+            calls[f"{name} {kind}"] = partial(compiled, params, x, y)
+    return calls
+
+
 def time_of(call: Call, seconds: float) -> float:
     """Return the time of one call, in seconds, from as many as fill the time given."""
     jax.block_until_ready(call())
@@ -152,8 +167,8 @@ def main() -> None:
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"note: the load average is {load:.2f}: other work makes these ratios unreliable")
-    kernels, kinds = products(settings), steps(settings)
-    rounds = []
+    kernels, kinds, methods = products(settings), steps(settings), perturbations(settings)
+    rounds, costs = [], []
     for _ in range(settings.rounds):
         seconds = {name: time_of(call, settings.seconds) for name, call in kernels.items()}
         least = floors(seconds, len(settings.widths) + 1)
@@ -161,6 +176,7 @@ def main() -> None:
         for name, call in kinds.items():
             of_call = time_of(call, settings.seconds)
             taken[name] = of_call / settings.epoch_steps if name.endswith("epoch") else of_call
+        costs.append({name: time_of(call, settings.seconds) for name, call in methods.items()})
         rounds.append({name: (least[name.split()[0]], taken[name]) for name in taken})
 
     figures = {}
@@ -178,9 +194,27 @@ def main() -> None:
                 name, **figures[name]
             )
         )
+    cost = {}
+    for net in ("mlp", "lenet"):
+        loss, alpha = (
+            np.array([c[f"{net} {kind}"] for c in costs]) for kind in ("adv_loss", "adv_alpha")
+        )
+        cost[net] = {
+            "adv_loss_ms": float(np.median(loss) * 1e3),
+            "adv_alpha_ms": float(np.median(alpha) * 1e3),
+            "ratio": float(np.median(alpha / loss)),
+            "ratio_quartiles": np.quantile(alpha / loss, [0.25, 0.75]).tolist(),
+        }
+        print(
+            "{:15} Adv_Loss {adv_loss_ms:6.2f} ms   Adv_Alpha {adv_alpha_ms:6.2f} ms   {ratio:.2f} "
+            "times (quartiles {ratio_quartiles[0]:.2f} to {ratio_quartiles[1]:.2f}), K = 10".format(
+                net, **cost[net]
+            )
+        )
     if settings.out is not None:
         record = {
             "figures": figures,
+            "cost_of_alpha": cost,
             "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"},
             "load_average": load,
             "versions": report.versions(),

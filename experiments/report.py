@@ -6,6 +6,7 @@ and the curves can be drawn again from it alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -24,16 +25,16 @@ from safetensors.numpy import save_file
 __all__ = [
     "LABELS",
     "Digits",
+    "as_printed",
     "device",
+    "grouped_tables",
     "load_rows",
     "mean_and_spread",
-    "plot_curves",
-    "plot_digits",
-    "print_table",
+    "save_digits",
     "save_params",
     "save_rows",
+    "tables",
     "versions",
-    "write_markdown",
 ]
 
 Row = dict[str, Any]
@@ -55,8 +56,6 @@ LABELS = {
     "adv_alpha": "Adv_Alpha",
     "pgd": "PGD",
 }
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7")  # Okabe and Ito's
-_MARKERS = "osD^v"
 
 
 def versions() -> dict[str, str]:
@@ -118,8 +117,14 @@ def mean_and_spread(rows: Sequence[Row], column: str) -> str:
     return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
 
 
+def as_printed(figures: Sequence[float]) -> list[str]:
+    """Return published figures with as many digits as they have, three or four."""
+    digits = 4 if any(round(figure, 3) != figure for figure in figures) else 3
+    return [f"{figure:.{digits}f}" for figure in figures]
+
+
 def _cells(
-    rows: Sequence[Row], names: Mapping[str, str], paper: Mapping[str, Mapping[str, float]]
+    rows: Sequence[Row], names: Mapping[str, str], paper: Mapping[str, Sequence[float]]
 ) -> list[list[str]]:
     """Return the table: a row of ours for each method, and the paper's below it."""
     cells = []
@@ -128,116 +133,117 @@ def _cells(
         if not ours:
             continue
         cells.append([name, *(mean_and_spread(ours, column) for column in LABELS)])
-        printed = paper.get(method, {})
-        cells.append(
-            [
-                "  paper",
-                *(f"{printed[column]:.3f}" if column in printed else "" for column in LABELS),
-            ]
-        )
+        printed = paper.get(method, ())
+        if printed:
+            empty = [""] * (len(LABELS) - len(printed))
+            cells.append(["  paper", *as_printed(printed), *empty])
     return cells
 
 
-def print_table(
+def tables(
     console: Console,
+    folder: Path,
     title: str,
     rows: Sequence[Row],
     names: Mapping[str, str],
-    paper: Mapping[str, Mapping[str, float]],
-) -> None:
-    """Print the table to a terminal."""
-    # A terminal of 80 columns has no room for the longest heading in one line.
-    headings = (label.replace("Loss_", "Loss\n_") for label in LABELS.values())
-    table = Table("Method", *headings, title=title, box=box.SIMPLE, pad_edge=False)
-    for line in _cells(rows, names, paper):
-        cells = (cell.replace(" ±", "\n±") for cell in line)
-        table.add_row(*cells, style="dim" if line[0] == "  paper" else None)
-    console.print(table)
-
-
-def write_markdown(
-    path: Path,
-    title: str,
-    rows: Sequence[Row],
-    names: Mapping[str, str],
-    paper: Mapping[str, Mapping[str, float]],
+    paper: Mapping[str, Sequence[float]],
     notes: Sequence[str],
 ) -> None:
-    """Write the table and notes as Markdown."""
-    lines = [f"# {title}", "", "| Method | " + " | ".join(LABELS.values()) + " |"]
-    lines.append("|---|" + "---|" * len(LABELS))
-    lines += [
-        "| " + " | ".join(cell.strip() for cell in line) + " |"
-        for line in _cells(rows, names, paper)
-    ]
-    lines += ["", *(f"- {note}" for note in notes), ""]
-    path.write_text("\n".join(lines))
-
-
-def plot_curves(path: Path, rows: Sequence[Row], names: Mapping[str, str], eps: float) -> None:
-    """Draw accuracy against the l2 size of each perturbation, a panel for each."""
-    from matplotlib import pyplot as plt
-
-    columns = ("adv_alpha", "adv_loss", "adv_loss_sign")
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
-    for panel, column in zip(panels, columns, strict=True):
-        for (method, name), colour, marker in zip(names.items(), _COLOURS, _MARKERS, strict=False):
-            curves = [row["curves"] for row in rows if row["method"] == method]
-            if not curves:
-                continue
-            mean = np.mean([curve[column] for curve in curves], axis=0)
-            panel.plot(
-                curves[0]["eps"], mean, color=colour, label=name, linewidth=1.6, marker=marker,
-                markevery=5, markersize=4,
-            )  # fmt: skip
-        panel.axvline(eps, color="0.6", linewidth=0.8, linestyle=":")
-        panel.set(title=LABELS[column], xlabel="l2 size of the perturbation", ylim=(0, 1))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy")
-    panels[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_digits(
-    path: Path,
-    images: np.ndarray,
-    perturbed: Mapping[str, Digits],
-    labels: np.ndarray,
-) -> None:
-    """Draw clean digits, and each method's perturbation and adversarial digit with predictions.
+    """Print a table for each size of the perturbations, and write them as `results.md`.
 
     Args:
-      path: where to.
-      images: `[n, 28, 28, 1]`, clean.
-      perturbed: for each method's name, its `Digits`.
-      labels: `[n]`.
+      console: where to print.
+      folder: where to write.
+      title: the first part of the tables' titles.
+      rows: the results.
+      names: the methods in order, and what to call them.
+      paper: for each method the printed figures, in the order of `LABELS`; shown for the first
+        size.
+      notes: what a reader must know, one sentence or two each.
     """
-    from matplotlib import pyplot as plt
+    lines = []
+    sizes = list(dict.fromkeys(row["eps"] for row in rows))
+    for eps in sizes:
+        ours = [row for row in rows if row["eps"] == eps]
+        cells = _cells(ours, names, paper if eps == sizes[0] else {})
+        lines += _table(console, f"{title}, l2 size {eps:g}", cells)
+    _finish(console, folder, lines, rows, notes)
 
-    n = len(images)
-    figure, axes = plt.subplots(
-        1 + 2 * len(perturbed), n, figsize=(1.15 * n + 1.6, 1.3 * (1 + 2 * len(perturbed))),
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
-    limit = max(float(np.abs(r).max()) for r, _, _ in perturbed.values())
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    grey = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
-    for i in range(n):
-        axes[0, i].imshow(images[i, ..., 0], **grey)
-        axes[0, i].set_title(f"label {labels[i]}", fontsize=8)
-        for j, (r, before, after) in enumerate(perturbed.values()):
-            axes[1 + 2 * j, i].imshow(r[i, ..., 0], cmap="RdBu_r", vmin=-limit, vmax=limit)
-            axis = axes[2 + 2 * j, i]
-            axis.imshow(images[i, ..., 0] + r[i, ..., 0], **grey)
-            wrong = after[i] != labels[i]
-            axis.set_title(
-                f"{before[i]} → {after[i]}", fontsize=8, color=_COLOURS[3] if wrong else "black"
-            )
-    axes[0, 0].set_ylabel("clean", fontsize=8)
-    for j, name in enumerate(perturbed):
-        axes[1 + 2 * j, 0].set_ylabel(f"{name}\nr", fontsize=8)
-        axes[2 + 2 * j, 0].set_ylabel("x + r", fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+def grouped_tables(
+    console: Console,
+    folder: Path,
+    rows: Sequence[Row],
+    groups: Sequence[str],
+    notes: Sequence[str],
+) -> None:
+    """Print a table for each question and size, and write them as `results.md`.
+
+    Args:
+      console: where to print.
+      folder: where to write.
+      rows: the results; `row["groups"]` has what to call its net in each question.
+      groups: the questions.
+      notes: what a reader must know, one sentence or two each.
+    """
+    lines = []
+    sizes = dict.fromkeys(row["eps"] for row in rows)
+    for group, eps in itertools.product(groups, sizes):
+        ours = [row for row in rows if group in row["groups"] and row["eps"] == eps]
+        names = {row["method"]: row["groups"][group] for row in ours}
+        lines += _table(console, f"{group}, l2 size {eps:g}", _cells(ours, names, {}))
+    _finish(console, folder, lines, rows, notes)
+
+
+def _table(console: Console, title: str, cells: Sequence[Sequence[str]]) -> list[str]:
+    """Print a table; return it as lines of Markdown."""
+    headings = (label.replace("Loss_", "Loss\n_") for label in LABELS.values())
+    # A terminal of 80 columns has no room for the longest heading in one line.
+    table = Table("Method", *headings, title=title, box=box.SIMPLE, pad_edge=False)
+    for line in cells:
+        split = (cell.replace(" ±", "\n±") for cell in line)
+        table.add_row(*split, style="dim" if line[0] == "  paper" else None)
+    console.print(table)
+    lines = [f"# {title}", "", "| Method | " + " | ".join(LABELS.values()) + " |"]
+    lines.append("|---|" + "---|" * len(LABELS))
+    lines += ["| " + " | ".join(cell.strip() for cell in line) + " |" for line in cells]
+    return [*lines, ""]
+
+
+def _finish(
+    console: Console, folder: Path, lines: Sequence[str], rows: Sequence[Row], notes: Sequence[str]
+) -> None:
+    seconds = {(row["method"], row["seed"]): row["train_seconds"] for row in rows}
+    notes = [
+        *notes,
+        f"Training took {sum(seconds.values()):.0f} s in all, on "
+        f"{rows[0]['device']}, jax {rows[0]['versions']['jax']}.",
+    ]
+    for note in notes:
+        console.print(note)
+    console.print(f"Results, figures and weights are in {folder}.")
+    text = [*lines, *(f"- {note}" for note in notes), ""]
+    (folder / "results.md").write_text("\n".join(text))
+
+
+def save_digits(
+    path: Path, images: jax.Array, labels: jax.Array, perturbed: Mapping[str, Digits]
+) -> None:
+    """Write images and what methods did to them, pixels in thousandths, for `figures`."""
+
+    def thousandths(pixels: Any) -> Any:
+        return np.rint(1000 * np.asarray(pixels)).astype(int).tolist()
+
+    content = {
+        "images": thousandths(images),
+        "labels": np.asarray(labels).tolist(),
+        "perturbed": {
+            name: {
+                "r": thousandths(digits.r),
+                "before": digits.before.tolist(),
+                "after": digits.after.tolist(),
+            }
+            for name, digits in perturbed.items()
+        },
+    }
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")

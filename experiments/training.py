@@ -9,7 +9,7 @@ every step's key derive from the run's key, the end is bit for bit that of an un
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +41,8 @@ class Fitted(NamedTuple):
     Attributes:
       state: the last training state.
       seconds: time spent training, over all the sessions it took, compilation included.
-      history: one entry per epoch: mean loss and accuracy over its batches, as trained.
+      history: one entry per epoch: mean loss and accuracy over its batches, as trained, and what
+        `watch` gave.
     """
 
     state: train.TrainState
@@ -76,6 +77,7 @@ def fit(
     settings: dict[str, Any],
     progress: Progress,
     name: str,
+    watch: Callable[[Params], dict[str, float]] | None = None,
 ) -> Fitted:
     """Train for some epochs, from scratch or from the last checkpoint in `directory`.
 
@@ -92,6 +94,8 @@ def fit(
       settings: all that determines the run, kept with the checkpoint.
       progress: where to show a bar.
       name: what to call it there.
+      watch: what to add to the history after each epoch, from its parameters; not counted as
+        training time.
 
     Returns:
       `Fitted`.
@@ -111,15 +115,13 @@ def fit(
     ) as manager:
         done = manager.latest_step() or 0
         if done:
-            restored = manager.restore(
-                done,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(state), record=ocp.args.JsonRestore()
-                ),
-            )
-            _check_same(restored.record["settings"], settings, directory)
-            state = restored.state
-            seconds, history = restored.record["seconds"], restored.record["history"]
+            # First the record: of other settings, the state may have other shapes.
+            args = ocp.args.Composite(record=ocp.args.JsonRestore())
+            record = manager.restore(done, args=args).record
+            _check_same(record["settings"], settings, directory)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(state))
+            state = manager.restore(done, args=args).state
+            seconds, history = record["seconds"], record["history"]
             progress.console.print(f"{name}: goes on after epoch {done} of {epochs}")
         for epoch in range(done, epochs):
             start = time.perf_counter()
@@ -137,6 +139,8 @@ def fit(
                 )
             history.append(_summary(infos))
             seconds += time.perf_counter() - start
+            if watch is not None:
+                history[-1] |= watch(state.params)
             record = {"settings": settings, "seconds": seconds, "history": history}
             manager.save(
                 epoch + 1,

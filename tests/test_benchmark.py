@@ -39,7 +39,12 @@ def test_it_prints_and_stores_a_ratio_for_each_step(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     benchmark.main()
     printed = capsys.readouterr().out
-    figures = json.loads(out.read_text())["figures"]
+    record = json.loads(out.read_text())
+    figures = record["figures"]
+    for net in ("mlp", "lenet"):
+        cost = record["cost_of_alpha"][net]
+        assert cost["ratio"] == pytest.approx(cost["adv_alpha_ms"] / cost["adv_loss_ms"], rel=1e-9)
+        assert f"{net:15} Adv_Loss" in printed
     kinds = {"plain", "lwa", "lwa_alpha"}
     assert figures.keys() == kinds | {f"{kind} epoch" for kind in kinds}
     for name, figure in figures.items():

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from experiments import data, mnist
+from experiments import data, mnist, models, protocol, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,8 +38,8 @@ def small(monkeypatch):
     """A small data set in MNIST's place, and settings to match."""
     monkeypatch.setattr(data, "mnist", lambda: data.Dataset(*digits(300, 0), *digits(120, 1)))
     tiny = {
-        name: dataclasses.replace(getattr(mnist.Settings(), name), widths=(12, 11), epochs=2)
-        for name in mnist.NAMES
+        name: dataclasses.replace(getattr(mnist.MLP, name), widths=(12, 11), epochs=2)
+        for name in protocol.NAMES
     }
     return mnist.Settings(batch_size=20, pgd_steps=3, n_eval=100, **tiny)
 
@@ -51,24 +51,29 @@ def run(settings, out):
 def test_it_writes_rows_tables_figures_and_weights(small, tmp_path):
     rows = run(small, tmp_path)
     assert rows == json.loads((tmp_path / "results.json").read_text())
-    assert [row["method"] for row in rows] == list(mnist.NAMES)
+    assert [row["method"] for row in rows] == list(protocol.NAMES)
     for row in rows:
         assert row.keys() >= {
             "experiment", "network", "method", "seed", "eps", "norm", "n", "columns",
             "train_seconds", "epochs", "versions", "device", "settings",
         }  # fmt: skip
         assert (row["n"], row["eps"], row["norm"], row["network"]) == (100, 1.5, "l2", "12x11")
-        assert row["columns"].keys() >= set(mnist.report.LABELS)
+        assert row["columns"].keys() >= set(report.LABELS)
         assert all(0 <= value <= 1 for value in row["columns"].values())
         assert row["columns"]["pgd"] <= row["columns"]["adv_loss"] + 0.02
         assert row["curves"]["adv_loss"][0] == row["columns"]["validation"]
+        assert [epoch.keys() >= {"validation", "adv_loss", "loss"} for epoch in row["history"]] == [
+            True, True,
+        ]  # fmt: skip
+        assert row["history"][-1]["validation"] == row["columns"]["validation"]
+        assert row["history"][-1]["adv_loss"] == row["columns"]["adv_loss"]
         for counted in row["counts"].values():
             assert counted["nonfinite"] == counted["invalid"] == 0
             assert counted["max_norm"] == pytest.approx(1.5, rel=1e-6)
         stored = load_file(tmp_path / row["method"] / "params.safetensors")
         assert stored["params/hidden_0/kernel"].shape == (784, 12)
     assert rows[0]["columns"]["validation"] > 0.9  # it learnt, in 30 steps
-    for name in ("accuracy_vs_eps.png", "adversarial_digits.png"):
+    for name in ("accuracy_vs_eps.png", "learning_curves.png", "adversarial_digits.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
@@ -79,6 +84,26 @@ def test_the_same_command_again_changes_nothing(small, tmp_path):
     before = results.read_bytes(), weights.read_bytes()
     assert run(small, tmp_path) == first
     assert (results.read_bytes(), weights.read_bytes()) == before
+
+
+def test_what_was_scored_is_kept_until_a_run_comes_to_it(small, tmp_path, monkeypatch):
+    small = dataclasses.replace(small, methods=("normal", "lwa"))
+    before = run(small, tmp_path)
+    scored = []
+    score = protocol.score
+
+    def counting(net, *args):
+        scored.append(net)
+        if len(scored) == 1:
+            raise KeyboardInterrupt
+        return score(net, *args)
+
+    monkeypatch.setattr(protocol, "score", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataclasses.replace(small, pgd_steps=4), tmp_path)  # all is to be scored anew
+    assert json.loads((tmp_path / "results.json").read_text()) == before
+    assert run(small, tmp_path) == before
+    assert len(scored) == 1
 
 
 def test_each_seed_is_a_row_and_has_its_weights(small, tmp_path):
@@ -107,6 +132,26 @@ def test_another_setting_in_the_same_folder_is_an_error(small, tmp_path):
         run(dataclasses.replace(small, momentum=0.5), tmp_path)
 
 
+def test_other_widths_in_the_same_folder_are_the_same_error(small, tmp_path):
+    small = dataclasses.replace(small, methods=("normal",))
+    run(small, tmp_path)
+    wider = dataclasses.replace(small.normal, widths=(13, 11))
+    with pytest.raises(
+        ValueError, match=r"widths: \[12, 11\] then, \[13, 11\] now.*choose another"
+    ):
+        run(dataclasses.replace(small, normal=wider), tmp_path)
+
+
+def test_quick_and_whole_runs_have_their_own_folders():
+    for network in ("mlp", "lenet"):
+        whole = mnist.defaults(["--network", network])
+        quick = mnist.defaults(["--network", network, "--quick"])
+        assert whole.out.name == f"mnist_{network}"
+        assert quick.out.name == f"mnist_{network}_quick"
+        assert {getattr(quick, name).epochs for name in quick.methods} == {1}
+        assert whole.network == quick.network == network
+
+
 def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
     arguments = [
         "mnist.py", "--quick", "--methods", "normal", "lwa", "--seed", "3", "--out", str(tmp_path),
@@ -131,11 +176,11 @@ def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
 def test_dropout_acts_with_every_method():
     x = np.random.default_rng(0).random((6, 28, 28, 1), np.float32)
     y = np.arange(6)
-    for name in mnist.NAMES:
-        method = dataclasses.replace(getattr(mnist.Settings(), name), widths=(5, 4), dropout=0.5)
-        net = mnist.MLP(method.widths, dropout=method.dropout)
-        params = mnist.init(net, jax.random.key(0), x)
-        objective = jax.jit(mnist.make_objective(name, net, method, 10))
+    for name in protocol.NAMES:
+        method = dataclasses.replace(getattr(mnist.MLP, name), widths=(5, 4), dropout=0.5)
+        net = models.mlp(method.widths, dropout=method.dropout)
+        params = models.init(net, jax.random.key(0), x)
+        objective = jax.jit(protocol.make_objective(net, method, 10))
         losses = [
             float(objective(params, None, (x, y), key=jax.random.key(k), step=0)[0]) for k in (1, 2)
         ]

@@ -1,18 +1,31 @@
-"""The nets: two parts that make a whole, the paper's sizes, dropout only in training."""
+"""The nets: two parts that make a whole, the paper's sizes, convolutions that are convolutions."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.models import MLP, function, train_function
+from experiments import models
+from experiments.models import Classifier, function, init, lenet, mlp, train_function, vgg
 
 X = jnp.asarray(np.random.default_rng(0).random((5, 4, 3, 1)), jnp.float32)
+DIGITS = jnp.asarray(np.random.default_rng(1).random((2, 28, 28, 1)), jnp.float32)
+PHOTOS = jnp.asarray(np.random.default_rng(2).random((2, 28, 28, 3)), jnp.float32)
 
 
 def made(**kwargs):
-    net = MLP((7, 6), classes=3, **kwargs)
-    return net, net.init(jax.random.key(0), X)
+    net = Classifier((7, 6), classes=3, **kwargs)
+    return net, init(net, jax.random.key(0), X)
+
+
+def shapes(net, x):
+    leaves, _ = jax.tree_util.tree_flatten_with_path(init(net, jax.random.key(0), x))
+    return {
+        jax.tree_util.keystr(path[1:-1], simple=True, separator="/"): leaf.shape
+        for path, leaf in leaves
+        if leaf.ndim > 1
+    }
 
 
 def test_the_two_parts_make_the_whole():
@@ -23,13 +36,13 @@ def test_the_two_parts_make_the_whole():
     np.testing.assert_array_equal(logits, function(net)(params, X))
 
 
-@pytest.mark.parametrize(("split", "width"), [(1, 7), (2, 6)])
-def test_split_says_where_the_representation_is(split, width):
+@pytest.mark.parametrize(("split", "shape"), [(0, (4, 3, 1)), (1, (7,)), (2, (6,))])
+def test_split_says_where_the_representation_is(split, shape):
     net, params = made(split=split)
-    assert function(net, "encode")(params, X).shape == (5, width)
+    assert function(net, "encode")(params, X).shape == (5, *shape)
 
 
-def test_it_is_the_net_of_section_7_2():
+def test_an_mlp_is_the_net_of_section_7_2():
     net, params = made()
     p = jax.tree.map(np.asarray, params["params"])
     h = np.asarray(X).reshape(5, -1)
@@ -40,10 +53,119 @@ def test_it_is_the_net_of_section_7_2():
     np.testing.assert_allclose(function(net)(params, X), logits, atol=1e-6)
 
 
+def test_the_nets_have_the_papers_sizes():
+    assert shapes(mlp((500, 400)), DIGITS) == {
+        "hidden_0": (784, 500), "hidden_1": (500, 400), "logits": (400, 10),
+    }  # fmt: skip
+    assert shapes(lenet((500,)), DIGITS) == {
+        "convs_0_0": (5, 5, 1, 20), "convs_1_0": (5, 5, 20, 50), "hidden_0": (800, 500),
+        "logits": (500, 10),
+    }  # fmt: skip
+    assert shapes(vgg((2048, 2048)), PHOTOS) == {
+        "convs_0_0": (3, 3, 3, 128), "convs_0_1": (3, 3, 128, 128), "convs_0_2": (3, 3, 128, 128),
+        "convs_1_0": (3, 3, 128, 256), "convs_1_1": (3, 3, 256, 256), "convs_1_2": (3, 3, 256, 256),
+        "hidden_0": (7 * 7 * 256, 2048), "hidden_1": (2048, 2048), "logits": (2048, 10),
+    }  # fmt: skip
+
+
+def test_width_scales_every_hidden_layer():
+    assert shapes(vgg((2048, 2048), width=1 / 64), PHOTOS) == {
+        "convs_0_0": (3, 3, 3, 2), "convs_0_1": (3, 3, 2, 2), "convs_0_2": (3, 3, 2, 2),
+        "convs_1_0": (3, 3, 2, 4), "convs_1_1": (3, 3, 4, 4), "convs_1_2": (3, 3, 4, 4),
+        "hidden_0": (7 * 7 * 4, 32), "hidden_1": (32, 32), "logits": (32, 10),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("net", "x", "shape"),
+    [
+        (lenet((30,)), DIGITS, (4, 4, 50)),
+        (lenet((30,), split=1), DIGITS, (12, 12, 20)),
+        (lenet((30,), split=3), DIGITS, (30,)),
+        (vgg((64, 32), width=1 / 8), PHOTOS, (8,)),  # before the last two dense layers
+    ],
+)
+def test_the_representation_of_a_convolutional_net(net, x, shape):
+    params = init(net, jax.random.key(3), x)
+    h = function(net, "encode")(params, x)
+    assert h.shape == (2, *shape)
+    np.testing.assert_array_equal(
+        function(net, "classify")(params, h), function(net)(params, x), strict=True
+    )
+
+
+def convolved(x, kernel, padding):
+    """By the definition, in float64."""
+    x, kernel = (np.asarray(a, np.float64) for a in (x, kernel))
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    size = len(kernel)
+    height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
+    out = np.zeros((len(x), height, width, kernel.shape[3]))
+    for i in range(height):
+        for j in range(width):
+            out[:, i, j] = np.tensordot(x[:, i : i + size, j : j + size], kernel, 3)
+    return out
+
+
+FORMS = (models._convolve, models._by_slices, models._by_convolutions)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("size", "padding"), [(1, 0), (3, 1), (3, 0), (5, 0), (5, 2)])
+def test_each_form_of_the_convolution_is_the_convolution(form, size, padding):
+    rng = np.random.default_rng(size)
+    x, kernel = rng.normal(size=(3, 6, 7, 4)), rng.normal(size=(size, size, 4, 5))
+    x, kernel = (jnp.asarray(a, jnp.float32) for a in (x, kernel))
+    reference = convolved(x, kernel, padding)
+    # Sums of at most 100 products of order 1: each at most 100 ulp off.
+    np.testing.assert_allclose(form(x, kernel, padding), reference, atol=100 * 2**-23)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("size", "padding"), [(1, 0), (3, 1), (3, 0), (5, 0), (5, 2)])
+def test_its_gradients_are_those_of_the_definition(x64, form, size, padding):
+    rng = np.random.default_rng(size)
+    x, kernel = (rng.normal(size=s) for s in ((3, 6, 7, 4), (size, size, 4, 5)))
+    g = rng.normal(size=convolved(x, kernel, padding).shape)
+    _, pull = jax.vjp(lambda *args: form(*args, padding), jnp.asarray(x), jnp.asarray(kernel))
+    in_x, in_kernel = pull(jnp.asarray(g))
+    # The convolution is linear in each, so a difference quotient of step 1 is exact.
+    for _ in range(3):
+        dx, dk = rng.normal(size=x.shape), rng.normal(size=kernel.shape)
+        np.testing.assert_allclose(
+            np.sum(in_x * dx), np.sum(g * convolved(dx, kernel, padding)), rtol=1e-11
+        )
+        np.testing.assert_allclose(
+            np.sum(in_kernel * dk), np.sum(g * convolved(x, dk, padding)), rtol=1e-11
+        )
+
+
+def convolutions(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            yield equation.params
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from convolutions(inner)
+
+
+@pytest.mark.parametrize(("net", "x"), [(lenet((9,)), DIGITS), (vgg((32, 32), width=0.25), PHOTOS)])
+def test_no_gradient_on_cpu_is_a_convolution_that_is_slow_in_loops(net, x):
+    """The slow ones are those that differentiation makes: of other layouts than the plain one."""
+    params = init(net, jax.random.key(0), x)
+    apply_fn = function(net)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p, x: apply_fn(p, x).sum(), argnums=(0, 1)))(params, x)
+    found = list(convolutions(jaxpr.jaxpr))
+    plain = jax.lax.conv_dimension_numbers((1, 8, 8, 1), (3, 3, 1, 1), ("NHWC", "HWIO", "NHWC"))
+    for made in found:
+        assert made["dimension_numbers"] == plain
+        assert made["lhs_dilation"] == made["rhs_dilation"] == made["window_strides"] == (1, 1)
+    assert len(found) == (10 if len(net.blocks[0]) == 3 else 0)  # five wide ones, two ways
+
+
 def test_dropout_acts_in_training_alone_and_by_key():
     net, params = made(dropout=0.5)
     clean = function(net)(params, X)
-    np.testing.assert_array_equal(clean, function(MLP((7, 6), classes=3))(params, X))
+    np.testing.assert_array_equal(clean, function(made()[0])(params, X))
     train = train_function(net)
     one, state = train(params, None, X, jax.random.key(1))
     again, _ = train(params, None, X, jax.random.key(1))
@@ -52,3 +174,7 @@ def test_dropout_acts_in_training_alone_and_by_key():
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
     assert not np.array_equal(one, clean)
+
+
+def test_equal_nets_share_their_compiled_functions():
+    assert function(lenet((9,))) is function(lenet([9]))

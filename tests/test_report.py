@@ -12,13 +12,17 @@ from safetensors.numpy import load_file
 from experiments import report
 
 NAMES = {"normal": "Normal", "lwa": "LWA"}
-PAPER = {"lwa": {"validation": 0.99, "adv_loss": 0.861}}
+PAPER = {"lwa": (0.99, 0.972, 0.939, 0.861, 0.854)}
 
 
 def row(method, seed, value):
     curve = {"eps": [0.0, 1.0], **{c: [0.9, 0.5] for c in report.LABELS}}
     columns = dict.fromkeys(report.LABELS, value)
-    return {"method": method, "seed": seed, "columns": columns, "curves": curve}
+    return {
+        "experiment": "mnist_mlp", "method": method, "seed": seed, "eps": 1.5, "columns": columns,
+        "curves": curve, "history": [{"validation": 0.8, "adv_loss": 0.2}] * 2,
+        "train_seconds": 2.0, "device": "cpu x1", "versions": {"jax": "0"},
+    }  # fmt: skip
 
 
 ROWS = [row("normal", 0, 0.5), row("lwa", 0, 0.7), row("lwa", 1, 0.8)]
@@ -49,24 +53,76 @@ def test_several_seeds_are_a_mean_with_their_standard_deviation():
     assert report.mean_and_spread(ROWS[1:], "pgd") == "0.7500 ± 0.0707"
 
 
+def tables(tmp_path, rows=ROWS, width=80):
+    out = io.StringIO()
+    report.tables(Console(file=out, width=width), tmp_path, "A title", rows, NAMES, PAPER, ["note"])
+    return out.getvalue(), (tmp_path / "results.md").read_text().splitlines()
+
+
 def test_the_markdown_table_has_a_row_for_ours_and_one_for_the_paper(tmp_path):
-    path = tmp_path / "results.md"
-    report.write_markdown(path, "A title", ROWS, NAMES, PAPER, ["a note"])
-    lines = path.read_text().splitlines()
-    assert lines[0] == "# A title"
+    _, lines = tables(tmp_path)
+    assert lines[0] == "# A title, l2 size 1.5"
     assert lines[2].split(" | ")[1:] == [*list(report.LABELS.values())[:-1], "PGD |"]
     assert lines[4] == "| Normal | " + " | ".join(["0.5000"] * 6) + " |"
-    assert lines[6].startswith("| LWA | 0.7500 ± 0.0707 | ")
-    assert lines[7] == "| paper | 0.990 |  |  | 0.861 |  |  |"
-    assert lines[-1] == "- a note"
+    assert lines[5].startswith("| LWA | 0.7500 ± 0.0707 | ")
+    assert lines[6] == "| paper | 0.990 | 0.972 | 0.939 | 0.861 | 0.854 |  |"
+    assert lines[-2:] == ["- note", "- Training took 6 s in all, on cpu x1, jax 0."]
 
 
-def test_the_printed_table_shows_whole_figures_in_80_columns():
+def test_figures_printed_with_four_digits_keep_them(tmp_path):
     out = io.StringIO()
-    report.print_table(Console(file=out, width=80), "t", ROWS[:2], NAMES, PAPER)
-    assert "LWA" in out.getvalue()
-    assert "…" not in out.getvalue()
-    assert out.getvalue().count("0.7000") == 6
+    paper = {"lwa": (0.9932, 0.9817, 0.98, 0.9533, 0.9529)}
+    report.tables(Console(file=out), tmp_path, "t", ROWS, NAMES, paper, [])
+    assert (
+        "| paper | 0.9932 | 0.9817 | 0.9800 | 0.9533 | 0.9529 |  |"
+        in (tmp_path / "results.md").read_text()
+    )
+
+
+def test_each_size_has_a_table_and_the_paper_stands_beside_the_first(tmp_path):
+    small = [{**r, "eps": 0.251, "columns": dict.fromkeys(report.LABELS, 0.9)} for r in ROWS]
+    _, lines = tables(tmp_path, [*ROWS, *small])
+    assert [line for line in lines if line.startswith("#")] == [
+        "# A title, l2 size 1.5", "# A title, l2 size 0.251",
+    ]  # fmt: skip
+    assert sum(line.startswith("| paper |") for line in lines) == 1
+    assert "| Normal | " + " | ".join(["0.9000"] * 6) + " |" in lines
+    assert lines[-1].startswith("- Training took 6 s")  # each net was trained once
+
+
+def test_grouped_tables_have_one_for_each_question(tmp_path):
+    out = io.StringIO()
+    groups = {"normal": {"objective": "none"}, "lwa": {"objective": "LWA", "size": "1.5"}}
+    rows = [{**r, "groups": groups[r["method"]]} for r in ROWS]
+    report.grouped_tables(Console(file=out), tmp_path, rows, ["objective", "size"], ["note"])
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        "# objective, l2 size 1.5", "# size, l2 size 1.5",
+    ]  # fmt: skip
+    assert [line.split(" | ")[0] for line in lines if "0." in line and line[0] == "|"] == [
+        "| none", "| LWA", "| 1.5",
+    ]  # fmt: skip
+
+
+def test_sizes_arent_averaged_as_if_they_were_seeds(tmp_path):
+    rows = [
+        {**row("lwa", 0, v), "eps": e, "groups": {"q": "a"}} for e, v in ((1.5, 0.2), (1.0, 0.4))
+    ]
+    report.grouped_tables(Console(file=io.StringIO()), tmp_path, rows, ["q"], [])
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        "# q, l2 size 1.5", "# q, l2 size 1",
+    ]  # fmt: skip
+    assert [line.split(" | ")[1] for line in lines if line.startswith("| a |")] == [
+        "0.2000", "0.4000",
+    ]  # fmt: skip
+
+
+def test_the_printed_table_shows_whole_figures_in_80_columns(tmp_path):
+    printed, _ = tables(tmp_path, ROWS[:2])
+    assert "LWA" in printed
+    assert "…" not in printed
+    assert printed.count("0.7000") == 6
 
 
 def test_weights_are_named_by_their_paths(tmp_path):
@@ -75,15 +131,6 @@ def test_weights_are_named_by_their_paths(tmp_path):
     stored = load_file(tmp_path / "lwa" / "params.safetensors")
     assert list(stored) == ["params/hidden_0/kernel"]
     np.testing.assert_array_equal(stored["params/hidden_0/kernel"], np.arange(6.0).reshape(2, 3))
-
-
-def test_figures_are_drawn(tmp_path):
-    report.plot_curves(tmp_path / "curves.png", ROWS, NAMES, 1.5)
-    r = np.linspace(-0.1, 0.1, 2 * 784).reshape(2, 28, 28, 1)
-    digits = report.Digits(r, np.array([1, 2]), np.array([1, 3]))
-    report.plot_digits(tmp_path / "digits.png", np.abs(r), {"LWA": digits}, np.array([1, 2]))
-    for name in ("curves.png", "digits.png"):
-        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_versions_and_device_are_plain_json():

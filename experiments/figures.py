@@ -1,0 +1,327 @@
+"""Every figure of the results, drawn from their JSON files alone.
+
+    python experiments/figures.py               # all records in experiments/results
+    python experiments/figures.py runs/mnist_mlp    # those of a run
+
+`draw` looks at what a folder holds and draws what can be drawn from it: curves and learning curves
+for every table, Figures 1 and 2 of the paper where LeNets are among the rows, and digits.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from rich.console import Console
+
+from experiments import report
+from experiments.protocol import NAMES
+
+__all__ = ["draw"]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+COLOURS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#cc79a7",
+    "#56b4e9",
+    "#000000",
+)  # Okabe, Ito
+MARKERS = "osD^vPX"
+CURVES = ("adv_alpha", "adv_loss", "adv_loss_sign")
+
+AUTHORS_EPS = (0.4, 0.8, 1.0, 1.2, 1.6, 2.0, 3.0, 3.8)
+AUTHORS_CURVES = {  # of the authors' notebook Efficiency.ipynb, which Figure 1 was drawn from
+    "adv_loss_sign": (0.9754, 0.9383, 0.9121, 0.8729, 0.7685, 0.6372, 0.3326, 0.1900),
+    "adv_loss": (0.9555, 0.8540, 0.7692, 0.6736, 0.4662, 0.3117, 0.1281, 0.0678),
+    "adv_alpha": (0.9545, 0.8499, 0.7618, 0.6604, 0.4502, 0.3005, 0.1211, 0.0684),
+}
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw all that a folder's results hold.
+
+    Args:
+      folder: where `results.json` is, and perhaps `digits.json`; the figures go there.
+
+    Returns:
+      The files written.
+
+    Raises:
+      FileNotFoundError: if there are no results.
+    """
+    rows = report.load_rows(folder / "results.json")
+    if not rows:
+        raise FileNotFoundError(
+            f"expected rows in {folder / 'results.json'}, got none; run it first"
+        )
+    plots: dict[str, Callable[[list[report.Row]], Any]] = {}
+    if "groups" in rows[0]:
+        plots["ablations.png"] = plot_groups
+    elif "curves" in rows[0]:
+        plots["accuracy_vs_eps.png"] = plot_curves
+        if "validation" in rows[0]["history"][0]:
+            plots["learning_curves.png"] = plot_learning
+    if rows[0]["experiment"] == "logistic":
+        plots["appendix_a.png"] = plot_appendix_a
+    if rows[0]["experiment"] == "mnist_lenet":
+        methods = {row["method"] for row in rows}
+        if "normal" in methods:
+            plots["figure_1.png"] = plot_figure_1
+        if methods >= {"normal", "lwa"}:
+            plots["figure_2.png"] = plot_figure_2
+    written = []
+    for name, plot in plots.items():
+        written.append(_save(plot(rows), folder / name))
+    digits = folder / "digits.json"
+    if digits.exists():
+        figure = plot_digits(json.loads(digits.read_text()))
+        written.append(_save(figure, folder / "adversarial_digits.png"))
+    return written
+
+
+def plot_curves(rows: Sequence[report.Row]) -> Any:
+    """Return accuracy against the l2 size of each perturbation, a panel for each."""
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+    for panel, column in zip(panels, CURVES, strict=True):
+        for index, method in enumerate(_methods(rows)):
+            eps, mean = _curve(rows, method, column)
+            _line(panel, eps, mean, index, NAMES.get(method, method))
+        panel.axvline(rows[0]["eps"], color="0.6", linewidth=0.8, linestyle=":")
+        panel.set(title=report.LABELS[column], xlabel="l2 size of the perturbation", ylim=(0, 1))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy")
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_learning(rows: Sequence[report.Row]) -> Any:
+    """Return accuracies after each epoch, without and with Adv_Loss, a line for each method."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for panel, (column, title) in zip(
+        panels,
+        {
+            "validation": "Validation",
+            "adv_loss": f"Adv_Loss, l2 size {_watched(rows)}",
+        }.items(),
+        strict=True,
+    ):
+        for index, method in enumerate(_methods(rows)):
+            _learning(panel, rows, method, column, index, NAMES.get(method, method))
+        panel.set(title=title, xlabel="epoch", ylabel="accuracy")
+        panel.grid(alpha=0.3)
+    panels[1].set_ylim(0, 1)
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_groups(rows: Sequence[report.Row]) -> Any:
+    """Return accuracy against the l2 size of Adv_Loss, a panel for each question."""
+    groups = list(dict.fromkeys(group for row in rows for group in row["groups"]))
+    figure, panels = plt.subplots(
+        1, len(groups), figsize=(4 * len(groups), 3.8), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for panel, group in zip(panels[0], groups, strict=True):
+        labels = {row["method"]: row["groups"][group] for row in rows if group in row["groups"]}
+        for index, (method, label) in enumerate(labels.items()):
+            eps, mean = _curve(rows, method, "adv_loss")
+            _line(panel, eps, mean, index, label)
+        panel.axvline(rows[0]["eps"], color="0.6", linewidth=0.8, linestyle=":")
+        panel.set(title=group, xlabel="l2 size of Adv_Loss", ylim=(0, 1))
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize=8)
+    panels[0, 0].set_ylabel("accuracy")
+    return figure
+
+
+def plot_figure_1(rows: Sequence[report.Row]) -> Any:
+    """Return the paper's Figure 1: the Normal LeNet under three perturbations of growing size."""
+    figure, panel = plt.subplots(figsize=(5.6, 4), layout="constrained")
+    for index, column in enumerate(CURVES):
+        eps, mean = _curve(rows, "normal", column)
+        _line(panel, eps, mean, index, report.LABELS[column])
+        panel.plot(
+            AUTHORS_EPS, AUTHORS_CURVES[column], color=COLOURS[index], linestyle="--", linewidth=1.2
+        )
+    panel.plot([], [], color="0.4", linestyle="--", linewidth=1.2, label="the authors' notebook")
+    panel.set(
+        title=f"Figure 1: Normal LeNet, {_which(rows)}",
+        xlabel="l2 size of the perturbation",
+        ylabel="accuracy",
+        xlim=(0, 4),
+        ylim=(0, 1),
+    )
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_figure_2(rows: Sequence[report.Row]) -> Any:
+    """Return the paper's Figure 2: Normal and LWA LeNets, against size and over training."""
+    figure, (sizes, epochs) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for index, column in enumerate(CURVES):
+        for method, style in (("normal", "--"), ("lwa", "-")):
+            eps, mean = _curve(rows, method, column)
+            label = f"{NAMES[method]}, {report.LABELS[column]}"
+            _line(sizes, eps, mean, index, label, linestyle=style)
+    for index, (column, label) in enumerate(
+        {"validation": "Validation", "adv_loss": f"Adv_Loss, {_watched(rows)}"}.items()
+    ):
+        for method, style in (("normal", "--"), ("lwa", "-")):
+            _learning(
+                epochs, rows, method, column, index, f"{NAMES[method]}, {label}", linestyle=style
+            )
+    sizes.set(
+        title=f"Figure 2: LeNets, {_which(rows)}", xlabel="l2 size of the perturbation",
+        ylabel="accuracy", xlim=(0, 4), ylim=(0, 1),
+    )  # fmt: skip
+    epochs.set(title="over training", xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+    for panel in (sizes, epochs):
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_appendix_a(rows: Sequence[report.Row]) -> Any:
+    """Return the propositions of Appendix A: convexity, the regulariser, growth of solutions."""
+    series = {row["proposition"]: row["series"] for row in rows}
+    figure, panels = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
+    b, c, d = series["B"], series["C"], series["D"]
+    for index, (norm, along) in enumerate(b["objective"].items()):
+        _line(panels[0], b["t"], np.asarray(along) / max(along), index, norm)
+    panels[0].set(
+        title="B: the objective is convex", xlabel="place on a random segment of w",
+        ylabel="objective / its maximum", ylim=(0, None),
+    )  # fmt: skip
+    panels[1].plot(c["w"], c["induced"], color=COLOURS[0], linewidth=1.6, label="corrected")
+    panels[1].plot(
+        c["w"], c["printed"], color=COLOURS[3], linestyle="--", linewidth=1.2, label="as printed"
+    )
+    panels[1].set(
+        title="C: the induced regulariser isn't", xlabel="w", ylabel="R(w)", ylim=(-1, 2.5)
+    )
+    for index, ratio in enumerate(d["norm"]):
+        for panel, key in zip(panels[2:], ("norm", "objective"), strict=True):
+            label = f"c = {ratio} margin / 2"
+            style = "-" if float(ratio) > 1 else "--"
+            _line(panel, d["steps"], d[key][ratio], index, label, linestyle=style)
+    for panel, name in zip(panels[2:], ("||w||", "objective"), strict=True):
+        panel.set(
+            title=f"D: {name} in training", xlabel="steps of L-BFGS", ylabel=name,
+            xscale="log", yscale="log",
+        )  # fmt: skip
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    for panel in panels[:3]:
+        panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_digits(content: dict[str, Any]) -> Any:
+    """Return clean digits, and each method's perturbation and adversarial digit with predictions.
+
+    Args:
+      content: what `report.save_digits` wrote.
+    """
+    images = np.asarray(content["images"])[..., 0] / 1000
+    labels, perturbed = content["labels"], content["perturbed"]
+    rs = {name: np.asarray(digits["r"])[..., 0] / 1000 for name, digits in perturbed.items()}
+    lines = 1 + 2 * len(perturbed)
+    figure, axes = plt.subplots(
+        lines, len(images), figsize=(1.15 * len(images) + 1.6, 1.3 * lines),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    limit = max(float(np.abs(r).max()) for r in rs.values())
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    grey: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
+    for i, image in enumerate(images):
+        axes[0, i].imshow(image, **grey)
+        axes[0, i].set_title(f"label {labels[i]}", fontsize=8)
+        for j, (name, r) in enumerate(rs.items()):
+            before, after = perturbed[name]["before"][i], perturbed[name]["after"][i]
+            axes[1 + 2 * j, i].imshow(r[i], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axis = axes[2 + 2 * j, i]
+            axis.imshow(image + r[i], **grey)
+            colour = COLOURS[3] if after != labels[i] else "black"
+            axis.set_title(f"{before} → {after}", fontsize=8, color=colour)
+    axes[0, 0].set_ylabel("clean", fontsize=8)
+    for j, name in enumerate(rs):
+        axes[1 + 2 * j, 0].set_ylabel(f"{NAMES.get(name, name)}\nr", fontsize=8)
+        axes[2 + 2 * j, 0].set_ylabel("x + r", fontsize=8)
+    return figure
+
+
+def _which(rows: Sequence[report.Row]) -> str:
+    kind = "held-out" if rows[0]["settings"]["holdout"] else "test"
+    return f"{rows[0]['n']:,} {kind} images"
+
+
+def _watched(rows: Sequence[report.Row]) -> str:
+    """The size of the perturbations after each epoch; an error where it isn't one."""
+    sizes = {epoch["watched_eps"] for row in rows for epoch in row["history"]}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"expected histories at one l2 size, got {sorted(sizes)}; draw each run by itself"
+        )
+    return f"{sizes.pop():g}"
+
+
+def _methods(rows: Sequence[report.Row]) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in rows))
+
+
+def _of(rows: Sequence[report.Row], method: str) -> list[report.Row]:
+    """One row for each seed of a method: curves and history don't depend on the table's size."""
+    return [row for row in rows if row["method"] == method and row["eps"] == rows[0]["eps"]]
+
+
+def _curve(rows: Sequence[report.Row], method: str, column: str) -> tuple[Any, Any]:
+    curves = [row["curves"] for row in _of(rows, method)]
+    return curves[0]["eps"], np.mean([curve[column] for curve in curves], axis=0)
+
+
+def _line(panel: Axes, x: Any, y: Any, index: int, label: str, **style: Any) -> None:
+    i = index % len(COLOURS)
+    panel.plot(
+        x, y, color=COLOURS[i], label=label, linewidth=1.6, marker=MARKERS[i],
+        markevery=max(1, len(x) // 5), markersize=4, **style,
+    )  # fmt: skip
+
+
+def _learning(
+    panel: Axes, rows: Sequence[report.Row], method: str, column: str, index: int, label: str,
+    **style: Any,
+) -> None:  # fmt: skip
+    mean = np.mean([[e[column] for e in row["history"]] for row in _of(rows, method)], axis=0)
+    _line(panel, range(1, len(mean) + 1), mean, index, label, **style)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return path
+
+
+def main() -> None:
+    """Draw the figures of the folders named on the command line, or of all records."""
+    folders = [Path(argument) for argument in sys.argv[1:]]
+    console = Console()
+    for folder in folders or sorted(path.parent for path in RESULTS.glob("*/results.json")):
+        for path in draw(folder):
+            console.print(str(path))
+
+
+if __name__ == "__main__":
+    main()

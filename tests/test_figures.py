@@ -1,0 +1,137 @@
+"""Figures: drawn from JSON alone, every record's by one command."""
+
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import figures, report
+
+RECORDS = sorted(path.parent for path in figures.RESULTS.glob("*/results.json"))
+EPS = [0.0, 1.0, 2.0]
+
+
+def row(experiment, method, seed=0, **extra):
+    curve = {"eps": EPS, **{column: [0.9, 0.5, 0.1] for column in figures.CURVES}}
+    history = [
+        {"validation": 0.5, "adv_loss": 0.1, "watched_eps": 1.0},
+        {"validation": 0.9, "adv_loss": 0.5, "watched_eps": 1.0},
+    ]
+    return {
+        "experiment": experiment, "method": method, "seed": seed, "eps": 1.0, "curves": curve,
+        "history": history, "n": 100, "settings": {"holdout": 0}, **extra,
+    }  # fmt: skip
+
+
+def lines_of(figure):
+    """The lines of each panel, by label; unlabelled ones numbered."""
+    return [
+        {line.get_label(): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()), line)
+         for line in panel.get_lines()}
+        for panel in figure.axes
+    ]  # fmt: skip
+
+
+def drawn(tmp_path, rows):
+    report.save_rows(tmp_path / "results.json", rows)
+    written = figures.draw(tmp_path)
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
+    return {path.name for path in written}
+
+
+def test_each_experiment_gets_its_figures(tmp_path):
+    plain = {"accuracy_vs_eps.png", "learning_curves.png"}
+    assert drawn(tmp_path, [row("mnist_mlp", "normal"), row("mnist_mlp", "lwa")]) == plain
+    assert drawn(tmp_path, [row("cifar10", "lwa")]) == plain
+    lenet = [row("mnist_lenet", "normal")]
+    assert drawn(tmp_path, lenet) == {*plain, "figure_1.png"}
+    lenet.append(row("mnist_lenet", "lwa"))
+    assert drawn(tmp_path, lenet) == {*plain, "figure_1.png", "figure_2.png"}
+    groups = {"objective": "LWA", "size": "1"}
+    assert drawn(tmp_path, [row("ablations", "lwa", groups=groups)]) == {"ablations.png"}
+
+
+def test_figure_1_has_the_authors_curves_dashed():
+    figure = figures.plot_figure_1([row("mnist_lenet", "normal")])
+    (lines,) = lines_of(figure)
+    assert {"Adv_Alpha", "Adv_Loss", "Adv_Loss_Sign", "the authors' notebook"} <= lines.keys()
+    x, y, _ = lines["Adv_Alpha"]
+    np.testing.assert_array_equal(x, EPS)
+    np.testing.assert_array_equal(y, [0.9, 0.5, 0.1])
+    dashed = [
+        line for line in figure.axes[0].get_lines()
+        if line.get_linestyle() == "--" and len(line.get_xdata())
+    ]  # fmt: skip
+    assert len(dashed) == 3
+    by_colour = {line.get_color(): line for line in dashed}
+    alpha = by_colour[lines["Adv_Alpha"][2].get_color()]
+    # The notebook's figures at the sizes .4 and 3.8.
+    assert (alpha.get_xdata()[0], alpha.get_ydata()[0]) == (0.4, 0.9545)
+    assert (alpha.get_xdata()[-1], alpha.get_ydata()[-1]) == (3.8, 0.0684)
+    (panel,) = figure.axes
+    assert panel.get_title() == "Figure 1: Normal LeNet, 100 test images"
+    assert panel.get_xlabel() == "l2 size of the perturbation"
+    assert panel.get_ylabel() == "accuracy"
+
+
+def test_figure_2_has_both_nets_against_size_and_over_training():
+    rows = [row("mnist_lenet", "normal"), row("mnist_lenet", "lwa")]
+    sizes, epochs = lines_of(figures.plot_figure_2(rows))
+    assert len(sizes) == 6
+    assert set(epochs) == {
+        "Normal, Validation", "LWA, Validation", "Normal, Adv_Loss, 1", "LWA, Adv_Loss, 1",
+    }  # fmt: skip
+    x, y, _ = epochs["LWA, Validation"]
+    np.testing.assert_array_equal(x, [1, 2])
+    np.testing.assert_array_equal(y, [0.5, 0.9])
+
+
+def test_histories_at_different_sizes_arent_mixed():
+    other = row("cifar10", "normal")
+    other["history"] = [{**epoch, "watched_eps": 0.5} for epoch in other["history"]]
+    with pytest.raises(ValueError, match=r"at one l2 size, got \[0\.5, 1\.0\]"):
+        figures.plot_learning([row("cifar10", "lwa"), other])
+
+
+def test_seeds_are_averaged_and_a_second_size_isnt_another_net():
+    first = row("cifar10", "lwa")
+    second = row("cifar10", "lwa", seed=1)
+    second["curves"] = {**second["curves"], "adv_loss": [0.7, 0.3, 0.1]}
+    other_size = {**first, "eps": 0.25}
+    panels = lines_of(figures.plot_curves([first, other_size, second]))
+    np.testing.assert_allclose(panels[1]["LWA"][1], [0.8, 0.4, 0.1])
+
+
+def test_without_results_there_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected rows in .*results\.json.*run it first"):
+        figures.draw(tmp_path)
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
+def test_one_command_draws_all_figures_of_a_record_again(record, tmp_path, monkeypatch, capsys):
+    for path in record.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["figures.py", str(tmp_path)])
+    figures.main()
+    again = {path.name for path in tmp_path.glob("*.png")}
+    assert again == {path.name for path in record.glob("*.png")}
+    printed = re.sub(r"\s", "", capsys.readouterr().out)
+    assert all(name in printed for name in again)
+
+
+def test_digits_show_what_was_saved(tmp_path):
+    images = np.linspace(0, 1, 2 * 784).reshape(2, 28, 28, 1)
+    digits = report.Digits(-images / 2, np.array([1, 2]), np.array([1, 3]))
+    path = tmp_path / "digits.json"
+    report.save_digits(path, images, np.array([1, 2]), {"lwa": digits})
+    content = json.loads(path.read_text())
+    figure = figures.plot_digits(content)
+    shown = [axis.get_images()[0].get_array() for axis in figure.axes]
+    np.testing.assert_allclose(shown[0], images[0, ..., 0], atol=5e-4)  # kept in thousandths
+    np.testing.assert_allclose(shown[2], -images[0, ..., 0] / 2, atol=5e-4)
+    assert [axis.get_title() for axis in figure.axes] == [
+        "label 1", "label 2", "", "", "1 → 1", "2 → 3",
+    ]  # fmt: skip
