@@ -1,0 +1,260 @@
+"""Table 3's experiment, on small pictures of the same kind."""
+
+import dataclasses
+import io
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from experiments import cifar10, protocol, report, training
+from experiments.models import vgg
+
+CLASSES = "abcdefghij"
+
+
+def pictures(folder, n, seed):
+    """Pictures of a colour for each class, learnt in a few steps."""
+    rng = np.random.default_rng(seed)
+    for k, name in enumerate(CLASSES):
+        place = folder / name
+        place.mkdir(parents=True)
+        for i in range(n):
+            pixels = rng.integers(0, 80, (32, 32, 3), dtype=np.uint8)
+            pixels[..., k % 3] += 50 * (1 + k // 3)
+            Image.fromarray(pixels).save(place / f"{i:03d}.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pictures")
+    pictures(place / "train", 12, 0)
+    pictures(place / "test", 4, 1)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("JAXADV_DATA", str(tmp_path_factory.getbasetemp() / "cifar_cache"))
+
+
+@pytest.fixture
+def small(folder):
+    default = cifar10.Settings()
+    tiny = {
+        name: dataclasses.replace(getattr(default, name), widths=(256, 256), epochs=2)
+        for name in protocol.NAMES
+    }
+    for name in ("goodfellow", "lwa", "lwa_rep"):
+        tiny[name] = dataclasses.replace(tiny[name], warmup=1)
+    return dataclasses.replace(
+        default, image_folder=folder, width=0.125, batch_size=20, pgd_steps=2, n_eval=30, n_pgd=10,
+        eval_batch=15, **tiny,
+    )  # fmt: skip
+
+
+def run(settings, out):
+    return cifar10.run(dataclasses.replace(settings, out=out), Console(file=io.StringIO()))
+
+
+def test_it_scores_each_method_at_both_sizes(small, tmp_path):
+    rows = run(dataclasses.replace(small, methods=("normal", "lwa")), tmp_path)
+    assert rows == json.loads((tmp_path / "results.json").read_text())
+    assert [(row["method"], row["eps"]) for row in rows] == [
+        (method, eps) for method in ("normal", "lwa") for eps in (0.5, 0.25)
+    ]
+    for row in rows:
+        assert row["columns"].keys() >= set(report.LABELS)
+        assert (row["n"], row["network"]) == (30, "vgg, width 0.125")
+        assert row["settings"]["data"].startswith("a folder of PNG files, crc32 ")
+        assert row["n_pgd"] == 10
+        assert row["settings"]["n_pgd"] == 10
+        for column, counted in row["counts"].items():
+            assert counted["nonfinite"] == counted["invalid"] == 0, column
+            assert counted["max_norm"] == pytest.approx(row["eps"], rel=1e-6), (column, counted)
+    for large, little in zip(rows[::2], rows[1::2], strict=True):
+        assert large["columns"]["validation"] == little["columns"]["validation"]
+        assert large["columns"]["adv_loss"] <= little["columns"]["adv_loss"]
+        assert large["curves"] == little["curves"]
+    stored = load_file(tmp_path / "lwa" / "params.safetensors")
+    assert stored["params/convs_1_2/kernel"].shape == (3, 3, 32, 32)
+    for name in ("accuracy_vs_eps.png", "learning_curves.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_ends_bit_identical(small, tmp_path, monkeypatch):
+    task = cifar10.make_task(small)
+
+    def train(out):
+        settings = dataclasses.replace(small, out=out)
+        with training.bars(Console(file=io.StringIO())) as progress:
+            net = protocol.train("lwa", small.lwa, 0, settings, task, progress)
+        return jax.tree.leaves(net.fitted.state)
+
+    class Stop(ocp.CheckpointManager):
+        def save(self, step, **kwargs):
+            super().save(step, **kwargs)
+            self.wait_until_finished()
+            raise Interrupted
+
+    whole = train(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.ocp, "CheckpointManager", Stop)
+        with pytest.raises(Interrupted):
+            train(tmp_path / "cut")
+    cut = train(tmp_path / "cut")
+    assert len(whole) == len(cut) > 30  # weights, momentum, step and key
+    for one, other in zip(whole, cut, strict=True):
+        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_crops_are_windows_of_the_image_mirrored_half_the_time():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (400, 32, 30, 3), dtype=np.uint8)
+    made = np.asarray(cifar10.crop_and_mirror(jax.random.key(0), jnp.asarray(pixels)))
+    assert made.shape == (400, 28, 28, 3)
+    assert made.dtype == np.float32
+    whole = (pixels.astype(np.float32) - 117) / 256
+    places = []
+    for image, crop in zip(whole, made, strict=True):
+        found = [
+            (i, j, mirrored)
+            for i in range(5)
+            for j in range(3)
+            for mirrored in (False, True)
+            if np.array_equal(image[i : i + 28, j : j + 28][:, :: -1 if mirrored else 1], crop)
+        ]
+        assert len(found) == 1
+        places += found
+    assert len(set(places)) == 5 * 3 * 2  # each of 30 is missed by 400 draws with probability 1e-6
+    # Binomial(400, 1/2) is within 5 standard deviations of its mean.
+    assert abs(sum(mirrored for _, _, mirrored in places) - 200) < 50
+
+
+def test_images_are_drawn_anew_in_every_step():
+    seen = []
+
+    def objective(params, model_state, batch, /, *, key, step):
+        seen.append(batch[0])
+        return 0.0, (model_state, None)
+
+    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)), jnp.uint8)
+    drawn = protocol.augmented(objective, cifar10.crop_and_mirror)
+    for k in (0, 1, 0):
+        drawn(None, None, (pixels, jnp.zeros(4)), key=jax.random.key(k), step=0)
+    np.testing.assert_array_equal(seen[0], seen[2])
+    assert not np.array_equal(seen[0], seen[1])
+
+
+def test_scored_images_are_centre_crops_in_mixed_order(small):
+    settings = dataclasses.replace(small, n_eval=30)
+    train, test, _ = cifar10.load(settings)
+    assert train.x.shape == (120, 32, 32, 3)
+    assert train.x.dtype == jnp.uint8
+    assert test.x.shape == (30, 28, 28, 3)
+    assert len(set(np.asarray(test.y).tolist())) > 5
+    first = cifar10.data.image_folder(small.image_folder)
+    _, order = cifar10.data.split(40, 40, seed=0)
+    centre = first.test_images[order[0], 2:30, 2:30].astype(np.float32)
+    np.testing.assert_array_equal(test.x[0], (centre - 117) / 256)
+
+
+def test_held_out_images_come_from_training(small):
+    train, held, _ = cifar10.load(dataclasses.replace(small, holdout=25))
+    assert (len(train.y), len(held.y)) == (95, 25)
+
+
+def test_small_images_are_an_error(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        Image.new("RGB", (20, 32)).save(tmp_path / part / "a" / "0.png")
+    with pytest.raises(ValueError, match=r"at least 28x28 pixels, got 32x20 in .*resize"):
+        cifar10.load(cifar10.Settings(image_folder=tmp_path))
+
+
+def folder_with(place, classes, mode="RGB"):
+    for part in ("train", "test"):
+        for name in classes:
+            (place / part / name).mkdir(parents=True)
+            Image.new(mode, (32, 32)).save(place / part / name / "0.png")
+    return cifar10.Settings(image_folder=place)
+
+
+def test_another_number_of_classes_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"expected the 10 classes of CIFAR-10, got 11 in .*"):
+        cifar10.load(folder_with(tmp_path, "abcdefghijk"))
+
+
+def test_grey_images_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"expected colour images, got grey ones in .*convert"):
+        cifar10.load(folder_with(tmp_path, CLASSES, "L"))
+
+
+def test_an_adversary_that_the_net_cant_serve_is_an_error(small):
+    lwa = dataclasses.replace(small.lwa, adversary="virtual")
+    with pytest.raises(ValueError, match=r"got 'virtual'.*choose alpha, loss or loss_sign"):
+        cifar10.make_task(dataclasses.replace(small, lwa=lwa))
+
+
+def test_a_rate_that_only_rises_is_an_error(small, tmp_path):
+    normal = dataclasses.replace(small.normal, epochs=1)
+    with pytest.raises(ValueError, match=r"fewer epochs of rising rate than 1, .*lr_warmup = 1"):
+        run(dataclasses.replace(small, normal=normal), tmp_path)
+
+
+def test_a_fixed_set_of_the_net_itself_is_an_error(small, tmp_path):
+    with pytest.raises(ValueError, match=r"another seed, got fixed_seed = 3 among .*--fixed-seed"):
+        run(dataclasses.replace(small, seed=(1, 3), fixed_seed=3), tmp_path)
+
+
+def test_width_one_is_the_papers_net(small):
+    task = cifar10.make_task(dataclasses.replace(small, width=1.0))
+    method = cifar10.Settings().lwa_rep
+    net = task.make_net(method)
+    assert net == vgg((2048, 2048), width=1.0)
+    assert net.split == 3  # after the first dense layer: the last two are the classifier
+
+
+def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
+    arguments = [
+        "cifar10.py", "--quick", "--methods", "normal", "--image-folder", str(small.image_folder),
+        "--out", str(tmp_path), "--batch-size", "20", "--n-eval", "10", "--eps", "0.5",
+    ]  # fmt: skip
+    asked = []
+
+    def protocol_run(settings, task, console):
+        asked.append((settings, task))
+        row = {
+            "experiment": "cifar10", "network": task.network(settings.normal), "method": "normal",
+            "seed": 0, "eps": 0.5, "n": len(task.test.y), "device": "cpu x1", "train_seconds": 1.0,
+            "versions": {"jax": "0"}, "settings": {"data": task.source},
+            "columns": dict.fromkeys([*report.LABELS, "fixed_source"], 0.5), "n_pgd": 10,
+        }  # fmt: skip
+        return [row], {}
+
+    monkeypatch.setattr(protocol, "run", protocol_run)
+    monkeypatch.setattr(cifar10.figures, "draw", lambda folder: [])
+    monkeypatch.setattr(sys, "argv", arguments)
+    cifar10.main()
+    ((settings, task),) = asked
+    assert (settings.batch_size, settings.width, settings.eps) == (20, 0.0625, (0.5,))
+    assert {name: method.epochs for name, method in task.methods.items()} == {"normal": 1}
+    text = (tmp_path / "results.md").read_text()
+    assert "Times 0.0625 the paper's" in text
+    assert "images from a folder of PNG files, crc32" in text
+    assert "| paper | 0.878 | 0.582 | 0.486 | 0.416 | 0.282 |  |" in text
+    printed = capsys.readouterr().out
+    assert "accuracy on 10 test images" in " ".join(printed.split())
