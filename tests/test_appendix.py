@@ -1,0 +1,63 @@
+"""Appendix A's experiment: its numbers hold, and a number that doesn't is an error."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import logistic, report
+
+
+@pytest.fixture(autouse=True)
+def float64(x64):
+    """As the command runs it."""
+
+
+def test_all_claims_hold_on_fewer_images(tmp_path):
+    settings = logistic.Settings(n=60, out=tmp_path)
+    rows = logistic.run(settings, Console(file=io.StringIO()))
+    assert rows == report.load_rows(tmp_path / "results.json")
+    assert [row["proposition"] for row in rows] == ["Equation 6, Proposition 6", "B", "C", "D"]
+    assert all(claim["holds"] for row in rows for claim in row["claims"])
+    assert (tmp_path / "appendix_a.png").stat().st_size > 10_000
+    text = (tmp_path / "results.md").read_text()
+    assert all(row["statement"] in text for row in rows)
+
+
+def test_a_claim_that_fails_is_an_error(tmp_path, monkeypatch):
+    wrong = logistic.Finding("C", "wrong", [logistic.Claim("a number", 2.0, "<=", 1.0)], {})
+    monkeypatch.setattr(logistic, "proposition_c", lambda: wrong)
+    monkeypatch.setattr(logistic.figures, "draw", lambda folder: [])
+    for name in ("equation_6", "proposition_b", "proposition_d"):
+        monkeypatch.setattr(logistic, name, lambda x, y, rng: wrong._replace(claims=[]))
+    with pytest.raises(ArithmeticError, match=r"a number: 2, not <= 1"):
+        logistic.run(logistic.Settings(n=4, out=tmp_path), Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("value", "relation", "bound", "holds"),
+    [(1, "<=", 1, True), (1, ">", 1, False), (1, ">=", 1, True), (np.nan, "<=", 1, False)],
+)
+def test_a_claim_compares_as_it_says(value, relation, bound, holds):
+    assert logistic.Claim("", value, relation, bound).holds is holds
+
+
+def test_the_margin_is_the_gap_in_l2():
+    # The classes are separated by x_0 = 0, at a distance of 1.5 on one side and 2 on the other;
+    # but hyperplanes go through 0, and no other gets farther from both points.
+    x = jnp.array([[1.5, 0.0], [-2.0, 0.0], [3.0, 5.0]])
+    assert logistic.margin(x, jnp.array([1, -1, 1])) == pytest.approx(3.0, rel=1e-6)
+    # Two points at right angles: w along their sum, each at a distance of 1/sqrt(2).
+    right = jnp.eye(2)
+    assert logistic.margin(right, jnp.array([1, 1])) == pytest.approx(2**0.5, rel=1e-6)
+
+
+def test_images_and_labels_are_two_digits(x64):
+    x, y = logistic.load(logistic.Settings(n=20))
+    assert x.shape == (20, 784)
+    assert x.dtype == jnp.float64
+    assert sorted(np.asarray(y).tolist()) == [-1] * 10 + [1] * 10
+    assert jax.numpy.max(x) < 1
