@@ -1,0 +1,77 @@
+"""The ablations: nets that differ in one thing, each question with its own table."""
+
+import dataclasses
+import io
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from experiments import ablations, protocol, report
+from experiments.models import init, mlp
+from experiments.protocol import Adversarial
+
+
+def test_every_net_of_every_question_is_made_and_no_other():
+    made = ablations.methods(ablations.Settings())
+    assert set(made) == {name for group in ablations.GROUPS.values() for name in group.values()}
+    assert all(method.widths == (500, 500) for method in made.values())
+    assert {method.epochs for method in made.values()} == {15}
+
+
+def test_some_questions_need_some_nets_only():
+    settings = ablations.Settings(groups=("split of LWA_Rep",))
+    assert list(ablations.methods(settings)) == ["lwa", "rep_1", "rep_2"]
+
+
+@pytest.mark.parametrize(
+    ("question", "differs"),
+    [
+        ("inner adversary of LWA", {"adversary"}),
+        ("training size of LWA", {"eps"}),
+        ("split of LWA_Rep", {"split", "objective", "eps", "warmup", "lr"}),
+    ],
+)
+def test_the_nets_of_a_question_differ_in_what_it_asks(question, differs):
+    made = ablations.methods(ablations.Settings(groups=(question,)))
+    nets = [dataclasses.asdict(method) for method in made.values()]
+    assert {field for field in nets[0] if len({net[field] for net in nets}) > 1} == differs
+
+
+def test_each_objective_and_adversary_gives_another_loss():
+    net = mlp((8, 7))
+    x = jax.random.uniform(jax.random.key(0), (6, 28, 28, 1))
+    params = init(net, jax.random.key(1), x)
+    losses = {}
+    for name, method in ablations.methods(ablations.Settings()).items():
+        if isinstance(method, Adversarial) and method.objective == "representation":
+            continue
+        objective = jax.jit(protocol.make_objective(net, method, 10))
+        value, _ = objective(params, None, (x, jnp.arange(6)), key=jax.random.key(2), step=100)
+        losses[name] = float(value)
+    assert len(set(losses.values())) == len(losses)
+    assert losses["normal"] == min(losses.values())
+    assert losses["lwa_3.0"] == max(losses.values())
+
+
+def test_rows_say_which_questions_they_answer(tmp_path, monkeypatch):
+    small = {
+        "normal": protocol.Method((9,), 1, 0.1),
+        "rep_1": Adversarial((9,), 1, 0.1, objective="representation", eps=0.1, split=1),
+        "lwa": Adversarial((9,), 1, 0.1),
+    }
+    monkeypatch.setattr(ablations, "methods", lambda settings: small)
+    monkeypatch.setattr(ablations, "WIDTHS", (9,))
+    settings = ablations.Settings(
+        out=tmp_path, holdout=59_600, n_eval=60, n_pgd=20, pgd_steps=2, curve=(0.0, 1.0)
+    )
+    rows = ablations.run(settings, Console(file=io.StringIO()))
+    assert rows == report.load_rows(tmp_path / "results.json")
+    assert {row["method"]: set(row["groups"]) for row in rows} == {
+        "normal": {"objective"},
+        "rep_1": {"split of LWA_Rep"},
+        "lwa": set(ablations.GROUPS),
+    }
+    assert rows == ablations.run(settings, Console(file=io.StringIO()))
+    assert (tmp_path / "ablations.png").exists()
