@@ -206,6 +206,34 @@ def test_an_adversary_that_cannot_be_differentiated_is_trained_against():
     close(grad, compiled_grad(mean_loss, PARAMS, x + of_logits(mlp(PARAMS, x)), y))
 
 
+def in_l2(perturb_fn, norm):
+    """Step 5 of Algorithm 2: an adversary of any norm, its r* divided by its l2 norm."""
+
+    def rescaled(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        r = perturb_fn(apply_fn, params, x, y, norm=norm)
+        return norms.rescale(r, eps, "l2")
+
+    return rescaled
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["alpha", "loss"])
+def test_algorithm_2_normalises_in_l2_whatever_the_adversarys_norm(name, norm):
+    # Algorithm 1 has a minimal r of its own size; Adv_Loss is asked for one of size 1.
+    method = {"alpha": perturb.alpha, "loss": partial(perturb.loss, eps=1.0)}[name]
+    x, y = BATCH
+    y = np.argmax(mlp(PARAMS, x), axis=1)  # where r* isn't 0
+    c = 0.3
+    objective = jax.jit(objectives.adversarial(mlp, in_l2(method, norm), eps=c))
+    loss, (_, aux) = objective(PARAMS, None, (x, y), key=KEY, step=0)
+    star = np.asarray(jax.jit(lambda x: method(mlp, PARAMS, x, y, norm=norm))(x), np.float64)
+    lengths = np.linalg.norm(star, axis=1, keepdims=True)
+    pseudo = (x + c * star / lengths).astype(np.float32)  # x + c r*/||r*||_2
+    np.testing.assert_allclose(np.linalg.norm(pseudo - x, axis=1), c, rtol=1e-5)
+    assert int(aux.zero) == 0
+    np.testing.assert_allclose(loss, cross_entropy(mlp(PARAMS, pseudo), y).mean(), rtol=RTOL)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_danskin_gradient_is_that_of_the_exact_maximum(norm, x64):
     rng = np.random.default_rng(3)
