@@ -1,0 +1,104 @@
+"""The tables of experiments/results/README.md, filled from the records.
+
+    python experiments/summary.py
+
+Between a line `<!-- table NAME -->` and the next `<!-- end -->` goes the table of the record
+experiments/results/NAME: for each method what the paper prints, what the authors' released notebook
+shows, and ours. `python experiments/figures.py` draws the figures beside them.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+
+from experiments import cifar10, mnist, report
+from experiments.protocol import NAMES
+
+__all__ = ["fill"]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+Figures = Mapping[str, Sequence[float]]
+
+PRINTED: Mapping[str, Figures] = {
+    "mnist_mlp": mnist.PAPER["mlp"],
+    "mnist_lenet": mnist.PAPER["lenet"],
+    "cifar10": cifar10.PAPER,
+}
+NOTEBOOK: Mapping[str, Figures] = {  # outputs stored in the notebooks that the authors released
+    "mnist_mlp": {
+        "normal": (0.977, 0.361, 0.287, 0.201, 0.074),
+        "dropout": (0.982, 0.446, 0.440, 0.321, 0.193),
+        "goodfellow": (0.991, 0.972, 0.939, 0.844, 0.836),
+        "lwa": (0.990, 0.974, 0.944, 0.867, 0.862),
+    },
+    "mnist_lenet": {
+        "normal": (0.9912, 0.7456, 0.8082, 0.5194, 0.5014),
+        "lwa": (0.9934, 0.9822, 0.9859, 0.9632, 0.9627),
+    },
+    "cifar10": {
+        "normal": (0.851, 0.747, 0.517, 0.429, 0.416),
+        "dropout": (0.877, 0.777, 0.593, 0.495, 0.479),
+        "goodfellow": (0.856, 0.818, 0.794, 0.745, 0.734),
+        "lwa": (0.864, 0.831, 0.803, 0.760, 0.750),
+    },
+}
+
+
+def table(name: str, rows: Sequence[report.Row]) -> list[str]:
+    """Return a record's table as lines of Markdown, one block for each size of perturbation."""
+    lines = []
+    sizes = list(dict.fromkeys(row["eps"] for row in rows))
+    for eps in sizes:
+        sources = {"printed": PRINTED[name], "notebook": NOTEBOOK[name]}
+        if len(sizes) > 1:  # the paper names the first; the other is what its code ran
+            sources.pop("notebook" if eps == sizes[0] else "printed")
+            lines += ["", f"l2 size {eps:g}:", ""]
+        lines.append("| Method | | " + " | ".join(report.LABELS.values()) + " |")
+        lines.append("|---|---|" + "---|" * len(report.LABELS))
+        for method, label in NAMES.items():
+            ours = [row for row in rows if row["method"] == method and row["eps"] == eps]
+            if not ours:
+                continue
+            for source, figures in sources.items():
+                if method in figures:
+                    cells = report.as_printed(figures[method])
+                    lines.append(f"| {label} | {source} | " + " | ".join(cells) + " | |")
+            cells = [report.mean_and_spread(ours, column) for column in report.LABELS]
+            lines.append(f"| {label} | ours | " + " | ".join(cells) + " |")
+    return lines
+
+
+def fill(text: str) -> str:
+    """Return a document with its tables filled in.
+
+    Args:
+      text: Markdown with marked places.
+
+    Returns:
+      The same with the records' tables there; a place without a record is left as it is.
+    """
+
+    def filled(match: re.Match[str]) -> str:
+        rows = report.load_rows(RESULTS / match["name"] / "results.json")
+        if not rows:
+            return match[0]
+        return "\n".join([match["start"], *table(match["name"], rows), "<!-- end -->"])
+
+    place = r"(?P<start><!-- table (?P<name>\w+) -->)\n.*?<!-- end -->"
+    return re.sub(place, filled, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Fill the tables of the results' README."""
+    path = RESULTS / "README.md"
+    path.write_text(fill(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

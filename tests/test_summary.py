@@ -1,0 +1,74 @@
+"""The results' README: its tables are the records', and what it names exists."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import report, summary
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (summary.RESULTS / "README.md").read_text()
+TESTS = "\n".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+
+
+def test_the_tables_are_the_records():
+    assert summary.fill(TEXT) == TEXT
+
+
+def test_what_is_printed_stands_above_ours(monkeypatch, tmp_path):
+    columns = dict.fromkeys(report.LABELS, 0.5)
+    rows = [{"method": "lwa", "eps": eps, "columns": columns} for eps in (0.5, 0.25)]
+    (tmp_path / "cifar10").mkdir()
+    report.save_rows(tmp_path / "cifar10" / "results.json", rows)
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    text = "a\n<!-- table cifar10 -->\nold\n<!-- end -->\nb\n<!-- table none -->\n<!-- end -->\n"
+    lines = summary.fill(text).splitlines()
+    assert lines[:2] == ["a", "<!-- table cifar10 -->"]
+    ours = "| LWA | ours | " + " | ".join(["0.5000"] * 6) + " |"
+    # The size that the paper names, then the one that its code amounts to.
+    assert lines[lines.index("l2 size 0.5:") + 4 :][:2] == [
+        "| LWA | printed | 0.838 | 0.776 | 0.606 | 0.492 | 0.520 | |", ours,
+    ]  # fmt: skip
+    assert lines[lines.index("l2 size 0.25:") + 4 :][:3] == [
+        "| LWA | notebook | 0.864 | 0.831 | 0.803 | 0.760 | 0.750 | |", ours, "<!-- end -->",
+    ]  # fmt: skip
+    assert lines[-3:] == ["b", "<!-- table none -->", "<!-- end -->"]
+    assert summary.fill("\n".join(lines)) == "\n".join(lines)
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", TEXT))))
+def test_its_links_lead_somewhere(target):
+    assert (summary.RESULTS / target).exists()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", TEXT))))
+def test_the_tests_that_it_names_exist(name):
+    assert re.search(rf"^def {name}\(", TESTS, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(jaxadv\.\w+\.\w+)`", TEXT))))
+def test_the_functions_that_it_names_exist(name):
+    module, _, function = name.rpartition(".")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`(?:python )?(experiments/\w+\.py)", TEXT)))
+)
+def test_the_commands_that_it_names_exist(name):
+    assert (ROOT / name).exists()
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        *(f"Equation {n}" for n in (1, 6)), "Equations 2 and 3", "Equation 4", "Equation 5",
+        *(f"Proposition {n}" for n in "346BCD"), *(f"Algorithm {n}" for n in "123"),
+        *(f"Table {n}" for n in "123"), "Figures 1 and 2",
+    ],
+)  # fmt: skip
+def test_each_item_of_the_paper_has_a_row(item):
+    rows = [line for line in TEXT.splitlines() if line.startswith("|")]
+    assert any(item in row.split("|")[1] for row in rows)
