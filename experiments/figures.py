@@ -189,7 +189,7 @@ def plot_figure_2(rows: Sequence[report.Row]) -> Any:
     epochs.set(title="over training", xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
     for panel in (sizes, epochs):
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8, handlelength=4)
     return figure
 
 
