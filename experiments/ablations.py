@@ -1,6 +1,6 @@
 """What the paper asserts or leaves open and shows no table of, on MNIST at one width.
 
-    python experiments/ablations.py          # a quarter of an hour on 2 CPU cores for each seed
+    python experiments/ablations.py          # all questions, one seed
     python experiments/ablations.py --help   # every setting
 
 Section 5 says that LWA's objective does best among it, Goodfellow's and Miyato's generalised ones;

@@ -161,6 +161,14 @@ def time_of(call: Call, seconds: float) -> float:
     return elapsed / n
 
 
+def spread(ratios: np.ndarray) -> dict[str, Any]:
+    """Return the median and the quartiles of a ratio over rounds."""
+    return {
+        "ratio": float(np.median(ratios)),
+        "ratio_quartiles": np.quantile(ratios, [0.25, 0.75]).tolist(),
+    }
+
+
 def main() -> None:
     """Run the benchmark from the command line."""
     settings = tyro.cli(Settings, description=__doc__)
@@ -185,8 +193,7 @@ def main() -> None:
         figures[name] = {
             "products_ms": float(np.median(of_products) * 1e3),
             "step_ms": float(np.median(of_steps) * 1e3),
-            "ratio": float(np.median(of_products / of_steps)),
-            "ratio_quartiles": np.quantile(of_products / of_steps, [0.25, 0.75]).tolist(),
+            **spread(of_products / of_steps),
         }
         print(
             "{:15} products {products_ms:6.2f} ms   step {step_ms:6.2f} ms   products / step "
@@ -202,8 +209,7 @@ def main() -> None:
         cost[net] = {
             "adv_loss_ms": float(np.median(loss) * 1e3),
             "adv_alpha_ms": float(np.median(alpha) * 1e3),
-            "ratio": float(np.median(alpha / loss)),
-            "ratio_quartiles": np.quantile(alpha / loss, [0.25, 0.75]).tolist(),
+            **spread(alpha / loss),
         }
         print(
             "{:15} Adv_Loss {adv_loss_ms:6.2f} ms   Adv_Alpha {adv_alpha_ms:6.2f} ms   {ratio:.2f} "

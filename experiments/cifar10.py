@@ -1,6 +1,6 @@
 """Table 3 of the paper: five ways of training a classifier of CIFAR-10, each attacked.
 
-    python experiments/cifar10.py                       # downloads CIFAR-10; a night on 2 CPU cores
+    python experiments/cifar10.py                       # downloads CIFAR-10; hours on 2 CPU cores
     python experiments/cifar10.py --image-folder DIR    # images as DIR/{train,test}/CLASS/*.png
     python experiments/cifar10.py --width 1             # the paper's sizes, for a GPU or TPU
     python experiments/cifar10.py --quick               # a few minutes, to see it work
@@ -14,7 +14,7 @@ released code calls 0.5: that has (px - 128) / 128. (In pixels of [0, 1] these a
 
 Writes results.json, results.md, figures and each net's weights to --out, and goes on after an
 interruption where it was: a checkpoint is kept after each epoch. With --holdout 5000 the nets are
-trained on 45,000 images and scored on the 5,000 held out, as the settings below were tried.
+trained on 45,000 images and scored on the 5,000 held out.
 """
 
 from __future__ import annotations

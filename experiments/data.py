@@ -294,40 +294,43 @@ def _prepare_mnist(directory: Path) -> Dataset:
     stock = tfds.image_classification.MNIST
     _check_originals(stock.url_infos.values())
 
-    # tensorflow-datasets has no types, so a type checker knows neither the base nor its argument.
-    class Mnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg, misc]
-        """The stock builder's layout, without TensorFlow and in the order of the originals."""
+    with tfds.core.registered.skip_registration():
 
-        VERSION = stock.VERSION
+        class Mnist(tfds.core.GeneratorBasedBuilder):
+            """The stock builder's layout, without TensorFlow and in the order of the originals."""
 
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="The MNIST database of handwritten digits.",
-                features=tfds.features.FeaturesDict(
-                    {
-                        "image": tfds.features.Image(shape=(28, 28, 1)),
-                        "label": tfds.features.ClassLabel(num_classes=10),
-                    }
-                ),
-                supervised_keys=("image", "label"),
-                disable_shuffling=True,
-            )
+            VERSION = stock.VERSION
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
-            def examples(prefix: str) -> Iterator[tuple[int, Any]]:
-                names = f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"
-                # A URL is only the key of a checksum: the file is found in manual_dir.
-                return self._generate_examples(*dl_manager.download([stock.URL + n for n in names]))
+            def _info(self) -> Any:
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description="The MNIST database of handwritten digits.",
+                    features=tfds.features.FeaturesDict(
+                        {
+                            "image": tfds.features.Image(shape=(28, 28, 1)),
+                            "label": tfds.features.ClassLabel(num_classes=10),
+                        }
+                    ),
+                    supervised_keys=("image", "label"),
+                    disable_shuffling=True,
+                )
 
-            return {"train": examples("train"), "test": examples("t10k")}
+            def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
+                def examples(prefix: str) -> Iterator[tuple[int, Any]]:
+                    names = f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"
+                    # A URL is only the key of a checksum: the file is found in manual_dir.
+                    return self._generate_examples(
+                        *dl_manager.download([stock.URL + n for n in names])
+                    )
 
-        def _generate_examples(self, images: Any, labels: Any) -> Iterator[tuple[int, Any]]:
-            # An idx file is a header of four bytes and four more for each axis, then the values.
-            pixels = np.frombuffer(gzip.decompress(images.read_bytes()), np.uint8, offset=16)
-            digits = np.frombuffer(gzip.decompress(labels.read_bytes()), np.uint8, offset=8)
-            for i, image in enumerate(pixels.reshape(len(digits), 28, 28)):
-                yield i, {"image": Image.fromarray(image), "label": int(digits[i])}
+                return {"train": examples("train"), "test": examples("t10k")}
+
+            def _generate_examples(self, images: Any, labels: Any) -> Iterator[tuple[int, Any]]:
+                # An idx file: a header of four bytes and four more for each axis, then the values.
+                pixels = np.frombuffer(gzip.decompress(images.read_bytes()), np.uint8, offset=16)
+                digits = np.frombuffer(gzip.decompress(labels.read_bytes()), np.uint8, offset=8)
+                for i, image in enumerate(pixels.reshape(len(digits), 28, 28)):
+                    yield i, {"image": Image.fromarray(image), "label": int(digits[i])}
 
     config = tfds.download.DownloadConfig(
         manual_dir=ORIGINALS, force_checksums_validation=True, try_download_gcs=False
@@ -340,36 +343,40 @@ def _prepare_cifar10(directory: Path) -> Dataset:
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):  # type: ignore[call-arg, misc]
-        """The stock builder, reading without TensorFlow and keeping the order of the originals."""
+    with tfds.core.registered.skip_registration():
 
-        name = "cifar10"
+        class Cifar10(tfds.image_classification.Cifar10):
+            """The stock builder without TensorFlow, in the order of the originals."""
 
-        def _info(self) -> Any:
-            info = super()._info()
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description=info.description,
-                features=info.features,
-                supervised_keys=info.supervised_keys,
-                disable_shuffling=True,
-            )
+            name = "cifar10"
 
-        def _generate_examples(
-            self, split_prefix: str, filepaths: Iterable[str]
-        ) -> Iterator[tuple[int, Any]]:
-            # A record is a label of one byte and the planes of red, green and blue.
-            files = [np.fromfile(path, np.uint8).reshape(-1, 1 + 3 * 32 * 32) for path in filepaths]
-            for i, record in enumerate(np.concatenate(files)):
-                pixels = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
-                yield (
-                    i,
-                    {
-                        "id": f"{split_prefix}{i:05d}",
-                        "image": Image.fromarray(pixels),
-                        "label": int(record[0]),
-                    },
+            def _info(self) -> Any:
+                info = super()._info()
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description=info.description,
+                    features=info.features,
+                    supervised_keys=info.supervised_keys,
+                    disable_shuffling=True,
                 )
+
+            def _generate_examples(
+                self, split_prefix: str, filepaths: Iterable[str]
+            ) -> Iterator[tuple[int, Any]]:
+                # A record is a label of one byte and the planes of red, green and blue.
+                files = [
+                    np.fromfile(path, np.uint8).reshape(-1, 1 + 3 * 32 * 32) for path in filepaths
+                ]
+                for i, record in enumerate(np.concatenate(files)):
+                    pixels = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
+                    yield (
+                        i,
+                        {
+                            "id": f"{split_prefix}{i:05d}",
+                            "image": Image.fromarray(pixels),
+                            "label": int(record[0]),
+                        },
+                    )
 
     config = tfds.download.DownloadConfig(force_checksums_validation=True, try_download_gcs=False)
     try:
@@ -390,40 +397,42 @@ def _prepare_folder(directory: Path, files: Mapping[str, Mapping[str, list[Path]
     mode = "L" if grey else "RGB"
     width, height = size = _decoded(first, mode).size
 
-    class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg, misc]
-        """What tfds.ImageFolder reads, as records."""
+    with tfds.core.registered.skip_registration():
 
-        VERSION = tfds.core.Version("1.0.0")
+        class ImageFolder(tfds.core.GeneratorBasedBuilder):
+            """What tfds.ImageFolder reads, as records."""
 
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="Images in one folder for each class.",
-                features=tfds.features.FeaturesDict(
-                    {
-                        "image": tfds.features.Image(shape=(height, width, 1 if grey else 3)),
-                        "label": tfds.features.ClassLabel(names=list(files["train"])),
-                    }
-                ),
-                supervised_keys=("image", "label"),
-                disable_shuffling=True,
-            )
+            VERSION = tfds.core.Version("1.0.0")
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
-            return {part: self._generate_examples(classes) for part, classes in files.items()}
+            def _info(self) -> Any:
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description="Images in one folder for each class.",
+                    features=tfds.features.FeaturesDict(
+                        {
+                            "image": tfds.features.Image(shape=(height, width, 1 if grey else 3)),
+                            "label": tfds.features.ClassLabel(names=list(files["train"])),
+                        }
+                    ),
+                    supervised_keys=("image", "label"),
+                    disable_shuffling=True,
+                )
 
-        def _generate_examples(
-            self, classes: Mapping[str, list[Path]]
-        ) -> Iterator[tuple[int, Any]]:
-            examples = ((path, name) for name, paths in classes.items() for path in paths)
-            for i, (path, name) in enumerate(examples):
-                image = _decoded(path, mode)
-                if image.size != size:
-                    raise ValueError(
-                        f"expected images of one size, {width}x{height} as {first} has, got "
-                        f"{image.width}x{image.height} in {path}; resize or remove it"
-                    )
-                yield i, {"image": image, "label": name}
+            def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
+                return {part: self._generate_examples(classes) for part, classes in files.items()}
+
+            def _generate_examples(
+                self, classes: Mapping[str, list[Path]]
+            ) -> Iterator[tuple[int, Any]]:
+                examples = ((path, name) for name, paths in classes.items() for path in paths)
+                for i, (path, name) in enumerate(examples):
+                    image = _decoded(path, mode)
+                    if image.size != size:
+                        raise ValueError(
+                            f"expected images of one size, {width}x{height} as {first} has, got "
+                            f"{image.width}x{image.height} in {path}; resize or remove it"
+                        )
+                    yield i, {"image": image, "label": name}
 
     return _through_records(ImageFolder, directory, tfds.download.DownloadConfig())
 

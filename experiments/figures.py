@@ -70,7 +70,7 @@ def draw(folder: Path) -> list[Path]:
         plots["ablations.png"] = plot_groups
     elif "curves" in rows[0]:
         plots["accuracy_vs_eps.png"] = plot_curves
-        if "validation" in rows[0]["history"][0]:
+        if "validation" in rows[0]["history"][0]:  # which Table 1's record is too old to have
             plots["learning_curves.png"] = plot_learning
     if rows[0]["experiment"] == "logistic":
         plots["appendix_a.png"] = plot_appendix_a

@@ -1,7 +1,7 @@
 """Tables 1 and 2 of the paper: five ways of training a classifier of MNIST, each attacked.
 
     python experiments/mnist.py                    # Table 1, a few minutes on 2 CPU cores
-    python experiments/mnist.py --network lenet    # Table 2 and Figures 1 and 2, about an hour
+    python experiments/mnist.py --network lenet    # Table 2 and Figures 1 and 2, a few hours
     python experiments/mnist.py --quick            # the same code in about a minute, to see it work
     python experiments/mnist.py --help             # every setting
 
@@ -12,8 +12,9 @@ figure for robustness. Perturbed images are not clipped to the pixel range, as i
 
 Writes results.json, results.md, digits.json, figures and each net's weights to --out. Interrupted
 at any moment, the same command goes on where it was. With --holdout 10000 the nets are trained on
-50,000 images and scored on the 10,000 held out, which is how every setting below was chosen; the
-test images are for the reported figures alone, for which the nets are trained on all 60,000.
+50,000 images and scored on the 10,000 held out. So were chosen the settings of Table 1 and, for
+LeNet, the sizes of LWA's and LWA_Rep's perturbations; the test images are for the reported figures
+alone, for which the nets are trained on all 60,000.
 """
 
 from __future__ import annotations
