@@ -33,7 +33,7 @@ from rich.console import Console
 
 from experiments import data, figures, protocol, report
 from experiments.models import Classifier, vgg
-from experiments.protocol import NAMES, Adversarial, Images, Method, MethodName
+from experiments.protocol import NAMES, Adversarial, Images, Method, PaperMethod
 
 CROP = 28
 
@@ -48,7 +48,7 @@ class Settings(protocol.Settings):
     """One epoch of a narrow net and 500 test images, into another folder, unless set otherwise."""
     width: float = 0.25
     """Times the paper's 128 and 256 channels and the dense layers' widths."""
-    methods: tuple[MethodName, ...] = ("normal", "dropout", "goodfellow", "lwa", "lwa_rep")
+    methods: tuple[PaperMethod, ...] = ("normal", "dropout", "goodfellow", "lwa", "lwa_rep")
     """Which rows of the table."""
     out: Path = Path("runs/cifar10")
     """Where results, figures, weights and checkpoints go."""
@@ -186,6 +186,7 @@ def make_task(settings: Settings) -> protocol.Task:
         test=test,
         source=source,
         augment=crop_and_mirror,
+        box=tuple(_scale(jnp.array([0, 255], jnp.uint8)).tolist()),
     )
 
 

@@ -15,6 +15,9 @@ at any moment, the same command goes on where it was. With --holdout 10000 the n
 50,000 images and scored on the 10,000 held out. So were chosen the settings of Table 1 and, for
 LeNet, the sizes of LWA's and LWA_Rep's perturbations; the test images are for the reported figures
 alone, for which the nets are trained on all 60,000.
+
+Past the paper, --methods takes lwa_noisy, lwa_multi and trades: adversarial training that is to
+withstand iterated attacks, by one step from a random start, by several steps, and by TRADES.
 """
 
 from __future__ import annotations
@@ -34,7 +37,15 @@ from rich.console import Console
 
 from experiments import data, figures, protocol, report
 from experiments.models import Classifier, lenet, mlp
-from experiments.protocol import NAMES, Adversarial, Images, Method, MethodName, Net
+from experiments.protocol import (
+    NAMES,
+    Adversarial,
+    Images,
+    Method,
+    MethodName,
+    MultiStep,
+    Net,
+)
 from jaxadv import evaluate, perturb
 
 
@@ -60,6 +71,11 @@ class Settings(protocol.Settings):
     lwa_rep: Adversarial = Adversarial(
         (200, 500), epochs=20, lr=0.05, objective="representation", eps=0.12, warmup=10
     )
+    lwa_noisy: MultiStep = MultiStep((500, 500), epochs=30, lr=0.1, eps=1.7, steps=1)
+    lwa_multi: MultiStep = MultiStep((500, 500), epochs=30, lr=0.1, eps=1.7)
+    trades: MultiStep = MultiStep(
+        (500, 500), epochs=30, lr=0.1, objective="virtual", eps=1.7, weight=6.0
+    )
 
 
 MLP = Settings()
@@ -75,6 +91,11 @@ LENET = Settings(
     lwa=Adversarial((500,), epochs=25, lr=0.05, dropout=0.5, eps=1.5),
     lwa_rep=Adversarial(
         (500,), epochs=20, lr=0.05, objective="representation", eps=0.06, warmup=10
+    ),
+    lwa_noisy=MultiStep((500,), epochs=25, lr=0.05, eps=1.5, warmup=5, steps=1),
+    lwa_multi=MultiStep((500,), epochs=25, lr=0.05, eps=1.5, warmup=5),
+    trades=MultiStep(
+        (500,), epochs=25, lr=0.05, objective="virtual", eps=1.5, warmup=5, weight=6.0
     ),
 )
 
@@ -162,10 +183,10 @@ def defaults(arguments: list[str]) -> Settings:
     known, _ = parser.parse_known_args(arguments)
     chosen = LENET if known.network == "lenet" else MLP
     if known.quick:
-        short = {
-            name: dataclasses.replace(getattr(chosen, name), epochs=1) for name in chosen.methods
-        }
-        short["lwa_rep"] = dataclasses.replace(short["lwa_rep"], warmup=1)
+        short = {name: dataclasses.replace(getattr(chosen, name), epochs=1) for name in NAMES}
+        for name, method in short.items():
+            if isinstance(method, Adversarial) and method.warmup:
+                short[name] = dataclasses.replace(method, warmup=1)
         out = chosen.out.with_name(f"{chosen.out.name}_quick")
         chosen = dataclasses.replace(chosen, n_eval=1000, out=out, **short)
     return chosen

@@ -20,7 +20,18 @@ from jax import lax
 
 from jaxadv.types import ApplyFn, Params, TrainFn
 
-__all__ = ["Classifier", "Conv", "function", "init", "lenet", "mlp", "train_function", "vgg"]
+__all__ = [
+    "Classifier",
+    "Conv",
+    "describe",
+    "function",
+    "init",
+    "lenet",
+    "mlp",
+    "recognised",
+    "train_function",
+    "vgg",
+]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -218,3 +229,44 @@ def vgg(
     return Classifier(
         tuple(dense), blocks=((narrow,) * 3, (wide,) * 3), dropout=dropout, split=split
     )
+
+
+def recognised(params: Params) -> Classifier:
+    """Return the net that parameters belong to, by their names and shapes.
+
+    Raises:
+      ValueError: if they aren't those of a `Classifier` as `mlp`, `lenet` or `vgg` build it.
+    """
+    layers = params.get("params", {}) if isinstance(params, dict) else {}
+    dense: list[int] = []
+    blocks: list[tuple[int, ...]] = []
+    sizes = set()
+    while f"hidden_{len(dense)}" in layers:
+        dense.append(layers[f"hidden_{len(dense)}"]["kernel"].shape[1])
+    while f"convs_{len(blocks)}_0" in layers:
+        block: list[int] = []
+        while f"convs_{len(blocks)}_{len(block)}" in layers:
+            kernel = layers[f"convs_{len(blocks)}_{len(block)}"]["kernel"]
+            sizes.add(kernel.shape[0])
+            block.append(kernel.shape[-1])
+        blocks.append(tuple(block))
+    n_layers = len(dense) + sum(map(len, blocks)) + 1
+    if "logits" not in layers or len(layers) != n_layers or len(sizes) > 1:
+        raise ValueError(
+            f"expected the parameters of an mlp, a lenet or a vgg, got layers named "
+            f"{sorted(layers)}; for a net of your own pass module:function and --weights"
+        )
+    size = sizes.pop() if sizes else 3
+    return Classifier(
+        tuple(dense),
+        blocks=tuple(blocks),
+        size=size,
+        padding=0 if size == 5 else 1,  # the only nets of each size
+        classes=layers["logits"]["kernel"].shape[1],
+    )
+
+
+def describe(net: Classifier) -> str:
+    """Return a net's layers in short, e.g. `conv20-conv50-500`."""
+    convs = [f"conv{width}" for block in net.blocks for width in block]
+    return "-".join([*convs, "x".join(map(str, net.dense))])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
@@ -24,7 +25,8 @@ from rich.progress import Progress
 from experiments import report, training
 from experiments.models import Classifier, function, init, train_function
 from jaxadv import attack, evaluate, objectives, perturb
-from jaxadv.types import ApplyFn, Objective, Params, PerturbFn, Schedule
+from jaxadv.train import TrainState
+from jaxadv.types import ApplyFn, Bounds, Objective, Params, PerturbFn, Schedule, TrainFn
 
 __all__ = [
     "NAMES",
@@ -32,23 +34,31 @@ __all__ = [
     "Images",
     "Method",
     "MethodName",
+    "MultiStep",
     "Net",
+    "PaperMethod",
     "Settings",
     "Task",
     "augmented",
+    "averaging",
     "make_objective",
+    "result",
     "run",
     "split_of",
     "train",
 ]
 
-MethodName = Literal["normal", "dropout", "goodfellow", "lwa", "lwa_rep"]
+PaperMethod = Literal["normal", "dropout", "goodfellow", "lwa", "lwa_rep"]
+MethodName = PaperMethod | Literal["lwa_noisy", "lwa_multi", "trades"]
 NAMES: dict[str, str] = {
     "normal": "Normal",
     "dropout": "Dropout",
     "goodfellow": "Goodfellow",
     "lwa": "LWA",
     "lwa_rep": "LWA_Rep",
+    "lwa_noisy": "LWA, random start",
+    "lwa_multi": "LWA, multi-step",
+    "trades": "TRADES",
 }
 
 ADVERSARIES: dict[str, PerturbFn] = {
@@ -87,6 +97,24 @@ class Adversarial(Method):
     """Epochs over which that size rises from 0."""
     split: int = 0
     """Blocks and dense layers before the perturbed representation; 0 for where the paper has it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiStep(Adversarial):
+    """How a net is made that is to withstand iterated attacks: not in the paper.
+
+    Its adversary is `attack.pgd` for the objectives `adversarial` and `mixed`, and `attack.virtual`
+    for `virtual`, which is then TRADES; perturbed images stay in the range of pixels.
+    """
+
+    steps: int = 5
+    """Of the adversary; each of 2.5 eps / steps."""
+    random_start: bool = True
+    """Whether it starts at a random point of the ball; TRADES always does."""
+    weight: float = 1.0
+    """Of the divergence, for TRADES."""
+    average: float = 0.0
+    """Share of the past in the moving average of the weights that is the result; 0 for the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +181,7 @@ class Task(NamedTuple):
       source: where the images are from, for the record.
       augment: `(key, x) -> x`, from a batch of training images to what the net is trained on.
       extra: what else a method's rows say.
+      box: the range of pixels, scaled.
     """
 
     experiment: str
@@ -166,6 +195,7 @@ class Task(NamedTuple):
     source: str
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     extra: Callable[[str], dict[str, Any]] = lambda name: {}
+    box: Bounds = (0.0, 1.0)
 
 
 def split_of(method: Method) -> dict[str, int]:
@@ -173,7 +203,9 @@ def split_of(method: Method) -> dict[str, int]:
     return {"split": method.split} if isinstance(method, Adversarial) and method.split else {}
 
 
-def make_objective(net: Classifier, method: Method, epoch_steps: int) -> Objective:
+def make_objective(
+    net: Classifier, method: Method, epoch_steps: int, box: Bounds = (0.0, 1.0)
+) -> Objective:
     """Return what a method minimises."""
     apply_fn = function(net)
     train_fn = train_function(net) if net.dropout else None
@@ -182,6 +214,8 @@ def make_objective(net: Classifier, method: Method, epoch_steps: int) -> Objecti
     eps: float | Schedule = method.eps
     if method.warmup:
         eps = optax.linear_schedule(0, method.eps, method.warmup * epoch_steps)
+    if isinstance(method, MultiStep):
+        return _multi_step_objective(apply_fn, train_fn, method, eps, box)
     adversary = ADVERSARIES[method.adversary]
     if method.objective == "representation":
         return objectives.representation(
@@ -199,6 +233,55 @@ def make_objective(net: Classifier, method: Method, epoch_steps: int) -> Objecti
         "virtual": objectives.virtual,
     }[method.objective]
     return make(apply_fn, adversary, eps=eps, train_fn=train_fn)
+
+
+def _multi_step_objective(
+    apply_fn: ApplyFn,
+    train_fn: TrainFn | None,
+    method: MultiStep,
+    eps: float | Schedule,
+    box: Bounds,
+) -> Objective:
+    if method.objective == "virtual":
+        adversary: PerturbFn = partial(attack.virtual, steps=method.steps)
+        return objectives.virtual(
+            apply_fn, adversary, eps=eps, weight=method.weight, train_fn=train_fn, bounds=box
+        )
+    adversary = partial(attack.pgd, steps=method.steps, random_start=method.random_start)
+    make = {"adversarial": objectives.adversarial, "mixed": objectives.mixed}[method.objective]
+    return make(apply_fn, adversary, eps=eps, train_fn=train_fn, bounds=box)
+
+
+class Averaged(NamedTuple):
+    """The state of `averaging`."""
+
+    steps: jax.Array
+    average: Params
+
+
+def averaging(decay: float) -> optax.GradientTransformation:
+    """Keep a moving average of the parameters in the optimiser's state; last in a chain.
+
+    The first steps count equally, so that the initial parameters are soon forgotten.
+    """
+
+    def start(params: Params) -> Averaged:
+        return Averaged(jnp.zeros((), jnp.int32), params)
+
+    def update(updates: Any, state: Averaged, params: Params = None) -> tuple[Any, Averaged]:
+        new = optax.apply_updates(params, updates)
+        steps = state.steps + 1
+        step_size = jnp.maximum(1 - decay, 1 / steps)
+        return updates, Averaged(steps, optax.incremental_update(new, state.average, step_size))
+
+    return optax.GradientTransformation(start, update)
+
+
+def result(method: Method, state: TrainState) -> Params:
+    """Return what training has made: the average of the weights if there is one, or the last."""
+    if isinstance(method, MultiStep) and method.average:
+        return optax.tree_utils.tree_get(state.opt_state, "average")
+    return state.params
 
 
 def augmented(
@@ -234,10 +317,12 @@ def optimiser(method: Method, settings: Settings, epoch_steps: int) -> optax.Gra
             0, method.lr, settings.lr_warmup * epoch_steps, total
         )
     sgd = optax.sgd(lr, momentum=settings.momentum)
-    if not settings.weight_decay:
-        return sgd
-    kernels = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-    return optax.chain(optax.add_decayed_weights(settings.weight_decay, kernels), sgd)
+    if settings.weight_decay:
+        kernels = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+        sgd = optax.chain(optax.add_decayed_weights(settings.weight_decay, kernels), sgd)
+    if isinstance(method, MultiStep) and method.average:
+        return optax.chain(sgd, averaging(method.average))
+    return sgd
 
 
 def train(
@@ -248,14 +333,14 @@ def train(
     apply_fn = function(net)
     init_key, fit_key = jax.random.split(jax.random.key(seed))
     epoch_steps = len(task.train.y) // settings.batch_size
-    objective = make_objective(net, method, epoch_steps)
+    objective = make_objective(net, method, epoch_steps, task.box)
     watched = Images(*(part[: settings.n_pgd] for part in task.test))
     outcome = partial(
         evaluate.robust, apply_fn, eps=settings.eps[0], batch_size=settings.eval_batch
     )
 
-    def watch(params: Params) -> dict[str, float]:
-        seen = outcome(params, *watched, perturb.loss)
+    def watch(state: TrainState) -> dict[str, float]:
+        seen = outcome(result(method, state), *watched, perturb.loss)
         return {
             "validation": evaluate.accuracy(seen.clean),
             "adv_loss": evaluate.accuracy(seen.robust),
@@ -277,7 +362,7 @@ def train(
         name=f"{task.names.get(name, name)}, seed {seed}",
         watch=watch,
     )
-    return Net(apply_fn, fitted.state.params, fitted)
+    return Net(apply_fn, result(method, fitted.state), fitted)
 
 
 def train_settings(method: Method, settings: Settings, task: Task) -> dict[str, Any]:

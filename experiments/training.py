@@ -77,7 +77,7 @@ def fit(
     settings: dict[str, Any],
     progress: Progress,
     name: str,
-    watch: Callable[[Params], dict[str, float]] | None = None,
+    watch: Callable[[train.TrainState], dict[str, float]] | None = None,
 ) -> Fitted:
     """Train for some epochs, from scratch or from the last checkpoint in `directory`.
 
@@ -94,8 +94,8 @@ def fit(
       settings: all that determines the run, kept with the checkpoint.
       progress: where to show a bar.
       name: what to call it there.
-      watch: what to add to the history after each epoch, from its parameters; not counted as
-        training time.
+      watch: what to add to the history after each epoch, from its state; not counted as training
+        time.
 
     Returns:
       `Fitted`.
@@ -140,7 +140,7 @@ def fit(
             history.append(_summary(infos))
             seconds += time.perf_counter() - start
             if watch is not None:
-                history[-1] |= watch(state.params)
+                history[-1] |= watch(state)
             record = {"settings": settings, "seconds": seconds, "history": history}
             manager.save(
                 epoch + 1,

@@ -28,6 +28,7 @@ __all__ = [
     "logits_of",
     "paired",
     "radius",
+    "right",
     "solvable",
     "wide",
 ]
@@ -144,6 +145,12 @@ def logits_of(logits: Any, n: int) -> jax.Array:
 def finite(x: jax.Array, logits: jax.Array) -> jax.Array:
     """Tell which rows are sound, `[B]`: no NaN or infinity in x, no NaN or +inf in the logits."""
     return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) & jnp.all(logits < jnp.inf, 1)
+
+
+def right(logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Tell which rows are classified right, `[B]`: sound ones of a class that isn't masked."""
+    masked = jnp.all(jnp.isneginf(logits), axis=1)  # argmax would name class 0
+    return (jnp.argmax(logits, axis=1) == y) & finite(x, logits) & ~masked
 
 
 def solvable(logits: jax.Array, y: jax.Array | None) -> jax.Array:

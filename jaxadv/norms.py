@@ -120,6 +120,8 @@ def _scaled(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     # A constant for derivatives: all that is made of v / m and m is homogeneous in v, so that the
     # terms through m cancel.
     m = lax.stop_gradient(jnp.where((m > 0) & jnp.isfinite(m), m, 1))
+    # The reciprocal that a division may become is 0 for the last numbers before overflow.
+    m = jnp.minimum(m, jnp.finfo(m.dtype).max / 8)
     return v / m[:, None], m
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "Params",
     "PerturbFn",
     "Schedule",
+    "StochasticFn",
     "TrainFn",
 ]
 
@@ -50,6 +51,14 @@ class ApplyFn(Protocol):
 
         Rows must not interact, so batch norm runs on its stored statistics, and dropout is off.
         """
+        ...
+
+
+class StochasticFn(Protocol):
+    """A classifier that draws random numbers, for instance with dropout on."""
+
+    def __call__(self, params: Params, x: jax.Array, key: jax.Array, /) -> jax.Array:
+        """Return logits `[B, K]` that depend on the key."""
         ...
 
 

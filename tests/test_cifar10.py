@@ -50,7 +50,7 @@ def small(folder):
     default = cifar10.Settings()
     tiny = {
         name: dataclasses.replace(getattr(default, name), widths=(256, 256), epochs=2)
-        for name in protocol.NAMES
+        for name in cifar10.Settings().methods
     }
     for name in ("goodfellow", "lwa", "lwa_rep"):
         tiny[name] = dataclasses.replace(tiny[name], warmup=1)

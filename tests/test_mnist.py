@@ -51,7 +51,7 @@ def run(settings, out):
 def test_it_writes_rows_tables_figures_and_weights(small, tmp_path):
     rows = run(small, tmp_path)
     assert rows == json.loads((tmp_path / "results.json").read_text())
-    assert [row["method"] for row in rows] == list(protocol.NAMES)
+    assert [row["method"] for row in rows] == list(small.methods)
     for row in rows:
         assert row.keys() >= {
             "experiment", "network", "method", "seed", "eps", "norm", "n", "columns",
@@ -176,7 +176,7 @@ def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
 def test_dropout_acts_with_every_method():
     x = np.random.default_rng(0).random((6, 28, 28, 1), np.float32)
     y = np.arange(6)
-    for name in protocol.NAMES:
+    for name in mnist.MLP.methods:
         method = dataclasses.replace(getattr(mnist.MLP, name), widths=(5, 4), dropout=0.5)
         net = models.mlp(method.widths, dropout=method.dropout)
         params = models.init(net, jax.random.key(0), x)

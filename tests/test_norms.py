@@ -118,6 +118,13 @@ def test_steepest_solves_cleverhans_linear_programs(norm, g, step, objective):
 
 
 @every_norm
+def test_the_largest_magnitudes_have_a_norm_and_a_direction(norm):
+    v = np.array([[3.3e38, 0, 0], [0, -2e38, 0]], np.float32)
+    np.testing.assert_allclose(norms.norm(v, norm), [3.3e38, 2e38], rtol=1e-6)
+    np.testing.assert_allclose(norms.steepest(v, norm), np.sign(v), rtol=1e-6)
+
+
+@every_norm
 @pytest.mark.parametrize("magnitude", [1e-23, 1e20])
 def test_magnitudes_whose_squares_leave_float32_have_a_geometry(norm, magnitude):
     v = np.full((2, 784), magnitude, np.float32)

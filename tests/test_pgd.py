@@ -21,7 +21,7 @@ KEYS = jax.random.split(jax.random.key(9), B)
 pgd = jax.jit(
     attack.pgd,
     static_argnums=0,
-    static_argnames=("norm", "steps", "loss_fn", "targeted", "random_start"),
+    static_argnames=("norm", "steps", "loss_fn", "targeted", "random_start", "restarts", "samples"),
     compiler_options={
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
@@ -306,3 +306,176 @@ def test_the_number_of_steps_does_not_multiply_the_traces():
         )
         traces.append(len(calls))
     assert traces[0] == traces[1]
+
+
+# Restarts
+
+
+def test_more_restarts_never_do_worse_and_leave_the_fooled_alone():
+    params, x, y = problem()
+    eps = np.linspace(0.02, 0.6, B).astype(np.float32)
+    fn = functools.partial(pgd, net, params, x, y, eps=eps, steps=1, key=KEYS)
+    few, many = fn(restarts=2), fn(restarts=7)
+    (hit, loss), (later_hit, later_loss) = (outcome(params, x, y, r) for r in (few, many))
+    assert 0 < hit.sum() < B
+    assert (later_hit >= hit).all()
+    assert (later_loss >= loss)[later_hit == hit].all()
+    assert (np.asarray(many) != few)[~hit].any()
+    np.testing.assert_array_equal(many[hit], few[hit])
+
+
+def test_the_first_of_several_runs_starts_at_x():
+    params, x, y = problem()
+    fn = functools.partial(pgd, net, params, x, y, eps=0.4, steps=1, step_size=0.0, key=KEYS)
+    # Without steps the best point is the start, and more of them are never worse than x.
+    worse = outcome(params, x, y, fn(restarts=2))[1] < outcome(params, x, y, 0 * x)[1] - 1e-5
+    assert not worse.any()
+    np.testing.assert_array_equal(fn(restarts=2)[-1], 0)  # that one is misclassified at x
+
+
+def test_one_run_has_a_derivative_in_eps():
+    params, x, y = linear_problem()
+
+    def rise(eps):
+        r = attack.pgd(linear, params, x, y, eps=eps, steps=3)
+        return jacobian.margin(linear(params, x + r), y).sum()
+
+    # Each margin rises by eps times the gradient's length.
+    slope = B * np.linalg.norm(params[0][:, 1] - params[0][:, 0])
+    np.testing.assert_allclose(jax.grad(rise)(0.3), slope, rtol=1e-5)
+
+
+# Nets that draw random numbers
+
+
+def flipping(params, x, key):
+    """A net whose gradient has the wrong sign three times in ten."""
+    sign = jnp.where(jax.random.bernoulli(key, 0.7), 1.0, -1.0)
+    t = sign * (x @ params)
+    return jnp.stack([-t, t], axis=1)
+
+
+def cosines(samples):
+    n = 64
+    w = np.array([3.0, -4.0, 1.0], np.float32)
+    x, y = np.zeros((n, 3), np.float32), np.zeros(n, np.int32)
+    keys = jax.random.split(jax.random.key(2), n)
+    # One step from x, at which all draws tie and the start's loss is 0: what is kept is the step
+    # where the loss has risen, or else x.
+    r = pgd(flipping, w, x, y, eps=1.0, steps=1, step_size=1.0, samples=samples, key=keys)
+    return np.asarray(r) @ w / np.linalg.norm(w)
+
+
+def test_with_many_draws_the_step_is_that_of_the_mean_gradient():
+    assert (cosines(64) > 0.9).all()
+
+
+def test_with_one_draw_it_often_is_not():
+    assert 0.2 < (cosines(1) > 0.9).mean() < 0.8
+
+
+def test_each_step_of_each_run_has_draws_of_its_own():
+    seen = []
+
+    def noisy(params, x, key):
+        jax.debug.callback(lambda data: seen.append(tuple(data.tolist())), jax.random.key_data(key))
+        return x + jax.random.normal(key, x.shape) + jnp.array([[50.0, 0, 0]])
+
+    x, y = np.zeros((1, 3), np.float32), np.array([0])
+    attack.pgd(noisy, None, x, y, eps=0.1, steps=4, restarts=3, samples=2, key=KEYS[:1])
+    jax.effects_barrier()
+    assert len(set(seen)) == 3 * (4 + 1) * 2
+
+
+def test_what_is_drawn_for_an_example_does_not_depend_on_its_batch():
+    w = np.array([3.0, -4.0, 1.0], np.float32)
+    x = np.random.default_rng(0).normal(size=(B, 3)).astype(np.float32)
+    y, order = np.zeros(B, np.int32), np.array([3, 0, 4, 2, 5, 1])
+    fn = functools.partial(pgd, flipping, w, eps=1.0, steps=3, samples=1)
+    r = np.asarray(fn(x, y, key=KEYS))
+    np.testing.assert_allclose(fn(x[order], y, key=KEYS[order]), r[order], atol=1e-6)
+    np.testing.assert_allclose(fn(x[:1], y[:1], key=KEYS[:1]), r[:1], atol=1e-6)
+    assert (np.asarray(fn(x, y, key=KEYS[::-1])) != r).any()
+
+
+def test_without_samples_the_net_is_called_without_a_key():
+    params, x, y = problem()
+    calls = []
+
+    def apply_fn(*args):
+        calls.append(len(args))
+        return net(*args)
+
+    for fn in (attack.pgd, attack.apgd):
+        jax.eval_shape(lambda fn=fn: fn(apply_fn, params, x, y, eps=0.5, steps=2, key=KEYS))
+    assert set(calls) == {2}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"restarts": 0}, "restarts >= 1, got 0; 1 is a single run"),
+        ({"samples": -1}, "samples >= 0, got -1; 0 is for a net that draws no random numbers"),
+        ({"samples": 1}, r"expected a key: the net draws random numbers"),
+        ({"restarts": 2}, r"expected a key: a random start draws random numbers"),
+    ],
+)
+def test_restarts_and_samples_are_counts_and_need_a_key(wrong, match):
+    params, x, y = problem()
+    with pytest.raises(ValueError, match=match):
+        attack.pgd(net, params, x, y, eps=0.5, **wrong)
+
+
+# Away from the net's own output
+
+
+def divergence(params, x, r):
+    """Of the net's output at x from that at x + r, in float64."""
+    z, moved = (np.asarray(net(params, v), np.float64) for v in (x, x + r))
+    log_p, log_q = (
+        v - np.log(np.exp(v - v.max(1, keepdims=True)).sum(1, keepdims=True))
+        - v.max(1, keepdims=True) for v in (z, moved)
+    )  # fmt: skip
+    return (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+
+
+virtual = jax.jit(attack.virtual, static_argnums=0, static_argnames=("norm", "steps"))
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])  # steps along one axis suit no curved net
+def test_the_virtual_attack_moves_the_output_further_than_random_points_of_the_ball(norm):
+    params, x, _ = problem()
+    r = virtual(net, params, x, eps=0.5, norm=norm, steps=20, key=KEYS)
+    assert (length(r, norm) <= 0.5 * (1 + 1e-6)).all()
+    draws = np.random.default_rng(4).normal(size=(300, B, D)).astype(np.float32)
+    sizes = np.linalg.norm(draws, ORDER[norm], axis=2, keepdims=True)
+    random = np.array([divergence(params, x, 0.5 * v) for v in draws / sizes])
+    found = divergence(params, x, np.asarray(r))
+    # A start on the wrong side of a hill may end on the lower of two.
+    assert (found >= random.max(axis=0)).sum() >= B - 2
+    assert (found > np.median(random, axis=0)).all()
+
+
+def test_the_virtual_attack_needs_no_labels_but_a_key():
+    params, x, y = problem()
+    r = virtual(net, params, x, eps=0.5, norm="l2", steps=2, key=KEYS)
+    np.testing.assert_array_equal(
+        r, virtual(net, params, x, y, eps=0.5, norm="l2", steps=2, key=KEYS)
+    )
+    with pytest.raises(ValueError, match=r"expected a key: attack\.virtual draws random numbers"):
+        attack.virtual(net, params, x, eps=0.5)
+    with pytest.raises(TypeError, match="expected integer labels"):
+        attack.virtual(net, params, x, np.eye(B, K), eps=0.5, key=KEYS)
+
+
+def test_a_masked_class_and_an_unsound_row_do_not_spoil_the_virtual_attack():
+    params, x, _ = problem()
+
+    def masked(params, x):
+        return net(params, x).at[:, 2].set(-jnp.inf)
+
+    bad = x.copy()
+    bad[1, 0] = np.nan
+    r = np.asarray(attack.virtual(masked, params, bad, eps=0.5, steps=2, key=KEYS))
+    assert np.isnan(r).all(axis=1).tolist() == [False, True] + [False] * (B - 2)
+    assert (np.abs(r[[0, *range(2, B)]]).max(axis=1) > 0).all()

@@ -9,9 +9,11 @@ import pytest
 
 from jaxadv import attack, jacobian, logistic, norms, objectives, perturb, types
 
+# What `attack` has besides attacks.
+BESIDES = {"Cascade", "Stage", "cascade", "dlr", "standard"}
 PERTURB_FNS = {
     **{name: getattr(perturb, name) for name in perturb.__all__},
-    **{name: getattr(attack, name) for name in attack.__all__},
+    **{name: getattr(attack, name) for name in attack.__all__ if name not in BESIDES},
     "partial": partial(perturb.loss, norm="linf"),
 }
 OBJECTIVES = {
@@ -59,8 +61,9 @@ def test_the_logistic_model_is_an_apply_fn():
     accepts(logistic.logits, types.ApplyFn)
 
 
-def test_the_margin_is_a_loss_fn():
-    accepts(jacobian.margin, types.LossFn)
+@pytest.mark.parametrize("loss", [jacobian.margin, attack.dlr])
+def test_the_losses_are_loss_fns(loss):
+    accepts(loss, types.LossFn)
 
 
 def test_the_norms_named_are_those_there_are():

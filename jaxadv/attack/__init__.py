@@ -4,9 +4,46 @@ They compile their own loop: `apply_fn`, the norm and the number of steps are st
 is one compilation for each `apply_fn` object (pass the same object again), and under a caller's
 `jax.jit` the loop is inlined.
 
-- `pgd`: projected gradient steps in an l1, l2 or linf ball.
+In a ball of radius eps:
+
+- `pgd`: projected gradient steps in an l1, l2 or linf ball. `virtual`: the same away from the net's
+  own output, for TRADES.
+- `apgd`, `apgd_targeted`: the same with momentum and step sizes that adapt themselves; `dlr` is
+  a loss for them.
+
+The least perturbation that changes the answer (with eps: cut to that size):
+
+- `deepfool`: least steps over the nearest linearised boundary, on logits or on probabilities.
+- `fmn`: gradient steps in a ball that shrinks onto the boundary.
+- `fab`: projections onto linearised boundaries inside the box, biased towards x.
+
+Without gradients: `square`, random search by square windows of an image.
+
+On the host, over a data set: `autoattack`, the standard ensemble of four of them, and `cascade`,
+which runs any attacks on what those before have left.
 """
 
-from jaxadv.attack.pgd import pgd
+from jaxadv.attack.apgd import apgd, apgd_targeted, dlr
+from jaxadv.attack.autoattack import Cascade, Stage, autoattack, cascade, standard
+from jaxadv.attack.deepfool import deepfool
+from jaxadv.attack.fab import fab
+from jaxadv.attack.fmn import fmn
+from jaxadv.attack.pgd import pgd, virtual
+from jaxadv.attack.square import square
 
-__all__ = ["pgd"]
+__all__ = [
+    "Cascade",
+    "Stage",
+    "apgd",
+    "apgd_targeted",
+    "autoattack",
+    "cascade",
+    "deepfool",
+    "dlr",
+    "fab",
+    "fmn",
+    "pgd",
+    "square",
+    "standard",
+    "virtual",
+]

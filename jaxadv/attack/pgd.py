@@ -7,29 +7,23 @@ the margin form of cross-entropy, whose gradient doesn't die where the net is co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from jaxadv import inputs, jacobian, norms
-from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params
+from jaxadv.attack import search
+from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
-__all__ = ["pgd"]
-
-
-class _Best(NamedTuple):
-    """The most harmful perturbation so far, by (success, loss), of each example."""
-
-    r: jax.Array  # [B, ...]
-    success: jax.Array  # [B]
-    loss: jax.Array  # [B]
+__all__ = ["pgd", "virtual"]
 
 
 def pgd(
-    apply_fn: ApplyFn,
+    apply_fn: ApplyFn | StochasticFn,
     params: Params,
     x: jax.Array,
     y: jax.Array,
@@ -42,6 +36,8 @@ def pgd(
     loss_fn: LossFn = jacobian.margin,
     targeted: bool = False,
     random_start: bool = False,
+    restarts: int = 1,
+    samples: int = 0,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> jax.Array:
@@ -52,6 +48,7 @@ def pgd(
 
     The best point of each example is kept over all iterates, the start included: one that is
     misclassified before one that isn't, then by loss. More steps of the same size never do worse.
+    Restarts begin at random points, and leave an example alone that has been fooled before.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
@@ -67,7 +64,11 @@ def pgd(
         `jacobian.margin`.
       targeted: y are the classes to reach instead of those to leave.
       random_start: start at a random point of the ball instead of at x.
-      key: one key, or one per example, `[B]`; used by `random_start` alone.
+      restarts: how many starts, at least 1; those after the first are at random.
+      samples: 0 for a deterministic net. For one that draws random numbers, `apply_fn(params, x,
+        key)`: how many draws the loss and its gradient are averaged over, new ones at each step
+        (expectation over transformation).
+      key: one key, or one per example, `[B]`; for random starts and `samples`.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
@@ -77,7 +78,8 @@ def pgd(
       TypeError: if `x` or the logits are not floating-point arrays; if `y` are not integers, for
         the default loss.
       ValueError: if shapes don't match, if the norm is unknown, if a Python `eps` or `step_size` is
-        negative, if `steps` < 1, if `bounds` is not a pair, or if `random_start` lacks a key.
+        negative, if `steps` or `restarts` < 1, if `samples` < 0, if `bounds` is not a pair, or if
+        a key is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,7 +91,8 @@ def pgd(
       [[0.0, 0.0]]
 
     References:
-      Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018.
+      Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018; Athalye
+      et al., "Synthesizing Robust Adversarial Examples", 2018, for the random nets.
     """
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}; one step is perturb.loss")
@@ -99,19 +102,96 @@ def pgd(
     step_size = 2.5 * eps / steps if step_size is None else inputs.radius(step_size, x)
     if bounds is not None:
         inputs.box(bounds, x)  # now, while they are numbers
-    keys = inputs.keys(key, x.shape[0], "a random start") if random_start else None
+    keys = search.keys(key, x, random_start, restarts, samples)
     return _run(
-        apply_fn, norm, steps, loss_fn, targeted, params, x, y, eps, step_size, keys, bounds
-    )
+        apply_fn, norm, steps, loss_fn, targeted, random_start, restarts, samples, params, x, y,
+        eps, step_size, keys, bounds,
+    )  # fmt: skip
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run(
+def virtual(
     apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array | None = None,
+    /,
+    *,
+    eps: Eps,
+    norm: Norm = "l2",
+    steps: int = 10,
+    step_size: Eps | None = None,
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+) -> jax.Array:
+    r"""`perturb.virtual` iterated: PGD away from the net's own output, labels unused.
+
+    .. math:: \max_{\|r\| \le \epsilon} D_{KL}(p(x) \,\|\, p(x + r))
+
+    from a random point, since at x the divergence has no gradient. With this adversary
+    `objectives.virtual` is TRADES, its `weight` the paper's :math:`1 / \lambda`. The divergence's
+    gradient, unlike `pgd`'s, dies with a confident net's probabilities: it's for training.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: unused, may be None; checked as integer labels `[B]` if given.
+      eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
+      norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
+      steps: number of steps, at least 1; each a forward and a backward pass.
+      step_size: a scalar or `[B]`; None for 2.5 eps / steps.
+      key: one key, or one per example, `[B]`.
+      bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
+
+    Returns:
+      r, of x's shape and dtype, of a size of at most eps: the point of greatest divergence. Rows
+      are 0 or NaN as in `perturb`.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if the key is missing, if `steps` < 1, if shapes don't match, if the norm is
+        unknown, if a Python `eps` or `step_size` is negative, or if `bounds` is not a pair.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxadv import attack, objectives
+      >>> trades = objectives.virtual(lambda w, x: x @ w, attack.virtual, eps=1.5, weight=6.0)
+      >>> w, x = jnp.array([[3.0, -3.0], [4.0, -4.0]]), jnp.full((1, 2), 0.1)
+      >>> r = attack.virtual(lambda w, x: x @ w, w, x, eps=0.5, key=jax.random.key(0))
+      >>> bool(jnp.allclose(jnp.abs(r), jnp.array([[0.3, 0.4]]), atol=0.05))
+      True
+
+    References:
+      Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", 2019;
+      Miyato et al., "Distributional Smoothing with Virtual Adversarial Training", 2015.
+    """
+    x = inputs.examples(x)
+    if y is not None:
+        inputs.labels(y, x.shape[0])
+    keys = inputs.keys(key, x.shape[0], "attack.virtual")
+    logits = inputs.apply(apply_fn, params, x)
+    own = jax.nn.log_softmax(logits.astype(inputs.wide(logits.dtype)))
+    return pgd(
+        apply_fn, params, x, own, eps=eps, norm=norm, steps=steps, step_size=step_size,
+        loss_fn=_divergence, random_start=True, key=keys, bounds=bounds,
+    )  # fmt: skip
+
+
+def _divergence(logits: jax.Array, log_p: jax.Array) -> jax.Array:
+    log_q = jax.nn.log_softmax(logits)
+    return optax.losses.kl_divergence_with_log_targets(log_q, log_p, where=log_p > -jnp.inf)
+
+
+@partial(jax.jit, static_argnums=range(8))
+def _run(
+    apply_fn: Callable[..., jax.Array],
     norm: Norm,
     steps: int,
     loss_fn: LossFn,
     targeted: bool,
+    random_start: bool,
+    restarts: int,
+    samples: int,
     params: Params,
     x: jax.Array,
     y: jax.Array,
@@ -120,52 +200,30 @@ def _run(
     keys: jax.Array | None,
     bounds: Bounds | None,
 ) -> jax.Array:
-    integer = jnp.issubdtype(y.dtype, jnp.integer) and y.ndim == 1
-    sign = -1 if targeted else 1
-    clean = inputs.apply(apply_fn, params, x)
-    posed = inputs.solvable(clean, y if integer else None)
+    starts, draws = search.streams(keys)
+    problem = search.Problem(
+        apply_fn, params, x, y, loss_fn, targeted=targeted, samples=samples, keys=draws
+    )
+    inside = search.ball(x, eps, norm, bounds)
 
-    def losses(r: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        logits = inputs.apply(apply_fn, params, x + r)
-        # Rows that pose no problem are decided: finite logits keep their derivatives finite.
-        logits = jnp.where(posed[:, None], logits, 0)
-        loss = sign * loss_fn(logits.astype(inputs.wide(logits.dtype)), y)
-        # A sum over examples, so that the gradient of each is its own.
-        return jnp.sum(loss), (loss, logits)
+    def run(restart: jax.Array | int) -> search.Best:
+        def step(
+            i: jax.Array, carry: tuple[jax.Array, search.Best]
+        ) -> tuple[jax.Array, search.Best]:
+            r, best = carry
+            success, loss, g = problem.gradient(r, first + i)
+            best = best.with_point(r, success, loss)
+            direction = norms.steepest(g, norm)
+            # Each step in the dtype of norms: a bfloat16 r would swallow small ones.
+            moved = r.astype(direction.dtype) + inputs.batched(step_size, x) * direction
+            return inside(moved), best
 
-    def succeeds(logits: jax.Array) -> jax.Array:
-        if not integer:
-            return jnp.zeros(x.shape[0], bool)
-        hit = jnp.argmax(logits, axis=1) == y
-        return hit if targeted else ~hit
+        first = restart * (steps + 1)
+        r = jnp.zeros_like(x)
+        if random_start or restarts > 1:
+            at_random = inside(norms.sample(search.fold(starts, restart), x, eps, norm))
+            r = at_random if random_start else jnp.where(restart > 0, at_random, r)
+        r, best = lax.fori_loop(0, steps, step, (r, search.nothing(x)))
+        return best.with_point(r, *problem.value(r, first + steps))
 
-    def keep(best: _Best, r: jax.Array, loss: jax.Array, logits: jax.Array) -> _Best:
-        success = succeeds(logits)
-        better = jnp.where(success == best.success, loss > best.loss, success)
-        return _Best(
-            jnp.where(inputs.batched(better, r), r, best.r),
-            success | best.success,
-            jnp.where(better, loss, best.loss),
-        )
-
-    def inside(r: jax.Array) -> jax.Array:
-        r = norms.project(r, eps, norm)
-        return r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
-
-    def step(_: int, carry: tuple[jax.Array, _Best]) -> tuple[jax.Array, _Best]:
-        r, best = carry
-        (_, (loss, logits)), g = jax.value_and_grad(losses, has_aux=True)(r)
-        best = keep(best, r, loss, logits)
-        # Each step in the dtype of norms: a bfloat16 r would swallow small ones.
-        direction = norms.steepest(g.astype(inputs.wide(x.dtype)), norm)
-        moved = r.astype(direction.dtype) + inputs.batched(step_size, x) * direction
-        return inside(moved), best
-
-    r = jnp.zeros_like(x) if keys is None else inside(norms.sample(keys, x, eps, norm))
-    nowhere = jnp.full(x.shape[0], -jnp.inf, inputs.wide(x.dtype))
-    best = _Best(jnp.zeros_like(x), jnp.zeros(x.shape[0], bool), nowhere)
-    r, best = lax.fori_loop(0, steps, step, (r, best))
-    _, (loss, logits) = losses(r)
-    best = keep(best, r, loss, logits)
-    r = jnp.where(inputs.batched(posed, x), best.r, 0)
-    return jnp.where(inputs.batched(inputs.finite(x, clean), x), r, jnp.nan)
+    return problem.answer(search.restarted(run, restarts, search.nothing(x)).r)

@@ -1,24 +1,9 @@
-"""Accuracies that can be counted on: a mask per example, and what went wrong in making it.
-
-The unit is one example, not a batch's mean: every function here gives arrays `[n]` that cover every
-example, the last short batch included, so that worst case and transfer are logical operations on
-masks, and counts add up over batches.
-
-An example that is misclassified to begin with is wrong whatever its r is. So is one with a label
-outside 0..K-1, or with NaN or infinity in its input or +inf or NaN in its logits. These are
-counted, and so are perturbations that are exactly 0 (no usable gradient), since a zero gradient
-makes a net look robust that isn't.
-
-Pure, for use under `jax.jit`: `correct`, `measure`, `count`, `merge`. On the host, over a data set
-in batches: `clean`, `robust`, `perturbations`, `curve`. They compile once for each `apply_fn` and
-`perturb_fn` object: make a `functools.partial` once and pass it again.
-"""
+"""Masks: which examples of a data set are right, as they are and as perturbed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial, reduce
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import inputs, norms
+from jaxadv import host, inputs, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
 __all__ = [
@@ -116,12 +101,7 @@ def correct(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array) -> ja
     """
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
-    return _right(inputs.apply(apply_fn, params, x), x, y)
-
-
-def _right(logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    masked = jnp.all(jnp.isneginf(logits), axis=1)  # argmax would name class 0
-    return (jnp.argmax(logits, axis=1) == y) & inputs.finite(x, logits) & ~masked
+    return inputs.right(inputs.apply(apply_fn, params, x), x, y)
 
 
 def measure(
@@ -161,12 +141,12 @@ def measure(
         )
     moved = x + r
     logits, moved_logits = (inputs.apply(apply_fn, params, v) for v in (x, moved))
-    right = _right(logits, x, y)
+    right = inputs.right(logits, x, y)
     finite = inputs.finite(x, logits) & inputs.finite(moved, moved_logits)
     of_example = tuple(range(1, r.ndim))
     return Outcome(
         clean=right,
-        robust=right & _right(moved_logits, moved, y),
+        robust=right & inputs.right(moved_logits, moved, y),
         norm=norms.norm(r, norm),
         zero=jnp.all(r == 0, axis=of_example),
         nonfinite=~(finite & jnp.all(jnp.isfinite(r), axis=of_example)),
@@ -306,9 +286,9 @@ def clean(apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, batch_size: int 
       >>> evaluate.accuracy(mask)
       0.6666666666666666
     """
-    x, y = _on_host("clean", x, y, params)
+    x, y = host.arrays("evaluate.clean", x, y, params)
     batch = partial(_clean_batch, apply_fn, params)
-    return np.asarray(_over_batches(batch, (x, y), batch_size))
+    return np.asarray(host.over_batches(batch, (x, y), batch_size))
 
 
 def perturbations(
@@ -353,9 +333,9 @@ def perturbations(
       >>> evaluate.clean(other, None, x + r, y).tolist()
       [False, False]
     """
-    x, y = _on_host("perturbations", x, y, (params, eps, key, bounds))
-    batch = partial(_perturb_batch, apply_fn, perturb_fn, params, _checked(bounds, x))
-    return np.asarray(_over_batches(batch, (x, y, *_per_example(x, eps, key)), batch_size))
+    x, y = host.arrays("evaluate.perturbations", x, y, (params, eps, key, bounds))
+    batch = partial(_perturb_batch, apply_fn, perturb_fn, params, host.checked(bounds, x))
+    return np.asarray(host.over_batches(batch, (x, y, *host.per_example(x, eps, key)), batch_size))
 
 
 def robust(
@@ -369,6 +349,7 @@ def robust(
     norm: Norm = "l2",
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
+    source: tuple[ApplyFn, Params] | None = None,
     batch_size: int = 500,
 ) -> Outcome:
     """Attack a data set and measure what became of each example.
@@ -383,6 +364,8 @@ def robust(
       norm: the norm that sizes are measured in.
       key: one key, split per example, or `[n]` keys; None for methods that draw nothing.
       bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
+      source: another net with its parameters, to make the perturbations on (transfer); None for the
+        net itself.
       batch_size: how many go through the net at a time; the result doesn't depend on it but for
         rounding.
 
@@ -401,9 +384,12 @@ def robust(
       >>> evaluate.accuracy(outcome.clean), evaluate.accuracy(outcome.robust)
       (1.0, 0.5)
     """
-    x, y = _on_host("robust", x, y, (params, eps, key, bounds))
-    batch = partial(_robust_batch, apply_fn, perturb_fn, norm, params, _checked(bounds, x))
-    leaves = _over_batches(batch, (x, y, *_per_example(x, eps, key)), batch_size)
+    x, y = host.arrays("evaluate.robust", x, y, (params, eps, key, bounds, source))
+    of, of_params = source or (apply_fn, params)
+    batch = partial(
+        _robust_batch, apply_fn, of, perturb_fn, norm, params, of_params, host.checked(bounds, x)
+    )
+    leaves = host.over_batches(batch, (x, y, *host.per_example(x, eps, key)), batch_size)
     return jax.tree.map(np.asarray, leaves)
 
 
@@ -448,12 +434,12 @@ def curve(
       >>> evaluate.curve(net, None, x, y, perturb.loss, eps=[0.0, 1.0, 3.0]).tolist()
       [[True, True], [True, False], [False, False]]
     """
-    x, y = _on_host("curve", x, y, (params, key))
+    x, y = host.arrays("evaluate.curve", x, y, (params, key))
     for size in eps:
         inputs.radius(size, x[:0])
     sizes = jnp.asarray(eps, inputs.wide(x.dtype))
     batch = partial(_curve_batch, apply_fn, perturb_fn, params, sizes)
-    masks = _over_batches(batch, (x, y, *_per_example(x, 1.0, key)), batch_size)
+    masks = host.over_batches(batch, (x, y, *host.per_example(x, 1.0, key)), batch_size)
     return np.asarray(masks).T
 
 
@@ -476,19 +462,21 @@ def _perturb_batch(
     return perturb_fn(apply_fn, params, x, y, eps=eps, key=key, bounds=bounds)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _robust_batch(
     apply_fn: ApplyFn,
+    source_fn: ApplyFn,
     perturb_fn: PerturbFn,
     norm: Norm,
     params: Params,
+    source_params: Params,
     bounds: Bounds | None,
     x: jax.Array,
     y: jax.Array,
     eps: jax.Array,
     key: jax.Array | None,
 ) -> Outcome:
-    r = perturb_fn(apply_fn, params, x, y, eps=eps, key=key, bounds=bounds)
+    r = perturb_fn(source_fn, source_params, x, y, eps=eps, key=key, bounds=bounds)
     return measure(apply_fn, params, x, y, r, norm=norm)
 
 
@@ -511,51 +499,3 @@ def _curve_batch(
 
     # One size at a time: a batch of the usual size fills the machine already.
     return (jax.lax.map(at, sizes) & correct(apply_fn, params, x, y)[None]).T
-
-
-def _on_host(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
-    # Under jit even a constant becomes a tracer.
-    if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((x, y, others, jnp.zeros(())))):
-        raise TypeError(
-            f"expected arrays, got a tracer: evaluate.{name} loops over a data set on the host; "
-            "under jit, vmap or grad use evaluate.correct or evaluate.measure on a batch"
-        )
-    inputs.examples(x[:0])
-    inputs.labels(y[:0], 0)
-    if len(x) != len(y):
-        raise ValueError(
-            f"expected as many labels as examples, got {len(y)} labels for {len(x)} examples; "
-            "pass the labels of this very data set"
-        )
-    return x, y
-
-
-def _checked(bounds: Bounds | None, x: Any) -> Bounds | None:
-    if bounds is not None:
-        inputs.box(bounds, jnp.zeros((1, *x.shape[1:]), x.dtype))
-    return bounds
-
-
-def _per_example(x: Any, eps: Eps, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """Return the size and the key of each example: what it gets doesn't depend on its batch."""
-    n = len(x)
-    sizes = inputs.radius(eps, x)
-    return sizes, None if key is None else inputs.keys(key, n, "")
-
-
-def _over_batches(fn: Callable[..., Any], arrays: tuple[Any, ...], batch_size: int) -> Any:
-    """Apply a compiled function to batches of one shape, and join what it returns.
-
-    The last batch is filled up with copies of the last example, whose results are dropped: one
-    shape, one compilation.
-    """
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}; 500 suits most machines")
-    n = len(arrays[0])
-    size = max(1, min(batch_size, n))
-    parts = []
-    for start in range(0, max(n, 1), size):
-        rows = np.minimum(np.arange(start, start + size), n - 1) if n else np.arange(0)
-        batch = [None if a is None else a[rows] for a in arrays]
-        parts.append(jax.tree.map(itemgetter(slice(n - start)), fn(*batch)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

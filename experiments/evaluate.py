@@ -1,0 +1,424 @@
+"""Robust accuracy of any net: saved weights or a function of one's own, under any attack.
+
+    python experiments/evaluate.py experiments/results/mnist_mlp/lwa/params.safetensors --eps 1.5
+    python experiments/evaluate.py mymodule:apply_fn --weights w.safetensors --data DIR --eps 0.5
+    python experiments/evaluate.py --help        # every setting
+
+NET is a file of weights that an experiment of this folder wrote (the net is recognised by their
+shapes), or `module:function` for one's own `(params, x) -> logits`, whose params are the arrays of
+--weights, nested by the parts of their names between "/" (None without).
+
+--attacks names what to run: `standard` is AutoAttack's ensemble, `check` looks for signs that the
+figures shouldn't be believed. The images go through in blocks; each is saved when it is done, and
+the same command goes on where it was interrupted. Writes results.json and results.md to --out,
+beside what is there of other nets, sizes and attacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from experiments import data, models, report, training
+from jaxadv import attack, evaluate, perturb
+from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
+
+AttackName = Literal[
+    "one-step", "alpha", "deepfool", "fmn", "pgd", "pgd-100x10", "apgd", "fab", "square",
+    "standard", "check",
+]  # fmt: skip
+
+LABELS = {
+    "clean": "Clean",
+    "one-step": "One step",
+    "alpha": "Adv_Alpha",
+    "deepfool": "DeepFool",
+    "fmn": "FMN",
+    "fab": "FAB-T",
+    "square": "Square",
+    "apgd": "APGD",
+    "pgd": "PGD-100",
+    "pgd-100x10": "PGD-100x10",
+    "standard": "AutoAttack",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Attack a net and report its robust accuracy."""
+
+    net: Annotated[str, tyro.conf.Positional]
+    """A file of weights, or `module:function`."""
+    name: str = ""
+    """What to call the net in the table; by default its file's folder, or the function."""
+    weights: Path | None = None
+    """Parameters for a function of one's own."""
+    data: str = "mnist"
+    """`mnist`, `cifar10`, or a folder with test/CLASS/*.png or jpg."""
+    subtract: float | None = None
+    """Images are (pixels - subtract) / divide: 0 and 256 for mnist, 117 and 256 for cifar10, 0 and
+    255 for a folder."""
+    divide: float | None = None
+    """See subtract. The box is where pixels from 0 to this end up."""
+    crop: int | None = None
+    """Side of the part of the images' middle that is used; 28 for cifar10, else all."""
+    attacks: tuple[AttackName, ...] = ("one-step", "pgd-100x10", "standard")
+    """What to run."""
+    eps: tuple[float, ...] = (1.5,)
+    """Sizes of the perturbations."""
+    norm: Norm = "l2"
+    """Of these sizes."""
+    box: bool = True
+    """Whether perturbed images stay in the range of pixels."""
+    n: int = 1000
+    """How many test images."""
+    seed: int = 0
+    """Of the attacks' random numbers."""
+    block: int = 500
+    """Images between two savings."""
+    batch_size: int = 500
+    """Images perturbed at once."""
+    out: Path = Path("runs/evaluate")
+    """Where results go."""
+
+
+class Problem(NamedTuple):
+    """What is evaluated."""
+
+    apply_fn: ApplyFn
+    params: Params
+    x: np.ndarray
+    y: np.ndarray
+    bounds: Bounds | None
+    identity: dict[str, Any]  # all that the figures depend on but attack, size and seed
+
+
+class _Scale(NamedTuple):
+    """How pixels become a net's input."""
+
+    subtract: float
+    divide: float
+    crop: int | None = None
+
+
+@cache
+def methods(name: AttackName, norm: Norm) -> Mapping[str, PerturbFn]:
+    """Return an attack's parts by name; the same objects each time."""
+    if name == "standard":
+        return attack.standard(norm)
+    known: dict[str, PerturbFn] = {
+        "one-step": partial(perturb.loss, norm=norm),
+        "alpha": partial(perturb.alpha, norm=norm),
+        "deepfool": partial(attack.deepfool, norm=norm),
+        "fmn": partial(attack.fmn, norm=norm, steps=1000),
+        "pgd": partial(attack.pgd, norm=norm),
+        "pgd-100x10": partial(attack.pgd, norm=norm, random_start=True, restarts=10),
+        "apgd": partial(attack.apgd, norm=norm),
+        "fab": partial(attack.fab, norm=norm),
+        "square": partial(attack.square, norm=norm),
+    }
+    return {name: known[name]}
+
+
+def load_net(settings: Settings) -> tuple[ApplyFn, Params, str]:
+    """Return the net, its parameters and what it is.
+
+    Raises:
+      FileNotFoundError: if a file of weights isn't there.
+      ValueError: if the module or its function isn't there, or the weights aren't those of a net of
+        this folder.
+    """
+    if ":" not in settings.net:
+        params = load_weights(Path(settings.net))
+        net = models.recognised(params)
+        return models.function(net), params, models.describe(net)
+    module_name, function_name = settings.net.split(":", 1)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        apply_fn = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"expected a function {function_name} in a module {module_name}, got: {error}; "
+            "name it module:function, from the folder that the module is in"
+        ) from error
+    params = None if settings.weights is None else load_weights(settings.weights)
+    return apply_fn, params, settings.net
+
+
+def load_weights(path: Path) -> Params:
+    """Return the arrays of a safetensors file, nested by the parts of their names.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a file of weights, got {path}, which isn't there; "
+            "name a .safetensors file, or module:function"
+        )
+    params: dict[str, Any] = {}
+    for name, array in load_file(path).items():
+        *folders, leaf = name.split("/")
+        inner = params
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[leaf] = jnp.asarray(array)
+    return params
+
+
+def load(settings: Settings) -> Problem:
+    """Return the net and the images.
+
+    Raises:
+      ValueError: as `load_net`; if the crop is larger than the images.
+    """
+    apply_fn, params, network = load_net(settings)
+    if settings.data == "mnist":
+        images, source, usual = data.mnist(), "mnist", _Scale(0, 256)
+    elif settings.data == "cifar10":
+        images, source, usual = data.cifar10(), "cifar10", _Scale(117, 256, crop=28)
+    else:
+        images = data.image_folder(settings.data)
+        source, usual = data.describe(settings.data, images), _Scale(0, 255)
+    subtract = usual.subtract if settings.subtract is None else settings.subtract
+    divide = usual.divide if settings.divide is None else settings.divide
+    crop = usual.crop if settings.crop is None else settings.crop
+    pixels, labels = images.test_images, images.test_labels
+    # A folder's images come class by class; MNIST's have no order.
+    order = np.arange(len(labels))
+    if settings.data != "mnist":
+        _, order = data.split(len(labels), len(labels), seed=0)
+    chosen = order[: settings.n]
+    height, width = pixels.shape[1:3]
+    side = crop or max(height, width)
+    if crop and crop > min(height, width):
+        raise ValueError(
+            f"expected a crop of at most {min(height, width)}, got {crop}; images are "
+            f"{height}x{width}"
+        )
+    top, left = (max(0, (length - side) // 2) for length in (height, width))
+    x = np.asarray(pixels[chosen][:, top : top + side, left : left + side], np.float32)
+    x = (x - np.float32(subtract)) / np.float32(divide)
+    bounds = (-subtract / divide, (divide - subtract) / divide) if settings.box else None
+    identity = {
+        "experiment": "evaluate",
+        "method": settings.name or _short_name(settings),
+        "network": network,
+        "weights": _digest(params),
+        "data": source,
+        "subtract": subtract,
+        "divide": divide,
+        "crop": crop,
+        "box": settings.box,
+        "n": len(chosen),
+    }
+    return Problem(apply_fn, params, x, np.asarray(labels[chosen]), bounds, identity)
+
+
+def _short_name(settings: Settings) -> str:
+    path = Path(settings.net)
+    return settings.net if ":" in settings.net else f"{path.parents[1].name}/{path.parent.name}"
+
+
+def _digest(params: Params) -> str:
+    content = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        content.update(np.ascontiguousarray(leaf).tobytes())
+    return content.hexdigest()[:16]
+
+
+def run(settings: Settings, console: Console) -> list[report.Row]:
+    """Attack in every way that is asked for; return the rows of these and of earlier runs."""
+    problem = load(settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    results = settings.out / "results.json"
+    with training.bars(console) as progress:
+        for name, eps in itertools.product(settings.attacks, settings.eps):
+            identity = {
+                **problem.identity,
+                "attack": name,
+                "eps": eps,
+                "norm": settings.norm,
+                "seed": settings.seed,
+                "versions": report.versions(),
+                "device": report.device(),
+            }
+            rows = report.load_rows(results)
+            if any(identity.items() <= row.items() for row in rows):
+                continue
+            if name == "check":
+                row = {**identity, **check(settings, problem, eps)}
+            else:
+                n_blocks = -(-len(problem.y) // settings.block)
+                bar = progress.add_task(
+                    f"{identity['method']}: {name}, {eps:g}", total=n_blocks, note=""
+                )
+                blocks = []
+                for start in range(0, len(problem.y), settings.block):
+                    blocks.append(_block(settings, problem, identity, start))
+                    standing = np.concatenate([block["robust"] for block in blocks])
+                    progress.update(bar, advance=1, note=f"robust {standing.mean():.4f}")
+                row = {**identity, **_row(problem, blocks, settings)}
+
+            def place(row: report.Row) -> list[Any]:
+                return [row[k] for k in ("method", "data", "attack", "norm", "eps", "n", "seed")]
+
+            kept = [old for old in rows if place(old) != place(row)]
+            report.save_rows(results, [*kept, row])
+    return report.load_rows(results)
+
+
+def _block(
+    settings: Settings, problem: Problem, identity: dict[str, Any], start: int
+) -> dict[str, Any]:
+    """Attack some images, or read what came of it."""
+    rows = slice(start, start + settings.block)
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = settings.out / "blocks" / f"{name}-{settings.block}-{start}.npz"
+    if not path.exists():
+        parts = methods(identity["attack"], settings.norm)
+        keys = jax.random.split(jax.random.key(settings.seed), len(problem.y))
+        begin = time.perf_counter()
+        found = evaluate.ensemble(
+            problem.apply_fn, problem.params, problem.x[rows], problem.y[rows], parts,
+            eps=identity["eps"], norm=settings.norm, key=keys[rows], bounds=problem.bounds,
+            batch_size=settings.batch_size,
+        )  # fmt: skip
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_suffix(".unfinished.npz")
+        np.savez_compressed(
+            unfinished,
+            r=found.r,
+            clean=found.outcome.clean,
+            robust=found.outcome.robust,
+            norm=found.outcome.norm,
+            nonfinite=found.outcome.nonfinite,
+            seconds=time.perf_counter() - begin,
+            names=np.array(list(found.stages)),
+            tried=np.array([stage.tried for stage in found.stages.values()]),
+            fooled=np.array([stage.fooled for stage in found.stages.values()]),
+            stage_seconds=np.array([stage.seconds for stage in found.stages.values()]),
+        )
+        unfinished.replace(path)
+    with np.load(path) as saved:
+        return dict(saved)
+
+
+def _row(problem: Problem, blocks: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
+    """Return what a row says of an attack."""
+    together = {key: np.concatenate([block[key] for block in blocks])
+                for key in ("clean", "robust", "norm", "nonfinite")}  # fmt: skip
+    low, high = evaluate.interval(together["robust"])
+    stages = {}
+    standing = together["clean"].copy()
+    for i, name in enumerate(blocks[0]["names"].tolist()):
+        fooled = np.concatenate([block["fooled"][i] for block in blocks])
+        standing &= ~fooled
+        stages[name] = {
+            "tried": int(sum(block["tried"][i].sum() for block in blocks)),
+            "fooled": int(fooled.sum()),
+            "robust": float(standing.mean()),
+            "seconds": round(float(sum(block["stage_seconds"][i] for block in blocks)), 1),
+        }
+    return {
+        "columns": {
+            "clean": evaluate.accuracy(together["clean"]),
+            "robust": evaluate.accuracy(together["robust"]),
+        },
+        "interval": [low, high],
+        "stages": stages,
+        "counts": {
+            "nonfinite": int(together["nonfinite"].sum()),
+            "max_norm": float(together["norm"].max()),
+        },
+        "seconds": round(float(sum(block["seconds"] for block in blocks)), 1),
+        "settings": {"batch_size": settings.batch_size, "block": settings.block},
+    }
+
+
+def check(settings: Settings, problem: Problem, eps: float) -> dict[str, Any]:
+    """Return what a row says of signs that figures shouldn't be believed."""
+    n = min(300, len(problem.y))  # as many as the differences that it looks for need
+    found = evaluate.check(
+        problem.apply_fn, problem.params, problem.x[:n], problem.y[:n], eps=eps,
+        norm=settings.norm, key=jax.random.key(settings.seed), bounds=problem.bounds,
+        batch_size=settings.batch_size,
+    )  # fmt: skip
+    return {
+        "flags": {flag.name: flag.message for flag in found.flags},
+        "columns": found.figures,
+        "settings": {"n": n},
+    }
+
+
+def tables(rows: Sequence[report.Row]) -> list[str]:
+    """Return Markdown: for each problem a table of nets and attacks, with its flags."""
+    lines: list[str] = []
+
+    def place(row: report.Row) -> tuple[Any, ...]:
+        return row["data"], row["norm"], row["eps"], row["box"], row["n"]
+
+    for key in dict.fromkeys(map(place, rows)):
+        here = [row for row in rows if place(row) == key]
+        source, norm, eps, box, n = key
+        lines += [f"# {source}: {norm} size {eps:g}, {n:,} images", ""]
+        attacked = [row for row in here if row["attack"] != "check"]
+        shown = [name for name in LABELS if any(row["attack"] == name for row in attacked)]
+        lines.append("| Net | Clean | " + " | ".join(LABELS[name] for name in shown) + " |")
+        lines.append("|---|---|" + "---|" * len(shown))
+        for method in dict.fromkeys(row["method"] for row in attacked):
+            own = [row for row in attacked if row["method"] == method]
+            cells = [_cell([row for row in own if row["attack"] == name]) for name in shown]
+            clean = own[0]["columns"]["clean"]
+            lines.append(f"| {method} | {clean:.4f} | " + " | ".join(cells) + " |")
+        lines += [
+            "",
+            "Perturbed images " + ("stay" if box else "don't stay") + " in the pixel range.",
+            "",
+        ]
+        for row in here:
+            if row["attack"] == "check":
+                raised = "; ".join(row["flags"].values()) or "nothing to doubt was found"
+                lines += [f"- {row['method']}: {raised}.", ""]
+    return lines
+
+
+def _cell(rows: Sequence[report.Row]) -> str:
+    if not rows:
+        return ""
+    if len(rows) > 1:
+        values = [row["columns"]["robust"] for row in rows]
+        return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+    low, high = rows[0]["interval"]
+    return f"{rows[0]['columns']['robust']:.4f} [{low:.3f}, {high:.3f}]"
+
+
+def main() -> None:
+    """Run from the command line."""
+    settings = tyro.cli(Settings, description=__doc__)
+    console = Console()
+    lines = tables(run(settings, console))
+    (settings.out / "results.md").write_text("\n".join(lines))
+    console.print("\n".join(lines), highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    main()

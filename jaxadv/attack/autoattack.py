@@ -1,0 +1,255 @@
+"""The standard ensemble: four attacks without parameters to choose, each on what is left.
+
+A single attack fails now and then for reasons that have nothing to do with robustness. AutoAttack
+(Croce and Hein, 2020) takes the worst of four that fail for different reasons: `apgd` on
+cross-entropy, `apgd_targeted`, `fab`, and `square`, which doesn't use gradients at all. An example
+that one has fooled needs no other, so each works on the rest (`cascade`, with attacks of one's
+own).
+
+These run on the host: which examples go on is known only when an attack has ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxadv import host, inputs, norms
+from jaxadv.attack.apgd import apgd, apgd_targeted
+from jaxadv.attack.fab import fab
+from jaxadv.attack.square import square
+from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
+
+__all__ = ["Cascade", "Stage", "autoattack", "cascade", "standard"]
+
+
+class Stage(NamedTuple):
+    """What one attack of a cascade did.
+
+    Attributes:
+      tried: which examples it was run on, bool `[n]`.
+      fooled: which of them it misled the net about, bool `[n]`.
+      seconds: how long it took, compilation included.
+    """
+
+    tried: NDArray[np.bool_]
+    fooled: NDArray[np.bool_]
+    seconds: float
+
+
+class Cascade(NamedTuple):
+    """The worst of several attacks.
+
+    Attributes:
+      r: the perturbation that misled the net, `[n, ...]`; 0 where none did.
+      clean: classified right without one, bool `[n]`.
+      robust: classified right under every attack, bool `[n]`.
+      stages: what each attack did, by name, in order.
+    """
+
+    r: NDArray[Any]
+    clean: NDArray[np.bool_]
+    robust: NDArray[np.bool_]
+    stages: dict[str, Stage]
+
+
+@cache
+def standard(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
+    """The attacks of the standard ensemble with their published budgets.
+
+    `apgd-ce`: 100 steps (l1: 5 restarts). `apgd-t`: 100 steps for each of 9 targets (l1: 5).
+    `fab-t`: likewise. `square`: 5000 queries.
+
+    Args:
+      norm: `"l1"`, `"l2"` or `"linf"`.
+
+    Returns:
+      Attacks by name; the same objects for each call, so that they are compiled once. There is no
+      `square` for l1.
+
+    Raises:
+      ValueError: if the norm is unknown.
+
+    Example:
+      >>> from jaxadv import attack
+      >>> list(attack.standard("linf"))
+      ['apgd-ce', 'apgd-t', 'fab-t', 'square']
+
+    References:
+      Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+      parameter-free attacks", 2020; for l1 "Mind the box: l1-APGD for sparse adversarial attacks on
+      image classifiers", 2021.
+    """
+    norms.dual(norm)  # known?
+    sparse = norm == "l1"
+    n_targets = 5 if sparse else 9
+    attacks: dict[str, PerturbFn] = {
+        "apgd-ce": partial(apgd, norm=norm, restarts=5 if sparse else 1),
+        "apgd-t": partial(apgd_targeted, norm=norm, n_targets=n_targets),
+        "fab-t": partial(fab, norm=norm, n_targets=n_targets),
+    }
+    if not sparse:
+        attacks["square"] = partial(square, norm=norm)
+    return attacks
+
+
+def autoattack(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    /,
+    *,
+    eps: Eps,
+    norm: Norm = "l2",
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+    batch_size: int = 500,
+) -> NDArray[Any]:
+    """AutoAttack: the standard ensemble, each attack on the examples that the others left.
+
+    A host driver over a whole data set, with the arguments of the other attacks. For what each
+    attack did, see `cascade` and `jaxadv.evaluate.ensemble`.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      params: the first argument of `apply_fn`.
+      x: `[n, H, W, C]`, floating point, on the host or the device (`[n, ...]` for l1).
+      y: integer labels, `[n]`.
+      eps: the ball's radius, a scalar or `[n]`.
+      norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
+      key: one key, or one per example, `[n]`.
+      bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
+      batch_size: how many go through the net at a time.
+
+    Returns:
+      r, `[n, ...]`, of x's dtype, on the host: 0 where x is misclassified already or no attack
+      succeeded.
+
+    Raises:
+      TypeError: as the attacks; and under a trace.
+      ValueError: as the attacks; without a key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxadv import attack
+      >>> x, y = jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), jnp.array([0, 1])
+      >>> net = lambda _, x: x
+      >>> r = attack.autoattack(net, None, x, y, eps=1.0, norm="l1", key=jax.random.key(0))
+      >>> jnp.argmax(x + r, axis=1).tolist()[0]
+      0
+
+    References:
+      Croce and Hein, 2020.
+    """
+    return cascade(
+        apply_fn, params, x, y, standard(norm),
+        eps=eps, key=key, bounds=bounds, batch_size=batch_size,
+    ).r  # fmt: skip
+
+
+def cascade(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    attacks: Mapping[str, PerturbFn],
+    *,
+    eps: Eps,
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+    batch_size: int = 500,
+) -> Cascade:
+    """Several attacks, each on the examples that are still classified right.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, on the host or the device.
+      y: integer labels, `[n]`.
+      attacks: by name, in order; each a method or a `functools.partial` of one (made once).
+      eps: the size, a scalar or `[n]`.
+      key: one key, or one per example, `[n]`; None for methods that draw nothing. Each attack
+        gets keys of its own.
+      bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
+      batch_size: how many go through the net at a time. What remains of the examples is cut into
+        batches of this size and of an eighth of it, so that each attack compiles twice at most.
+
+    Returns:
+      `Cascade`.
+
+    Raises:
+      TypeError: as the attacks; and under a trace.
+      ValueError: as the attacks; if there are none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import attack, perturb
+      >>> x, y = jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
+      >>> attacks = {"one step": perturb.loss, "pgd": attack.pgd}
+      >>> result = attack.cascade(lambda _, x: x, None, x, y, attacks, eps=1.0)
+      >>> result.robust.tolist(), result.stages["pgd"].tried.tolist()
+      ([True, False], [True, False])
+    """
+    if not attacks:
+        raise ValueError("expected at least one attack, got none; pass attack.standard(norm)")
+    x, y = host.arrays("attack.cascade", x, y, (params, eps, key, bounds))
+    bounds = host.checked(bounds, x)
+    sizes, keys = host.per_example(x, eps, key)
+    clean = np.asarray(host.over_batches(partial(_right, apply_fn, params), (x, y), batch_size))
+    robust, worst = clean.copy(), np.zeros(x.shape, x.dtype)
+    stages = {}
+    for number, (name, method) in enumerate(attacks.items()):
+        start, tried = time.perf_counter(), robust.copy()
+        own = None if keys is None else _own(keys, number)
+        for rows, size in _batches(np.flatnonzero(tried), min(batch_size, len(y))):
+            filled = np.resize(rows, size)  # repeated; what is too much is dropped
+            batch = [None if a is None else a[filled] for a in (x, y, sizes, own)]
+            r, fooled = _attack(apply_fn, method, params, bounds, *batch)
+            hit = np.asarray(fooled)[: len(rows)]
+            worst[rows[hit]] = np.asarray(r)[: len(rows)][hit]
+            robust[rows[hit]] = False
+        stages[name] = Stage(tried, tried & ~robust, time.perf_counter() - start)
+    return Cascade(worst, clean, robust, stages)
+
+
+def _batches(rows: NDArray[np.intp], batch_size: int) -> list[tuple[NDArray[np.intp], int]]:
+    """Cut indices into batches; return them with the size that each is to be filled up to."""
+    small = max(1, batch_size // 8)
+    cut = len(rows) - len(rows) % batch_size
+    rest = len(rows) - cut
+    size = small if rest <= batch_size - small else batch_size
+    batches = [(rows[at : at + batch_size], batch_size) for at in range(0, cut, batch_size)]
+    return batches + [(rows[at : at + size], size) for at in range(cut, len(rows), size)]
+
+
+@jax.jit
+def _own(keys: jax.Array, number: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+
+
+@partial(jax.jit, static_argnums=0)
+def _right(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    x = inputs.examples(x)
+    return inputs.right(inputs.apply(apply_fn, params, x), x, inputs.labels(y, x.shape[0]))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _attack(
+    apply_fn: ApplyFn,
+    method: PerturbFn,
+    params: Params,
+    bounds: Bounds | None,
+    x: jax.Array,
+    y: jax.Array,
+    eps: jax.Array,
+    keys: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    r = method(apply_fn, params, x, y, eps=eps, key=keys, bounds=bounds)
+    return r, ~_right(apply_fn, params, x + r, y)

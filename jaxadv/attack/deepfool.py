@@ -1,0 +1,185 @@
+r"""DeepFool: least steps over the nearest linearised boundary, until it is crossed.
+
+One step of it is `perturb.alpha` without a size, on logits instead of probabilities: for each class
+j but y the distance to the linearised boundary is :math:`|z_y - z_j| / \|\nabla (z_j - z_y)\|_*`,
+and the nearest class is taken. On probabilities it *is* Adv_Alpha, repeated (Huang et al., 2015,
+Algorithm 1); since the softmax of a confident net is flat, its steps are far too long there, and
+it's the final bisection that makes the answer small.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxadv import inputs, jacobian, norms, perturb
+from jaxadv.attack import search
+from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
+
+__all__ = ["deepfool"]
+
+
+def deepfool(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    /,
+    *,
+    eps: Eps | None = None,
+    norm: Norm = "l2",
+    steps: int = 50,
+    overshoot: float = 0.02,
+    output: Literal["logits", "probabilities"] = "logits",
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+) -> jax.Array:
+    r"""DeepFool: repeated least steps over the nearest linearised decision boundary.
+
+    .. math:: r \leftarrow r + \frac{|z_y - z_I|}{\|d_I\|_*} \arg\max_{\|u\| \le 1} \langle d_I, u
+              \rangle, \qquad d_j = \nabla_x (z_j - z_y)(x + r), \quad
+              I = \arg\min_j \frac{|z_y - z_j|}{\|d_j\|_*}
+
+    until :math:`(1 + \text{overshoot}) r` changes the answer; then a bisection between 0 and there.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: integer labels, `[B]`.
+      eps: None for the least r found. With a size, a scalar or `[B]`: where that r is larger, the
+        nearest point of the ball of that radius, so that sizes never exceed eps.
+      norm: the norm that is minimal: `"l1"`, `"l2"` or `"linf"`.
+      steps: number of steps at most, at least 1; each a forward and K - 1 backward passes.
+      overshoot: by how much r is lengthened to cross the boundary, at least 0.
+      output: what is linearised: `"logits"`, or `"probabilities"` for Adv_Alpha repeated.
+      key: ignored; this method draws nothing.
+      bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
+
+    Returns:
+      r, of x's shape and dtype: exactly 0 where x is misclassified already, and where no r that
+      changes the answer was found. Rows are 0 or NaN as in `perturb`.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if shapes don't match, if the norm or the output is unknown, if a Python `eps` is
+        negative, if `steps` < 1, if `overshoot` < 0, or if `bounds` is not a pair.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import attack
+      >>> w = jnp.array([[3.0, -3.0], [4.0, -4.0]])
+      >>> x, y = jnp.array([[1.0, 0.5]]), jnp.array([0])
+      >>> r = attack.deepfool(lambda w, x: x @ w, w, x, y)
+      >>> bool(jnp.allclose(r, jnp.array([[-0.6, -0.8]]), rtol=0.01))
+      True
+
+    References:
+      Moosavi-Dezfooli, Fawzi and Frossard, "DeepFool: a simple and accurate method to fool deep
+      neural networks", 2015.
+    """
+    if steps < 1:
+        raise ValueError(f"expected steps >= 1, got {steps}; one step is perturb.alpha's")
+    if not overshoot >= 0:
+        raise ValueError(f"expected overshoot >= 0, got {overshoot}; 0.02 is the published number")
+    if output not in _STEPS:
+        raise ValueError(
+            f"expected output to be one of {', '.join(map(repr, _STEPS))}, got {output!r}; "
+            "choose what is linearised"
+        )
+    norms.dual(norm)  # known?
+    x = inputs.examples(x)
+    y = inputs.labels(y, x.shape[0])
+    if eps is not None:
+        eps = inputs.radius(eps, x)
+    if bounds is not None:
+        inputs.box(bounds, x)  # now, while they are numbers
+    return _run(apply_fn, norm, steps, output, params, x, y, eps, overshoot, bounds)
+
+
+def _logit_step(
+    apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array, norm: Norm
+) -> jax.Array:
+    """Return the least step onto the nearest linearised boundary between two logits."""
+    logits, pull = jacobian.pullback(apply_fn, params, x)
+    n_classes = logits.shape[1]
+    y = jnp.clip(y, 0, n_classes - 1)[:, None]
+    j = jnp.arange(n_classes - 1, dtype=y.dtype)[None]
+    j = j + (j >= y).astype(y.dtype)  # [B, K-1]: each class but y
+    rows = jax.nn.one_hot(j, n_classes) - jax.nn.one_hot(y, n_classes)
+    d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, K-1, ...]
+    z = jacobian.below_largest(logits)
+    behind = jnp.take_along_axis(z, y, axis=1) - jnp.take_along_axis(z, j, axis=1)
+    slope = norms.norm(d.reshape(j.size, *x.shape[1:]), norms.dual(norm)).reshape(j.shape)
+    unreachable = (slope == 0) | jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
+    behind = behind.astype(slope.dtype)
+    size = jnp.where(unreachable, jnp.inf, jnp.abs(behind) / jnp.where(unreachable, 1, slope))
+    row, nearest = jnp.arange(x.shape[0]), jnp.argmin(size, axis=1)
+    size = jnp.where(unreachable[row, nearest], 0, size[row, nearest])
+    direction = norms.steepest(d[row, nearest].astype(size.dtype), norm)
+    return inputs.batched(size, x) * direction
+
+
+def _probability_step(
+    apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array, norm: Norm
+) -> jax.Array:
+    """Return Adv_Alpha's step, at most a thousand times as long as x is large."""
+    r = perturb.alpha(apply_fn, params, x, y, norm=norm).astype(inputs.wide(x.dtype))
+    unit = perturb.alpha(apply_fn, params, x, y, norm=norm, eps=1.0).astype(r.dtype)
+    longest = 1000 * (1 + norms.norm(x, norm))
+    size = norms.norm(jnp.clip(r, -1e37, 1e37), norm)  # of more, 1 / size could be flushed to 0
+    capped = inputs.batched(longest, x) * unit
+    return jnp.where(inputs.batched(size <= longest, x), r, capped)
+
+
+_STEPS = {"logits": _logit_step, "probabilities": _probability_step}
+
+
+@partial(jax.jit, static_argnums=range(4))
+def _run(
+    apply_fn: ApplyFn,
+    norm: Norm,
+    steps: int,
+    output: str,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    eps: jax.Array | None,
+    overshoot: float,
+    bounds: Bounds | None,
+) -> jax.Array:
+    problem = search.Problem(apply_fn, params, x, y, search.lead, targeted=False)
+    clear = search.clearly(problem)
+    over = jnp.asarray(1 + overshoot, inputs.wide(x.dtype))
+
+    def inside(r: jax.Array) -> jax.Array:
+        return r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
+
+    def crossed(r: jax.Array) -> jax.Array:
+        return clear(*problem.value(r)) | ~problem.posed
+
+    def more(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Any:
+        return (carry[0] < steps) & ~jnp.all(carry[3])
+
+    def step(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Any:
+        i, r, end, done = carry
+        at = inside(r)
+        moved = at.astype(r.dtype) + _STEPS[output](apply_fn, params, x + at, y, norm)
+        near, far = inside(moved), inside(over * moved)
+        # Where the boundary is curved, further on may be back on this side.
+        hit = crossed(far)
+        point = jnp.where(inputs.batched(hit, r), far, near)
+        stay = inputs.batched(done, r)
+        end = jnp.where(stay, end, point)
+        return i + 1, jnp.where(stay, r, moved), end, done | hit | crossed(near)
+
+    end = jnp.zeros_like(x)
+    carry = (jnp.int32(0), end.astype(over.dtype), end, crossed(end))
+    _, _, end, done = lax.while_loop(more, step, carry)
+    r = search.shrunk(crossed, end, done)
+    r = jnp.where(inputs.batched(done, r), r, 0)
+    return problem.answer(search.within(r, eps, norm))

@@ -1,0 +1,286 @@
+r"""What the attacks that climb a loss have in common: the problem they solve, and the best answer.
+
+A `Problem` is a loss per example, as a function of r, with everything settled that isn't the
+attack's own affair: rows that pose no problem, labels that aren't integers, targets to be reached
+instead of labels to be left, nets that draw random numbers. A `Best` is the most harmful
+perturbation of each example so far. `restarted` repeats an attack from other points.
+
+`pgd` and `apgd` are written on these. For the attacks that look for the least perturbation
+instead (`deepfool`, `fmn`, `fab`): `lead`, `clearly`,
+`shrunk` and `within`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxadv import inputs, jacobian, norms
+from jaxadv.types import Bounds, LossFn, Norm, Params
+
+__all__ = [
+    "Best",
+    "Problem",
+    "ball",
+    "clearly",
+    "fold",
+    "keys",
+    "lead",
+    "nothing",
+    "restarted",
+    "shrunk",
+    "streams",
+    "within",
+]
+
+
+class Best(NamedTuple):
+    """The most harmful perturbation so far, by (success, loss), of each example."""
+
+    r: jax.Array  # [B, ...]
+    success: jax.Array  # [B]
+    loss: jax.Array  # [B]
+
+    def with_point(self, r: jax.Array, success: jax.Array, loss: jax.Array) -> Best:
+        """Return the better of these and another point, for each example."""
+        better = jnp.where(success == self.success, loss > self.loss, success)
+        return self._choose(better, Best(r, success, loss))
+
+    def unless_done(self, other: Best) -> Best:
+        """Return these where they succeed already, and the better of both elsewhere."""
+        return self._choose(~self.success & (other.success | (other.loss > self.loss)), other)
+
+    def _choose(self, better: jax.Array, other: Best) -> Best:
+        return Best(
+            jnp.where(inputs.batched(better, self.r), other.r, self.r),
+            jnp.where(better, other.success, self.success),
+            jnp.where(better, other.loss, self.loss),
+        )
+
+
+def nothing(x: jax.Array) -> Best:
+    """Return r = 0 with the loss that any point is better than."""
+    n = x.shape[0]
+    return Best(jnp.zeros_like(x), jnp.zeros(n, bool), jnp.full(n, -jnp.inf, inputs.wide(x.dtype)))
+
+
+class Problem:
+    """A loss to be raised in r, for each example of a batch.
+
+    With `samples`, the net is a random one, `(params, x, key) -> logits`: each evaluation draws
+    that many for each example by the example's own key, and takes the mean of losses and of logits
+    (expectation over transformation, Athalye et al., 2018). Examples then go through it one by one,
+    so that what is drawn for one doesn't depend on its batch.
+    """
+
+    def __init__(
+        self,
+        apply_fn: Callable[..., jax.Array],
+        params: Params,
+        x: jax.Array,
+        y: jax.Array,
+        loss_fn: LossFn,
+        *,
+        targeted: bool,
+        samples: int = 0,
+        keys: jax.Array | None = None,
+    ) -> None:
+        """Look at the net's answers to x."""
+        self.x, self.y = x, y
+        self._apply_fn, self._params, self._loss_fn = apply_fn, params, loss_fn
+        self._integer = jnp.issubdtype(y.dtype, jnp.integer) and y.ndim == 1
+        self._targeted, self._samples = targeted, samples
+        self._keys: Any = keys
+        self.clean = jnp.mean(self._draws(x, 0), axis=0)  # [B, K]
+        self.posed = inputs.solvable(self.clean, y if self._integer else None)
+
+    def _draws(self, x: jax.Array, step: jax.Array | int) -> jax.Array:
+        """Return logits `[samples, B, K]`."""
+        if not self._samples:
+            logits = inputs.apply(self._apply_fn, self._params, x)
+            return logits.astype(inputs.wide(logits.dtype))[None]
+
+        def draw(sample: jax.Array) -> jax.Array:
+            def one(example: jax.Array, key: jax.Array) -> jax.Array:
+                key = jax.random.fold_in(jax.random.fold_in(key, step), sample)
+                logits = self._apply_fn(self._params, example[None], key)
+                return inputs.logits_of(logits, 1)[0]
+
+            logits = jax.vmap(one)(x, self._keys)
+            return logits.astype(inputs.wide(logits.dtype))
+
+        return jax.vmap(draw)(jnp.arange(self._samples))
+
+    def _losses(
+        self, r: jax.Array, step: jax.Array | int
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        draws = self._draws(self.x + r, step)
+        # Rows that pose no problem are decided: finite logits keep their derivatives finite.
+        draws = jnp.where(self.posed[None, :, None], draws, 0)
+        sign = -1 if self._targeted else 1
+        loss = sign * jnp.mean(jax.vmap(self._loss_fn, in_axes=(0, None))(draws, self.y), axis=0)
+        loss = loss.astype(inputs.wide(self.x.dtype))  # in 64-bit mode logits may be wider than x
+        # A sum over examples, so that the gradient of each is its own.
+        return jnp.sum(loss), (loss, jnp.mean(draws, axis=0))
+
+    def _succeeds(self, logits: jax.Array) -> jax.Array:
+        if not self._integer:
+            return jnp.zeros(self.x.shape[0], bool)
+        hit = jnp.argmax(logits, axis=1) == self.y
+        return hit if self._targeted else ~hit
+
+    def value(self, r: jax.Array, step: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
+        """Return whether each example is where the attack wants it, and its loss."""
+        _, (loss, logits) = self._losses(r, step)
+        return self._succeeds(logits), loss
+
+    def gradient(
+        self, r: jax.Array, step: jax.Array | int = 0
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the same, and the loss's gradient in r, in the dtype of norms."""
+        (_, (loss, logits)), g = jax.value_and_grad(self._losses, has_aux=True)(r, step)
+        # A bfloat16 gradient's direction would swallow small steps.
+        return self._succeeds(logits), loss, g.astype(inputs.wide(g.dtype))
+
+    def answer(self, r: jax.Array) -> jax.Array:
+        """Return r, 0 where no problem is posed and NaN where x or its logits are not finite."""
+        r = jnp.where(inputs.batched(self.posed, r), r, 0)
+        return jnp.where(inputs.batched(inputs.finite(self.x, self.clean), r), r, jnp.nan)
+
+
+def ball(
+    x: jax.Array, eps: jax.Array, norm: Norm, bounds: Bounds | None
+) -> Callable[[jax.Array], jax.Array]:
+    """Return the function that takes r into the ball and the box, and to x's dtype."""
+
+    def inside(r: jax.Array) -> jax.Array:
+        r = norms.project(r, eps, norm)
+        return r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
+
+    return inside
+
+
+def restarted(run: Callable[[jax.Array | int], Best], restarts: int, initial: Best) -> Best:
+    """Return the best of several runs; an example that has been fooled is left as it is.
+
+    Args:
+      run: from the number of the run to the best of it.
+      restarts: how many runs, at most: none is made once all examples are fooled.
+      initial: the best before the first.
+    """
+    if restarts == 1:  # a loop of unknown length has no derivative
+        return initial.unless_done(run(0))
+
+    def more(carry: tuple[jax.Array, Best]) -> Any:
+        return (carry[0] < restarts) & ~jnp.all(carry[1].success)
+
+    def again(carry: tuple[jax.Array, Best]) -> tuple[jax.Array, Best]:
+        i, best = carry
+        return i + 1, best.unless_done(run(i))
+
+    return lax.while_loop(more, again, (jnp.int32(0), initial))[1]
+
+
+def keys(
+    key: jax.Array | None, x: jax.Array, random_start: bool, restarts: int, samples: int
+) -> jax.Array | None:
+    """Check how often and from where an attack starts; return a key per example if it draws any.
+
+    Raises:
+      TypeError: if `key` isn't one.
+      ValueError: if `restarts` < 1 or `samples` < 0, or a key is missing.
+    """
+    if restarts < 1:
+        raise ValueError(f"expected restarts >= 1, got {restarts}; 1 is a single run")
+    if samples < 0:
+        raise ValueError(
+            f"expected samples >= 0, got {samples}; 0 is for a net that draws no random numbers"
+        )
+    if random_start or restarts > 1 or samples:
+        name = "the net" if samples else "a random start"
+        return inputs.keys(key, x.shape[0], name)
+    return None
+
+
+def fold(keys: jax.Array, data: jax.Array | int) -> jax.Array:
+    """Return each example's key for one more purpose, or one more run."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def streams(keys: jax.Array | None) -> tuple[Any, Any]:
+    """Return each example's keys for its starts and for its net's draws; None without keys."""
+    return (None, None) if keys is None else (fold(keys, 0), fold(keys, 1))
+
+
+def lead(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return how far the likeliest class but the label is above it, `[B]`: > 0 is misclassified."""
+    logits = jacobian.below_largest(logits.astype(inputs.wide(logits.dtype)))
+    is_y = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
+    z_y = jnp.sum(jnp.where(is_y, logits, 0), axis=1)
+    return jnp.max(jnp.where(is_y, -jnp.inf, logits), axis=1) - z_y
+
+
+def clearly(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return the function that tells which successes, of which lead, are more than rounding.
+
+    A least perturbation ends on the boundary itself, on one side of it in this program and on the
+    other in the next. Beyond it by 1e-4 of the way there, and by some ulps of the largest logit, it
+    is on the far side in both.
+    """
+    started, start = problem.value(jnp.zeros_like(problem.x))
+    size = jnp.max(jnp.where(jnp.isfinite(problem.clean), jnp.abs(problem.clean), 0), axis=1)
+    ulps = (16 * jnp.finfo(start.dtype).eps * size).astype(start.dtype)
+    least = jnp.where(started, start, jnp.maximum(1e-4 * jnp.abs(start), ulps))
+
+    def clear(success: jax.Array, loss: jax.Array) -> jax.Array:
+        return success & (loss >= least)
+
+    return clear
+
+
+def shrunk(succeeds: Callable[[jax.Array], jax.Array], r: jax.Array, found: jax.Array) -> jax.Array:
+    """Return each r scaled down, as far as a bisection between 0 and r still finds success.
+
+    Args:
+      succeeds: from perturbations to bool `[B]`.
+      r: perturbations `[B, ...]`.
+      found: which of them succeed; the others come back as they are.
+    """
+    dtype = inputs.wide(r.dtype)
+
+    def scaled(t: jax.Array) -> jax.Array:
+        return (inputs.batched(t, r) * r.astype(dtype)).astype(r.dtype)
+
+    def coarse(low: jax.Array, high: jax.Array) -> jax.Array:
+        return high - low > 1e-3 * high
+
+    def more(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        i, low, high = carry
+        return (i < 64) & jnp.any(coarse(low, high))
+
+    def halve(carry: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        i, low, high = carry
+        middle = (low + high) / 2
+        hit = succeeds(scaled(middle))
+        # An example that is done stays as it is, however long the others take.
+        going = coarse(low, high)
+        low = jnp.where(going & ~hit, middle, low)
+        return i + 1, low, jnp.where(going & hit, middle, high)
+
+    # Between 0 and 0 there is nothing to look for.
+    high = (found & (norms.norm(r, "linf") > 0)).astype(dtype)
+    _, _, t = lax.while_loop(more, halve, (jnp.int32(0), jnp.zeros_like(high), high))
+    return jnp.where(inputs.batched(found, r), scaled(t), r)
+
+
+def within(r: jax.Array, eps: jax.Array | None, norm: Norm) -> jax.Array:
+    """Return the nearest point of the ball of radius eps; r itself if there is no eps."""
+    if eps is None:
+        return r
+    nearest = norms.project(r.astype(inputs.wide(r.dtype)), eps, norm)
+    # Rounded toward 0: to the nearest bfloat16 could be out of the ball.
+    return norms.confine(jnp.zeros_like(r), nearest, (-jnp.inf, jnp.inf))

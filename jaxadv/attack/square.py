@@ -1,0 +1,325 @@
+r"""Square attack: a random search that asks for logits and never for a gradient.
+
+A net whose gradients lead nowhere may resist `pgd` without being robust. This search never looks at
+them (Andriushchenko et al., 2020). Each query repaints one square window of the best perturbation
+so far, at a random place, and is kept if the loss has fallen. The windows shrink as the search goes
+on. All of the budget is in use all the time: in linf every entry is painted plus or minus eps, and
+in l2 a window gets a bump with all the energy there is, its own, that of a second window, which is
+emptied, and what the box had cut off.
+
+There are ten sizes of windows at the most, and each has its own branch, whose slices are static.
+The net is outside of the branches and compiled once, so that a query costs a forward pass and
+little more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxadv import inputs, jacobian, norms
+from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
+
+__all__ = ["square"]
+
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""The steps, from 0, after which a window's share of the image is halved; the paper's."""
+
+
+class _Search(NamedTuple):
+    """One norm's way to search; functions of one example, `[H, W, C]`."""
+
+    side: Callable[[int], int]  # of the windows, from the one that the schedule asks for
+    start: Callable[..., jax.Array]  # (shape, key, eps) -> r
+    move: Callable[..., jax.Array]  # (r, u, eps, side) -> r, with u uniform in [0, 1), [C + 5]
+
+
+class _Walk(NamedTuple):
+    """The best perturbation so far, by (success, loss), of each example."""
+
+    step: jax.Array  # [], the next query's number: 0 for the start, t for the t-th move
+    r: jax.Array  # [B, H, W, C]
+    loss: jax.Array  # [B]
+    done: jax.Array  # [B], those that are fooled or pose no problem
+
+
+def _sign(u: jax.Array) -> jax.Array:
+    return jnp.where(u < 0.5, -1, 1).astype(u.dtype)
+
+
+def _corner(u: jax.Array, shape: tuple[int, ...], side: int) -> tuple[jax.Array, ...]:
+    """Place a window anywhere in the image, from two uniform numbers."""
+    row, column = (
+        jnp.floor(u[axis] * (shape[axis] - side + 1)).astype(jnp.int32) for axis in (0, 1)
+    )
+    return row, column, jnp.zeros_like(row)
+
+
+def _energy(v: jax.Array) -> jax.Array:
+    return jnp.sum(v * v, axis=(0, 1))  # of each channel
+
+
+def _unit(v: jax.Array) -> jax.Array:
+    energy = _energy(v)[None, None]
+    return v / jnp.sqrt(jnp.where(energy == 0, 1, energy))
+
+
+def _linf_start(shape: tuple[int, ...], key: jax.Array, eps: jax.Array) -> jax.Array:
+    """Stripes: a sign for each column and channel."""
+    sign = _sign(jax.random.uniform(key, (1, *shape[1:]), jnp.float32))
+    return jnp.broadcast_to(sign * eps, shape)
+
+
+def _linf_move(r: jax.Array, u: jax.Array, eps: jax.Array, side: int) -> jax.Array:
+    """Paint a window: a sign for each channel."""
+    channels = r.shape[2]
+    colour = jnp.broadcast_to(_sign(u[:channels]) * eps, (side, side, channels))
+    return lax.dynamic_update_slice(r, colour, _corner(u[channels:], r.shape, side))
+
+
+def _peak(height: int, width: int) -> np.ndarray:
+    """Pile up concentric squares 1, 3, 5, ... wide, 1, 1/4, 1/9, ... thick, to a unit vector."""
+    middle = max(height, width) // 2
+    levels = np.cumsum(1 / np.arange(middle + 1, 0, -1) ** 2)[::-1]
+    row, column = np.ogrid[:height, :width]
+    peak = levels[np.maximum(abs(row - height // 2), abs(column - width // 2))]
+    return peak / np.linalg.norm(peak)
+
+
+def _bump(side: int, turned: jax.Array) -> jax.Array:
+    """Return a peak above a trough, or to the left of it where `turned`; a unit vector.
+
+    Args:
+      side: of the window.
+      turned: `[...]`, booleans.
+
+    Returns:
+      `[..., side, side]`, in float32.
+    """
+    top = side // 2
+    bump = np.concatenate([_peak(top, side), -_peak(side - top, side)])
+    bump = (bump / np.linalg.norm(bump)).astype(np.float32)
+    upright, lying = (
+        jnp.broadcast_to(jnp.asarray(b), (*turned.shape, side, side)) for b in (bump, bump.T)
+    )
+    return jnp.where(turned[..., None, None], lying, upright)
+
+
+def _l2_start(shape: tuple[int, ...], key: jax.Array, eps: jax.Array) -> jax.Array:
+    """Tile the image with bumps, at least five along each side if it has as many pixels."""
+    height, width, channels = shape
+    side = max(min(height, width) // 5, 1)
+    rows, columns = height // side, width // side
+    u = jax.random.uniform(key, (rows, columns, 1 + channels), jnp.float32)
+    tiles = _bump(side, u[..., 0] < 0.5)[..., None] * _sign(u[..., None, None, 1:])
+    mosaic = tiles.swapaxes(1, 2).reshape(rows * side, columns * side, channels)
+    rest = height - rows * side, width - columns * side
+    mosaic = jnp.pad(mosaic, [(n // 2, n - n // 2) for n in rest] + [(0, 0)])
+    return mosaic * (eps / math.sqrt(rows * columns * channels))  # the tiles are unit vectors
+
+
+def _l2_move(r: jax.Array, u: jax.Array, eps: jax.Array, side: int) -> jax.Array:
+    r"""Add a bump to a window, empty another, and give the first what there is to spend.
+
+    In units of eps, per channel and with C of them, the first window's new energy is
+
+    .. math:: \|r_{\text{both windows}}\|^2 + (1 - \|r\|^2) / C
+
+    The second term is what the box has cut off. It may be negative by an error of rounding, which
+    is thereby undone: after each move the energy of all is 1 again.
+    """
+    channels = r.shape[2]
+    here = _corner(u[channels:], r.shape, side)
+    there = _corner(u[channels + 2 :], r.shape, side)
+    window = side, side, channels
+    unit = jnp.where(eps > 0, eps, 1)
+
+    def cut(r: jax.Array, corner: tuple[jax.Array, ...]) -> jax.Array:
+        return lax.dynamic_slice(r, corner, window) / unit
+
+    emptied = lax.dynamic_update_slice(r, jnp.zeros(window, r.dtype), there)
+    both = _energy(cut(r, there)) + _energy(cut(emptied, here))
+    unspent = 1 - jnp.sum(_energy(r / unit))
+    energy = jnp.maximum(both + unspent / channels, 0)
+
+    bump = _bump(side, u[channels + 4] < 0.5)[..., None] * _sign(u[None, None, :channels])
+    shape = _unit(bump.astype(r.dtype) + _unit(cut(r, here)))
+    return lax.dynamic_update_slice(emptied, shape * jnp.sqrt(energy)[None, None] * eps, here)
+
+
+_SEARCHES: dict[Norm, _Search] = {
+    "l2": _Search(lambda side: max(side, 3) | 1, _l2_start, _l2_move),  # odd: a bump has a middle
+    "linf": _Search(lambda side: max(side, 1), _linf_start, _linf_move),
+}
+
+
+def _side(norm: Norm, p_init: float, halvings: int, height: int, width: int) -> int:
+    """Return the side of a window that covers the share p_init / 2^halvings of an image."""
+    side = round(math.sqrt(p_init / 2**halvings * height * width))
+    return min(_SEARCHES[norm].side(side), height, width)
+
+
+def square(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    /,
+    *,
+    eps: Eps,
+    norm: Norm = "l2",
+    steps: int = 5000,
+    p_init: float = 0.8,
+    targeted: bool = False,
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+) -> jax.Array:
+    r"""Random search over square windows, in a ball around x.
+
+    .. math:: r_{t+1} = \begin{cases} q_t & \ell(x + q_t) < \ell(x + r_t) \\ r_t & \text{otherwise}
+              \end{cases}, \qquad \ell = z_y - \max_{k \ne y} z_k
+
+    q_t is r_t with one window repainted. The windows cover the share p_init of the image in the
+    first steps, and half as much after step 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000,
+    however many steps there are. With `targeted` the loss is y's cross-entropy.
+
+    An example's search ends when it is fooled, and the whole search with the last of them. One that
+    is misclassified from the start has r = 0. More steps with the same key never do worse.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, H, W, C]` to `[B, K]`. Hashable: compiled once each.
+      params: the first argument of `apply_fn`.
+      x: images, `[B, H, W, C]`, floating point.
+      y: integer labels, `[B]`.
+      eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
+      norm: the ball's norm: `"l2"` or `"linf"`.
+      steps: number of queries, at least 1, after that of x and that of the start.
+      p_init: the first windows' share of the image, in (0, 1].
+      targeted: y are the classes to reach instead of those to leave.
+      key: one key, or one per example, `[B]`.
+      bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
+
+    Returns:
+      r, of x's shape and dtype, of a size of at most eps. Rows are 0 or NaN as in `perturb`.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if x is not `[B, H, W, C]` or other shapes don't match it, if the norm is neither
+        `"l2"` nor `"linf"`, if a Python `eps` is negative, if `steps` < 1, if `p_init` is outside
+        (0, 1], if `bounds` is not a pair, or if the key is missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxadv import attack
+      >>> def net(_, x):
+      ...     total = x.sum(axis=(1, 2, 3))
+      ...     return jnp.stack([total, -total], axis=1)
+      >>> x, y = jnp.full((1, 6, 6, 1), 0.1), jnp.array([0])
+      >>> key = jax.random.key(0)
+      >>> r = attack.square(net, None, x, y, eps=0.2, norm="linf", steps=50, key=key)
+      >>> net(None, x + r).argmax(axis=1).tolist()
+      [1]
+
+    References:
+      Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via
+      random search", 2020.
+    """
+    if norm not in _SEARCHES:
+        raise ValueError(
+            f"expected norm to be one of {', '.join(map(repr, _SEARCHES))}, got {norm!r}; "
+            "attack.pgd takes the other norms"
+        )
+    if steps < 1:
+        raise ValueError(f"expected steps >= 1, got {steps}; the paper's 5000 are the default")
+    if not 0 < p_init <= 1:
+        raise ValueError(f"expected 0 < p_init <= 1, got {p_init}; pass a share of the image")
+    x = inputs.examples(x)
+    if x.ndim != 4:
+        raise ValueError(
+            f"expected images x of shape [B, H, W, C], got {x.shape}; reshape them, and wrap "
+            "apply_fn so that it undoes it, e.g. lambda params, x: apply_fn(params, "
+            f"x.reshape(-1, {', '.join(map(str, x.shape[1:]))}))"
+        )
+    y = inputs.labels(y, x.shape[0])
+    eps = inputs.radius(eps, x)
+    if bounds is not None:
+        inputs.box(bounds, x)  # now, while they are numbers
+    keys = inputs.keys(key, x.shape[0], "the square attack")
+    return _run(apply_fn, norm, steps, p_init, targeted, params, x, y, eps, keys, bounds)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run(
+    apply_fn: ApplyFn,
+    norm: Norm,
+    steps: int,
+    p_init: float,
+    targeted: bool,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    eps: jax.Array,
+    keys: jax.Array,
+    bounds: Bounds | None,
+) -> jax.Array:
+    search = _SEARCHES[norm]
+    _, height, width, channels = x.shape
+    halvings = [step for step in _HALVINGS if step < steps - 1]  # those that some step comes after
+    moves = [
+        jax.vmap(partial(search.move, side=_side(norm, p_init, n, height, width)))
+        for n in range(len(halvings) + 1)
+    ]
+    clean = inputs.apply(apply_fn, params, x)
+    finite = inputs.finite(x, clean)
+
+    def judge(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hit = (jnp.argmax(logits, axis=1) == y) == targeted
+        z = logits.astype(inputs.wide(logits.dtype))
+        if targeted:
+            loss = jacobian.margin(z, y)  # in the order of cross-entropy, and never saturated
+        else:
+            is_y = jax.nn.one_hot(y, z.shape[1], dtype=bool)
+            others = jnp.max(jnp.where(is_y, -jnp.inf, z), axis=1)
+            loss = jnp.sum(jnp.where(is_y, z, 0), axis=1) - others
+        return loss, hit & ~jnp.isnan(loss)  # NaN logits fool nobody
+
+    def keys_of(step: jax.Array) -> jax.Array:
+        return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.uniform(key, (channels + 5,), jnp.float32)
+
+    def query(walk: _Walk, r: jax.Array) -> _Walk:
+        # No box is one without ends; with either, r is rounded to x's dtype toward 0.
+        r = norms.confine(x, r, (-jnp.inf, jnp.inf) if bounds is None else bounds)
+        loss, fooled = judge(inputs.apply(apply_fn, params, x + r))
+        better = ~walk.done & (fooled | (loss < walk.loss))
+        return _Walk(
+            walk.step + 1,
+            jnp.where(inputs.batched(better, r), r, walk.r),
+            jnp.where(better, loss, walk.loss),
+            walk.done | fooled,
+        )
+
+    def unfinished(walk: _Walk) -> jax.Array:
+        return (walk.step <= steps) & ~jnp.all(walk.done)
+
+    def step(walk: _Walk) -> _Walk:
+        halved = jnp.sum(walk.step - 1 > jnp.array(halvings, jnp.int32), dtype=jnp.int32)
+        u = jax.vmap(draw)(keys_of(walk.step))
+        return query(walk, lax.switch(halved, moves, walk.r.astype(eps.dtype), u, eps))
+
+    loss, fooled = judge(clean)
+    done = fooled | ~inputs.solvable(clean, y) | ~finite | (eps == 0)  # r stays 0
+    walk = _Walk(jnp.int32(0), jnp.zeros_like(x), jnp.full_like(loss, jnp.inf), done)
+    start = jax.vmap(partial(search.start, x.shape[1:]))
+    walk = query(walk, start(keys_of(walk.step), eps))
+    walk = lax.while_loop(unfinished, step, walk)
+    return jnp.where(inputs.batched(finite, x), walk.r, jnp.nan)

@@ -1,0 +1,130 @@
+"""The worst of several attacks on each example, measured again on the points that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxadv import attack, host
+from jaxadv.evaluate.masks import Outcome, measure
+from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
+
+__all__ = ["Ensemble", "ensemble", "interval"]
+
+
+class Ensemble(NamedTuple):
+    """What became of each example under the worst of several attacks.
+
+    Attributes:
+      outcome: what `measure` says of x + r, after the attacks; each leaf `[n]`.
+      r: the perturbation that misled the net, `[n, ...]`; 0 where none did.
+      stages: what each attack did, by name, in order.
+    """
+
+    outcome: Outcome
+    r: NDArray[Any]
+    stages: dict[str, attack.Stage]
+
+
+def ensemble(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    attacks: Mapping[str, PerturbFn],
+    *,
+    eps: Eps,
+    norm: Norm = "l2",
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+    batch_size: int = 500,
+) -> Ensemble:
+    """Attack a data set in several ways, each on what the ways before have left.
+
+    The figure to report is `accuracy(result.outcome.robust)`. It isn't what the attacks say of
+    themselves but a new measurement of the stored points, all of them in one batch size.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, on the host or the device.
+      y: integer labels, `[n]`.
+      attacks: by name, in order; `attack.standard(norm)` for AutoAttack's.
+      eps: the size, a scalar or `[n]`.
+      norm: the norm that sizes are measured in.
+      key: one key, or one per example, `[n]`; None for methods that draw nothing.
+      bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
+      batch_size: how many go through the net at a time.
+
+    Returns:
+      `Ensemble`.
+
+    Raises:
+      TypeError: as the attacks; and under a trace.
+      ValueError: as the attacks; if there are none; if the norm is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import attack, evaluate, perturb
+      >>> x, y = jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
+      >>> attacks = {"one step": perturb.loss, "pgd": attack.pgd}
+      >>> result = evaluate.ensemble(lambda _, x: x, None, x, y, attacks, eps=1.5)
+      >>> evaluate.accuracy(result.outcome.robust), result.stages["pgd"].fooled.tolist()
+      (0.5, [False, False])
+    """
+    found = attack.cascade(
+        apply_fn, params, x, y, attacks, eps=eps, key=key, bounds=bounds, batch_size=batch_size
+    )
+    batch = partial(_measured, apply_fn, norm, params)
+    outcome = host.over_batches(batch, (x, y, found.r), batch_size)
+    return Ensemble(jax.tree.map(np.asarray, outcome), found.r, found.stages)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _measured(
+    apply_fn: ApplyFn, norm: Norm, params: Params, x: jax.Array, y: jax.Array, r: jax.Array
+) -> Outcome:
+    return measure(apply_fn, params, x, y, r, norm=norm)
+
+
+def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
+    r"""The confidence interval of an accuracy, for the draw of the examples (Wilson, 1927).
+
+    .. math:: \frac{\hat p + \frac{z^2}{2n} \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} +
+              \frac{z^2}{4n^2}}}{1 + \frac{z^2}{n}}
+
+    Args:
+      mask: booleans, `[n]`, n of at least 1.
+      confidence: how often such an interval contains the accuracy on all possible examples.
+
+    Returns:
+      Its two ends.
+
+    Raises:
+      ValueError: if the mask is empty or not one-dimensional, or `confidence` not in (0, 1).
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxadv import evaluate
+      >>> [round(end, 3) for end in evaluate.interval(np.arange(1000) < 800)]
+      [0.774, 0.824]
+    """
+    mask = np.asarray(mask)
+    if mask.ndim != 1 or mask.size == 0:
+        raise ValueError(
+            f"expected a mask [n] of at least one example, got shape {mask.shape}; "
+            "pass the mask of one evaluation, e.g. outcome.robust"
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"expected 0 < confidence < 1, got {confidence}; 0.95 is usual")
+    n, p = mask.size, np.count_nonzero(mask) / mask.size
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))

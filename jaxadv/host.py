@@ -1,0 +1,76 @@
+"""What loops over a data set on the host: its arguments checked once, its batches of one shape.
+
+The functions of the library that take a whole data set (`evaluate`, `attack.autoattack`) are the
+only ones that can't run under a caller's trace. What an example gets doesn't depend on the batch
+that it falls into: it brings its own size and its own key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadv import inputs
+from jaxadv.types import Bounds, Eps
+
+__all__ = ["arrays", "checked", "over_batches", "per_example"]
+
+
+def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
+    """Check that this is the host, and that there are as many labels as examples.
+
+    Raises:
+      TypeError: under a trace; if `x` is not floating point or `y` not integers.
+      ValueError: if there aren't as many labels as examples.
+    """
+    # Under jit even a constant becomes a tracer.
+    if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((x, y, others, jnp.zeros(())))):
+        raise TypeError(
+            f"expected arrays, got a tracer: {name} loops over a data set on the host; "
+            "under jit, vmap or grad use evaluate.correct or evaluate.measure on a batch"
+        )
+    inputs.examples(x[:0])
+    inputs.labels(y[:0], 0)
+    if len(x) != len(y):
+        raise ValueError(
+            f"expected as many labels as examples, got {len(y)} labels for {len(x)} examples; "
+            "pass the labels of this very data set"
+        )
+    return x, y
+
+
+def checked(bounds: Bounds | None, x: Any) -> Bounds | None:
+    """Return the bounds, checked against one example."""
+    if bounds is not None:
+        inputs.box(bounds, jnp.zeros((1, *x.shape[1:]), x.dtype))
+    return bounds
+
+
+def per_example(x: Any, eps: Eps, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Return the size and the key of each example: what it gets doesn't depend on its batch."""
+    n = len(x)
+    sizes = inputs.radius(eps, x)
+    return sizes, None if key is None else inputs.keys(key, n, "")
+
+
+def over_batches(fn: Callable[..., Any], arrays: tuple[Any, ...], batch_size: int) -> Any:
+    """Apply a compiled function to batches of one shape, and join what it returns.
+
+    The last batch is filled up with copies of the last example, whose results are dropped: one
+    shape, one compilation.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}; 500 suits most machines")
+    n = len(arrays[0])
+    size = max(1, min(batch_size, n))
+    parts = []
+    for start in range(0, max(n, 1), size):
+        rows = np.minimum(np.arange(start, start + size), n - 1) if n else np.arange(0)
+        batch = [None if a is None else a[rows] for a in arrays]
+        parts.append(jax.tree.map(itemgetter(slice(n - start)), fn(*batch)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

@@ -1,0 +1,478 @@
+"""`jaxadv.attack.apgd`, `apgd_targeted` and `dlr`; the contract of all is in test_search."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxadv import attack, jacobian, norms
+from jaxadv.attack import search
+from jaxadv.attack.apgd import _l1_ball, _targeted_dlr, _windows
+
+ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
+DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
+B, D, H, K = 6, 5, 8, 4
+KEYS = jax.random.split(jax.random.key(9), B)
+
+# All of a code generator's work is spent on programs that run once; results don't depend on it.
+quick_jit = functools.partial(
+    jax.jit,
+    static_argnums=0,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+STATIC = ("norm", "steps", "loss_fn", "targeted", "restarts", "samples")
+apgd = quick_jit(attack.apgd, static_argnames=STATIC)
+targeted = quick_jit(attack.apgd_targeted, static_argnames=("norm", "steps", "n_targets"))
+
+every_norm = pytest.mark.parametrize("norm", ORDER)
+
+
+def net(params, x):
+    w, v = params
+    return jnp.tanh(x @ w) @ v
+
+
+def linear(params, x):
+    w, b = params
+    return x @ w + b[None]
+
+
+def problem(seed=0, dtype=np.float32):
+    """All of the labels are those of the net itself."""
+    rng = np.random.default_rng(seed)
+    params = tuple(2 * rng.normal(size=shape).astype(dtype) for shape in ((D, H), (H, K)))
+    x = rng.normal(size=(B, D)).astype(dtype)
+    return params, x, (np.tanh(x @ params[0]) @ params[1]).argmax(axis=1)
+
+
+@functools.cache
+def linear_problem(n_classes, n=B):
+    rng = np.random.default_rng(1)
+    params = rng.normal(size=(D, n_classes)), rng.normal(size=n_classes)
+    w, b = (p.astype(np.float32) for p in params)
+    x = rng.normal(size=(n, D)).astype(np.float32)
+    return (w, b), x, (x @ w + b).argmax(axis=1)
+
+
+def leads(params, x, y):
+    """Of each class over the label, and the gradient of that, in float64: [B, K], [B, K, D]."""
+    w, b = (p.astype(np.float64) for p in params)
+    z, rows = x.astype(np.float64) @ w + b, np.arange(len(y))
+    return z - z[rows, y][:, None], w.T[None] - w.T[y][:, None]
+
+
+# DLR
+
+
+def dlr_of(z, y):
+    z = np.asarray(z, np.float64)
+    top = np.sort(z, axis=1)[:, ::-1]
+    own = z[np.arange(len(y)), y]
+    other = np.array([np.delete(row, k).max() for row, k in zip(z, y, strict=True)])
+    return -(own - other) / (top[:, 0] - top[:, 2])
+
+
+def targeted_dlr_of(z, y, t):
+    z, rows = np.asarray(z, np.float64), np.arange(len(y))
+    top = np.sort(z, axis=1)[:, ::-1]
+    return -(z[rows, y] - z[rows, t]) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
+
+
+def logits_and_labels(scale=1.0):
+    rng = np.random.default_rng(2)
+    z = (scale * rng.normal(size=(50, K))).astype(np.float32)
+    return z, rng.integers(K, size=50), rng.integers(K, size=50)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1, 1e4])
+def test_dlr_is_its_formula(scale):
+    z, y, t = logits_and_labels(scale)
+    # Three roundings of differences, relative to the largest logit.
+    np.testing.assert_allclose(attack.dlr(z, y), dlr_of(z, y), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        _targeted_dlr(jnp.asarray(t), jnp.asarray(z), jnp.asarray(y)),
+        targeted_dlr_of(z, y, t),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+def test_dlr_is_positive_where_misclassified_and_at_most_1():
+    z, y, _ = logits_and_labels()
+    loss = np.asarray(attack.dlr(z, y))
+    np.testing.assert_array_equal(loss > 0, z.argmax(axis=1) != y)
+    assert (loss[z.argmax(axis=1) == y] >= -1).all()
+
+
+@pytest.mark.parametrize("loss", ["dlr", "targeted"])
+def test_dlr_does_not_change_when_logits_are_shifted_or_scaled(loss):
+    z, y, t = logits_and_labels()
+    fn = attack.dlr if loss == "dlr" else functools.partial(_targeted_dlr, jnp.asarray(t))
+    want = fn(jnp.asarray(z), jnp.asarray(y))
+    for other in (z + 3, 100 * z, 0.01 * z - 5):
+        # A shift of 5 costs logits of 0.01 three of their seven digits.
+        np.testing.assert_allclose(fn(jnp.asarray(other), jnp.asarray(y)), want, atol=2e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4, -1e4, 3e38])
+@pytest.mark.parametrize("loss", ["dlr", "targeted"])
+def test_where_all_logits_tie_dlr_is_0_with_a_finite_gradient(loss, value):
+    z, y = jnp.full((2, K), value), jnp.array([0, 3])
+    fn = attack.dlr if loss == "dlr" else functools.partial(_targeted_dlr, jnp.array([1, 1]))
+    np.testing.assert_array_equal(fn(z, y), 0)
+    assert np.isfinite(jax.grad(lambda z: fn(z, y).sum())(z)).all()
+
+
+def test_dlr_of_two_classes_raises():
+    with pytest.raises(ValueError, match=r"at least 3 classes.*\(2, 2\).*jacobian\.margin for 2"):
+        attack.dlr(jnp.zeros((2, 2)), jnp.array([0, 1]))
+
+
+def test_dlr_takes_integer_labels():
+    with pytest.raises(TypeError, match="expected integer labels"):
+        attack.dlr(jnp.zeros((2, 3)), jnp.zeros(2))
+
+
+def test_with_three_classes_the_targeted_ratio_is_the_difference():
+    z = jnp.array([[3.0, 1, 2], [0, 5, 7]])
+    got = _targeted_dlr(jnp.array([2, 0]), z, jnp.array([0, 1]))
+    np.testing.assert_array_equal(got, [-1, -5])
+
+
+# The algorithm
+
+
+def test_the_checkpoints_of_100_steps_are_the_published_ones():
+    windows = _windows(100)
+    np.testing.assert_array_equal(np.flatnonzero(windows) + 1, [22, 41, 57, 70, 80, 87, 93, 99])
+    np.testing.assert_array_equal(windows[windows > 0], [22, 19, 16, 13, 10, 7, 6, 6])
+
+
+def test_one_step_has_a_checkpoint_too():
+    np.testing.assert_array_equal(_windows(1), [1])
+
+
+def margin_and_gradient(params, v, label):
+    """Of one example, in float64."""
+    w, out = params
+    hidden = np.tanh(v @ w)
+    z = hidden @ out
+    others = np.arange(K) != label
+    top = z[others].max()
+    e = np.where(others, np.exp(z - top), 0)
+    slope = e / e.sum() - (np.arange(K) == label)
+    g = w @ ((1 - hidden**2) * (out @ slope))
+    return z.argmax() != label, top + np.log(e.sum()) - z[label], g
+
+
+def reference(params, x, label, start, eps, norm, steps, box):
+    """Croce and Hein (2020), Algorithm 1, for one example; its best point, and how often halved."""
+
+    def inside(r):
+        size = np.linalg.norm(r, ORDER[norm])
+        if norm == "l2" and size > eps:
+            r = r * eps / size
+        elif norm == "linf":
+            r = np.clip(r, -eps, eps)
+        return r if box is None else np.clip(x + r, *box) - x
+
+    def steepest(g):
+        return np.sign(g) if norm == "linf" else g / np.linalg.norm(g)
+
+    def look(r):
+        hit, loss, g = margin_and_gradient(params, x + r, label)
+        visited.append((hit, loss, r))
+        return loss, g
+
+    visited, halvings = [], 0
+    r = before = inside(start)
+    f, g = look(r)
+    highest, highest_r, highest_g = f, r, g
+    step_size, halved, at_checkpoint = 2 * eps, True, f
+    window, losses = int(0.22 * steps), [f]
+    next_checkpoint = window
+    for k in range(1, steps + 1):
+        ahead = inside(r + step_size * steepest(g))
+        if k > 1:
+            ahead = inside(r + 0.75 * (ahead - r) + 0.25 * (r - before))
+        before, r = r, ahead
+        f, g = look(r)
+        losses.append(f)
+        if f > highest:
+            highest, highest_r, highest_g = f, r, g
+        if k == next_checkpoint:
+            rises = (np.diff(losses[-window - 1 :]) > 0).sum()
+            if rises <= 0.75 * window or (not halved and at_checkpoint >= highest):
+                step_size, halved, halvings = step_size / 2, True, halvings + 1
+                r, g = highest_r, highest_g
+            else:
+                halved = False
+            at_checkpoint = highest
+            window = max(window - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+            next_checkpoint += window
+    return max(visited, key=lambda point: point[:2])[2], halvings
+
+
+@pytest.mark.parametrize(
+    ("norm", "steps", "box"),
+    [
+        ("l2", 30, None),
+        ("linf", 30, (-1.2, 1.0)),
+        ("l2", 100, (-1.2, 1.0)),
+        ("linf", 100, None),
+    ],
+)
+def test_the_best_point_is_that_of_the_algorithm(norm, steps, box, x64):
+    params, x, y = problem(seed=5, dtype=np.float64)
+    if box is not None:
+        x = np.clip(x, *box)
+    eps = np.linspace(0.05, 0.8, B)
+    starts = search.fold(search.streams(KEYS)[0], 0)
+    starts = np.asarray(norms.sample(starts, jnp.asarray(x), jnp.asarray(eps), norm))
+    got = apgd(net, params, x, y, eps=eps, norm=norm, steps=steps, key=KEYS, bounds=box)
+    halvings = 0
+    for i in range(B):
+        want, n = reference(params, x[i], y[i], starts[i], eps[i], norm, steps, box)
+        halvings += n
+        _, loss, _ = margin_and_gradient(params, x[i] + np.asarray(got[i]), y[i])
+        _, best, _ = margin_and_gradient(params, x[i] + want, y[i])
+        # A few hundred roundings of 1e-16, each of which the ascent can magnify.
+        np.testing.assert_allclose(loss, best, rtol=1e-9)
+        np.testing.assert_allclose(got[i], want, atol=1e-7)
+    assert halvings >= B
+
+
+# The ball and the box
+
+
+def project_l1(r, eps):
+    """Onto the ball, by sorting, for one example."""
+    if np.abs(r).sum() <= eps:
+        return r
+    falling = np.sort(np.abs(r))[::-1]
+    excess = (np.cumsum(falling) - eps) / np.arange(1, r.size + 1)
+    return np.sign(r) * np.maximum(np.abs(r) - excess[falling >= excess][-1], 0)
+
+
+def dykstra(r, x, eps, lo, hi):
+    """The nearest point of the intersection, by alternating projections with memory."""
+    p = q = np.zeros_like(r)
+    for _ in range(3000):
+        ball = project_l1(r + p, eps)
+        p = r + p - ball
+        r = np.clip(ball + q, lo - x, hi - x)
+        q = ball + q - r
+    return r
+
+
+def test_the_nearest_point_of_the_l1_ball_and_the_box():
+    rng = np.random.default_rng(4)
+    n = 20
+    x = rng.uniform(-1, 1, (n, D)).astype(np.float32)
+    x[:, 0] = 1  # on a face
+    r = (2 * rng.normal(size=(n, D))).astype(np.float32)
+    eps = np.linspace(0, 5, n).astype(np.float32)
+    got = np.asarray(_l1_ball(x, jnp.asarray(eps), (-1.0, 1.0))(r))
+    want = [dykstra(*map(np.float64, (r[i], x[i], eps[i])), -1, 1) for i in range(n)]
+    np.testing.assert_allclose(got, want, atol=2e-5)  # Dykstra's own precision
+    assert (np.abs(got.astype(np.float64)).sum(axis=1) <= eps * (1 + 1e-6)).all()
+    assert (np.abs(x + got) <= 1).all()
+    # In part of these cases the ball and then the box would be another point.
+    naive = np.clip(x + [project_l1(*pair) for pair in zip(r, eps, strict=True)], -1, 1) - x
+    assert (np.abs(naive - got).max(axis=1) > 0.1).mean() > 0.3
+
+
+def test_a_point_inside_the_l1_ball_and_the_box_stays_where_it_is():
+    x, r = np.full((1, 4), 0.5, np.float32), np.array([[0.25, -0.5, 0, 0.125]], np.float32)
+    got = _l1_ball(x, jnp.array([1.0]), (0.0, 1.0))(r)
+    np.testing.assert_array_equal(got, r)
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [*(("apgd", norm) for norm in ORDER), ("apgd_targeted", "l2")]
+)
+def test_on_a_linear_net_of_two_classes_the_margin_rises_by_eps_times_the_dual_norm(name, norm):
+    params, x, y = linear_problem(2)
+    eps = np.linspace(0, 1.5, B).astype(np.float32)
+    fn = apgd if name == "apgd" else targeted
+    r = fn(linear, params, x, y, eps=eps, norm=norm, steps=40, key=KEYS)
+    ahead, away = (a[np.arange(B), 1 - y] for a in leads(params, x, y))
+    want = ahead + eps * np.linalg.norm(away, DUAL[norm], axis=1)
+    # An l2 step nears the pole by a factor, the others end in a corner exactly.
+    np.testing.assert_allclose(jacobian.margin(linear(params, x + r), y), want, atol=1e-5)
+
+
+def test_in_many_dimensions_the_sparse_steps_end_in_one_entry():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(200, 2)).astype(np.float32)
+    x = rng.normal(size=(B, 200)).astype(np.float32)
+    y = (x @ w).argmax(axis=1)
+    r = apgd(lambda w, x: x @ w, w, x, y, eps=1.0, norm="l1", steps=20, key=KEYS)
+    away = (w.T[1 - y] - w.T[y]).astype(np.float64)
+    np.testing.assert_allclose((away * r).sum(axis=1), np.abs(away).max(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_on_a_linear_net_the_margin_rises_to_the_most_that_the_box_leaves(norm):
+    params, x, y = linear_problem(2)
+    x, eps = np.clip(x, -1, 1), 0.7
+    r = apgd(linear, params, x, y, eps=eps, norm=norm, steps=40, key=KEYS, bounds=(-1.0, 1.0))
+    ahead, away = (a[np.arange(B), 1 - y] for a in leads(params, x, y))
+    if norm == "linf":
+        most = np.clip(np.sign(away) * eps, -1 - x, 1 - x)
+    else:  # clip(t away) to the box, for the t at which it is eps long
+        t = np.geomspace(1e-3, 1e4, 20001)[:, None, None]
+        points = np.clip(t * away, -1 - x, 1 - x)
+        inside = np.linalg.norm(points, axis=2) <= eps
+        most = points[inside.sum(axis=0) - 1, np.arange(B)]
+    want = ahead + (away * most).sum(axis=1)
+    # The published projection, onto the ball and then the box, isn't quite onto both.
+    rise = np.asarray(jacobian.margin(linear(params, x + r), y)) - ahead
+    np.testing.assert_allclose(rise, want - ahead, rtol=0.02 if norm == "l2" else 1e-5)
+
+
+@every_norm
+def test_towards_its_targets_an_example_is_fooled_where_a_linear_net_can_be(norm):
+    n = 40
+    params, x, y = linear_problem(K, n)
+    ahead, away = leads(params, x, y)
+    size = np.linalg.norm(away, DUAL[norm], axis=2)
+    distance = np.where(size > 0, -ahead / np.where(size > 0, size, 1), np.inf)
+    least = distance.min(axis=1)
+    keys = jax.random.split(jax.random.key(3), n)
+    for factor, fooled in ((0.99, False), (1.03, True)):
+        eps = (factor * least).astype(np.float32)
+        r = targeted(linear, params, x, y, eps=eps, norm=norm, steps=60, key=keys)
+        hit = np.asarray(linear(params, x + r)).argmax(axis=1) != y
+        np.testing.assert_array_equal(hit, fooled)
+    # The nearest class is often another than the likeliest.
+    likeliest = np.where(np.eye(K, dtype=bool)[y], -np.inf, ahead).argmax(axis=1)
+    assert (distance.argmin(axis=1) != likeliest).mean() > 0.1
+
+
+# Targets
+
+
+def ladder(params, x):
+    """Class 1 is the likeliest after 0, class 2 next, as far as params let them depend on x."""
+    none = 0 * x[:, 0]
+    rungs = none, x[:, 0] * params[0] - 0.5, x[:, 1] * params[1] - 1, none - 5
+    return jnp.stack(rungs, axis=1)
+
+
+def climbed(slopes, n_targets, y=0):
+    x, key = np.zeros((1, 2), np.float32), jax.random.key(0)
+    fn = functools.partial(targeted, ladder, np.array(slopes, np.float32), x, np.array([y]))
+    r = fn(eps=2.0, norm="linf", steps=9, n_targets=n_targets, key=key)
+    return int(ladder(np.array(slopes), x + np.asarray(r)).argmax())
+
+
+def test_the_second_target_is_tried_where_the_first_is_out_of_reach():
+    assert climbed([0, 1], 1) == 0
+    assert climbed([0, 1], 9) == 2  # all classes but the label: there are only three
+
+
+def test_the_likeliest_wrong_class_is_tried_first():
+    # From a random point nothing is fooled at slopes this small; each alone can be.
+    assert climbed([0.3, 0.55], 1) == 1
+    assert climbed([0.3, 0.55], 9) == 1
+
+
+def test_neither_a_masked_class_nor_the_label_is_a_target():
+    def masked(params, x):
+        return ladder(params, x).at[:, 3].set(-jnp.inf)
+
+    # The best of three runs that all fail; towards the label itself any start would be as good.
+    x, y, slopes = np.zeros((1, 2), np.float32), np.array([0]), np.full(2, 0.1, np.float32)
+    r = targeted(
+        masked, slopes, x, y, eps=2.0, norm="linf", steps=9, n_targets=3, key=jax.random.key(0)
+    )
+    np.testing.assert_array_equal(r[0, 0], 2)
+
+
+def test_no_target_is_tried_once_all_are_fooled():
+    calls = []
+
+    def counted(params, x):
+        jax.debug.callback(lambda: calls.append(1))
+        return ladder(params, x)
+
+    x, y, made = np.zeros((1, 2), np.float32), np.array([0]), []
+    for slope in (0.3, 0):
+        calls.clear()
+        slopes = np.array([slope, 0], np.float32)
+        targeted(counted, slopes, x, y, eps=2.0, norm="linf", steps=9, n_targets=3, key=KEYS[:1])
+        jax.effects_barrier()
+        made.append(len(calls))
+    assert made[0] > 9
+    assert made[1] - made[0] >= 2 * 10  # two more runs of nine steps and a start
+
+
+def test_a_targeted_ascent_reaches_the_class():
+    params, x, y = problem()
+    target = (y + 1) % K
+    r = apgd(net, params, x, target, eps=4.0, norm="l2", steps=40, key=KEYS, targeted=True)
+    assert (np.asarray(net(params, x + r)).argmax(axis=1) == target).mean() >= 0.8
+
+
+def cross_entropy(logits, soft):
+    return -jnp.sum(soft * jax.nn.log_softmax(logits), axis=1)
+
+
+def test_with_soft_labels_it_is_the_loss_that_counts():
+    params, x, y = problem()
+    soft = (0.7 * np.eye(K)[y] + 0.3 / K).astype(np.float32)
+    fn = functools.partial(apgd, net, params, x, soft, eps=0.1, norm="l2", loss_fn=cross_entropy)
+    r = fn(steps=30, key=KEYS)
+    loss = cross_entropy(net(params, x + r), soft)
+    # Of a thousand random points of the sphere none does better.
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(1000, 1, D))
+    points = 0.1 * points / np.linalg.norm(points, axis=2, keepdims=True)
+    others = jax.vmap(lambda p: cross_entropy(net(params, x + p), soft))(points.astype(np.float32))
+    best = np.asarray(loss) >= np.asarray(others).max(axis=0)
+    assert best.sum() >= B - 1  # this loss has two hills, and an ascent from one point finds one
+
+
+# Restarts and draws
+
+
+def outcome(params, x, y, r):
+    z = net(params, x + r)
+    return np.asarray(z.argmax(axis=1)) != y, np.asarray(jacobian.margin(z, y))
+
+
+def test_more_restarts_never_do_worse_and_leave_the_fooled_alone():
+    params, x, y = problem(seed=8)
+    eps = np.linspace(0.02, 0.4, B).astype(np.float32)
+    fn = functools.partial(apgd, net, params, x, y, eps=eps, norm="l2", steps=1, key=KEYS)
+    few, many = fn(restarts=2), fn(restarts=6)
+    (hit, loss), (later_hit, later_loss) = (outcome(params, x, y, r) for r in (few, many))
+    assert (later_hit >= hit).all()
+    assert (later_loss >= loss)[~hit].all()
+    assert (later_loss > loss)[~hit].any()
+    assert 0 < hit.sum() < B
+    np.testing.assert_array_equal(many[hit], few[hit])
+
+
+def test_each_evaluation_of_each_run_has_draws_of_its_own():
+    seen = []
+
+    def noisy(params, x, key):
+        jax.debug.callback(lambda data: seen.append(tuple(data.tolist())), jax.random.key_data(key))
+        return x + jax.random.normal(key, x.shape) + jnp.array([[50.0, 0, 0]])
+
+    x, y = np.zeros((1, 3), np.float32), np.array([0])
+    apgd(noisy, None, x, y, eps=0.1, norm="l1", steps=5, restarts=2, samples=1, key=KEYS[:1])
+    jax.effects_barrier()
+    assert len(set(seen)) == 2 * (
+        5 + 3
+    )  # two runs of three phases, each of which looks at its start

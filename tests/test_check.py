@@ -1,0 +1,195 @@
+"""`evaluate.check`: each flag on a net that is built to raise it, and none on healthy nets."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxadv import evaluate
+
+check = importlib.import_module("jaxadv.evaluate.check")  # not the function of that name
+
+N, D, K = 60, 16, 3
+KEY = jax.random.key(2)
+
+
+@functools.cache
+def data():
+    """Three clouds of 4x4 images that a linear net can tell apart."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(K, size=N)
+    centres = rng.normal(size=(K, D))
+    x = centres[y] + 0.3 * rng.normal(size=(N, D))
+    # The linear net that says how near each centre is.
+    w = np.concatenate([centres.T, -0.5 * (centres**2).sum(axis=1, keepdims=True).T])
+    return x.reshape(N, 4, 4, 1).astype(np.float32), y, w.astype(np.float32)
+
+
+def flat(x):
+    return x.reshape(x.shape[0], -1)
+
+
+def linear(w, x):
+    return flat(x) @ w[:-1] + w[-1][None]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiler():
+    """Spend no work on the code of programs that run once; results don't depend on it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def names(net, eps=3.0, **kwargs):
+    x, y, w = data()
+    report = evaluate.check(net, w, x, y, eps=eps, key=KEY, steps=10, **kwargs)
+    for flag in report.flags:
+        assert len(flag.message.split()) > 10
+    return {flag.name for flag in report.flags}
+
+
+def names_of(look, net, *args):
+    """The flags that one part of the check raises."""
+    x, y, w = data()
+    flags = set()
+    look(
+        net,
+        w,
+        jnp.asarray(x),
+        jnp.asarray(y),
+        *args,
+        {},
+        lambda name, raised, _: raised and flags.add(name),
+    )
+    return flags
+
+
+outputs = functools.partial(names_of, check._look_at_outputs)
+
+
+def gradients(net):
+    x, _, _ = data()
+    return names_of(check._look_at_gradients, net, np.zeros_like(x), np.ones(N, bool), N)
+
+
+# Healthy nets
+
+
+def test_a_healthy_net_raises_no_flag():
+    x, y, w = data()
+    report = evaluate.check(linear, w, x, y, eps=3.0, key=KEY, steps=10, source=(linear, w))
+    assert report.flags == ()
+    figures = report.figures
+    assert figures["clean"] == 1
+    # The budget is about the median distance.
+    assert 0.3 < figures["pgd"] <= figures["one step"] < 0.7
+    assert figures["black box"] == figures["transfer"] == 0
+    np.testing.assert_allclose(figures["fmn, median size"], figures["fab, median size"], rtol=0.02)
+
+
+def test_a_very_confident_net_raises_no_flag_and_its_lost_gradients_are_counted():
+    def confident(w, x):
+        z = 1e3 * linear(w, x)
+        return z + jnp.sin(z / 1e3)
+
+    x, y, w = data()
+    eps = np.full(N, 0.8, np.float32)
+    report = evaluate.check(
+        confident, w, x, y, eps=eps, norm="linf", key=KEY, steps=10, batch_size=40
+    )
+    assert report.flags == ()
+    assert report.figures["ce zero gradients"] > 0.9
+    assert report.figures["margin zero gradients"] == 0
+
+
+# What is seen in the net's outputs and gradients
+
+
+def test_probabilities_are_told_from_logits():
+    assert outputs(lambda w, x: jax.nn.softmax(linear(w, x))) == {"probabilities"}
+    assert outputs(lambda w, x: jax.nn.log_softmax(linear(w, x))) == set()
+
+
+def test_an_answer_that_changes_from_call_to_call_is_noticed():
+    rng = np.random.default_rng(1)
+    assert outputs(lambda w, x: linear(w, x) + rng.normal()) == {"random"}
+
+
+def test_rows_that_depend_on_their_batch_are_noticed():
+    def normalised(w, x):
+        z = linear(w, x)
+        return (z - z.mean(axis=0, keepdims=True)) / (z.std(axis=0, keepdims=True) + 1e-3)
+
+    assert outputs(normalised) == {"interacting rows"}
+
+
+def test_masked_classes_are_nothing_to_notice():
+    assert outputs(lambda w, x: linear(w, x).at[:, 2].set(-jnp.inf)) == set()
+
+
+def test_gradients_of_zero_are_noticed():
+    assert gradients(lambda w, x: linear(w, jnp.round(4 * x) / 4)) == {"zero gradients"}
+    assert gradients(linear) == set()
+
+
+def test_gradients_that_vanish_where_an_attack_ended_are_noticed():
+    start = data()[0]
+
+    def ledge(w, x):  # flat from a distance of one on
+        return linear(w, jnp.clip(x, start - 1, start + 1))
+
+    for moved, standing, want in (
+        (2, True, {"zero gradients"}),
+        (2, False, set()),
+        (0, True, set()),
+    ):
+        flags = names_of(
+            check._look_at_gradients, ledge, np.full_like(start, moved), np.full(N, standing), N
+        )
+        assert flags == want
+
+
+def test_gradients_that_are_not_finite_are_noticed():
+    def rooted(w, x):  # the root of 0 has an infinite derivative
+        return linear(w, x) + jnp.sqrt(jnp.maximum(x[:, 0, 0, :] - 100, 0))
+
+    assert gradients(rooted) == {"non-finite gradients"}
+
+
+# What is seen in attacks
+
+
+def test_other_attacks_winning_over_gradients_are_noticed():
+    _, _, w = data()
+
+    def shattered(w, x):
+        # The answers are the linear net's; gradients point the other way.
+        z = linear(w, x)
+        return 2 * jax.lax.stop_gradient(z) - z
+
+    found = names(shattered, eps=4.0, source=(linear, w))
+    assert {"black box", "transfer", "far"} <= found
+    assert "zero gradients" not in found
+
+
+def test_a_loss_that_bends_where_one_step_looks_is_noticed():
+    """Ripples turn a single gradient away; many average out, and more of them do better."""
+    found = names(lambda w, x: linear(w, x + 0.03 * jnp.sin(130 * x)), eps=4.5)
+    assert {"one step", "budget"} <= found
+
+
+def test_minimal_attacks_that_disagree_are_noticed():
+    # Linearising a saturated net gives distances that are far too long.
+    assert "disagreement" in names(lambda w, x: 3 * jnp.tanh(linear(w, x) / 3))
+
+
+def test_a_tracer_is_refused_and_a_key_is_wanted():
+    x, y, w = data()
+    with pytest.raises(TypeError, match=r"evaluate\.check loops over a data set on the host"):
+        jax.jit(lambda x: evaluate.check(linear, w, x, y, eps=1.0, key=KEY).figures)(x)
+    with pytest.raises(TypeError, match="expected a key, got 3"):
+        evaluate.check(linear, w, x, y, eps=1.0, key=3)

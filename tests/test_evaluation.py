@@ -1,0 +1,225 @@
+"""`experiments/evaluate.py`: robust accuracy of saved weights and of functions of one's own."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from experiments import data, evaluate, models, report
+
+RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnist_mlp"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiler():
+    """Spend no work on the code of programs that run once; results don't depend on it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Grey squares of 8x8 on both sides of a half, in two classes."""
+    place = tmp_path_factory.mktemp("squares")
+    for part in ("train", "test"):
+        for name, level in (("dark", 60), ("light", 190)):
+            (place / part / name).mkdir(parents=True)
+            for i in range(6):
+                pixels = np.full((8, 8), level + 5 * i, np.uint8)
+                Image.fromarray(pixels).save(place / part / name / f"{i}.png")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def own_module(tmp_path, monkeypatch):
+    """A module in the working directory, and a cache of its own."""
+    (tmp_path / "brightness.py").write_text(
+        "import jax.numpy as jnp\n"
+        "def apply_fn(params, x):\n"
+        "    half = 0.5 if params is None else params['at']\n"
+        "    light = x.reshape(len(x), -1).mean(axis=1) - half\n"
+        "    return jnp.stack([-light, light], axis=1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def run(folder, **kwargs):
+    settings = evaluate.Settings(
+        "brightness:apply_fn", data=str(folder), attacks=("one-step", "pgd"), eps=(1.0,), n=100,
+        block=5, batch_size=4, out=Path("out"),
+    )  # fmt: skip
+    settings = dataclasses.replace(settings, **kwargs)
+    return evaluate.run(settings, Console(file=io.StringIO()))
+
+
+# Images and nets
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: models.mlp((7, 5)), (28, 28, 1)),
+        (lambda: models.lenet((6,)), (28, 28, 1)),
+        (lambda: models.vgg((32, 32), width=1 / 32), (28, 28, 3)),
+    ],
+    ids=["mlp", "lenet", "vgg"],
+)
+def test_saved_weights_are_recognised(build, shape, tmp_path):
+    net, x = build(), jax.random.normal(jax.random.key(1), (2, *shape))
+    params = models.init(net, jax.random.key(0), x)
+    report.save_params(tmp_path / "run" / "lwa" / "params.safetensors", params)
+    settings = evaluate.Settings(str(tmp_path / "run" / "lwa" / "params.safetensors"))
+    apply_fn, loaded, _ = evaluate.load_net(settings)
+    np.testing.assert_array_equal(apply_fn(loaded, x), models.function(net)(params, x))
+
+
+def test_committed_weights_have_the_accuracy_of_their_record():
+    settings = evaluate.Settings(str(RECORD / "lwa" / "params.safetensors"), n=300)
+    problem = evaluate.load(settings)
+    assert problem.identity["network"] == "500x500"
+    assert problem.identity["method"] == "mnist_mlp/lwa"
+    assert problem.bounds == (0, 1)
+    mnist = data.mnist()
+    np.testing.assert_array_equal(problem.x, data.scale_mnist(mnist.test_images[:300]))
+    right = np.asarray(problem.apply_fn(problem.params, problem.x)).argmax(axis=1) == problem.y
+    assert right.mean() > 0.98
+
+
+def test_images_are_cropped_scaled_and_in_the_box_of_their_pixels(folder):
+    settings = evaluate.Settings(
+        "brightness:apply_fn", data=str(folder), subtract=51.0, divide=204.0, crop=4
+    )
+    problem = evaluate.load(settings)
+    assert problem.x.shape == (12, 4, 4, 1)
+    want = [(level + 5 * i - 51) / 204 for level in (60, 190) for i in range(6)]
+    np.testing.assert_allclose(np.sort(problem.x[:, 0, 0, 0]), want, rtol=1e-6)
+    assert problem.bounds == (-0.25, 0.75)
+    assert evaluate.load(dataclasses.replace(settings, box=False)).bounds is None
+    whole = evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder)))
+    assert whole.x.shape == (12, 8, 8, 1)
+    assert whole.bounds == (0, 1)
+    np.testing.assert_array_equal(whole.y, whole.x.mean(axis=(1, 2, 3)) > 0.5)
+
+
+def test_weights_reach_a_function_of_ones_own_as_a_tree(tmp_path, folder):
+    report.save_params(Path("w.safetensors"), {"at": jnp.asarray(0.9)})
+    settings = evaluate.Settings("brightness:apply_fn", weights=Path("w.safetensors"))
+    apply_fn, params, name = evaluate.load_net(settings)
+    assert name == "brightness:apply_fn"
+    assert apply_fn(params, jnp.full((1, 2), 0.7)).argmax() == 0
+    nested = {"a": {"b": jnp.ones(2)}, "c": jnp.zeros(1)}
+    report.save_params(Path("nested.safetensors"), nested)
+    loaded = evaluate.load_weights(Path("nested.safetensors"))
+    assert jax.tree.structure(loaded) == jax.tree.structure(nested)
+
+
+# Runs
+
+
+def test_it_reports_each_attack_with_its_interval_and_counts(folder):
+    rows = run(folder)
+    assert rows == json.loads(Path("out/results.json").read_text())
+    assert [row["attack"] for row in rows] == ["one-step", "pgd"]
+    for row in rows:
+        # In l2, a size of 1 over 64 pixels moves the mean by 1/8 = 32/255: no square crosses.
+        assert row["columns"] == {"clean": 1, "robust": 1}
+        assert row["interval"][0] < 1 == row["interval"][1]
+        assert row["n"] == 12
+        assert row["counts"]["nonfinite"] == 0
+
+
+def test_a_larger_size_breaks_what_it_can_reach(folder):
+    (row,) = run(folder, attacks=("pgd",), eps=(2.0,))
+    # Two pixel values in eight apart from the half: 64 of the 127.5 that count.
+    levels = np.array([level + 5 * i for level in (60, 190) for i in range(6)])
+    reach = np.abs(levels - 127.5) <= 2 / 8 * 255
+    assert row["columns"]["robust"] == 1 - reach.mean()
+    stage = row["stages"]["pgd"]
+    assert (stage["tried"], stage["fooled"]) == (12, reach.sum())
+    assert 1.9 < row["counts"]["max_norm"] <= 2 * (1 + 1e-6)
+
+
+def test_what_is_there_is_not_attacked_again(folder, monkeypatch):
+    first = run(folder)
+
+    def none(*args, **kwargs):
+        raise AssertionError("attacked again")
+
+    monkeypatch.setattr(evaluate.evaluate, "ensemble", none)
+    assert run(folder) == first
+    Path("out/results.json").unlink()  # interrupted after the last block
+    again = run(folder)
+    for one, other in zip(first, again, strict=True):
+        assert one == other
+
+
+def test_an_interrupted_run_goes_on_with_the_block_it_was_at(folder, monkeypatch):
+    whole = run(folder, out=Path("whole"), attacks=("pgd",))
+    ensemble, calls = evaluate.evaluate.ensemble, []
+
+    def breaking(*args, **kwargs):
+        calls.append(len(args[2]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return ensemble(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate.evaluate, "ensemble", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, attacks=("pgd",))
+    cut = run(folder, attacks=("pgd",))
+    assert calls == [5, 5, 5, 2]
+    for key in ("columns", "interval", "counts"):
+        assert cut[0][key] == whole[0][key]
+
+
+def test_other_nets_and_sizes_stay_in_the_record_and_the_table_has_them_all(folder):
+    run(folder, name="first")
+    run(folder, name="second", attacks=("pgd",), eps=(1.0, 2.0))
+    rows = run(folder, name="second", attacks=("pgd",), seed=1)
+    assert len(rows) == 5
+    text = "\n".join(evaluate.tables(rows))
+    assert text.count("# a folder of PNG") == 2
+    first, second = (
+        next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        for name in ("first", "second")
+    )
+    assert first.count("1.0000 [") == 2
+    assert "1.0000 ± 0.0000" in second
+    assert "Perturbed images stay in the pixel range." in text
+
+
+def test_flags_are_reported_with_the_table(folder):
+    Path("rounded.py").write_text(
+        "import jax.numpy as jnp, brightness\n"
+        "def apply_fn(params, x):\n"
+        "    return jnp.round(9 * brightness.apply_fn(params, x))\n"
+    )
+    rows = run(folder, net="rounded:apply_fn", attacks=("check", "pgd"))
+    assert "zero gradients" in rows[0]["flags"]
+    assert "gradient of exactly 0" in "\n".join(evaluate.tables(rows))
+
+
+# Errors
+
+
+def test_errors_name_what_is_wrong(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a file of weights, got .*gone"):
+        evaluate.load(evaluate.Settings("gone.safetensors"))
+    with pytest.raises(ValueError, match="expected a function f in a module nowhere, got: No mod"):
+        evaluate.load(evaluate.Settings("nowhere:f"))
+    with pytest.raises(ValueError, match="expected a function f in a module brightness"):
+        evaluate.load(evaluate.Settings("brightness:f"))
+    report.save_params(tmp_path / "other.safetensors", {"params": {"dense": jnp.ones(3)}})
+    with pytest.raises(ValueError, match=r"layers named \['dense'\]; for a net of your own"):
+        evaluate.load(evaluate.Settings(str(tmp_path / "other.safetensors")))
+    with pytest.raises(ValueError, match="a crop of at most 8, got 9; images are 8x8"):
+        evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder), crop=9))

@@ -1,0 +1,225 @@
+"""`jaxadv.attack.deepfool` and `fmn`: what is their own; the contract is in test_search."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxadv import attack
+
+ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
+DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
+B, D = 60, 6
+
+# All of a code generator's work is spent on programs that run once; results don't depend on it.
+quick_jit = functools.partial(
+    jax.jit,
+    static_argnums=0,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+fmn = quick_jit(attack.fmn, static_argnames=("norm", "steps", "targeted", "step_size"))
+deepfool = quick_jit(attack.deepfool, static_argnames=("norm", "steps", "overshoot", "output"))
+
+every_norm = pytest.mark.parametrize("norm", ORDER)
+
+
+def linear(params, x):
+    w, b = params
+    return x @ w + b[None]
+
+
+def curved(params, x):
+    w, v = params
+    return jnp.tanh(x @ w) @ v
+
+
+def problem(n_classes, alike=False):
+    """A linear net, all right; of `alike` the classes are equally steep, up to what is common."""
+    rng = np.random.default_rng(n_classes)
+    w = rng.normal(size=(D, n_classes))
+    if alike:
+        w = np.eye(D, n_classes) + rng.normal(size=(D, 1))
+    params = w.astype(np.float32), rng.normal(size=n_classes).astype(np.float32)
+    x = rng.normal(size=(B, D)).astype(np.float32)
+    return params, x, (x @ params[0] + params[1]).argmax(axis=1)
+
+
+def distances(params, x, y, norm):
+    """To the hyperplane of each class, in float64; inf for the label's own."""
+    w, b = (p.astype(np.float64) for p in params)
+    z = x.astype(np.float64) @ w + b
+    gap = z[np.arange(len(y)), y][:, None] - z
+    size = np.linalg.norm(w.T[y][:, None] - w.T[None], DUAL[norm], axis=2)
+    return np.where(size > 0, gap / np.where(size > 0, size, 1), np.inf)
+
+
+def length(r, norm):
+    return np.linalg.norm(np.asarray(r, np.float64), ORDER[norm], axis=1)
+
+
+def assert_least(r, params, x, y, norm):
+    want = distances(params, x, y, norm).min(axis=1)
+    assert (np.asarray(linear(params, x + r)).argmax(axis=1) != y).all()
+    np.testing.assert_allclose(length(r, norm), want, rtol=0.01)
+    assert (length(r, norm) >= want).all()
+
+
+# Closed forms
+
+
+@every_norm
+@pytest.mark.parametrize("fn", [fmn, deepfool], ids=["fmn", "deepfool"])
+def test_with_two_classes_r_is_the_distance_to_the_hyperplane(fn, norm):
+    params, x, y = problem(2)
+    assert_least(fn(linear, params, x, y, norm=norm), params, x, y, norm)
+
+
+@every_norm
+def test_deepfool_finds_the_nearest_of_several_hyperplanes(norm):
+    params, x, y = problem(4)
+    assert_least(deepfool(linear, params, x, y, norm=norm), params, x, y, norm)
+    # Which isn't always that of the likeliest class.
+    z = np.where(np.eye(4, dtype=bool)[y], -np.inf, linear(params, x))
+    assert (distances(params, x, y, norm).argmin(axis=1) != z.argmax(axis=1)).any()
+
+
+@every_norm
+def test_fmn_finds_the_hyperplane_of_the_likeliest_of_several_classes(norm):
+    # It climbs the lead of the likeliest class, and that is the nearest where all are as steep.
+    params, x, y = problem(4, alike=True)
+    assert_least(fmn(linear, params, x, y, norm=norm), params, x, y, norm)
+
+
+@every_norm
+@pytest.mark.parametrize("scale", [1, 60])
+def test_on_probabilities_two_classes_suffice_at_any_confidence(norm, scale):
+    (w, b), x, y = problem(2)
+    params = (np.float32(scale) * w, np.float32(scale) * b)
+    z = linear(params, x)
+    if scale > 1:
+        assert np.abs(z[:, 0] - z[:, 1]).max() > 200
+    r = deepfool(linear, params, x, y, norm=norm, output="probabilities")
+    assert_least(r, params, x, y, norm)
+
+
+def test_the_answer_is_wrong_by_more_than_rounding():
+    params, x, y = problem(2)
+    w, b = (p.astype(np.float64) for p in params)
+    for fn in (fmn, deepfool):
+        z = (x.astype(np.float64) + np.asarray(fn(linear, params, x, y, norm="l2"))) @ w + b
+        before = x.astype(np.float64) @ w + b
+        lead, gap = (np.abs(a[:, 1] - a[:, 0]) for a in (z, before))
+        assert (lead >= 5e-5 * gap).all()
+
+
+@pytest.mark.parametrize("fn", [fmn, deepfool], ids=["fmn", "deepfool"])
+def test_r_is_0_where_x_is_misclassified_by_no_more_than_rounding(fn):
+    params, x, _ = problem(2)
+    w, b = 0 * params[0], np.array([100, np.nextafter(np.float32(100), 101)], np.float32)
+    w[0] = 1, -1
+    x[:, 0] = 0
+    r = fn(linear, (w, b), x, np.zeros(B, np.int32), norm="l2")
+    np.testing.assert_array_equal(r, 0)
+
+
+def test_it_is_found_whichever_class_wins_a_tie():
+    # On the hyperplane itself, argmax answers class 0, and rounding never leaves it.
+    x, y = np.array([[1.0, 0], [-1, 0]], np.float32), np.array([0, 1])
+    w = np.array([[1.0, -1], [0, 0]], np.float32)
+    for fn in (fmn, deepfool):
+        r = fn(linear, (w, np.zeros(2, np.float32)), x, y, norm="linf")
+        np.testing.assert_allclose(length(r, "linf"), 1, rtol=0.01)
+
+
+# Curved nets
+
+
+@functools.cache
+def tanh_problem():
+    rng = np.random.default_rng(7)
+    params = tuple(rng.normal(size=shape).astype(np.float32) for shape in ((D, 8), (8, 4)))
+    x = rng.normal(size=(B, D)).astype(np.float32)
+    return params, x, np.asarray(curved(params, x)).argmax(axis=1)
+
+
+@pytest.mark.parametrize("output", ["logits", "probabilities"])
+def test_deepfool_finds_a_boundary_of_a_curved_net_that_no_shorter_one_of_its_kind_does(output):
+    params, x, y = tanh_problem()
+    r = np.asarray(deepfool(curved, params, x, y, norm="l2", output=output))
+    hit = np.asarray(curved(params, x + r)).argmax(axis=1) != y
+    np.testing.assert_array_equal(hit, (r != 0).any(axis=1))  # where none is found it says 0
+    assert hit.mean() > 0.95
+    short = np.asarray(curved(params, x + np.float32(0.998) * r)).argmax(axis=1) != y
+    assert short[hit].mean() < 0.1
+
+
+def arch(params, x):
+    """Class 1 only in a thin shell, that DeepFool's overshoot jumps over."""
+    t = x[:, 0]
+    return jnp.stack([0 * t, params - 400 * (t - 1) ** 2 + 1e-3 * t], axis=1)
+
+
+def test_where_the_overshoot_is_too_much_the_point_before_it_counts():
+    x = np.array([[0.9, 0.0]], np.float32)
+    r = deepfool(arch, np.float32(0.02), x, np.array([0]), norm="l2", overshoot=2.0)
+    assert int(arch(0.02, x + np.asarray(r)).argmax()) == 1
+
+
+def test_fmn_is_no_longer_than_deepfool_on_a_curved_net():
+    params, x, y = tanh_problem()
+    r = fmn(curved, params, x, y, norm="l2")
+    assert (np.asarray(curved(params, x + r)).argmax(axis=1) != y).all()
+    other = deepfool(curved, params, x, y, norm="l2")
+    ratio = length(r, "l2") / length(other, "l2")
+    assert np.median(ratio) < 1
+    assert np.quantile(ratio, 0.9) < 1.1
+
+
+def test_a_targeted_r_reaches_the_class_and_is_0_where_it_is_there():
+    params, x, y = tanh_problem()
+    target = np.full(B, 2)
+    r = np.asarray(fmn(curved, params, x, target, norm="l2", targeted=True))
+    np.testing.assert_array_equal(r[y == 2], 0)
+    hit = np.asarray(curved(params, x + r)).argmax(axis=1) == 2
+    assert hit.mean() > 0.9
+    np.testing.assert_array_equal(r[~hit], 0)
+
+
+def test_fmn_takes_the_step_size_that_suits_the_units_of_x():
+    (w, b), x, y = problem(2)
+    r = fmn(linear, (w, b), x, y, norm="l2")
+    thousand = fmn(linear, (w / 1000, b), 1000 * x, y, norm="l2", step_size=1000.0)
+    np.testing.assert_allclose(thousand, 1000 * np.asarray(r), rtol=1e-2, atol=1)
+
+
+def test_without_an_overshoot_or_steps_enough_what_is_not_found_is_0():
+    params, x, y = tanh_problem()
+    r = np.asarray(deepfool(curved, params, x, y, norm="l2", steps=1, overshoot=0.0))
+    hit = np.asarray(curved(params, x + r)).argmax(axis=1) != y
+    np.testing.assert_array_equal(hit, (r != 0).any(axis=1))
+    assert 0 < hit.sum() < B
+
+
+def test_r_is_no_longer_than_any_point_of_the_way_that_misled_the_net():
+    params, x, y = tanh_problem()
+    seen = []
+
+    def watched(params, x):
+        logits = curved(params, x)
+        jax.debug.callback(lambda *visit: seen.append(visit), x, logits)
+        return logits
+
+    r = length(attack.fmn(watched, params, x, y, norm="l2", steps=8), "l2")
+    jax.effects_barrier()
+    sizes = np.array([length(at - x, "l2") for at, _ in seen])
+    own = np.eye(4, dtype=bool)[y]
+    lead = np.array([np.where(own, -np.inf, z).max(axis=1) - z[own] for _, z in seen])
+    # A hit by no more than rounding, a ten-thousandth of the way, counts for none.
+    hits = lead > 2e-4 * np.abs(lead[0]) + 1e-4
+    assert hits.any(axis=0).mean() > 0.9
+    assert (r <= 1.001 * np.where(hits, sizes, np.inf).min(axis=0)).all()

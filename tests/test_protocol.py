@@ -1,0 +1,103 @@
+"""What the experiments share past the paper: multi-step adversaries, TRADES, averaged weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import protocol
+from experiments.models import function, init, mlp
+from experiments.protocol import MultiStep
+from jaxadv import attack, objectives, train
+
+KEY = jax.random.key(0)
+NET = mlp((6, 5))
+
+
+def problem():
+    x = jax.random.uniform(jax.random.key(1), (12, 4, 4, 1))
+    return init(NET, KEY, x), x, jnp.arange(12) % 10
+
+
+def value(objective):
+    params, x, y = problem()
+    loss, (_, aux) = objective(params, None, (x, y), key=KEY, step=jnp.int32(3))
+    return loss, aux
+
+
+METHODS = {
+    "multi": (
+        MultiStep((6, 5), 1, 0.1, eps=0.7, steps=4),
+        lambda **kwargs: objectives.adversarial(
+            function(NET), lambda *args, **kw: attack.pgd(*args, steps=4, random_start=True, **kw),
+            **kwargs,
+        ),
+    ),
+    "mixed": (
+        MultiStep((6, 5), 1, 0.1, eps=0.7, steps=2, random_start=False, objective="mixed"),
+        lambda **kwargs: objectives.mixed(
+            function(NET), lambda *args, **kw: attack.pgd(*args, steps=2, **kw), **kwargs
+        ),
+    ),
+    "trades": (
+        MultiStep((6, 5), 1, 0.1, eps=0.7, steps=3, objective="virtual", weight=6.0),
+        lambda **kwargs: objectives.virtual(
+            function(NET), lambda *args, **kw: attack.virtual(*args, steps=3, **kw), weight=6.0,
+            **kwargs,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_multi_step_method_is_its_objective_in_the_box(name):
+    method, make = METHODS[name]
+    box = (-0.1, 0.9)
+    got, aux = value(protocol.make_objective(NET, method, 10, box))
+    want, want_aux = value(make(eps=0.7, bounds=box))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(aux.accuracy, want_aux.accuracy)
+    free, _ = value(make(eps=0.7))
+    assert free != got  # the box is in the way
+
+
+def test_its_size_rises_over_the_first_epochs():
+    method = MultiStep((6, 5), 4, 0.1, eps=0.8, warmup=2, steps=1)
+    _, aux = value(protocol.make_objective(NET, method, 3))  # step 3 of 6
+    np.testing.assert_allclose(aux.eps, 0.4, rtol=1e-6)
+
+
+def test_the_average_is_of_all_at_first_and_moves_with_the_share_of_the_past():
+    decay, tx = 0.75, optax.chain(optax.sgd(0.1), protocol.averaging(0.75))
+    params = {"w": jnp.array([1.0, -2.0])}
+    state = tx.init(params)
+    seen, want = [], None
+    for step in range(1, 9):
+        grads = {"w": params["w"] * step}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(np.asarray(params["w"], np.float64))
+        if step <= 4:  # 1 / step is at least 1 - decay
+            want = np.mean(seen, axis=0)
+        else:
+            want = decay * want + (1 - decay) * seen[-1]
+        average = optax.tree_utils.tree_get(state, "average")["w"]
+        np.testing.assert_allclose(average, want, rtol=1e-6)
+
+
+def test_the_average_is_the_result_where_there_is_one():
+    params, x, y = problem()
+    for average in (0.0, 0.9):
+        method = MultiStep((6, 5), 2, 0.1, eps=0.7, steps=1, average=average)
+        tx = protocol.optimiser(method, protocol.Settings(), 5)
+        state = train.init(params, tx, key=KEY)
+        step = train.make_step(protocol.make_objective(NET, method, 5), tx)
+        for _ in range(3):
+            state, _ = step(state, (x, y))
+        result, last = (
+            jax.tree.leaves(tree) for tree in (protocol.result(method, state), state.params)
+        )
+        same = [np.array_equal(one, other) for one, other in zip(result, last, strict=True)]
+        assert all(same) == (average == 0)
+        assert not average or not any(same)

@@ -1,0 +1,488 @@
+"""`jaxadv.attack.square`: the search, its schedule, and the contract that it shares."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import io_callback
+
+from jaxadv import jacobian
+from jaxadv.attack.square import _SEARCHES, _peak, _side
+from jaxadv.attack.square import square as eager
+
+NORMS = ("l2", "linf")
+ORDER = {"l2": 2, "linf": np.inf}
+DUAL = {"l2": 2, "linf": 1}
+B, S, C, K = 6, 8, 2, 3
+D = S * S * C
+KEYS = jax.random.split(jax.random.key(9), B)
+
+# Compiling is what costs here, so that few lengths of the search serve all tests.
+SHORT, LONG, LONGEST = 9, 60, 1200  # of one size of windows, of three, of seven
+
+# All of a code generator's work is spent on programs that run once; results don't depend on it.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+compiled = quick_jit(
+    eager, static_argnums=0, static_argnames=("norm", "steps", "p_init", "targeted")
+)
+
+
+def square(apply_fn, params, x, y, *, eps, **kwargs):
+    """Compile once for scalars and arrays."""
+    eps = np.broadcast_to(eps, len(x)).astype(np.float32)
+    return compiled(apply_fn, params, x, y, eps=eps, **kwargs)
+
+
+every_norm = pytest.mark.parametrize("norm", NORMS)
+
+
+def net(params, x):
+    w, b = params
+    return x.reshape(x.shape[0], D) @ w + b[None]
+
+
+def problem(seed=0):
+    """The last label is wrong, those before are right by a lot."""
+    rng = np.random.default_rng(seed)
+    w, b = rng.normal(size=(D, K)).astype(np.float32), np.zeros(K, np.float32)
+    x = rng.uniform(size=(B, S, S, C)).astype(np.float32)
+    y = np.asarray(net((w, b), x)).argmax(axis=1)
+    y[-1] = (y[-1] + 1) % K
+    return (w, b), x, y
+
+
+def robust():
+    """A linear net whose class 0 is far ahead of class 1, and that is far ahead of class 2."""
+    rng = np.random.default_rng(1)
+    w = rng.normal(size=(D, K)).astype(np.float32)
+    b = np.array([1e3, 0, -1e3], np.float32)
+    return (w, b), np.zeros((B, S, S, C), np.float32), np.zeros(B, int)
+
+
+def length(r, norm):
+    return np.linalg.norm(np.asarray(r, np.float64).reshape(len(r), -1), ORDER[norm], axis=1)
+
+
+def margin(params, x, y):
+    """How far y is ahead of the other classes; below 0 it is fooled."""
+    z = np.array(net(params, jnp.asarray(x)), np.float64)
+    own = z[np.arange(B), y].copy()
+    z[np.arange(B), y] = -np.inf
+    return own - z.max(axis=1)
+
+
+# The search
+
+
+@every_norm
+def test_on_a_linear_net_the_margin_falls_toward_the_closed_form(norm):
+    params, x, y = robust()
+    eps = np.array([0.1, 0.1, 0.1, 1, 1, 1])
+    away = (params[0][:, 1] - params[0][:, 0]).astype(np.float64)
+    shares = []
+    for steps in (SHORT, LONGEST):
+        r = square(net, params, x, y, eps=eps, norm=norm, steps=steps, key=KEYS)
+        shares.append(np.asarray(r, np.float64).reshape(B, D) @ away)
+    # Errors of rounding don't add up.
+    np.testing.assert_allclose(length(r, norm), eps.astype(np.float32), rtol=5e-7)
+    shares = np.array(shares) / (eps * np.linalg.norm(away, DUAL[norm]))[None]
+    assert (shares <= 1 + 1e-6).all()
+    assert (shares[1] > {"l2": 0.5, "linf": 0.8}[norm]).all()
+    assert (shares[0] < shares[1] - 0.1).all()
+
+
+@every_norm
+def test_more_steps_never_do_worse_and_fooled_rows_stay_as_they_are(norm):
+    params, x, y = problem()
+    eps = {"l2": 1.4, "linf": 0.12}[norm]
+    fn = functools.partial(square, net, params, x, y, eps=eps, norm=norm, key=KEYS)
+    runs = [np.asarray(fn(steps=steps)) for steps in (SHORT, LONG, LONGEST)]
+    margins = np.array([margin(params, x + r, y) for r in runs])
+    fooled = margins < 0
+    for i, j in itertools.pairwise(range(len(runs))):
+        assert (fooled[j] >= fooled[i]).all()
+        assert (margins[j] <= margins[i] + 1e-5)[~fooled[i]].all()
+        # Programs of other lengths round otherwise.
+        np.testing.assert_allclose(runs[j][fooled[i]], runs[i][fooled[i]], atol=1e-6)
+    # Some are fooled on the way, before others.
+    assert fooled[0, :-1].sum() < fooled[-1, :-1].sum()
+    assert (margins[-1] < margins[0])[~fooled[0]].all()
+
+
+def test_the_search_ends_with_the_last_row_that_is_fooled():
+    params, x, y = problem()
+    queries = []
+
+    def counted(params, x):
+        io_callback(lambda: queries.append(0), None, ordered=True)
+        return net(params, x)
+
+    r = square(counted, params, x, y, eps=0.3, norm="linf", steps=LONG, key=KEYS)
+    jax.effects_barrier()
+    assert (margin(params, x + np.asarray(r), y) < 0).all()
+    assert 3 <= len(queries) < LONG + 2
+    queries.clear()
+    square(counted, params, x, y, eps=0.01, norm="linf", steps=LONG, key=KEYS)
+    jax.effects_barrier()
+    assert len(queries) == LONG + 2  # of x and of the start
+    # Nor does it wait for what can't be fooled.
+    w, b = params
+    one_class, broken = np.float32([[0, -np.inf, -np.inf], [0, -1e3, np.nan]])
+    for eps, bias, labels in ((0, b, y), (0.01, one_class, 0 * y), (0.01, broken, 0 * y)):
+        queries.clear()
+        square(counted, (w, bias), x, labels, eps=eps, norm="linf", steps=LONG, key=KEYS)
+        jax.effects_barrier()
+        assert len(queries) == 2
+
+
+@every_norm
+def test_rows_that_are_misclassified_from_the_start_are_0(norm):
+    params, x, y = problem()
+    r = square(net, params, x, y, eps=1.0, norm=norm, steps=SHORT, key=KEYS)
+    np.testing.assert_array_equal(r[-1], 0)
+    assert (length(r, norm)[:-1] > 0).all()
+    clean = np.asarray(net(params, x)).argmax(axis=1)
+    r = square(net, params, x, clean, eps=1.0, norm=norm, steps=LONG, targeted=True, key=KEYS)
+    np.testing.assert_array_equal(r, 0)
+
+
+@every_norm
+def test_a_targeted_search_lowers_the_cross_entropy_until_it_reaches_the_target(norm):
+    params, x, _ = problem()
+    clean = np.asarray(net(params, x)).argmax(axis=1)
+    y = (clean + 1) % K
+    eps = {"l2": 3.0, "linf": 0.3}[norm]
+    fn = functools.partial(square, net, params, x, y, norm=norm, targeted=True, key=KEYS)
+    r = np.asarray(fn(eps=eps, steps=LONG))
+    assert (np.asarray(net(params, x + r)).argmax(axis=1) == y).mean() > 0.5
+    before = jacobian.margin(net(params, x), y)
+    after = jacobian.margin(net(params, x + fn(eps=eps / 30, steps=LONG)), y)
+    assert (after < before).all()
+
+
+def test_success_comes_before_loss():
+    def split(params, x):  # class 0 wins, with more cross-entropy, where two corners differ
+        hit = x[:, 0, 0, 0] * x[:, -1, 0, 0] < 0
+        near, even = (jnp.array([0.0, first] + [last] * 7) for first, last in ((1, -9), (-1, -1)))
+        return jnp.where(hit[:, None], even[None], near[None])
+
+    x, y = np.zeros((B, S, S, C), np.float32), np.zeros(B, int)
+    apart = x.copy()
+    apart[:, 0, 0, 0], apart[:, -1, 0, 0] = -1, 1
+    near, far = (jacobian.margin(split(None, a), y) for a in (x, apart))
+    assert (near < far).all()
+    r = square(split, None, x, y, eps=1.0, norm="linf", steps=SHORT, targeted=True, key=KEYS)
+    assert (np.asarray(split(None, r)).argmax(axis=1) == y).sum() > B / 2
+
+
+def test_logits_of_nan_fool_nobody():
+    def broken(params, x):  # NaN everywhere but at the origin
+        total = jnp.sum(jnp.abs(x), axis=(1, 2, 3))
+        logits = jnp.stack([jnp.zeros_like(total), 1 - total], axis=1)
+        return jnp.where(total[:, None] > 0, jnp.nan, logits)
+
+    x = np.zeros((B, S, S, C), np.float32)
+    for targeted in (False, True):  # argmax takes NaN for the largest, so that class 0 would win
+        y = np.full(B, 0 if targeted else 1)
+        r = square(broken, None, x, y, eps=1.0, norm="linf", steps=1, targeted=targeted, key=KEYS)
+        np.testing.assert_array_equal(r, 0)
+
+
+# The windows
+
+
+def published_sides(size, norm):
+    """For steps 0, 11, 51, ...; written out from the definition."""
+    for halvings in range(10):
+        side = round(math.sqrt(0.8 * 2.0**-halvings * size * size))
+        if norm == "l2":
+            side = max(side, 3)
+            side += side % 2 == 0
+        yield min(max(side, 1), size)
+
+
+@every_norm
+@pytest.mark.parametrize("size", [2, 8, 28, 32])
+def test_the_sides_are_the_published_ones(norm, size):
+    want = list(published_sides(size, norm))
+    assert [_side(norm, 0.8, n, size, size) for n in range(10)] == want
+    if size == 28:  # and by hand
+        by_hand = {
+            "linf": [25, 18, 13, 9, 6, 4, 3, 2, 2, 1],
+            "l2": [25, 19, 13, 9, 7, 5, 3, 3, 3, 3],
+        }
+        assert want == by_hand[norm]
+    assert _side(norm, 1.0, 0, size, 2 * size) == size
+
+
+@pytest.mark.parametrize("steps", [12, LONG])
+def test_the_windows_shrink_after_the_published_steps(steps):
+    seen = []
+
+    def constant(params, x):  # keeps the start: every query is one window away from it
+        io_callback(lambda x: seen.append(np.array(x)), None, x, ordered=True)
+        return jnp.broadcast_to(jnp.arange(2.0)[None], (x.shape[0], 2))
+
+    x, y = np.zeros((8, 20, 20, 3), np.float32), np.ones(8, int)
+    square(constant, None, x, y, eps=1.0, norm="linf", steps=steps, key=jax.random.key(3))
+    jax.effects_barrier()
+    clean, start, *queries = seen
+    np.testing.assert_array_equal(clean, 0)
+    np.testing.assert_array_equal(start, np.broadcast_to(start[:, :1], start.shape))  # stripes
+    assert {-1.0, 1.0} == set(np.unique(start))
+    # A window may agree with the stripes below it, but not with those of all examples.
+    found = [(query != start).any(axis=(2, 3)).sum(axis=1).max() for query in queries]
+    first, second, third = itertools.islice(published_sides(20, "linf"), 3)
+    assert found == ([first] * 11 + [second] * 40 + [third] * 9)[:steps]
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (2, 5), (3, 5), (4, 9), (1, 3), (6, 6)])
+def test_a_peak_is_a_pile_of_squares(shape):
+    pile = np.zeros(shape)
+    middle = shape[0] // 2, shape[1] // 2
+    for k in range(max(middle) + 1):
+        around = tuple(slice(max(m - k, 0), m + k + 1) for m in middle)
+        pile[around] += 1 / (k + 1) ** 2
+    np.testing.assert_allclose(_peak(*shape), pile / np.linalg.norm(pile), rtol=1e-12)
+
+
+def windows(u, side):
+    """The two windows' slices, from the uniform numbers of a move."""
+    corners = np.floor(np.asarray(u[C : C + 4], np.float64) * (S - side + 1)).astype(int)
+    rows = [slice(a, a + side) for a in corners]
+    return tuple(rows[:2]), tuple(rows[2:])
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_an_l2_move_hands_the_energy_of_two_windows_to_one(side):
+    move = quick_jit(functools.partial(_SEARCHES["l2"].move, side=side))
+    rng = np.random.default_rng(side)
+    for turned in (0.2, 0.7):
+        r = rng.normal(size=(S, S, C))
+        r = (2e-3 * 0.9 * r / np.linalg.norm(r)).astype(np.float32)  # the box took a tenth
+        u = rng.uniform(size=C + 5).astype(np.float32)
+        u[-1] = turned
+        here, there = windows(u, side)
+        got = np.asarray(move(r, u, np.float32(2e-3)), np.float64) / 2e-3
+        r = r.astype(np.float64) / 2e-3
+
+        either = np.zeros((S, S), bool)
+        either[here] = either[there] = True
+        np.testing.assert_allclose(got[~either], r[~either], rtol=1e-6)
+        either[here] = False
+        np.testing.assert_array_equal(got[either], 0)
+        either[here] = True
+        energy = (r[either] ** 2).sum(axis=0) + (1 - (r**2).sum()) / C
+        np.testing.assert_allclose((got[here] ** 2).sum(axis=(0, 1)), energy, rtol=1e-5)
+        np.testing.assert_allclose((got**2).sum(), 1, rtol=1e-6)
+
+        top = side // 2
+        bump = np.concatenate([_peak(top, side), -_peak(side - top, side)]) / math.sqrt(2)
+        bump = (bump.T if turned < 0.5 else bump)[:, :, None] * np.where(u[:C] < 0.5, -1, 1)
+        shape = bump + r[here] / np.sqrt((r[here] ** 2).sum(axis=(0, 1)))
+        shape *= np.sqrt(energy / (shape**2).sum(axis=(0, 1)))
+        np.testing.assert_allclose(got[here], shape, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(4, 7), (12, 10), (28, 28)])
+def test_the_l2_start_tiles_the_image(size):
+    start = quick_jit(functools.partial(_SEARCHES["l2"].start, (*size, C)))
+    r = np.asarray(start(KEYS[0], jnp.float32(0.5)), np.float64)
+    np.testing.assert_allclose(np.linalg.norm(r), 0.5, rtol=1e-6)
+    side = max(min(size) // 5, 1)
+    tiles = [n // side for n in size]
+    first = [(n - t * side) // 2 for n, t in zip(size, tiles, strict=True)]
+    for i, j in itertools.product(*map(range, tiles)):
+        a, b = first[0] + i * side, first[1] + j * side
+        tile = r[a : a + side, b : b + side]
+        share = np.full(C, 0.5 / math.sqrt(math.prod(tiles) * C))
+        np.testing.assert_allclose(np.linalg.norm(tile, axis=(0, 1)), share, rtol=1e-6)
+
+
+@every_norm
+def test_a_window_is_anywhere_in_the_image(norm):
+    u = jax.random.uniform(KEYS[0], (2000, C + 5))
+    r = jnp.zeros((4, 5, C))
+    move = functools.partial(_SEARCHES[norm].move, side=3)
+    moved = quick_jit(jax.vmap(move, (None, 0, None)))(r, u, np.float32(1))
+    support = np.asarray((moved != 0).any(axis=3))
+    corners, counts = np.unique(
+        [(m.any(axis=1).argmax(), m.any(axis=0).argmax()) for m in support],
+        axis=0,
+        return_counts=True,
+    )
+    assert len(corners) == 2 * 3
+    np.testing.assert_allclose(counts / 2000, 1 / 6, atol=0.04)  # 5 standard deviations
+    assert (support.sum(axis=(1, 2)) == 9).all()
+
+
+# The ball and the box
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("bounds", [None, (0.1, 0.9)])
+def test_r_stays_in_the_ball_and_in_the_box(norm, dtype, bounds):
+    params, x, y = problem()
+    x = x if bounds is None else x.clip(*bounds)
+    params, x = jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, x))
+    params, y = (params[0], jnp.array([1e3, 0, 0], dtype)), np.zeros(B, int)  # never fooled
+    eps = np.array([0, 0.01, 0.3, 0.7, 1.3, 5], np.float32)
+    r = square(net, params, x, y, eps=eps, norm=norm, steps=SHORT, key=KEYS, bounds=bounds)
+    assert r.dtype == dtype
+    size = length(r, norm)
+    assert (size <= eps * (1 + 1e-6)).all()
+    np.testing.assert_array_equal(r[0], 0)
+    if bounds is None:  # nothing is lost but what rounding to x's dtype takes
+        assert (size >= eps * (1 - 2 * float(jnp.finfo(dtype).eps))).all()
+    else:
+        moved = np.asarray((x + r).astype(jnp.float32))
+        lo, hi = (float(jnp.asarray(b, dtype)) for b in bounds)
+        assert lo <= moved.min() <= moved.max() <= hi
+        assert (moved[5] == lo).any()
+        assert (moved[5] == hi).any()
+
+
+def test_the_l2_ball_has_any_size():
+    (w, b), x, y = robust()
+    tiny, huge = (
+        np.asarray(square(net, (w / size, b), x, y, eps=size, steps=LONG, key=KEYS)) / size
+        for size in np.float32([1e-30, 1e15])
+    )
+    np.testing.assert_allclose(length(tiny, "l2"), 1, rtol=1e-6)
+    np.testing.assert_allclose(tiny, huge, rtol=1e-3, atol=1e-5)
+
+
+# Rows
+
+
+@every_norm
+def test_rows_that_pose_no_problem_are_0_or_nan_and_leave_the_others_alone(norm):
+    params, x, y = problem()
+    fn = functools.partial(square, net, params, norm=norm, eps=0.5, steps=SHORT, key=KEYS)
+    clean = np.asarray(fn(x, y))
+    bad_x, bad_y = x.copy(), y.copy()
+    bad_x[0, 0, 0, 0], bad_x[1, 1, 2, 1] = np.nan, np.inf
+    bad_y[2], bad_y[3] = -1, K
+    r = np.asarray(fn(bad_x, bad_y))
+    assert np.isnan(r[:2]).all()
+    np.testing.assert_array_equal(r[2:4], 0)
+    np.testing.assert_array_equal(r[4:], clean[4:])
+    assert (clean[:5] != 0).any(axis=(1, 2, 3)).all()
+    b = np.array([np.nan, 0, 0], np.float32)
+    r = square(net, (params[0], b), x, y, norm=norm, eps=0.5, steps=SHORT, key=KEYS)
+    assert np.isnan(r).all()
+
+
+@every_norm
+def test_noise_and_radius_belong_to_the_example(norm):
+    params, x, y = problem()
+    eps = np.linspace(0.02, 0.2, B).astype(np.float32)
+
+    def of(rows, keys=KEYS):
+        return np.asarray(
+            square(
+                net, params, x[rows], y[rows], eps=eps[rows], norm=norm, steps=SHORT, key=keys[rows]
+            )
+        )
+
+    whole = np.arange(B)
+    r = of(whole)
+    np.testing.assert_array_equal(of(whole), r)
+    order = np.array([3, 0, 5, 1, 4, 2])
+    np.testing.assert_allclose(of(order), r[order], atol=1e-6)
+    np.testing.assert_allclose(np.concatenate([of(whole[:3]), of(whole[3:])]), r, atol=1e-6)
+    np.testing.assert_allclose(length(r, norm)[:-1], eps[:-1], rtol=1e-6)
+
+
+def test_one_key_is_split():
+    params, x, y = problem()
+    one, fn = (
+        jax.random.key(4),
+        functools.partial(square, net, params, eps=0.1, norm="linf", steps=SHORT),
+    )
+    np.testing.assert_allclose(fn(x, y, key=one), fn(x, y, key=jax.random.split(one, B)), atol=1e-6)
+    same = np.asarray(fn(x[[0] * B], y[[0] * B], key=one))
+    assert len({row.tobytes() for row in same}) == B
+
+
+# Compilation
+
+
+def test_with_and_without_a_callers_jit_the_results_agree():
+    params, x, y = problem()
+    eps = np.full(B, 0.1, np.float32)
+    r = eager(net, params, x, y, eps=eps, norm="linf", steps=SHORT, key=KEYS)
+    again = square(net, params, x, y, eps=eps, norm="linf", steps=SHORT, key=KEYS)
+    np.testing.assert_allclose(again, r, atol=1e-6)
+
+
+def test_the_number_of_steps_and_of_windows_does_not_multiply_the_traces():
+    params, x, y = problem()
+    traces = []
+    for steps in (2, 5000):
+        calls = []
+
+        def apply_fn(params, x, calls=calls):
+            calls.append(x.shape)
+            return net(params, x)
+
+        fn = functools.partial(eager, apply_fn, eps=0.5, steps=steps, key=KEYS)
+        jax.eval_shape(fn, params, x, y)
+        traces.append(len(calls))
+    assert traces[0] == traces[1]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("norm", "dtype"), [("l2", np.float64), ("linf", np.float32)])
+def test_in_64_bit_mode_r_has_the_dtype_of_x(norm, dtype):
+    params, x, y = jax.tree.map(lambda v: v.astype(dtype) if v.dtype.kind == "f" else v, problem())
+    r = square(net, params, x, y, eps=0.1, norm=norm, steps=SHORT, key=KEYS)
+    assert r.dtype == dtype
+    assert (length(r, norm) <= 0.1 * (1 + 1e-6)).all()
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"norm": "l1"}, ValueError, r"one of 'l2', 'linf', got 'l1'; .*pgd"),
+        ({"norm": "l3"}, ValueError, r"one of 'l2', 'linf', got 'l3'"),
+        ({"steps": 0}, ValueError, "expected steps >= 1, got 0; .*5000"),
+        ({"p_init": 0}, ValueError, "expected 0 < p_init <= 1, got 0; pass a share"),
+        ({"p_init": 1.1}, ValueError, "got 1.1"),
+        ({"p_init": math.nan}, ValueError, "got nan"),
+        ({"key": None}, ValueError, "expected a key: the square attack draws random numbers"),
+        ({"key": 0}, TypeError, "expected a key, got 0"),
+        ({"eps": -1.0}, ValueError, "expected a finite eps >= 0"),
+        ({"bounds": (1.0, 0.0)}, ValueError, "swap them"),
+        ({"x": np.zeros((B, 5), np.float32)}, ValueError, r"\[B, H, W, C\], got \(6, 5\); reshape"),
+        ({"x": np.zeros((B, 5, 4), np.float32)}, ValueError, r"apply_fn.*x\.reshape\(-1, 5, 4\)"),
+        ({"x": np.zeros((B, S, S, C), int)}, TypeError, "floating-point dtype, got int"),
+        ({"y": np.zeros((B, K), np.float32)}, TypeError, r"expected integer labels .*jnp\.argmax"),
+        ({"y": np.zeros(B + 1, int)}, ValueError, "got 7 labels for 6 examples"),
+    ],
+)
+def test_errors_say_what_was_expected_what_came_and_the_cure(change, error, message):
+    params, x, y = problem()
+    kwargs = {"x": x, "y": y, "eps": 1.0, "steps": 2, "key": KEYS} | change
+    with pytest.raises(error, match=message):
+        eager(net, params, kwargs.pop("x"), kwargs.pop("y"), **kwargs)
+
+
+def test_apply_fn_returns_logits():
+    params, x, y = problem()
+    with pytest.raises(TypeError, match="return logits"):
+        eager(lambda params, x: (net(params, x),), params, x, y, eps=1.0, key=KEYS)
