@@ -55,6 +55,7 @@ def test_each_objective_and_adversary_gives_another_loss():
     assert losses["lwa_3.0"] == max(losses.values())
 
 
+@pytest.mark.slow
 def test_rows_say_which_questions_they_answer(tmp_path, monkeypatch):
     small = {
         "normal": protocol.Method((9,), 1, 0.1),

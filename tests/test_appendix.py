@@ -16,6 +16,7 @@ def float64(x64):
     """As the command runs it."""
 
 
+@pytest.mark.slow
 def test_all_claims_hold_on_fewer_images(tmp_path):
     settings = logistic.Settings(n=60, out=tmp_path)
     rows = logistic.run(settings, Console(file=io.StringIO()))

@@ -33,6 +33,7 @@ def test_the_timed_products_have_the_shapes_of_the_net():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_prints_and_stores_a_ratio_for_each_step(tmp_path, monkeypatch, capsys):
     out = tmp_path / "steps.json"
     arguments = ["--rounds", "1", "--seconds", "0.001", "--widths", "8", "6", "--out", str(out)]

@@ -91,6 +91,7 @@ def test_a_healthy_net_raises_no_flag():
     np.testing.assert_allclose(figures["fmn, median size"], figures["fab, median size"], rtol=0.02)
 
 
+@pytest.mark.slow
 def test_a_very_confident_net_raises_no_flag_and_its_lost_gradients_are_counted():
     def confident(w, x):
         z = 1e3 * linear(w, x)
@@ -176,12 +177,14 @@ def test_other_attacks_winning_over_gradients_are_noticed():
     assert "zero gradients" not in found
 
 
+@pytest.mark.slow
 def test_a_loss_that_bends_where_one_step_looks_is_noticed():
     """Ripples turn a single gradient away; many average out, and more of them do better."""
     found = names(lambda w, x: linear(w, x + 0.03 * jnp.sin(130 * x)), eps=4.5)
     assert {"one step", "budget"} <= found
 
 
+@pytest.mark.slow
 def test_minimal_attacks_that_disagree_are_noticed():
     # Linearising a saturated net gives distances that are far too long.
     assert "disagreement" in names(lambda w, x: 3 * jnp.tanh(linear(w, x) / 3))

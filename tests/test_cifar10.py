@@ -64,6 +64,7 @@ def run(settings, out):
     return cifar10.run(dataclasses.replace(settings, out=out), Console(file=io.StringIO()))
 
 
+@pytest.mark.slow
 def test_it_scores_each_method_at_both_sizes(small, tmp_path):
     rows = run(dataclasses.replace(small, methods=("normal", "lwa")), tmp_path)
     assert rows == json.loads((tmp_path / "results.json").read_text())
@@ -93,6 +94,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_bit_identical(small, tmp_path, monkeypatch):
     task = cifar10.make_task(small)
 

@@ -197,6 +197,7 @@ def test_other_nets_and_sizes_stay_in_the_record_and_the_table_has_them_all(fold
     assert "Perturbed images stay in the pixel range." in text
 
 
+@pytest.mark.slow
 def test_flags_are_reported_with_the_table(folder):
     Path("rounded.py").write_text(
         "import jax.numpy as jnp, brightness\n"

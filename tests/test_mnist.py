@@ -152,6 +152,7 @@ def test_quick_and_whole_runs_have_their_own_folders():
         assert whole.network == quick.network == network
 
 
+@pytest.mark.slow
 def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
     arguments = [
         "mnist.py", "--quick", "--methods", "normal", "lwa", "--seed", "3", "--out", str(tmp_path),
