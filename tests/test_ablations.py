@@ -39,6 +39,7 @@ def test_the_nets_of_a_question_differ_in_what_it_asks(question, differs):
     assert {field for field in nets[0] if len({net[field] for net in nets}) > 1} == differs
 
 
+@pytest.mark.slow
 def test_each_objective_and_adversary_gives_another_loss():
     net = mlp((8, 7))
     x = jax.random.uniform(jax.random.key(0), (6, 28, 28, 1))

@@ -16,14 +16,9 @@ DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
 B, D, H, K = 6, 5, 8, 4
 KEYS = jax.random.split(jax.random.key(9), B)
 
-# All of a code generator's work is spent on programs that run once; results don't depend on it.
 quick_jit = functools.partial(
     jax.jit,
     static_argnums=0,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
 )
 STATIC = ("norm", "steps", "loss_fn", "targeted", "restarts", "samples")
 apgd = quick_jit(attack.apgd, static_argnames=STATIC)

@@ -18,14 +18,6 @@ N, D = 11, 3
 KEY = jax.random.key(5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    """Spend no work on the code of programs that run once; results don't depend on it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def net(params, x):
     """Logits are the inputs themselves."""
     return params * x
@@ -199,7 +191,9 @@ def separated(norm, n=8):
     return w, x, y, np.array(distances)
 
 
-@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+@pytest.mark.parametrize(
+    "norm", ["l2", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("l1", "linf"))]
+)
 def test_on_a_linear_net_the_ensemble_breaks_what_can_be_broken_and_nothing_else(norm):
     w, x, y, distances = separated(norm)
     # Square does least steps worth its name on images of this size; it must break nothing more.

@@ -36,14 +36,6 @@ def linear(w, x):
     return flat(x) @ w[:-1] + w[-1][None]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    """Spend no work on the code of programs that run once; results don't depend on it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def names(net, eps=3.0, **kwargs):
     x, y, w = data()
     report = evaluate.check(net, w, x, y, eps=eps, key=KEY, steps=10, **kwargs)

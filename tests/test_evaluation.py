@@ -17,14 +17,6 @@ from experiments import data, evaluate, models, report
 RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnist_mlp"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    """Spend no work on the code of programs that run once; results don't depend on it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Grey squares of 8x8 on both sides of a half, in two classes."""

@@ -28,14 +28,6 @@ boxes = pytest.mark.parametrize("bounds", [None, BOX], ids=["free", "box"])
 to_plane = jax.jit(_to_plane, static_argnums=4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Spend nothing on the code of programs that run once; results don't depend on it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 passes = []  # the points at which `net` was evaluated
 
 

@@ -13,14 +13,9 @@ ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
 B, D = 60, 6
 
-# All of a code generator's work is spent on programs that run once; results don't depend on it.
 quick_jit = functools.partial(
     jax.jit,
     static_argnums=0,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
 )
 fmn = quick_jit(attack.fmn, static_argnames=("norm", "steps", "targeted", "step_size"))
 deepfool = quick_jit(attack.deepfool, static_argnames=("norm", "steps", "overshoot", "output"))

@@ -86,6 +86,7 @@ def test_the_same_command_again_changes_nothing(small, tmp_path):
     assert (results.read_bytes(), weights.read_bytes()) == before
 
 
+@pytest.mark.slow
 def test_what_was_scored_is_kept_until_a_run_comes_to_it(small, tmp_path, monkeypatch):
     small = dataclasses.replace(small, methods=("normal", "lwa"))
     before = run(small, tmp_path)
@@ -117,6 +118,7 @@ def test_each_seed_is_a_row_and_has_its_weights(small, tmp_path):
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_held_out_images_are_scored_without_touching_the_test_images(small, tmp_path, monkeypatch):
     empty = np.zeros((0, 28, 28, 1), np.uint8), np.zeros(0, np.int32)
     monkeypatch.setattr(data, "mnist", lambda: data.Dataset(*digits(300, 0), *empty))

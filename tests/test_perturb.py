@@ -48,13 +48,8 @@ LABELLED = [name for name in SIZED if not name.startswith("virtual")]
 every_method = pytest.mark.parametrize("name", METHODS)
 sized_methods = pytest.mark.parametrize("name", SIZED)
 
-# All of a code generator's work is spent on programs that run once; results don't depend on it.
 quick_jit = functools.partial(
     jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
     static_argnums=0,
 )
 

@@ -17,15 +17,10 @@ DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
 B, D, H, K = 6, 5, 8, 3
 KEYS = jax.random.split(jax.random.key(9), B)
 
-# All of a code generator's work is spent on programs that run once; results don't depend on it.
 pgd = jax.jit(
     attack.pgd,
     static_argnums=0,
     static_argnames=("norm", "steps", "loss_fn", "targeted", "random_start", "restarts", "samples"),
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
 )
 
 every_norm = pytest.mark.parametrize("norm", NORMS)

@@ -24,13 +24,8 @@ KEYS = jax.random.split(jax.random.key(9), B)
 # Compiling is what costs here, so that few lengths of the search serve all tests.
 SHORT, LONG, LONGEST = 9, 60, 1200  # of one size of windows, of three, of seven
 
-# All of a code generator's work is spent on programs that run once; results don't depend on it.
 quick_jit = functools.partial(
     jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
 )
 compiled = quick_jit(
     eager, static_argnums=0, static_argnames=("norm", "steps", "p_init", "targeted")

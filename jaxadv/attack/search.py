@@ -130,8 +130,8 @@ class Problem:
     def _succeeds(self, logits: jax.Array) -> jax.Array:
         if not self._integer:
             return jnp.zeros(self.x.shape[0], bool)
-        hit = jnp.argmax(logits, axis=1) == self.y
-        return hit if self._targeted else ~hit
+        hit = (jnp.argmax(logits, axis=1) == self.y) == self._targeted
+        return hit & jnp.all(logits < jnp.inf, axis=1)  # NaN is no answer
 
     def value(self, r: jax.Array, step: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
         """Return whether each example is where the attack wants it, and its loss."""
