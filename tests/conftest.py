@@ -1,14 +1,22 @@
 """Strictness for every run: rank promotion raises; pyproject.toml makes every warning an error."""
 
 import gc
+import os
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Almost every program here runs once: a code generator's work on it is not repaid. Results don't
-# depend on it.
+# Almost every program here runs once: a code generator's work on it is not repaid. No tolerance
+# leans on it. XLA reads its flags when the first array is made.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
