@@ -4,7 +4,8 @@
 
 Between a line `<!-- table NAME -->` and the next `<!-- end -->` goes the table of the record
 experiments/results/NAME: for each method what the paper prints, what the authors' released notebook
-shows, and ours. `python experiments/figures.py` draws the figures beside them.
+shows, and ours, with what the board says of the record's weights. `python experiments/figures.py`
+draws the figures beside them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
-from experiments import cifar10, mnist, report
+from experiments import board, cifar10, mnist, report
 from experiments.protocol import NAMES
 
 __all__ = ["fill"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+BOARD = ("PGD-100x10, in the box", "AutoAttack, in the box", "one step less AutoAttack")
 
 Figures = Mapping[str, Sequence[float]]
 
@@ -50,8 +53,15 @@ NOTEBOOK: Mapping[str, Figures] = {  # outputs stored in the notebooks that the 
 }
 
 
-def table(name: str, rows: Sequence[report.Row]) -> list[str]:
-    """Return a record's table as lines of Markdown, one block for each size of perturbation."""
+def table(name: str, rows: Sequence[report.Row], attacked: Sequence[report.Row]) -> list[str]:
+    """Return a record's table as lines of Markdown, one block for each size of perturbation.
+
+    Args:
+      name: the record's.
+      rows: its rows.
+      attacked: the board's.
+    """
+    headings = (*report.LABELS.values(), *BOARD)
     lines = []
     sizes = list(dict.fromkeys(row["eps"] for row in rows))
     for eps in sizes:
@@ -59,8 +69,8 @@ def table(name: str, rows: Sequence[report.Row]) -> list[str]:
         if len(sizes) > 1:  # the paper names the first; the other is what its code ran
             sources.pop("notebook" if eps == sizes[0] else "printed")
             lines += ["", f"l2 size {eps:g}:", ""]
-        lines.append("| Method | | " + " | ".join(report.LABELS.values()) + " |")
-        lines.append("|---|---|" + "---|" * len(report.LABELS))
+        lines.append("| Method | | " + " | ".join(headings) + " |")
+        lines.append("|---|---|" + "---|" * len(headings))
         for method, label in NAMES.items():
             ours = [row for row in rows if row["method"] == method and row["eps"] == eps]
             if not ours:
@@ -68,8 +78,10 @@ def table(name: str, rows: Sequence[report.Row]) -> list[str]:
             for source, figures in sources.items():
                 if method in figures:
                     cells = report.as_printed(figures[method])
-                    lines.append(f"| {label} | {source} | " + " | ".join(cells) + " | |")
+                    cells += [""] * (len(headings) - len(cells))
+                    lines.append(f"| {label} | {source} | " + " | ".join(cells) + " |")
             cells = [report.mean_and_spread(ours, column) for column in report.LABELS]
+            cells += board.figures_of(attacked, f"{name}/{method}", "l2", eps)
             lines.append(f"| {label} | ours | " + " | ".join(cells) + " |")
     return lines
 
@@ -83,12 +95,13 @@ def fill(text: str) -> str:
     Returns:
       The same with the records' tables there; a place without a record is left as it is.
     """
+    attacked = report.load_rows(RESULTS / "board" / "results.json")
 
     def filled(match: re.Match[str]) -> str:
         rows = report.load_rows(RESULTS / match["name"] / "results.json")
         if not rows:
             return match[0]
-        return "\n".join([match["start"], *table(match["name"], rows), "<!-- end -->"])
+        return "\n".join([match["start"], *table(match["name"], rows, attacked), "<!-- end -->"])
 
     place = r"(?P<start><!-- table (?P<name>\w+) -->)\n.*?<!-- end -->"
     return re.sub(place, filled, text, flags=re.DOTALL)

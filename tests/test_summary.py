@@ -17,22 +17,27 @@ def test_the_tables_are_the_records():
     assert summary.fill(TEXT) == TEXT
 
 
-def test_what_is_printed_stands_above_ours(monkeypatch, tmp_path):
+def test_what_is_printed_stands_above_ours_and_the_boards_figures_beside(monkeypatch, tmp_path):
     columns = dict.fromkeys(report.LABELS, 0.5)
     rows = [{"method": "lwa", "eps": eps, "columns": columns} for eps in (0.5, 0.25)]
     (tmp_path / "cifar10").mkdir()
     report.save_rows(tmp_path / "cifar10" / "results.json", rows)
+    full = {"method": "cifar10/lwa", "norm": "l2", "eps": 0.5, "attack": "standard", "n": 9}
+    (tmp_path / "board").mkdir()
+    report.save_rows(tmp_path / "board" / "results.json", [{**full, "columns": {"robust": 0.4}}])
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     text = "a\n<!-- table cifar10 -->\nold\n<!-- end -->\nb\n<!-- table none -->\n<!-- end -->\n"
     lines = summary.fill(text).splitlines()
     assert lines[:2] == ["a", "<!-- table cifar10 -->"]
-    ours = "| LWA | ours | " + " | ".join(["0.5000"] * 6) + " |"
+    ours = "| LWA | ours | " + " | ".join(["0.5000"] * 6) + " |  | 0.4000 |  |"
+    plain = "| LWA | ours | " + " | ".join(["0.5000"] * 6) + " |  |  |  |"
     # The size that the paper names, then the one that its code amounts to.
     assert lines[lines.index("l2 size 0.5:") + 4 :][:2] == [
-        "| LWA | printed | 0.838 | 0.776 | 0.606 | 0.492 | 0.520 | |", ours,
+        "| LWA | printed | 0.838 | 0.776 | 0.606 | 0.492 | 0.520 |  |  |  |  |", ours,
     ]  # fmt: skip
     assert lines[lines.index("l2 size 0.25:") + 4 :][:3] == [
-        "| LWA | notebook | 0.864 | 0.831 | 0.803 | 0.760 | 0.750 | |", ours, "<!-- end -->",
+        "| LWA | notebook | 0.864 | 0.831 | 0.803 | 0.760 | 0.750 |  |  |  |  |", plain,
+        "<!-- end -->",
     ]  # fmt: skip
     assert lines[-3:] == ["b", "<!-- table none -->", "<!-- end -->"]
     assert summary.fill("\n".join(lines)) == "\n".join(lines)
