@@ -8,10 +8,10 @@ NET is a file of weights that an experiment of this folder wrote (the net is rec
 shapes), or `module:function` for one's own `(params, x) -> logits`, whose params are the arrays of
 --weights, nested by the parts of their names between "/" (None without).
 
---attacks names what to run: `standard` is AutoAttack's ensemble, `check` looks for signs that the
-figures shouldn't be believed. The images go through in blocks; each is saved when it is done, and
-the same command goes on where it was interrupted. Writes results.json and results.md to --out,
-beside what is there of other nets, sizes and attacks.
+--attacks names what to run: `standard` is AutoAttack's ensemble, whose members have names of their
+own too; `check` looks for signs that the figures shouldn't be believed. The images go through in
+blocks; each is saved when it is done, and the same command goes on where it was interrupted. Writes
+results.json and results.md to --out, beside what is there of other nets, sizes and attacks.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from jaxadv import attack, evaluate, perturb
 from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
 AttackName = Literal[
-    "one-step", "alpha", "deepfool", "fmn", "pgd", "pgd-100x10", "apgd", "fab", "square",
-    "standard", "check",
+    "one-step", "alpha", "deepfool", "fmn", "pgd", "pgd-100x10", "apgd-ce", "apgd-t", "fab-t",
+    "square", "standard", "check",
 ]  # fmt: skip
 
 LABELS = {
@@ -52,9 +52,10 @@ LABELS = {
     "alpha": "Adv_Alpha",
     "deepfool": "DeepFool",
     "fmn": "FMN",
-    "fab": "FAB-T",
+    "fab-t": "FAB-T",
     "square": "Square",
-    "apgd": "APGD",
+    "apgd-ce": "APGD-CE",
+    "apgd-t": "APGD-T",
     "pgd": "PGD-100",
     "pgd-100x10": "PGD-100x10",
     "standard": "AutoAttack",
@@ -122,8 +123,11 @@ class _Scale(NamedTuple):
 @cache
 def methods(name: AttackName, norm: Norm) -> Mapping[str, PerturbFn]:
     """Return an attack's parts by name; the same objects each time."""
+    standard = attack.standard(norm)
     if name == "standard":
-        return attack.standard(norm)
+        return standard
+    if name in standard:
+        return {name: standard[name]}
     known: dict[str, PerturbFn] = {
         "one-step": partial(perturb.loss, norm=norm),
         "alpha": partial(perturb.alpha, norm=norm),
@@ -131,9 +135,6 @@ def methods(name: AttackName, norm: Norm) -> Mapping[str, PerturbFn]:
         "fmn": partial(attack.fmn, norm=norm, steps=1000),
         "pgd": partial(attack.pgd, norm=norm),
         "pgd-100x10": partial(attack.pgd, norm=norm, random_start=True, restarts=10),
-        "apgd": partial(attack.apgd, norm=norm),
-        "fab": partial(attack.fab, norm=norm),
-        "square": partial(attack.square, norm=norm),
     }
     return {name: known[name]}
 

@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from experiments import data, evaluate, models, report
+from jaxadv import attack
 
 RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnist_mlp"
 
@@ -216,3 +217,12 @@ def test_errors_name_what_is_wrong(folder, tmp_path):
         evaluate.load(evaluate.Settings(str(tmp_path / "other.safetensors")))
     with pytest.raises(ValueError, match="a crop of at most 8, got 9; images are 8x8"):
         evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder), crop=9))
+
+
+def test_each_member_of_the_ensemble_can_run_alone():
+    for norm in ("l2", "linf"):
+        members = attack.standard(norm)
+        assert evaluate.methods("standard", norm) == members
+        for name in members:
+            assert name in evaluate.LABELS
+            assert evaluate.methods(name, norm) == {name: members[name]}

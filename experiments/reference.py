@@ -1,0 +1,172 @@
+"""AutoAttack as its authors published it, on the same nets and images: a check from outside.
+
+    python -m venv reference
+    reference/bin/pip install -e . -c constraints.txt torch
+    reference/bin/pip install "git+https://github.com/fra31/auto-attack@a39220048b3c9f2cca9a4d3a54604793c68eca7e"
+    reference/bin/python experiments/reference.py experiments/results/mnist_mlp/lwa/params.safetensors
+
+Needs PyTorch and the authors' code, neither of which the project depends on. Each net is built anew
+in PyTorch from its weights and must give the logits that it gives here. Each attack of the ensemble
+runs alone, from all images that are classified right; `standard` is the ensemble, each attack on
+what the ones before it have left.
+
+Writes rows to results.json in --out like those of `evaluate`, whose `--attacks apgd-ce apgd-t fab-t
+square standard` and `--name` make ours; `summary` puts both beside each other.
+"""  # noqa: E501  # an address can't be broken
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+from experiments import evaluate, report
+
+MemberName = Literal["apgd-ce", "apgd-t", "fab-t", "square", "standard"]
+MEMBERS: tuple[MemberName, ...] = ("apgd-ce", "apgd-t", "fab-t", "square", "standard")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Attack MNIST nets by the published AutoAttack."""
+
+    net: Annotated[str, tyro.conf.Positional]
+    """A file of weights."""
+    name: str = ""
+    """What to call the net in the table; by default its file's folder."""
+    attacks: tuple[MemberName, ...] = MEMBERS
+    """What to run."""
+    eps: tuple[float, ...] = (1.5,)
+    """Sizes of the perturbations."""
+    norm: Literal["l2", "linf"] = "l2"
+    """Of these sizes."""
+    seed: tuple[int, ...] = (0,)
+    """Of the random numbers; a run for each."""
+    n: int = 1000
+    """How many test images."""
+    batch_size: int = 500
+    """Images perturbed at once."""
+    threads: int = 2
+    """Of PyTorch."""
+    out: Path = Path("runs/reference")
+    """Where results go."""
+
+
+def torch_net(params: Any) -> Any:
+    """Return a net of these weights in PyTorch, from images `[B, C, H, W]` to logits."""
+    import torch
+    from torch.nn import functional
+
+    layers = {
+        name: {part: torch.from_numpy(np.array(value)) for part, value in layer.items()}
+        for name, layer in params["params"].items()
+    }
+
+    def net(x: Any) -> Any:
+        for block in itertools.count():
+            if f"convs_{block}_0" not in layers:
+                break
+            for layer in itertools.count():
+                conv = layers.get(f"convs_{block}_{layer}")
+                if conv is None:
+                    break
+                kernel = conv["kernel"].permute(3, 2, 0, 1)
+                padding = 0 if kernel.shape[-1] == 5 else 1
+                x = functional.relu(functional.conv2d(x, kernel, conv["bias"], padding=padding))
+            x = functional.max_pool2d(x, 2)
+        x = x.permute(0, 2, 3, 1).reshape(len(x), -1)
+        for layer in itertools.count():
+            dense = layers.get(f"hidden_{layer}")
+            if dense is None:
+                break
+            x = functional.relu(x @ dense["kernel"] + dense["bias"])
+        return x @ layers["logits"]["kernel"] + layers["logits"]["bias"]
+
+    return net
+
+
+def run(settings: Settings, console: Console) -> list[report.Row]:
+    """Attack in every way that is asked for; return the rows of these and of earlier runs.
+
+    Raises:
+      ValueError: if the net's logits aren't the same in PyTorch.
+    """
+    import torch
+    from autoattack import AutoAttack
+
+    torch.set_num_threads(settings.threads)
+    problem = evaluate.load(
+        evaluate.Settings(settings.net, name=settings.name, norm=settings.norm, n=settings.n)
+    )
+    net = torch_net(problem.params)
+    x = torch.from_numpy(problem.x).permute(0, 3, 1, 2).contiguous()
+    y = torch.from_numpy(problem.y.astype(np.int64))
+    with torch.no_grad():
+        theirs = net(x).numpy()
+    ours = np.asarray(problem.apply_fn(problem.params, jnp.asarray(problem.x)))
+    if not np.allclose(theirs, ours, rtol=1e-4, atol=1e-4):
+        raise ValueError(
+            f"expected the same logits in PyTorch, got some that differ by "
+            f"{np.abs(theirs - ours).max():g}; torch_net doesn't know this kind of net"
+        )
+    clean = theirs.argmax(1) == problem.y
+    settings.out.mkdir(parents=True, exist_ok=True)
+    results = settings.out / "results.json"
+    for seed, eps, name in itertools.product(settings.seed, settings.eps, settings.attacks):
+        identity = {
+            **problem.identity,
+            "experiment": "reference",
+            "attack": name,
+            "eps": eps,
+            "norm": settings.norm,
+            "seed": seed,
+            "versions": {"torch": version("torch"), "autoattack": version("autoattack")},
+            "threads": settings.threads,
+            "settings": {"batch_size": settings.batch_size},
+        }
+        rows = report.load_rows(results)
+        if any(identity.items() <= row.items() for row in rows):
+            continue
+        norm = {"l2": "L2", "linf": "Linf"}[settings.norm]
+        adversary = AutoAttack(net, norm=norm, eps=eps, seed=seed, device="cpu", verbose=False)
+        if name != "standard":
+            adversary.attacks_to_run = [name]  # with the standard budget
+        start = time.perf_counter()
+        found = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            robust = clean & (net(found).numpy().argmax(1) == problem.y)
+        sizes = (found - x).flatten(1).norm(p=2 if settings.norm == "l2" else np.inf, dim=1)
+        row = {
+            **identity,
+            "columns": {"clean": float(clean.mean()), "robust": float(robust.mean())},
+            "counts": {"max_norm": float(sizes.max())},
+            "seconds": round(seconds, 1),
+        }
+        report.save_rows(results, [*rows, row])
+        console.print(
+            f"{identity['method']}: {name}, {settings.norm} {eps:g}, seed {seed}: "
+            f"{row['columns']['robust']:.4f}, {seconds:.0f} s"
+        )
+    return report.load_rows(results)
+
+
+def main() -> None:
+    """Run from the command line."""
+    settings = tyro.cli(Settings, description=__doc__)
+    run(settings, Console())
+
+
+if __name__ == "__main__":
+    main()
