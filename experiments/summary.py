@@ -4,8 +4,9 @@
 
 Between a line `<!-- table NAME -->` and the next `<!-- end -->` goes the table of the record
 experiments/results/NAME: for each method what the paper prints, what the authors' released notebook
-shows, and ours, with what the board says of the record's weights. `python experiments/figures.py`
-draws the figures beside them.
+shows, and ours, with what the board says of the record's weights. The table `autoattack` has what
+the published AutoAttack leaves, and what ours leaves. `python experiments/figures.py` draws the
+figures beside them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
-from experiments import board, cifar10, mnist, report
+from experiments import board, cifar10, evaluate, mnist, report
 from experiments.protocol import NAMES
 
 __all__ = ["fill"]
@@ -86,6 +89,34 @@ def table(name: str, rows: Sequence[report.Row], attacked: Sequence[report.Row])
     return lines
 
 
+def comparison(ours: Sequence[report.Row], published: Sequence[report.Row]) -> list[str]:
+    """Return what AutoAttack and its members leave, ours beside the published, as Markdown.
+
+    Args:
+      ours: rows of `evaluate`.
+      published: rows of `reference`.
+    """
+    lines = [
+        "| Net | Norm, size | Attack | Published | Ours | Difference | Seconds, published | Ours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def place(row: report.Row) -> tuple[Any, ...]:
+        return row["method"], row["norm"], row["eps"], row["n"], row["attack"]
+
+    for key in dict.fromkeys(map(place, published)):
+        sides = [[row for row in rows if place(row) == key] for rows in (published, ours)]
+        if not all(sides):
+            continue
+        method, norm, eps, _, attack = key
+        robust = [report.mean_and_spread(side, "robust") for side in sides]
+        means = [mean(row["columns"]["robust"] for row in side) for side in sides]
+        seconds = [f"{mean(row['seconds'] for row in side):.0f}" for side in sides]
+        cells = [method, f"{norm} {eps:g}", evaluate.LABELS[attack], *robust]
+        lines.append("| " + " | ".join([*cells, f"{means[1] - means[0]:+.4f}", *seconds]) + " |")
+    return lines
+
+
 def fill(text: str) -> str:
     """Return a document with its tables filled in.
 
@@ -101,7 +132,12 @@ def fill(text: str) -> str:
         rows = report.load_rows(RESULTS / match["name"] / "results.json")
         if not rows:
             return match[0]
-        return "\n".join([match["start"], *table(match["name"], rows, attacked), "<!-- end -->"])
+        if match["name"] == "autoattack":
+            published = RESULTS / "autoattack" / "reference" / "results.json"
+            lines = comparison(rows, report.load_rows(published))
+        else:
+            lines = table(match["name"], rows, attacked)
+        return "\n".join([match["start"], *lines, "<!-- end -->"])
 
     place = r"(?P<start><!-- table (?P<name>\w+) -->)\n.*?<!-- end -->"
     return re.sub(place, filled, text, flags=re.DOTALL)
