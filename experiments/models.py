@@ -10,6 +10,7 @@ a module is applied with `train=True` and a `dropout` key; otherwise the net is 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -89,7 +90,7 @@ class Conv(nn.Module):
         if jax.default_backend() != "cpu":
             convolve = _convolve
         elif x.shape[-1] < 32:  # where this was measured to be the faster one
-            convolve = _by_slices
+            convolve = _by_windows
         else:
             convolve = _by_convolutions
         return convolve(x, kernel, self.padding) + bias[None, None, None]
@@ -102,18 +103,30 @@ def _convolve(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
     )
 
 
-def _by_slices(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-    """One matrix product of shifted slices laid side by side."""
-    size, _, _, features = kernel.shape
+def _by_windows(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
+    """One matrix product, of windows laid out flat that each hold the inputs of several outputs.
+
+    Windows as wide as the kernel, of one output each, repeat the input once for every place in the
+    kernel; copying that takes longer than to multiply by the zeros that wider windows bring.
+    """
+    size, _, channels, features = kernel.shape
     x = _pad(x, padding)
-    height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
-    slices = [x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
-    return jnp.concatenate(slices, axis=-1) @ kernel.reshape(-1, features)
+    batch, height, width = x.shape[0], x.shape[1] - size + 1, x.shape[2] - size + 1
+    n = math.gcd(width, 4 if channels < 8 else 2)  # outputs of a window, side by side
+    wide = n + size - 1
+    bands = jnp.stack(
+        [x[:, :, i : i + wide].reshape(batch, -1, wide * channels) for i in range(0, width, n)], 2
+    )
+    windows = jnp.concatenate([bands[:, i : i + height] for i in range(size)], axis=-1)
+    # For the i-th output the kernel is i pixels further on in the window.
+    ways = [jnp.pad(kernel, ((0, 0), (i, n - 1 - i), (0, 0), (0, 0))) for i in range(n)]
+    out = windows @ jnp.stack(ways, axis=3).reshape(-1, n * features)
+    return out.reshape(batch, height, width, features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _by_convolutions(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-    """A convolution whose gradient in x is another one, and in the kernel matrix products."""
+    """A convolution whose gradient in x is another one, and in the kernel a matrix product."""
     return _convolve(x, kernel, padding)
 
 
@@ -122,15 +135,21 @@ def _forward(x: jax.Array, kernel: jax.Array, padding: int) -> tuple[jax.Array, 
 
 
 def _backward(padding: int, residuals: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = residuals
+    # Without it, what g and x are made from is computed anew for each of the copies below.
+    (x, kernel), g = lax.optimization_barrier((residuals, g))
     size, _, channels, features = kernel.shape
     in_x = _convolve(g, kernel[::-1, ::-1].swapaxes(2, 3), size - 1 - padding)
+    # Copies of x shifted along its rows times copies of g shifted along its columns: each pair is
+    # a place in the kernel.
+    width = g.shape[2]
     x = _pad(x, padding)
-    _, height, width, _ = g.shape
-    slices = jnp.concatenate([x[:, :, j : j + width] for j in range(size)], axis=-1)
-    g = g.reshape(-1, features)
-    rows = [slices[:, i : i + height].reshape(-1, size * channels).T @ g for i in range(size)]
-    return in_x, jnp.stack(rows).reshape(kernel.shape)
+    by_column = jnp.concatenate([x[:, :, j : j + width] for j in range(size)], axis=-1)
+    g = jnp.pad(g, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
+    rows = [g[:, size - 1 - i : size - 1 - i + x.shape[1]] for i in range(size)]
+    by_row = jnp.concatenate(rows, axis=-1)
+    in_kernel = by_column.reshape(-1, size * channels).T @ by_row.reshape(-1, size * features)
+    in_kernel = in_kernel.reshape(size, channels, size, features).transpose(2, 0, 1, 3)
+    return in_x, in_kernel
 
 
 _by_convolutions.defvjp(_forward, _backward)
