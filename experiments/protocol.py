@@ -44,6 +44,7 @@ __all__ = [
     "make_objective",
     "result",
     "run",
+    "shifted",
     "split_of",
     "train",
 ]
@@ -115,6 +116,8 @@ class MultiStep(Adversarial):
     """Of the divergence, for TRADES."""
     average: float = 0.0
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
+    shift: int = 0
+    """Pixels by which training images are moved at random, at most, either way and up or down."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +302,22 @@ def augmented(
     return draw
 
 
+def shifted(pixels: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return `(key, x) -> x`, which moves each image by at most so many pixels, over zeros."""
+
+    def shift(key: jax.Array, x: jax.Array) -> jax.Array:
+        around = (pixels, pixels)
+        padded = jnp.pad(x, ((0, 0), around, around, (0, 0)))
+
+        def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), x.shape[1:])
+
+        corners = jax.random.randint(key, (len(x), 2), 0, 2 * pixels + 1)
+        return jax.vmap(cut)(padded, corners)
+
+    return shift
+
+
 def optimiser(method: Method, settings: Settings, epoch_steps: int) -> optax.GradientTransformation:
     """Return SGD with momentum, its rate by a cosine to 0, as the settings have it.
 
@@ -334,6 +353,10 @@ def train(
     init_key, fit_key = jax.random.split(jax.random.key(seed))
     epoch_steps = len(task.train.y) // settings.batch_size
     objective = make_objective(net, method, epoch_steps, task.box)
+    if isinstance(method, MultiStep) and method.shift:
+        objective = augmented(objective, shifted(method.shift))
+    if task.augment:
+        objective = augmented(objective, task.augment)
     watched = Images(*(part[: settings.n_pgd] for part in task.test))
     outcome = partial(
         evaluate.robust, apply_fn, eps=settings.eps[0], batch_size=settings.eval_batch
@@ -349,7 +372,7 @@ def train(
         }
 
     fitted = training.fit(
-        augmented(objective, task.augment) if task.augment else objective,
+        objective,
         optimiser(method, settings, epoch_steps),
         init(net, init_key, task.test.x[:1]),
         task.train,

@@ -1,12 +1,15 @@
 """What the experiments share past the paper: multi-step adversaries, TRADES, averaged weights."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
-from experiments import protocol
+from experiments import protocol, training
 from experiments.models import function, init, mlp
 from experiments.protocol import MultiStep
 from jaxadv import attack, objectives, train
@@ -101,3 +104,41 @@ def test_the_average_is_the_result_where_there_is_one():
         same = [np.array_equal(one, other) for one, other in zip(result, last, strict=True)]
         assert all(same) == (average == 0)
         assert not average or not any(same)
+
+
+def test_images_are_moved_each_by_itself_and_no_further_than_told():
+    x = jnp.zeros((500, 5, 6, 2)).at[:, 2, 3, 1].set(jnp.arange(1, 501))
+    moved = np.asarray(protocol.shifted(1)(KEY, x))
+    example, row, column, channel = np.nonzero(moved)
+    np.testing.assert_array_equal(example, np.arange(500))
+    np.testing.assert_array_equal(moved[moved > 0], np.arange(1, 501))
+    assert set(channel) == {1}
+    # All nine places, each about as often: 500 / 9 = 56, standard deviation 7.
+    _, counts = np.unique((row - 2) * 3 + column - 3, return_counts=True)
+    assert len(counts) == 9
+    assert 56 - 5 * 7 < min(counts) <= max(counts) < 56 + 5 * 7
+    assert (abs(row - 2) <= 1).all()
+    assert (abs(column - 3) <= 1).all()
+
+
+def test_what_leaves_the_image_is_lost():
+    x = jnp.ones((300, 3, 3, 1))
+    left = np.asarray(protocol.shifted(2)(KEY, x)).sum(axis=(1, 2, 3))
+    assert set(left) == {9.0, 6.0, 3.0, 4.0, 2.0, 1.0}  # (3 or 2 or 1) rows times columns
+
+
+def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
+    x, y = jax.random.uniform(jax.random.key(2), (40, 6, 6, 1)), jnp.arange(40) % 10
+    images = protocol.Images(x, y)
+    trained = []
+    for shift in (0, 1):
+        method = MultiStep((6, 5), 1, 0.1, eps=0.7, steps=1, shift=shift)
+        task = protocol.Task(
+            "test", {"lwa_noisy": method}, method, {}, lambda _: NET, lambda _: "6x5", images,
+            images, "squares",
+        )  # fmt: skip
+        settings = protocol.Settings(out=tmp_path / str(shift), batch_size=10, eval_batch=20)
+        with training.bars(Console(file=io.StringIO())) as progress:
+            net = protocol.train("lwa_noisy", method, 0, settings, task, progress)
+        trained.append(jax.tree.leaves(net.params)[-1])
+    assert not np.array_equal(*trained)
