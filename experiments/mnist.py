@@ -71,17 +71,29 @@ class Settings(protocol.Settings):
     lwa_rep: Adversarial = Adversarial(
         (200, 500), epochs=20, lr=0.05, objective="representation", eps=0.12, warmup=10
     )
-    lwa_noisy: MultiStep = MultiStep((500, 500), epochs=30, lr=0.1, eps=1.7, steps=1)
-    lwa_multi: MultiStep = MultiStep((500, 500), epochs=30, lr=0.1, eps=1.7)
+    lwa_noisy: MultiStep = MultiStep(
+        (500, 500), epochs=80, lr=0.1, eps=2.0, steps=1, average=0.9995, shift=1
+    )
+    lwa_multi: MultiStep = MultiStep(
+        (500, 500), epochs=80, lr=0.1, eps=2.0, steps=5, average=0.9995, shift=1
+    )
     trades: MultiStep = MultiStep(
-        (500, 500), epochs=30, lr=0.1, objective="virtual", eps=1.7, weight=6.0
+        (500, 500),
+        epochs=80,
+        lr=0.1,
+        objective="virtual",
+        eps=2.0,
+        steps=5,
+        weight=6.0,
+        average=0.9995,
+        shift=1,
     )
 
 
 MLP = Settings()
 LENET = Settings(
     network="lenet",
-    eval_batch=250,
+    eval_batch=100,
     out=Path("runs/mnist_lenet"),
     normal=Method((500,), epochs=20, lr=0.05),
     dropout=Method((500,), epochs=20, lr=0.05, dropout=0.5),
@@ -92,10 +104,23 @@ LENET = Settings(
     lwa_rep=Adversarial(
         (500,), epochs=20, lr=0.05, objective="representation", eps=0.06, warmup=10
     ),
-    lwa_noisy=MultiStep((500,), epochs=25, lr=0.05, eps=1.5, warmup=5, steps=1),
-    lwa_multi=MultiStep((500,), epochs=25, lr=0.05, eps=1.5, warmup=5),
+    lwa_noisy=MultiStep(
+        (500,), epochs=30, lr=0.05, eps=2.0, warmup=3, steps=1, average=0.9995, shift=1
+    ),
+    lwa_multi=MultiStep(
+        (500,), epochs=30, lr=0.05, eps=2.0, warmup=3, steps=4, average=0.9995, shift=1
+    ),
     trades=MultiStep(
-        (500,), epochs=25, lr=0.05, objective="virtual", eps=1.5, warmup=5, weight=6.0
+        (500,),
+        epochs=30,
+        lr=0.05,
+        objective="virtual",
+        eps=2.0,
+        warmup=3,
+        steps=4,
+        weight=6.0,
+        average=0.9995,
+        shift=1,
     ),
 )
 
