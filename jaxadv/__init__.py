@@ -17,8 +17,8 @@ Everything is a function of your own `apply_fn(params, x) -> logits` and `params
 `perturb` has the one-step methods of Huang et al., "Learning with a Strong Adversary", 2015, and
 `attack` the iterated ones; `objectives` and `train` make a jitted min-max step of one of them and
 an optax optimiser; `evaluate` counts what stays right. Below them: `norms` and `jacobian`, and
-`inputs`, which checks what every function is given. `logistic` is the paper's Appendix A. `types`
-names the signatures.
+`inputs`, which checks what every function is given, and `loops`, which keeps convolutions fast in
+loops on CPU. `logistic` is the paper's Appendix A. `types` names the signatures.
 """
 
 from jaxadv import (
@@ -26,6 +26,7 @@ from jaxadv import (
     evaluate,
     jacobian,
     logistic,
+    loops,
     norms,
     objectives,
     perturb,
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "jacobian",
     "logistic",
+    "loops",
     "norms",
     "objectives",
     "perturb",

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxadv import loops
 from jaxadv.types import Objective, Params
 
 __all__ = ["StepInfo", "TrainState", "init", "make_epoch", "make_step", "update"]
@@ -166,9 +167,6 @@ def make_epoch(
 ) -> Callable[..., tuple[TrainState, StepInfo]]:
     """Compile `update` over many batches that lie on the device, as one `lax.scan`.
 
-    On CPU, XLA runs a convolution's gradients far slower inside a loop than outside: there, a
-    convolutional net trains faster by a Python loop over `make_step`.
-
     Args:
       objective: what is minimised, see `objectives`.
       tx: an optax transformation.
@@ -199,6 +197,7 @@ def make_epoch(
     def epoch(
         state: TrainState, data: Any, order: jax.Array | None = None
     ) -> tuple[TrainState, StepInfo]:
+        @loops.body
         def one(state: TrainState, item: Any) -> tuple[TrainState, StepInfo]:
             batch = item if order is None else jax.tree.map(lambda a: a[item], data)
             return update(objective, tx, state, batch)

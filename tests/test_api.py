@@ -22,6 +22,7 @@ PUBLIC = {
         "evaluate",
         "jacobian",
         "logistic",
+        "loops",
         "norms",
         "objectives",
         "perturb",
@@ -66,6 +67,7 @@ PUBLIC = {
     },
     "jaxadv.jacobian": {"Rows", "class_differences", "margin", "pullback", "softmax_jacobian"},
     "jaxadv.logistic": {"adversary", "fit", "logits", "loss", "objective"},
+    "jaxadv.loops": {"body"},
     "jaxadv.norms": {"confine", "dual", "norm", "project", "rescale", "sample", "steepest"},
     "jaxadv.objectives": {
         "Aux",
@@ -268,7 +270,7 @@ def layers_of(module):
     return used - {module.split(".")[1]}
 
 
-CHAIN = ["types", "inputs", "host", "norms", "jacobian", "perturb", "attack", "evaluate"]
+CHAIN = ["types", "inputs", "host", "loops", "norms", "jacobian", "perturb", "attack", "evaluate"]
 
 
 @pytest.mark.parametrize("layer", CHAIN)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import inputs, jacobian, norms
+from jaxadv import inputs, jacobian, loops, norms
 from jaxadv.attack import search
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
@@ -410,6 +410,7 @@ def _climb(
     """Ascend with momentum; return the highest point and the best."""
     windows = jnp.asarray(_windows(steps), eps.dtype)
 
+    @loops.body
     def step(i: jax.Array, carry: _Watched) -> _Watched:
         state, rises, halved, before = carry
         at = state.r.astype(state.g.dtype)
@@ -456,6 +457,7 @@ def _climb_l1(
     def nonzeros(r: jax.Array) -> jax.Array:
         return jnp.sum(r.reshape(-1, size) != 0, axis=1).astype(eps.dtype)
 
+    @loops.body
     def step(
         i: jax.Array, carry: tuple[_Climb, jax.Array, jax.Array]
     ) -> tuple[_Climb, jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, jacobian, norms, perturb
+from jaxadv import inputs, jacobian, loops, norms, perturb
 from jaxadv.attack import search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -165,6 +165,7 @@ def _run(
     def more(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Any:
         return (carry[0] < steps) & ~jnp.all(carry[3])
 
+    @loops.body
     def step(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Any:
         i, r, end, done = carry
         at = inside(r)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, jacobian, norms
+from jaxadv import inputs, jacobian, loops, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["fab"]
@@ -237,7 +237,7 @@ def _run(
     # Restarts come last, when there is a smallest r of all classes for their size.
     _, best = lax.while_loop(
         lambda carry: (carry[0] < restarts * n_targets) & jnp.any(wanted(carry[1])),
-        lambda carry: (carry[0] + 1, attempt(*carry)),
+        loops.body(lambda carry: (carry[0] + 1, attempt(*carry))),
         (zero, _Best(jnp.zeros_like(x), nowhere)),
     )
     r = best.r

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, norms
+from jaxadv import inputs, loops, norms
 from jaxadv.attack import search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -133,6 +133,7 @@ def _run(
             least_size=jnp.where(less, size, state.least_size),
         )
 
+    @loops.body
     def step(i: jax.Array, state: _State) -> _State:
         success, loss, g = problem.gradient(state.r)
         success = clear(success, loss)

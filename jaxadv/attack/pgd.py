@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxadv import inputs, jacobian, norms
+from jaxadv import inputs, jacobian, loops, norms
 from jaxadv.attack import search
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
@@ -207,6 +207,7 @@ def _run(
     inside = search.ball(x, eps, norm, bounds)
 
     def run(restart: jax.Array | int) -> search.Best:
+        @loops.body
         def step(
             i: jax.Array, carry: tuple[jax.Array, search.Best]
         ) -> tuple[jax.Array, search.Best]:

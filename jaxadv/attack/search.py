@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, jacobian, norms
+from jaxadv import inputs, jacobian, loops, norms
 from jaxadv.types import Bounds, LossFn, Norm, Params
 
 __all__ = [
@@ -178,6 +178,7 @@ def restarted(run: Callable[[jax.Array | int], Best], restarts: int, initial: Be
     def more(carry: tuple[jax.Array, Best]) -> Any:
         return (carry[0] < restarts) & ~jnp.all(carry[1].success)
 
+    @loops.body
     def again(carry: tuple[jax.Array, Best]) -> tuple[jax.Array, Best]:
         i, best = carry
         return i + 1, best.unless_done(run(i))
@@ -262,6 +263,7 @@ def shrunk(succeeds: Callable[[jax.Array], jax.Array], r: jax.Array, found: jax.
         i, low, high = carry
         return (i < 64) & jnp.any(coarse(low, high))
 
+    @loops.body
     def halve(carry: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
         i, low, high = carry
         middle = (low + high) / 2

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import inputs, jacobian, norms
+from jaxadv import inputs, jacobian, loops, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["square"]
@@ -311,6 +311,7 @@ def _run(
     def unfinished(walk: _Walk) -> jax.Array:
         return (walk.step <= steps) & ~jnp.all(walk.done)
 
+    @loops.body
     def step(walk: _Walk) -> _Walk:
         halved = jnp.sum(walk.step - 1 > jnp.array(halvings, jnp.int32), dtype=jnp.int32)
         u = jax.vmap(draw)(keys_of(walk.step))

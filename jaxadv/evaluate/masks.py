@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import host, inputs, norms
+from jaxadv import host, inputs, loops, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
 __all__ = [
@@ -493,6 +493,7 @@ def _curve_batch(
 ) -> jax.Array:
     r = perturb_fn(apply_fn, params, x, y, eps=eps, key=key, bounds=None)
 
+    @loops.body
     def at(size: jax.Array) -> jax.Array:
         scaled = (size * r.astype(size.dtype)).astype(x.dtype)
         return correct(apply_fn, params, x + scaled, y)

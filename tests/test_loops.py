@@ -1,0 +1,279 @@
+"""`jaxadv.loops`: convolutions in loops have the layout that is fast on CPU, and the same values.
+
+Speed itself is measured by `experiments/benchmark.py`; what decides it is counted here.
+"""
+
+import re
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from jaxadv import attack, evaluate, loops, objectives, perturb, train
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+FAST = {
+    1: "[b, 0, f]x[0, i, o]->[b, 0, f]",
+    2: "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]",
+    3: "[b, 0, 1, 2, f]x[0, 1, 2, i, o]->[b, 0, 1, 2, f]",
+}
+# Sums of up to 250 products of numbers of size 1, in another order: a few roundings of 2^-24.
+RTOL, ATOL = 1e-5, 1e-4
+
+
+@pytest.fixture
+def cpu():
+    if jax.default_backend() != "cpu":
+        pytest.skip("on other backends, loops are left as they are")
+
+
+def layouts(function, *args):
+    """Return the layouts of all convolutions that a function makes, one for each."""
+    text = jax.jit(function).lower(*args).as_text()
+    return re.findall(r"stablehlo\.convolution.*dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", text)
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+# Each: x's shape, the kernel's, and lax.conv_general_dilated's other arguments.
+CONVOLUTIONS = {
+    "channels last": ((2, 6, 6, 3), (3, 3, 3, 4), (1, 1), "SAME", ("NHWC", "HWIO", "NHWC")),
+    "channels first": ((2, 3, 6, 6), (4, 3, 3, 3), (1, 1), "VALID", ("NCHW", "OIHW", "NCHW")),
+    "mixed": ((2, 3, 6, 5), (3, 2, 3, 4), (1, 2), "SAME", ("NCHW", "HWIO", "NHWC")),
+    "examples last": ((6, 5, 3, 2), (3, 2, 3, 4), (2, 1), "SAME", ("HWCN", "HWIO", "CNHW")),
+    "1-D": ((2, 9, 3), (3, 3, 4), (2,), "SAME", ("NWC", "WIO", "NWC")),
+    "3-D": ((2, 3, 4, 5, 4), (4, 3, 2, 2, 2), (1, 1, 2), "VALID", ("NCDHW", "OIDHW", "NCDHW")),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "more", [{}, {"rhs_dilation": 2}, {"lhs_dilation": 2}], ids=["", "dilated", "transposed"]
+)
+def test_values_and_gradients_are_the_same_and_every_layout_is_the_fast_one(name, more):
+    x_shape, w_shape, strides, padding, numbers = CONVOLUTIONS[name]
+    x, w = draw(*x_shape), draw(*w_shape, seed=1)
+    more = {name: (value,) * len(strides) for name, value in more.items()}
+    if "lhs_dilation" in more:
+        padding = [(1, 1)] * len(strides)
+
+    def total(x, w):
+        y = lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=numbers, **more)
+        return jnp.sum(jnp.sin(y))
+
+    step = jax.value_and_grad(total, argnums=(0, 1))
+    chex.assert_trees_all_close(loops.body(step)(x, w), step(x, w), rtol=RTOL, atol=ATOL)
+    found = layouts(loops.body(step), x, w)
+    assert found == [FAST[len(strides)]] * 3
+    if name != "channels last":
+        assert found != layouts(step, x, w)
+
+
+def test_grouped_convolutions_keep_their_values():
+    x, w = draw(4, 6, 6, 4), draw(3, 3, 2, 8, seed=1)
+
+    def total(x, w):
+        y = lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+        )
+        return jnp.sum(jnp.sin(y))
+
+    step = jax.value_and_grad(total, argnums=(0, 1))
+    chex.assert_trees_all_close(loops.body(step)(x, w), step(x, w), rtol=RTOL, atol=ATOL)
+    assert set(layouts(loops.body(step), x, w)) == {FAST[2]}
+
+
+NUMBERS = ("NCHW", "OIHW", "NCHW")
+
+
+def plain(x, w):
+    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NUMBERS)
+
+
+@jax.custom_vjp
+def own_vjp(x, w):
+    return plain(x, w)
+
+
+own_vjp.defvjp(lambda x, w: (plain(x, w), (x, w)), lambda saved, g: (g, jnp.zeros_like(saved[1])))
+
+
+@jax.custom_jvp
+def own_jvp(x, w):
+    return plain(x, w)
+
+
+own_jvp.defjvp(lambda values, tangents: (plain(*values), tangents[0]))
+
+
+def scanned(x, w):
+    return lax.scan(lambda x, _: (plain(x, w), None), x, None, length=2)[0]
+
+
+def looped(x, w):
+    return lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, plain(c[1], w)), (0, x))[1]
+
+
+def branching(x, w):
+    return lax.cond(jnp.sum(x) > 0, plain, lambda x, w: -plain(x, w), x, w)
+
+
+NESTED = {
+    "jit": jax.jit(plain),
+    "remat": jax.checkpoint(plain),
+    "custom_vjp": own_vjp,
+    "custom_jvp": own_jvp,
+    "scan": scanned,
+    "while": looped,
+    "cond": branching,
+    "vmap": lambda x, w: jax.vmap(lambda one: plain(one[None], w)[0])(x),
+    "deep": jax.jit(jax.checkpoint(scanned)),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_convolutions_are_found_wherever_they_are(name):
+    f, x, w = NESTED[name], draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
+    chex.assert_trees_all_close(loops.body(f)(x, w), f(x, w), rtol=RTOL, atol=ATOL)
+    assert set(layouts(loops.body(f), x, w)) == {FAST[2]}
+
+
+@pytest.mark.parametrize("name", sorted(set(NESTED) - {"while"}))  # it has no reverse mode
+def test_a_body_has_its_own_derivatives(name):
+    f, x, w = NESTED[name], draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
+    gradient = jax.grad(lambda f, x, w: jnp.sum(f(x, w) ** 2), argnums=(1, 2))
+    chex.assert_trees_all_close(
+        gradient(loops.body(f), x, w), gradient(f, x, w), rtol=RTOL, atol=1e-3
+    )
+
+
+def test_a_body_may_close_over_what_is_traced():
+    x, w = draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
+
+    @jax.jit
+    def run(x, w):
+        return lax.fori_loop(0, 2, loops.body(lambda i, x: plain(x, w)), x)
+
+    np.testing.assert_allclose(run(x, w), plain(plain(x, w), w), rtol=RTOL, atol=ATOL)
+
+
+def test_a_body_without_convolutions_gives_the_same_bits_and_keeps_its_trees():
+    def f(carry, key):
+        noise = jax.random.normal(key, carry["x"].shape)
+        return {"x": carry["x"] * 2 + noise, "n": carry["n"] + 1}, (noise, None)
+
+    carry, key = {"x": draw(3), "n": 0}, jax.random.key(0)
+    chex.assert_trees_all_equal(jax.jit(loops.body(f))(carry, key), jax.jit(f)(carry, key))
+
+
+def test_a_function_is_traced_once():
+    traces = []
+
+    @jax.jit
+    def run(x):
+        return loops.body(lambda x: (traces.append(1), plain(x, jnp.ones((3, 3, 3, 3))))[1])(x)
+
+    run(draw(2, 3, 5, 5))
+    assert len(traces) == 1
+
+
+def test_other_backends_keep_the_function(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x, w = draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
+    assert layouts(loops.body(plain), x, w) == layouts(plain, x, w) != [FAST[2]]
+
+
+# Every loop of the library over a net, on a flax net as people write it.
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(3, (3, 3), strides=2)(x))
+        x = nn.relu(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(3)(x.reshape(len(x), -1))
+
+
+X, Y, KEY = jax.nn.sigmoid(draw(2, 8, 8, 1)), jnp.array([0, 2]), jax.random.key(3)
+PARAMS = Net().init(KEY, X)
+APPLY = Net().apply
+ATTACKS = {
+    "pgd": partial(attack.pgd, eps=0.5, steps=2),
+    "pgd, restarts": partial(attack.pgd, eps=0.5, steps=2, restarts=2),
+    "apgd": partial(attack.apgd, eps=0.5, steps=4, restarts=2),
+    "apgd l1": partial(attack.apgd, norm="l1", eps=0.5, steps=4),
+    "apgd_targeted": partial(attack.apgd_targeted, eps=0.5, steps=4, n_targets=2),
+    "deepfool": attack.deepfool,
+    "fmn": partial(attack.fmn, steps=2),
+    "fab": partial(attack.fab, steps=2, n_targets=2),
+    "square": partial(attack.square, eps=0.5, steps=2, bounds=(0.0, 1.0)),
+    "virtual": partial(attack.virtual, eps=0.5, steps=2),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_keep_a_flax_net_off_the_slow_path(name):
+    def run(x):
+        return ATTACKS[name](APPLY, PARAMS, x, Y, key=KEY)
+
+    inside = in_loops(run, X)
+    assert inside
+    assert set(inside) == {FAST[2]}
+
+
+@pytest.mark.parametrize("adversary", [perturb.loss, perturb.alpha, ATTACKS["pgd"]])
+def test_epochs_keep_a_flax_net_off_the_slow_path(adversary):
+    tx = optax.sgd(0.1)
+    objective = objectives.adversarial(APPLY, adversary, eps=0.5)
+    state = train.init(PARAMS, tx, key=KEY)
+    inside = in_loops(train.make_epoch(objective, tx, donate=False), state, (X[None], Y[None]))
+    # A gradient in x, one in the parameters, their forward passes.
+    assert len(inside) >= 8
+    assert set(inside) == {FAST[2]}
+
+
+def test_curves_keep_a_net_of_channels_first_off_the_slow_path():
+    def apply_fn(w, x):
+        return jnp.sum(plain(x, w), axis=(2, 3))
+
+    def run(x):
+        sizes = jnp.array([0.0, 1.0])
+        return evaluate.masks._curve_batch(
+            apply_fn, perturb.loss, draw(3, 3, 3, 3), sizes, x, Y, jnp.ones(2), None
+        )
+
+    assert set(in_loops(run, draw(2, 3, 5, 5))) == {FAST[2]}
+
+
+def in_loops(function, *args):
+    """Return the layouts of the convolutions in a function's loops, functions they call included.
+
+    What isn't in a loop is left as the net has it, and XLA sees to that.
+    """
+    text = jax.jit(function).lower(*args).as_text()
+    functions = dict(re.findall(r"func\.func \w+ @([\w.]+)\((.*?)\n  }\n", text, re.DOTALL))
+    loops_, called = [], set()
+    for code in functions.values():
+        indent, depth = re.compile(r"^( *)(.*)$"), None
+        for line in code.splitlines():
+            spaces, rest = indent.match(line).groups()
+            if depth is None and "stablehlo.while" in rest:
+                depth = len(spaces)
+            elif depth is not None and rest == "}" and len(spaces) == depth:
+                depth = None
+            elif depth is not None:
+                loops_.append(rest)
+    code = "\n".join(loops_)
+    while new := set(re.findall(r"call @([\w.]+)\(", code)) - called:
+        called |= new
+        code += "\n".join(functions[name] for name in new)
+    return re.findall(r"stablehlo\.convolution.*dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", code)
