@@ -169,11 +169,6 @@ def make_task(settings: Settings) -> protocol.Task:
     def network(method: Method) -> str:
         return f"vgg, width {settings.width:g}"
 
-    if any(getattr(getattr(settings, n), "adversary", "") == "virtual" for n in settings.methods):
-        raise ValueError(
-            "expected an adversary of one gradient, got 'virtual', which needs derivatives that "
-            "this net's convolutions don't have on CPU; choose alpha, loss or loss_sign"
-        )
     train, test, source = load(settings)
     return protocol.Task(
         experiment="cifar10",

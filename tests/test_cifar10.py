@@ -205,12 +205,6 @@ def test_grey_images_are_an_error(tmp_path):
         cifar10.load(folder_with(tmp_path, CLASSES, "L"))
 
 
-def test_an_adversary_that_the_net_cant_serve_is_an_error(small):
-    lwa = dataclasses.replace(small.lwa, adversary="virtual")
-    with pytest.raises(ValueError, match=r"got 'virtual'.*choose alpha, loss or loss_sign"):
-        cifar10.make_task(dataclasses.replace(small, lwa=lwa))
-
-
 def test_a_rate_that_only_rises_is_an_error(small, tmp_path):
     normal = dataclasses.replace(small.normal, epochs=1)
     with pytest.raises(ValueError, match=r"fewer epochs of rising rate than 1, .*lr_warmup = 1"):

@@ -1,13 +1,13 @@
 """The nets: two parts that make a whole, the paper's sizes, convolutions that are convolutions."""
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import models
 from experiments.models import Classifier, function, init, lenet, mlp, train_function, vgg
+from jaxadv import perturb
 
 X = jnp.asarray(np.random.default_rng(0).random((5, 4, 3, 1)), jnp.float32)
 DIGITS = jnp.asarray(np.random.default_rng(1).random((2, 28, 28, 1)), jnp.float32)
@@ -109,7 +109,7 @@ def convolved(x, kernel, padding):
 
 SIZES = [(1, 0), (3, 1), (3, 0), (5, 0), (5, 2)]  # of a kernel, with its padding
 IMAGES = [(6, 8, 4), (6, 7, 4), (7, 6, 9)]
-FORMS = (models._convolve, models._by_windows, models._by_convolutions)
+FORMS = (models._convolve, models._by_windows)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -144,26 +144,21 @@ def test_its_gradients_are_those_of_the_definition(x64, form, image, size, paddi
         )
 
 
-def convolutions(jaxpr):
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            yield equation.params
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from convolutions(inner)
+@pytest.mark.parametrize(("net", "x"), [(lenet((9,)), DIGITS), (vgg((32, 32), width=0.25), PHOTOS)])
+def test_on_cpu_large_kernels_over_few_channels_are_matrix_products(net, x):
+    params = init(net, jax.random.key(0), x)
+    text = jax.jit(function(net)).lower(params, x).as_text()
+    large = net.size == 5 and jax.default_backend() == "cpu"
+    expected = 0 if large else sum(map(len, net.blocks))
+    assert text.count("stablehlo.convolution") == expected
 
 
 @pytest.mark.parametrize(("net", "x"), [(lenet((9,)), DIGITS), (vgg((32, 32), width=0.25), PHOTOS)])
-def test_no_gradient_on_cpu_is_a_convolution_that_is_slow_in_loops(net, x):
-    """The slow ones are those that differentiation makes: of other layouts than the plain one."""
+def test_every_net_has_derivatives_in_both_modes(net, x):
     params = init(net, jax.random.key(0), x)
-    apply_fn = function(net)
-    jaxpr = jax.make_jaxpr(jax.grad(lambda p, x: apply_fn(p, x).sum(), argnums=(0, 1)))(params, x)
-    found = list(convolutions(jaxpr.jaxpr))
-    plain = jax.lax.conv_dimension_numbers((1, 8, 8, 1), (3, 3, 1, 1), ("NHWC", "HWIO", "NHWC"))
-    for made in found:
-        assert made["dimension_numbers"] == plain
-        assert made["lhs_dilation"] == made["rhs_dilation"] == made["window_strides"] == (1, 1)
-    assert len(found) == (10 if len(net.blocks[0]) == 3 else 0)  # five wide ones, two ways
+    r = perturb.virtual(function(net), params, x, eps=0.5, key=jax.random.key(1))
+    # A sum of at most 2352 squares.
+    np.testing.assert_allclose(jnp.linalg.norm(r.reshape(2, -1), axis=1), 0.5, rtol=1e-5)
 
 
 def test_dropout_acts_in_training_alone_and_by_key():
