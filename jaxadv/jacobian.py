@@ -41,7 +41,14 @@ import jax.numpy as jnp
 from jaxadv import inputs
 from jaxadv.types import ApplyFn, Params
 
-__all__ = ["Rows", "class_differences", "margin", "pullback", "softmax_jacobian"]
+__all__ = [
+    "Rows",
+    "class_differences",
+    "class_pullback",
+    "margin",
+    "pullback",
+    "softmax_jacobian",
+]
 
 # Stands for a logit of -inf, or further than this below the largest: far enough that its
 # probability is 0 in any dtype, and finite, so that no derivative meets infinity minus infinity.
@@ -49,14 +56,14 @@ _NEVER = -1e30
 
 
 class Rows(NamedTuple):
-    r"""The scaled rows of one batch: :math:`T_j - T_y = e^{c_j} d_j`, for each j but y.
+    r"""The scaled rows of one batch: :math:`T_j - T_y = e^{c_j} d_j`, for J classes j but y.
 
     Attributes:
       logits: the net's output, `[B, K]`, in float32 at least.
-      classes: j of each row, int32 `[B, K - 1]`, ascending.
-      d: :math:`d_j`, the scaled difference, `[B, K - 1, ...]`, of x's dtype.
-      log_scale: :math:`c_j`, `[B, K - 1]`.
-      log_gap: :math:`\log |\alpha_y - \alpha_j|`, `[B, K - 1]`; -inf on a tie.
+      classes: j of each row, integers `[B, J]`.
+      d: :math:`d_j`, the scaled difference, `[B, J, ...]`, of x's dtype.
+      log_scale: :math:`c_j`, `[B, J]`.
+      log_gap: :math:`\log |\alpha_y - \alpha_j|`, `[B, J]`; -inf on a tie.
     """
 
     logits: jax.Array
@@ -183,7 +190,8 @@ def class_differences(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Ar
       y: integer labels, `[B]`. A label outside 0..K-1 is clipped into it.
 
     Returns:
-      `Rows`. Costs one forward and K - 1 backward passes. Memory: K - 1 times x.
+      `Rows`. Costs one forward and K - 1 backward passes. Memory: K - 1 times x; to hold fewer of
+      them at once, see `class_pullback`.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -201,6 +209,42 @@ def class_differences(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Ar
     References:
       Huang et al., 2015, Section 2, Equation 1.
     """
+    logits, rows_of = class_pullback(apply_fn, params, x, y)
+    return rows_of(other_classes(inputs.labels(y, logits.shape[0]), logits.shape[1]))
+
+
+def class_pullback(
+    apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array], Rows]]:
+    r"""One forward pass, and the function that makes `Rows` of some classes.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: integer labels, `[B]`. A label outside 0..K-1 is clipped into it.
+
+    Returns:
+      The logits `[B, K]` in float32 at least, and a function from classes j, integers `[B, J]` in
+      0..K-1 and none of them y, to `Rows` of these; it costs J backward passes.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if shapes are not `[B, ...]`, `[B]` and `[B, K]` with K >= 2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import jacobian
+      >>> w = jnp.array([[1.0, -1.0, 0.0], [0.0, 2.0, 3.0]])
+      >>> logits, pull = jacobian.class_pullback(
+      ...     lambda w, x: x @ w, w, jnp.zeros((1, 2)), jnp.array([0])
+      ... )
+      >>> pull(jnp.array([[2]])).d.tolist()
+      [[[-1.0, 3.0]]]
+
+    References:
+      Huang et al., 2015, Section 2, Equation 1.
+    """
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
     logits, pull = pullback(apply_fn, params, x)
@@ -208,21 +252,30 @@ def class_differences(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Ar
     # A row that poses no problem gets logits that pose an easy one: whoever discards its result
     # then multiplies its derivatives by 0, and they have to be finite for that.
     posed = inputs.solvable(logits, y)[:, None]
-    classes, rows, log_scale, log_gap = _softmax_rows(jnp.where(posed, logits, 0), y)
-    # K - 1 cotangents of the whole batch, one forward pass: vmap over axis 1 of [B, K - 1, K].
-    d = jax.vmap(pull, in_axes=1, out_axes=1)(rows)
-    return Rows(logits, classes, d, log_scale, log_gap)
+
+    def rows_of(classes: jax.Array) -> Rows:
+        rows, log_scale, log_gap = _softmax_rows(jnp.where(posed, logits, 0), y, classes)
+        # J cotangents of the whole batch, one forward pass: vmap over axis 1 of [B, J, K].
+        d = jax.vmap(pull, in_axes=1, out_axes=1)(rows)
+        return Rows(logits, classes, d, log_scale, log_gap)
+
+    return logits, rows_of
+
+
+def other_classes(y: jax.Array, n_classes: int) -> jax.Array:
+    """Return each class but y, ascending, `[B, K - 1]`, of y's dtype; y is clipped into 0..K-1."""
+    y = jnp.clip(y, 0, n_classes - 1)[:, None]
+    j = jnp.arange(n_classes - 1, dtype=y.dtype)[None]
+    return j + (j >= y).astype(y.dtype)
 
 
 def _softmax_rows(
-    logits: jax.Array, y: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return j `[B, K-1]`, the scaled rows of V `[B, K-1, K]`, log scales and gaps `[B, K-1]`."""
+    logits: jax.Array, y: jax.Array, j: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the scaled rows of V `[B, J, K]`, their log scales and gaps `[B, J]`."""
     n_classes = logits.shape[1]
     z = below_largest(logits)
     y = y[:, None]  # [B, 1]
-    j = jnp.arange(n_classes - 1, dtype=y.dtype)[None]
-    j = j + (j >= y).astype(y.dtype)  # [B, K-1]: each class but y
 
     log_z = jax.nn.logsumexp(z, axis=1, keepdims=True)
     log_a = z - log_z  # log alpha
@@ -235,14 +288,14 @@ def _softmax_rows(
     def at(values: jax.Array, index: jax.Array) -> jax.Array:
         return jnp.take_along_axis(values, index, axis=1)
 
-    log_aj, log_ay = at(log_a, j), at(log_a, y)  # [B, K-1], [B, 1]
+    log_aj, log_ay = at(log_a, j), at(log_a, y)  # [B, J], [B, 1]
     log_vjj = log_aj + jnp.logaddexp(at(log_1ma, j), log_ay)
     log_vjy = log_ay + jnp.logaddexp(log_aj, at(log_1ma, y))  # of |v_jy|
-    log_scale = jnp.maximum(log_vjj, log_vjy)  # c_j, [B, K-1]
+    log_scale = jnp.maximum(log_vjj, log_vjy)  # c_j, [B, J]
 
     # alpha_y - alpha_j = max(alpha_j, alpha_y) * gap, with gap = -sign(delta) (1 - e^-|delta|). The
     # two one-sided parts of delta keep the derivative right at 0, and no exponential overflows.
-    delta = at(z, j) - at(z, y)  # [B, K-1]
+    delta = at(z, j) - at(z, y)  # [B, J]
     above = delta > 0
     gap = jnp.expm1(-jnp.where(above, delta, 0)) - jnp.expm1(jnp.where(above, 0, delta))
     log_larger = jnp.maximum(log_aj, log_ay)
@@ -252,11 +305,11 @@ def _softmax_rows(
     # Double where: at k = y this exponential overflows, and is not wanted.
     off = gap[..., None] * jnp.exp(jnp.where(is_j | is_y, 0, log_off))
     rows = jnp.where(is_j, jnp.exp(log_vjj - log_scale)[..., None], jnp.where(is_y, 0, off))
-    rows = jnp.where(is_y, -jnp.sum(rows, axis=2, keepdims=True), rows)  # [B, K-1, K]
+    rows = jnp.where(is_y, -jnp.sum(rows, axis=2, keepdims=True), rows)  # [B, J, K]
 
     tie = gap == 0  # double where: the logarithm's derivative at 0 is infinite
     log_gap = jnp.where(tie, -jnp.inf, log_larger + jnp.log(jnp.where(tie, 1, jnp.abs(gap))))
-    return j, rows, log_scale, log_gap
+    return rows, log_scale, log_gap
 
 
 def below_largest(logits: jax.Array) -> jax.Array:

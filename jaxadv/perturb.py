@@ -23,13 +23,33 @@ Iterated methods with the same signature are in `attack`; `objectives` trains ag
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxadv import inputs, jacobian, norms
+from jaxadv import inputs, jacobian, loops, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["alpha", "loss", "loss_sign", "virtual"]
+
+
+class _Nearest(NamedTuple):
+    """For each example, of the classes looked at so far the one to go toward.
+
+    Attributes:
+      order: the least comes first, `[B]`: the size's logarithm, inf where the class can't be
+        reached; where x is wrong already, -inf for the likeliest class and inf for the others.
+      log_size: the logarithm of the distance to it, `[B]`.
+      d: the scaled difference, `[B, ...]`.
+      unreachable: whether it can't be reached, `[B]`.
+    """
+
+    order: jax.Array
+    log_size: jax.Array
+    d: jax.Array
+    unreachable: jax.Array
 
 
 def alpha(
@@ -41,6 +61,8 @@ def alpha(
     *,
     norm: Norm = "l2",
     eps: Eps | None = None,
+    candidates: int | None = None,
+    chunk: int | None = None,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> jax.Array:
@@ -67,6 +89,10 @@ def alpha(
       norm: the norm that is minimal, or of size eps: `"l1"`, `"l2"` or `"linf"`.
       eps: None for the least perturbation of the linearised net, else a size, a scalar or `[B]`;
         a negative traced value counts as 0.
+      candidates: consider only this many classes, the likeliest besides y; one backward pass each.
+        r may then be larger than the least. None: all K - 1, as in the paper.
+      chunk: for how many classes at once to go back through the net; the memory is that of so many
+        times x and of the backward pass, and r is the same. None: all at once.
       key: ignored; this method draws nothing.
       bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
 
@@ -78,7 +104,8 @@ def alpha(
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
       ValueError: if shapes are not `[B, ...]`, `[B]` and `[B, K]` with K >= 2, if the norm is
-        unknown, if a Python `eps` is negative, or if `bounds` is not a pair.
+        unknown, if a Python `eps` is negative, if `candidates` or `chunk` is less than 1, or if
+        `bounds` is not a pair.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,37 +119,59 @@ def alpha(
       Huang et al., "Learning with a Strong Adversary", 2015, Algorithm 1, Equation 1,
       Propositions 3 and 4, Section 6.1.2.
     """
+    for name, value in (("candidates", candidates), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"expected {name} >= 1, or None for all classes; got {value}")
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
-    rows = jacobian.class_differences(apply_fn, params, x, y)
+    logits, rows_of = jacobian.class_pullback(apply_fn, params, x, y)
+    n_classes = logits.shape[1]
+    is_y = jax.nn.one_hot(y, n_classes, dtype=bool)
+    z = jacobian.below_largest(logits)
+    others = jnp.where(is_y | jnp.isneginf(logits), -jnp.inf, z)
+    likeliest = jnp.argmax(others, axis=1)
+    wrong = jnp.max(others, axis=1) >= jnp.sum(jnp.where(is_y, z, 0), axis=1)
 
-    def of_class(values: jax.Array, index: jax.Array) -> jax.Array:  # [B, K-1, ...] -> [B, ...]
-        return values[jnp.arange(values.shape[0]), index]
+    def nearest(classes: jax.Array) -> _Nearest:  # of classes [B, J]
+        rows = rows_of(classes)
+        # log of |alpha_y - alpha_j| / ||d_j||_*; double where, for a d_j of 0 has no logarithm.
+        vectors = rows.d.reshape(classes.size, *x.shape[1:])
+        d_size = norms.norm(vectors, norms.dual(norm)).reshape(classes.shape)
+        masked = jnp.isneginf(jnp.take_along_axis(logits, classes, axis=1))
+        unreachable = masked | (d_size == 0)
+        log_size = rows.log_gap - rows.log_scale - jnp.log(jnp.where(unreachable, 1, d_size))
+        order = jnp.where(unreachable, jnp.inf, log_size)
+        only = jnp.where(classes == likeliest[:, None], -jnp.inf, jnp.inf)
+        order = lax.stop_gradient(jnp.where(wrong[:, None], only, order))
+        at = jnp.arange(x.shape[0]), jnp.argmin(order, axis=1)
+        return _Nearest(order[at], log_size[at], rows.d[at], unreachable[at])
 
-    z = jacobian.below_largest(rows.logits)
-    z_j = jnp.take_along_axis(z, rows.classes, axis=1)  # [B, K-1]
-    z_y = jnp.take_along_axis(z, jnp.clip(y, 0, z.shape[1] - 1)[:, None], axis=1)  # [B, 1]
-    masked = jnp.isneginf(jnp.take_along_axis(rows.logits, rows.classes, axis=1))
+    def nearer(best: _Nearest, classes: jax.Array) -> tuple[_Nearest, None]:
+        other = nearest(classes)
+        less = other.order < best.order
+        return jax.tree.map(
+            lambda new, old: jnp.where(inputs.batched(less, new), new, old), other, best
+        ), None
 
-    # log of |alpha_y - alpha_j| / ||d_j||_*; double where, for a d_j of 0 has no logarithm.
-    vectors = rows.d.reshape(z_j.size, *x.shape[1:])
-    d_size = norms.norm(vectors, norms.dual(norm)).reshape(z_j.shape)
-    unreachable = masked | (d_size == 0)
-    log_size = rows.log_gap - rows.log_scale - jnp.log(jnp.where(unreachable, 1, d_size))
-    nearest = jnp.argmin(jnp.where(unreachable, jnp.inf, log_size), axis=1)
+    classes = jacobian.other_classes(y, n_classes)
+    if candidates is not None and candidates < n_classes - 1:
+        classes = jnp.sort(lax.top_k(jnp.where(is_y, -jnp.inf, z), candidates)[1], axis=1)
+    size = min(chunk or n_classes, classes.shape[1])
+    # What is left over in the last chunk is its last class, again.
+    classes = jnp.pad(classes, ((0, 0), (0, -classes.shape[1] % size)), mode="edge")
+    first, *more = jnp.split(classes, classes.shape[1] // size, axis=1)
+    best = nearest(first)  # I
+    if more:
+        best, _ = lax.scan(loops.body(nearer), best, jnp.stack(more))
 
-    likeliest = jnp.argmax(jnp.where(masked, -jnp.inf, z_j), axis=1)
-    wrong = (of_class(z_j, likeliest) >= z_y[:, 0]) & ~of_class(masked, likeliest)
-    chosen = jnp.where(wrong, likeliest, nearest)  # I
-
-    direction = norms.steepest(of_class(rows.d, chosen).astype(inputs.wide(x.dtype)), norm)
+    direction = norms.steepest(best.d.astype(inputs.wide(x.dtype)), norm)
     if eps is None:
-        size = jnp.where(wrong, 0, jnp.exp(jnp.where(wrong, 0, of_class(log_size, chosen))))
+        length = jnp.where(wrong, 0, jnp.exp(jnp.where(wrong, 0, best.log_size)))
     else:
-        size = inputs.radius(eps, x)
-    size = inputs.batched(size, x).astype(direction.dtype)
-    r = jnp.where(direction == 0, 0, size * direction)  # 0 times an infinite size is 0
-    return _finish(r, x, y, rows.logits, bounds, unusable=of_class(unreachable, chosen))
+        length = inputs.radius(eps, x)
+    length = inputs.batched(length, x).astype(direction.dtype)
+    r = jnp.where(direction == 0, 0, length * direction)  # 0 times an infinite size is 0
+    return _finish(r, x, y, logits, bounds, unusable=best.unreachable)
 
 
 def loss(

@@ -1,0 +1,199 @@
+"""`perturb.alpha` of some of the classes, and of some at a time."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+
+from jaxadv import jacobian, perturb
+
+B, D, H, K = 30, 6, 8, 7
+NORMS = ("l1", "l2", "linf")
+# A matrix product of other rows is summed in another order.
+RTOL, ATOL = 1e-5, 1e-6
+
+alpha = jax.jit(
+    perturb.alpha, static_argnums=0, static_argnames=("norm", "candidates", "chunk", "bounds")
+)
+
+
+def net(params, x):
+    w, v, c = params
+    return jnp.tanh(x @ w) @ v + c
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Right, wrong, tied and masked ones, labels out of range, NaN, and classes out of reach."""
+    rng = np.random.default_rng(0)
+    w, v = rng.normal(size=(D, H)) / 3, rng.normal(size=(H, K))
+    v *= np.linspace(0.1, 3, K)  # so that the likeliest class is often not the nearest
+    v[:, 3] = v[:, 4]  # class 4 is at no distance that moving changes, and tied with class 3
+    x, c = rng.normal(size=(B, D)), rng.normal(size=(B, K))
+    c[:, 4] = c[:, 3]
+    w, v, c, x = (a.astype(np.float32) for a in (w, v, c, x))
+    y = np.argmax(np.tanh(x @ w) @ v + c, axis=1)
+    y[1], y[2] = (y[1] + 1) % K, (y[2] + 3) % K
+    c[3, [0, 5]], c[4, 1:], c[5, y[5]] = -np.inf, -np.inf, -np.inf
+    y[6], y[7] = K, -1
+    x[8, 0] = np.nan
+    x[9] *= 1e3
+    return (w, v, c), jnp.asarray(x), jnp.asarray(y, jnp.int32)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("eps", [None, 0.5])
+@pytest.mark.parametrize("chunk", [1, 2, 4, 5, 6, 100])
+def test_r_is_the_same_however_many_classes_are_held_at_once(problem, norm, eps, chunk):
+    got = alpha(net, *problem, norm=norm, eps=eps, chunk=chunk)
+    np.testing.assert_allclose(
+        got, alpha(net, *problem, norm=norm, eps=eps), rtol=RTOL, atol=ATOL, strict=True
+    )
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("candidates", [K - 1, K, 100])
+def test_with_all_candidates_it_is_the_same_program(problem, candidates, chunk):
+    got = alpha(net, *problem, candidates=candidates, chunk=chunk)
+    np.testing.assert_array_equal(got, alpha(net, *problem, chunk=chunk))
+
+
+def found(problem, norm):
+    """Each sound example's reference, with its logits."""
+    params, x, y = problem
+    logits = np.asarray(net(params, x), np.float64)
+    for i in (*range(6), *range(10, B)):
+        jac = np.asarray(
+            jax.jacrev(lambda e, i=i: net((*params[:2], params[2][i][None]), e[None])[0])(x[i])
+        )
+        yield i, logits[i], references.alpha(logits[i], jac, int(y[i]), norm=norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("candidates", [1, 2, 3])
+def test_the_nearest_of_the_likeliest_classes_is_taken(problem, norm, candidates, chunk):
+    got = alpha(net, *problem, norm=norm, eps=1.0, candidates=candidates, chunk=chunk)
+    y, changed = np.asarray(problem[2]), 0
+    for i, logits, all_classes in found(problem, norm):
+        likeliest = np.argsort(-np.where(np.arange(K) == y[i], -np.inf, logits), kind="stable")
+        sizes = np.full(K, np.inf)
+        sizes[likeliest[:candidates]] = all_classes.log_sizes[likeliest[:candidates]]
+        right = logits[y[i]] > np.delete(logits, y[i]).max()
+        cls = sizes.argmin() if right else all_classes.cls
+        changed += cls != all_classes.cls
+        want = references.steepest(all_classes.rows[cls], norm) if sizes.min() < np.inf else 0
+        np.testing.assert_allclose(got[i], np.broadcast_to(want, D), atol=1e-4)
+    assert changed or candidates > 1  # or nothing was tested
+
+
+def test_the_least_perturbation_grows_as_candidates_are_left_out(problem):
+    def sizes(candidates):
+        r = alpha(net, *problem, candidates=candidates)
+        return np.linalg.norm(np.delete(r, 8, axis=0), axis=1)
+
+    few, more, every = sizes(1), sizes(3), sizes(None)
+    assert (few >= more * (1 - RTOL)).all()
+    assert (more >= every * (1 - RTOL)).all()
+    assert (few > every * 1.01).any()
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_its_derivatives_are_the_same(problem, chunk):
+    params, x, y = jax.tree.map(lambda a: a[:3] if len(a) == B else a, problem)
+
+    @partial(jax.jit, static_argnums=1)
+    @partial(jax.grad, argnums=0)
+    def derivative(x, chunk):
+        return jnp.sum(jnp.sin(perturb.alpha(net, params, x, y, eps=1.0, chunk=chunk)))
+
+    np.testing.assert_allclose(derivative(x, chunk), derivative(x, None), rtol=1e-4, atol=1e-4)
+
+
+def test_r_is_the_same_under_vmap(problem):
+    params, x, y = problem
+
+    def one(x, y, c):
+        r = perturb.alpha(net, (*params[:2], c[None]), x[None], y[None], eps=1.0, chunk=2)
+        return r[0]
+
+    got = jax.jit(jax.vmap(one))(x, y, jnp.asarray(params[2]))
+    np.testing.assert_allclose(got, alpha(net, *problem, eps=1.0), rtol=RTOL, atol=ATOL)
+
+
+# What it costs
+
+
+def wide_problem(n=8, size=512, hidden=64, classes=100):
+    params = [jnp.ones((size, hidden)), jnp.ones((hidden, classes)), jnp.zeros((1, classes))]
+    return params, jnp.ones((n, size)), jnp.zeros(n, jnp.int32)
+
+
+def compiled(**kwargs):
+    args = wide_problem()
+    return jax.jit(partial(perturb.alpha, net, eps=1.0, **kwargs)).lower(*args).compile()
+
+
+def test_the_memory_is_that_of_a_chunk():
+    x_bytes = wide_problem()[1].nbytes
+    every, some = (
+        compiled(chunk=chunk).memory_analysis().temp_size_in_bytes for chunk in (None, 5)
+    )
+    assert every > 99 * x_bytes
+    # Rows, their magnitudes and what norms keep of them, besides rows of logits; and the best.
+    assert some < 8 * 5 * x_bytes
+
+
+def test_the_cost_is_one_pass_back_for_each_candidate():
+    params, x, _ = wide_problem()
+    forward = 2 * len(x) * sum(w.size for w in params[:2])
+    flops = compiled(candidates=5).cost_analysis()["flops"]
+    # Beside the matrix products, of 64 rows, what is done with each pixel.
+    assert 0.99 < flops / (6 * forward) < 1.3
+
+
+def test_no_pass_forward_is_made_twice():
+    passes = []
+
+    def counted(params, x):
+        passes.append(1)
+        return net(params, x)
+
+    jax.eval_shape(partial(perturb.alpha, counted, chunk=7), *wide_problem())
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("name", ["candidates", "chunk"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_less_than_one_class_is_an_error(problem, name, value):
+    with pytest.raises(ValueError, match=f"expected {name} >= 1, or None for all.*got {value}"):
+        perturb.alpha(net, *problem, **{name: value})
+
+
+# Rows of chosen classes
+
+
+def test_rows_of_some_classes_are_those_of_all(problem):
+    rows = jacobian.class_differences(net, *problem)
+    logits, rows_of = jacobian.class_pullback(net, *problem)
+    index = jnp.asarray(np.random.default_rng(1).integers(0, K - 1, size=(B, 3)))
+    some = rows_of(jnp.take_along_axis(rows.classes, index, axis=1))
+    np.testing.assert_array_equal(logits, rows.logits)
+    for name in ("classes", "log_scale", "log_gap"):
+        want = jnp.take_along_axis(getattr(rows, name), index, axis=1)
+        np.testing.assert_allclose(getattr(some, name), want, rtol=1e-6)
+    np.testing.assert_allclose(some.d, rows.d[jnp.arange(B)[:, None], index], rtol=RTOL, atol=ATOL)
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_with_and_without_jit(self):
+        params, x, y = wide_problem(classes=5)
+        got = self.variant(partial(perturb.alpha, net, eps=1.0, candidates=3, chunk=2))(
+            params, x, y
+        )
+        assert got.shape == x.shape
