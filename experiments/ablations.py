@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments import figures, mnist, protocol, report
+from experiments import figures, mnist, parallel, protocol, report
 from experiments.protocol import Adversarial, Method
 
 WIDTHS = (500, 500)
@@ -119,7 +119,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         extra=groups_of,
     )
     rows, _ = protocol.run(settings, task, console)
-    figures.draw(settings.out)
+    if parallel.first_process():
+        figures.draw(settings.out)
     return rows
 
 
@@ -138,7 +139,7 @@ def groups_of(name: str) -> dict[str, dict[str, str]]:
 def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, description=__doc__)
-    console = Console()
+    console = parallel.start(settings)
     rows = run(settings, console)
     notes = [
         f"On {rows[0]['n']:,} {'held-out' if settings.holdout else 'test'} images. All nets "

@@ -31,7 +31,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, figures, protocol, report
+from experiments import data, figures, parallel, protocol, report
 from experiments.models import Classifier, vgg
 from experiments.protocol import NAMES, Adversarial, Images, Method, PaperMethod
 
@@ -188,7 +188,8 @@ def make_task(settings: Settings) -> protocol.Task:
 def run(settings: Settings, console: Console) -> list[report.Row]:
     """Train, attack and score; return the rows of the tables."""
     rows, _ = protocol.run(settings, make_task(settings), console)
-    figures.draw(settings.out)
+    if parallel.first_process():
+        figures.draw(settings.out)
     return rows
 
 
@@ -211,7 +212,7 @@ def main() -> None:
             **short,
         )
     settings = tyro.cli(Settings, default=default, description=__doc__)
-    console = Console()
+    console = parallel.start(settings)
     rows = run(settings, console)
     which = "images held out of the training set" if settings.holdout else "test images"
     notes = [

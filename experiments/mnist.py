@@ -30,12 +30,13 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, figures, protocol, report
+from experiments import data, figures, parallel, protocol, report
 from experiments.models import Classifier, lenet, mlp
 from experiments.protocol import (
     NAMES,
@@ -187,16 +188,19 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     task = make_task(settings)
     rows, nets = protocol.run(settings, task, console)
     digits = {name: _digits(net, task.test, settings.eps[0]) for name, net in nets.items()}
-    report.save_digits(settings.out / "digits.json", task.test.x[:8], task.test.y[:8], digits)
-    figures.draw(settings.out)
+    if parallel.first_process():
+        report.save_digits(settings.out / "digits.json", task.test.x[:8], task.test.y[:8], digits)
+        figures.draw(settings.out)
     return rows
 
 
 def _digits(net: Net, test: Images, eps: float) -> report.Digits:
     """Return r, and the predictions before and after it, for the first eight images."""
-    x, y = test.x[:8], test.y[:8]
+    x, y = np.asarray(test.x[:8]), np.asarray(test.y[:8])
     r = evaluate.perturbations(net.apply_fn, net.params, x, y, perturb.alpha, eps=eps)
-    before, after = (np.asarray(net.apply_fn(net.params, z)).argmax(-1) for z in (x, x + r))
+    before, after = (
+        np.asarray(jax.jit(net.apply_fn)(net.params, z)).argmax(-1) for z in (x, x + r)
+    )
     return report.Digits(r, before, after)
 
 
@@ -220,7 +224,7 @@ def defaults(arguments: list[str]) -> Settings:
 def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, default=defaults(sys.argv[1:]), description=__doc__)
-    console = Console()
+    console = parallel.start(settings)
     rows = run(settings, console)
     which = "images held out of the training set" if settings.holdout else "test images"
     net = {"mlp": "two hidden layers", "lenet": "LeNet"}[settings.network]

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import report, training
+from experiments import parallel, report, training
 from experiments.models import Classifier, function, init, train_function
 from jaxadv import attack, evaluate, objectives, perturb
 from jaxadv.train import TrainState
@@ -121,7 +122,7 @@ class MultiStep(Adversarial):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(parallel.Settings):
     """What every experiment can be told; each has its own defaults."""
 
     seed: tuple[int, ...] = (0,)
@@ -185,6 +186,7 @@ class Task(NamedTuple):
       augment: `(key, x) -> x`, from a batch of training images to what the net is trained on.
       extra: what else a method's rows say.
       box: the range of pixels, scaled.
+      mesh: the devices that batches are spread over; None for one.
     """
 
     experiment: str
@@ -199,6 +201,7 @@ class Task(NamedTuple):
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     extra: Callable[[str], dict[str, Any]] = lambda name: {}
     box: Bounds = (0.0, 1.0)
+    mesh: Mesh | None = None
 
 
 def split_of(method: Method) -> dict[str, int]:
@@ -357,7 +360,7 @@ def train(
         objective = augmented(objective, shifted(method.shift))
     if task.augment:
         objective = augmented(objective, task.augment)
-    watched = Images(*(part[: settings.n_pgd] for part in task.test))
+    watched = scored(task, settings.n_pgd)
     outcome = partial(
         evaluate.robust, apply_fn, eps=settings.eps[0], batch_size=settings.eval_batch
     )
@@ -374,7 +377,7 @@ def train(
     fitted = training.fit(
         objective,
         optimiser(method, settings, epoch_steps),
-        init(net, init_key, task.test.x[:1]),
+        init(net, init_key, np.asarray(task.test.x[:1])),
         task.train,
         epochs=method.epochs,
         batch_size=settings.batch_size,
@@ -384,6 +387,7 @@ def train(
         progress=progress,
         name=f"{task.names.get(name, name)}, seed {seed}",
         watch=watch,
+        mesh=task.mesh,
     )
     return Net(apply_fn, result(method, fitted.state), fitted)
 
@@ -414,9 +418,14 @@ def row_settings(method: Method, settings: Settings, task: Task, eps: float) -> 
     }
 
 
+def scored(task: Task, n: int | None = None) -> Images:
+    """Return the first n of the images to score, or all, spread over the devices."""
+    return Images(*parallel.spread(task.mesh, tuple(part[:n] for part in task.test)))
+
+
 def score(
     net: Net,
-    images: Images,
+    task: Task,
     fixed: np.ndarray,
     settings: Settings,
     eps: float,
@@ -425,6 +434,7 @@ def score(
 ) -> dict[str, Any]:
     """Return the columns of one row and what was counted on the way."""
     batch_size = settings.eval_batch
+    images = scored(task)
     clean = evaluate.clean(net.apply_fn, net.params, *images, batch_size=batch_size)
     transferred = evaluate.clean(
         net.apply_fn, net.params, images.x + fixed, images.y, batch_size=batch_size
@@ -441,10 +451,9 @@ def score(
         "pgd": pgd,
     }
     for column, method in methods.items():
-        n = settings.n_pgd if column == "pgd" else len(images.y)
         outcome = evaluate.robust(
-            net.apply_fn, net.params, images.x[:n], images.y[:n], method,
-            eps=eps, batch_size=batch_size,
+            net.apply_fn, net.params, *(scored(task, settings.n_pgd) if method is pgd else images),
+            method, eps=eps, batch_size=batch_size,
         )  # fmt: skip
         columns[column] = evaluate.accuracy(outcome.robust)
         total = evaluate.count(outcome)
@@ -459,7 +468,7 @@ def score(
 
 
 def curves(
-    net: Net, images: Images, settings: Settings, tick: Callable[[], None]
+    net: Net, task: Task, settings: Settings, tick: Callable[[], None]
 ) -> dict[str, list[float]]:
     """Return the accuracy at each size of the paper's figures.
 
@@ -473,7 +482,7 @@ def curves(
     found: dict[str, list[float]] = {"eps": list(settings.curve)}
     for column, method in methods.items():
         masks = evaluate.curve(
-            net.apply_fn, net.params, *images, method,
+            net.apply_fn, net.params, *scored(task), method,
             eps=settings.curve, batch_size=settings.eval_batch,
         )  # fmt: skip
         found[column] = [evaluate.accuracy(mask) for mask in masks]
@@ -492,13 +501,14 @@ def _make_fixed(settings: Settings, task: Task, progress: Progress) -> dict[floa
     """Return the Fixed set of each size."""
     net = train("normal", task.normal, settings.fixed_seed, settings, task, progress)
     batch_size = settings.eval_batch
+    images = scored(task)
     one = evaluate.perturbations(
-        net.apply_fn, net.params, *task.test, perturb.loss, eps=1.0, batch_size=batch_size
+        net.apply_fn, net.params, *images, perturb.loss, eps=1.0, batch_size=batch_size
     )
     fixed = {}
     for eps in settings.eps:
         own = evaluate.clean(
-            net.apply_fn, net.params, task.test.x + eps * one, task.test.y, batch_size=batch_size
+            net.apply_fn, net.params, images.x + eps * one, images.y, batch_size=batch_size
         )
         fixed[eps] = _Fixed(eps * one, evaluate.accuracy(own))
     return fixed
@@ -522,6 +532,9 @@ def run(
     results = settings.out / "results.json"
     settings.out.mkdir(parents=True, exist_ok=True)
     known = report.load_rows(results)
+    n = len(task.test.y)
+    sizes = settings.batch_size, n, min(settings.n_pgd, n)
+    task = task._replace(mesh=parallel.mesh(settings, *sizes))
     pgd = partial(attack.pgd, norm="l2", steps=settings.pgd_steps)  # one object, one compilation
     rows: list[report.Row] = []
     nets: dict[str, Net] = {}
@@ -554,9 +567,9 @@ def run(
                     total = 4 if found else 7
                     bar = progress.add_task(f"{title}: attacks", total=total, note="")
                     tick = partial(progress.advance, bar)
-                    scores = score(net, task.test, fixed[eps].r, settings, eps, pgd, tick)
+                    scores = score(net, task, fixed[eps].r, settings, eps, pgd, tick)
                     scores["columns"]["fixed_source"] = fixed[eps].accuracy
-                    found = found or curves(net, task.test, settings, tick)
+                    found = found or curves(net, task, settings, tick)
                     row = {
                         **identity,
                         **task.extra(name),
@@ -569,8 +582,10 @@ def run(
                     }
                 rows.append(row)
                 done = {place(row) for row in rows}
-                report.save_rows(results, rows + [r for r in known if place(r) not in done])
+                if parallel.first_process():
+                    report.save_rows(results, rows + [r for r in known if place(r) not in done])
             first = seed == settings.seed[0]
             folder = settings.out / name if first else settings.out / name / f"seed_{seed}"
-            report.save_params(folder / "params.safetensors", net.params)
+            if parallel.first_process():
+                report.save_params(folder / "params.safetensors", net.params)
     return rows, nets

@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
+from experiments import parallel
+
 __all__ = [
     "LABELS",
     "Digits",
@@ -223,7 +225,8 @@ def _finish(
         console.print(note)
     console.print(f"Results, figures and weights are in {folder}.")
     text = [*lines, *(f"- {note}" for note in notes), ""]
-    (folder / "results.md").write_text("\n".join(text))
+    if parallel.first_process():
+        (folder / "results.md").write_text("\n".join(text))
 
 
 def save_digits(

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,6 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments import parallel
 from jaxadv import train
 from jaxadv.types import Objective, Params
 
@@ -78,6 +80,7 @@ def fit(
     progress: Progress,
     name: str,
     watch: Callable[[train.TrainState], dict[str, float]] | None = None,
+    mesh: Mesh | None = None,
 ) -> Fitted:
     """Train for some epochs, from scratch or from the last checkpoint in `directory`.
 
@@ -96,6 +99,7 @@ def fit(
       name: what to call it there.
       watch: what to add to the history after each epoch, from its state; not counted as training
         time.
+      mesh: the devices that each batch is spread over; None for the default one.
 
     Returns:
       `Fitted`.
@@ -104,7 +108,8 @@ def fit(
       ValueError: if the checkpoint there was made with other settings.
     """
     order_key, step_key = jax.random.split(key)
-    state = train.init(params, tx, key=step_key)
+    state = parallel.replicate(mesh, train.init(params, tx, key=step_key))
+    data = parallel.replicate(mesh, data)
     n_steps = len(data[1]) // batch_size
     epoch_fn = train.make_epoch(objective, tx)
     seconds, history = 0.0, []
@@ -127,6 +132,7 @@ def fit(
             start = time.perf_counter()
             order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(data[1]))
             order = order[: n_steps * batch_size].reshape(n_steps, batch_size)
+            order = parallel.spread(mesh, order, axis=1)
             infos = []
             for first in range(0, n_steps, _CHUNK):
                 state, info = epoch_fn(state, data, order[first : first + _CHUNK])

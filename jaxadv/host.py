@@ -3,22 +3,76 @@
 The functions of the library that take a whole data set (`evaluate`, `attack.autoattack`) are the
 only ones that can't run under a caller's trace. What an example gets doesn't depend on the batch
 that it falls into: it brings its own size and its own key.
+
+Where the examples `x` lie on several devices (`jax.sharding.NamedSharding` of their first axis), so
+does each batch. With several processes, all of them must be given the same data set, and all get
+the results of all examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadv import inputs
 from jaxadv.types import Bounds, Eps
 
-__all__ = ["arrays", "checked", "over_batches", "per_example"]
+__all__ = ["Spread", "arrays", "checked", "fetch", "over_batches", "per_example", "spread"]
+
+
+class Spread(NamedTuple):
+    """How batches are to lie on devices.
+
+    Attributes:
+      sharding: that of a batch's first axis; None for the default device.
+      devices: over how many the examples are spread; a batch's size is a multiple of it.
+    """
+
+    sharding: NamedSharding | None
+    devices: int
+
+    def multiple(self, size: int) -> int:
+        """Round a batch's size up to what can be spread."""
+        return -(-size // self.devices) * self.devices
+
+    def take(self, arrays: tuple[Any, ...], rows: Any) -> list[Any]:
+        """Return these rows of each array that isn't None, where a batch is to lie."""
+        taken = [None if a is None else a[rows] for a in arrays]
+        if self.sharding is None:
+            return taken
+        # Not device_put, which among several processes knows no keys.
+        return jax.jit(_same, out_shardings=self.sharding)(taken)
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+def spread(x: Any) -> Spread:
+    """Return how batches of these examples are to lie: as the examples do."""
+    sharding = getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not any(sharding.spec[:1]):
+        return Spread(None, 1)
+    first = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+    return Spread(first, len(x) // first.shard_shape((len(x),))[0] if len(x) else 1)
+
+
+def fetch(tree: Any) -> Any:
+    """Bring arrays to the host, with the parts that other processes have."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(one, tree)
 
 
 def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
@@ -67,10 +121,15 @@ def over_batches(fn: Callable[..., Any], arrays: tuple[Any, ...], batch_size: in
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; 500 suits most machines")
     n = len(arrays[0])
-    size = max(1, min(batch_size, n))
+    on = spread(arrays[0])
+    size = on.multiple(max(1, min(batch_size, n)))
+    starts = range(0, max(n, 1), size)
     parts = []
-    for start in range(0, max(n, 1), size):
+    for start in starts:
         rows = np.minimum(np.arange(start, start + size), n - 1) if n else np.arange(0)
-        batch = [None if a is None else a[rows] for a in arrays]
-        parts.append(jax.tree.map(itemgetter(slice(n - start)), fn(*batch)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        parts.append(fn(*on.take(arrays, rows)))
+    cut = [
+        jax.tree.map(itemgetter(slice(n - start)), part)
+        for start, part in zip(starts, fetch(parts), strict=True)
+    ]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *cut)

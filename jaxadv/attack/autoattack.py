@@ -204,16 +204,17 @@ def cascade(
     sizes, keys = host.per_example(x, eps, key)
     clean = np.asarray(host.over_batches(partial(_right, apply_fn, params), (x, y), batch_size))
     robust, worst = clean.copy(), np.zeros(x.shape, x.dtype)
+    on = host.spread(x)
     stages = {}
     for number, (name, method) in enumerate(attacks.items()):
         start, tried = time.perf_counter(), robust.copy()
         own = None if keys is None else _own(keys, number)
         for rows, size in _batches(np.flatnonzero(tried), min(batch_size, len(y))):
-            filled = np.resize(rows, size)  # repeated; what is too much is dropped
-            batch = [None if a is None else a[filled] for a in (x, y, sizes, own)]
-            r, fooled = _attack(apply_fn, method, params, bounds, *batch)
-            hit = np.asarray(fooled)[: len(rows)]
-            worst[rows[hit]] = np.asarray(r)[: len(rows)][hit]
+            filled = np.resize(rows, on.multiple(size))  # repeated; what is too much is dropped
+            batch = on.take((x, y, sizes, own), filled)
+            r, fooled = host.fetch(_attack(apply_fn, method, params, bounds, *batch))
+            hit = fooled[: len(rows)]
+            worst[rows[hit]] = r[: len(rows)][hit]
             robust[rows[hit]] = False
         stages[name] = Stage(tried, tried & ~robust, time.perf_counter() - start)
     return Cascade(worst, clean, robust, stages)

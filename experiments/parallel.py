@@ -1,0 +1,117 @@
+"""Several devices, and several processes: where an experiment's arrays lie.
+
+Training images, parameters and the optimiser's state are on every device; batches are spread over
+them along one named axis, `"data"`, and XLA does the rest: `jaxadv.train` and `jaxadv.evaluate` are
+given these arrays and are none the wiser. On one device nothing is placed at all.
+
+Each process of a run has some of its devices, and all of them run the same command but for
+`--process`:
+
+    python experiments/mnist.py --coordinator localhost:1234 --processes 2 --process 0 &
+    python experiments/mnist.py --coordinator localhost:1234 --processes 2 --process 1
+
+They share the folder given by `--out`; the first writes the results. When one of them dies, the
+others end with an error, and the same commands go on from the last epoch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+__all__ = ["Settings", "first_process", "mesh", "replicate", "spread", "start"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """On what an experiment runs."""
+
+    devices: int | None = None
+    """Over how many devices each batch is spread; None for as many as divide it evenly."""
+    coordinator: str | None = None
+    """Address and port of the first of several processes; None where there is one, or a cluster
+    that JAX knows of itself."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this is, from 0."""
+
+
+def start(settings: Settings) -> Console:
+    """Join the other processes, if there are any; return where to print, silent but in the first.
+
+    Has to come before anything is computed.
+
+    Raises:
+      ValueError: if only some of the three that name a process are given.
+    """
+    named = settings.coordinator, settings.processes, settings.process
+    if any(value is not None for value in named):
+        if any(value is None for value in named):
+            raise ValueError(
+                f"expected --coordinator, --processes and --process together, got {named}"
+            )
+        jax.distributed.initialize(*named)
+    return Console(quiet=not first_process())
+
+
+def first_process() -> bool:
+    """Say whether this is the process that writes what all of them found."""
+    return jax.process_index() == 0
+
+
+def mesh(settings: Settings, *sizes: int) -> Mesh | None:
+    """Return the devices that batches are spread over, an axis named "data"; None for one.
+
+    Args:
+      settings: how many are asked for.
+      *sizes: of the batches.
+
+    Raises:
+      ValueError: if there are fewer devices, if their number doesn't divide the sizes, or if it
+        leaves a process without.
+    """
+    common = math.gcd(*sizes)
+    there = jax.device_count()
+    n = settings.devices
+    if n is None:
+        n = max(k for k in range(1, there + 1) if common % k == 0)
+    if not 1 <= n <= there or common % n:
+        raise ValueError(
+            f"expected a number of devices that divides {', '.join(map(str, sizes))}, at most the "
+            f"{there} there are, got {n}; choose --devices, or other batches"
+        )
+    if jax.process_count() > 1 and n < there:
+        raise ValueError(
+            f"expected all {there} devices of {jax.process_count()} processes to have a part of "
+            f"batches of {', '.join(map(str, sizes))}, got {n}; choose sizes that {there} divides"
+        )
+    if n == 1:
+        return None
+    return jax.make_mesh((n,), ("data",), (AxisType.Auto,), devices=jax.devices()[:n])
+
+
+def replicate(mesh: Mesh | None, tree: Any) -> Any:
+    """Put arrays on every device."""
+    return _put(tree, mesh, PartitionSpec())
+
+
+def spread(mesh: Mesh | None, tree: Any, *, axis: int = 0) -> Any:
+    """Spread arrays over the devices, along one of their axes."""
+    return _put(tree, mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def _put(tree: Any, mesh: Mesh | None, spec: PartitionSpec) -> Any:
+    if mesh is None:
+        return tree
+    # Not device_put, which among several processes knows no keys.
+    return jax.jit(_same, out_shardings=NamedSharding(mesh, spec))(tree)
+
+
+def _same(tree: Any) -> Any:
+    return tree

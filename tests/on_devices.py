@@ -1,0 +1,73 @@
+"""Train and evaluate on some devices and print what came of it; a program for `test_parallel`."""
+
+import io
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from experiments import parallel, training
+from jaxadv import attack, evaluate, objectives, perturb
+
+N, D, H, K = 96, 12, 16, 4
+
+
+def net(params, x):
+    w, v = params
+    return jax.nn.relu(x.reshape(len(x), -1) @ w) @ v
+
+
+def main(directory, epochs, *settings):
+    settings = parallel.Settings(*(int(s) if s.isdigit() else s or None for s in settings))
+    parallel.start(settings)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(N, 3, 4)), jnp.float32)
+    params = [jnp.asarray(rng.normal(size=s) / 3, jnp.float32) for s in ((D, H), (H, K))]
+    y = jnp.argmax(net(params, x), axis=1) ^ jnp.asarray(rng.random(N) < 0.1)
+    mesh = parallel.mesh(settings, 8, N)
+    with training.bars(Console(file=io.StringIO())) as progress:
+        fitted = training.fit(
+            objectives.adversarial(net, perturb.alpha, eps=0.3),
+            optax.sgd(0.1, momentum=0.9),
+            [jnp.asarray(rng.normal(size=w.shape) / 3, jnp.float32) for w in params],
+            (x, y),
+            epochs=int(epochs),
+            batch_size=8,
+            key=jax.random.key(1),
+            directory=Path(directory),
+            settings={},
+            progress=progress,
+            name="",
+            mesh=mesh,
+        )
+    images, key = parallel.spread(mesh, (x, y)), jax.random.key(2)
+    attacks = {"loss": perturb.loss, "apgd": partial(attack.apgd, steps=5)}
+    found = attack.cascade(
+        net, fitted.state.params, *images, attacks, eps=0.3, key=key, batch_size=20
+    )
+    robust = {
+        name: evaluate.robust(
+            net, fitted.state.params, *images, method, eps=0.3, key=key, batch_size=20
+        ).robust
+        for name, method in (("pgd", attack.pgd), ("virtual", perturb.virtual))
+    }
+    result = {
+        "devices": jax.device_count() if mesh is None else mesh.size,
+        "processes": jax.process_count(),
+        "losses": [epoch["loss"] for epoch in fitted.history],
+        "w": np.asarray(fitted.state.params[0]).tolist(),
+        "robust": {name: mask.tolist() for name, mask in robust.items()},
+        "cascade": found.robust.tolist(),
+        "r": found.r.tolist(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

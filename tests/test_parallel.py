@@ -1,0 +1,166 @@
+"""Several devices and several processes give what one device gives."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import parallel
+
+ROOT = Path(__file__).resolve().parents[1]
+EPOCHS = 9  # of 12 steps
+
+
+def command(directory, *settings, epochs=EPOCHS):
+    return [sys.executable, "-m", "tests.on_devices", str(directory), str(epochs), *settings]
+
+
+def environment(devices):
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+
+
+def on(directory, devices, epochs=EPOCHS):
+    done = subprocess.run(
+        command(directory, str(devices), epochs=epochs),
+        env=environment(devices), cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return on(tmp_path_factory.mktemp("one"), 1)
+
+
+def same(got, one):
+    # Sums over a batch are taken in another order: a rounding or two at each of 108 steps.
+    np.testing.assert_allclose(got["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_allclose(got["w"], one["w"], rtol=1e-3, atol=1e-5)
+    assert got["robust"] == one["robust"]
+    assert got["cascade"] == one["cascade"]
+    np.testing.assert_allclose(got["r"], one["r"], atol=1e-3)
+
+
+def test_training_and_evaluation_are_those_of_one_device(tmp_path, one):
+    assert one["devices"] == 1
+    assert 0 < np.mean(one["robust"]["pgd"]) < np.mean(one["robust"]["virtual"]) < 1
+    got = on(tmp_path, 4)
+    assert got["devices"] == 4
+    same(got, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 8])
+def test_other_numbers_of_devices(tmp_path, devices, one):
+    got = on(tmp_path, devices)
+    assert got["devices"] == devices
+    same(got, one)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path, one):
+    on(tmp_path, 4, epochs=4)
+    same(on(tmp_path, 2), one)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path, one):
+    address = f"localhost:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            command(tmp_path, "", address, "2", str(process)),
+            env=environment(1), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for process in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        got = json.loads(out.splitlines()[-1])
+        assert (got["devices"], got["processes"]) == (2, 2)
+        same(got, one)
+
+
+@pytest.mark.slow
+def test_when_a_process_dies_the_others_end_with_an_error_and_the_run_goes_on(tmp_path, one):
+    address = f"localhost:{free_port()}"
+    first, second = (
+        subprocess.Popen(
+            command(tmp_path, "", address, "2", str(process), epochs=100_000),
+            env=environment(1), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for process in range(2)
+    )  # fmt: skip
+    while not any(path.name.isdigit() for path in tmp_path.iterdir()):
+        assert first.poll() is None, first.communicate()
+    second.kill()
+    second.communicate()
+    _, errors = first.communicate(timeout=200)  # its heart is missed after 100 s
+    assert first.returncode != 0
+    assert "heartbeat timeout" in errors or "Gloo" in errors
+    done = max(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
+    assert on(tmp_path, 1, epochs=done + 1)["losses"][: len(one["losses"])] == pytest.approx(
+        one["losses"][: done + 1], rel=1e-5
+    )
+
+
+# Which devices
+
+
+@pytest.fixture
+def eight(monkeypatch):
+    """A machine that says it has eight devices; the mesh is what it would be made of."""
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    monkeypatch.setattr(jax, "devices", lambda: list(range(8)))
+    monkeypatch.setattr(jax, "make_mesh", lambda shape, *_, devices: (shape, devices))
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes", "n"),
+    [
+        (None, (96, 1000), 8),
+        (None, (100, 1000), 5),
+        (None, (7, 10), 1),
+        (2, (100, 10), 2),
+        (1, (8,), 1),
+    ],
+)
+def test_batches_are_spread_over_as_many_devices_as_divide_them(eight, asked, sizes, n):
+    mesh = parallel.mesh(parallel.Settings(devices=asked), *sizes)
+    assert mesh == (None if n == 1 else ((n,), list(range(n))))
+
+
+@pytest.mark.parametrize("asked", [0, 3, 16])
+def test_a_number_of_devices_that_cant_be_is_an_error(eight, asked):
+    with pytest.raises(ValueError, match=f"divides 100, 10000, at most the 8 .* got {asked};.*--d"):
+        parallel.mesh(parallel.Settings(devices=asked), 100, 10000)
+
+
+def test_a_process_without_a_part_is_an_error(eight, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"all 8 devices of 2 processes.*of 100, got 5; choose"):
+        parallel.mesh(parallel.Settings(), 100)
+
+
+def test_a_process_is_named_in_full_or_not_at_all():
+    with pytest.raises(ValueError, match=r"--coordinator, --processes and --process together"):
+        parallel.start(parallel.Settings(processes=2))
+
+
+def test_a_single_process_prints(capsys):
+    parallel.start(parallel.Settings()).print("here")
+    assert "here" in capsys.readouterr().out
