@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments import evaluate, report
+from experiments import evaluate, parallel, report
 from experiments.protocol import NAMES
 from jaxadv.types import Norm
 
@@ -181,7 +181,7 @@ def tables(rows: Sequence[report.Row]) -> list[str]:
 def main() -> None:
     """Run from the command line."""
     settings = tyro.cli(Settings, description=__doc__)
-    console = Console()
+    console = parallel.start()
     lines = [
         "# Robust accuracy",
         "",

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 __all__ = [
     "ORIGINALS",
     "Dataset",
+    "cache_directory",
     "cifar10",
     "describe",
     "image_folder",
@@ -220,7 +221,7 @@ def _cached(
     name: str, prepare: Callable[[Path], Dataset], data_dir: str | os.PathLike[str] | None
 ) -> Dataset:
     """The arrays of that name, prepared if they aren't there or don't verify."""
-    directory = (_cache_directory() if data_dir is None else Path(data_dir)) / name
+    directory = (cache_directory() if data_dir is None else Path(data_dir)) / name
     unusable = (OSError, ValueError)
     with suppress(*unusable):
         return _open(directory)
@@ -232,7 +233,8 @@ def _cached(
         return _open(directory)
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Return where prepared data is kept unless a caller says otherwise."""
     if chosen := os.environ.get("JAXADV_DATA"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxadv"

@@ -37,7 +37,7 @@ import tyro
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from experiments import data, models, report, training
+from experiments import data, models, parallel, report, training
 from jaxadv import attack, evaluate, perturb
 from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
@@ -63,10 +63,10 @@ LABELS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(parallel.Devices):
     """Attack a net and report its robust accuracy."""
 
-    net: Annotated[str, tyro.conf.Positional]
+    net: Annotated[str, tyro.conf.Positional] = tyro.MISSING
     """A file of weights, or `module:function`."""
     name: str = ""
     """What to call the net in the table; by default its file's folder, or the function."""
@@ -297,9 +297,12 @@ def _block(
     if not path.exists():
         parts = methods(identity["attack"], settings.norm)
         keys = jax.random.split(jax.random.key(settings.seed), len(problem.y))
+        mesh = parallel.mesh(settings, len(problem.y[rows]))
+        params = parallel.replicate(mesh, problem.params)
+        x, y = parallel.spread(mesh, (problem.x[rows], problem.y[rows]))
         begin = time.perf_counter()
         found = evaluate.ensemble(
-            problem.apply_fn, problem.params, problem.x[rows], problem.y[rows], parts,
+            problem.apply_fn, params, x, y, parts,
             eps=identity["eps"], norm=settings.norm, key=keys[rows], bounds=problem.bounds,
             batch_size=settings.batch_size,
         )  # fmt: skip
@@ -415,7 +418,7 @@ def _cell(rows: Sequence[report.Row]) -> str:
 def main() -> None:
     """Run from the command line."""
     settings = tyro.cli(Settings, description=__doc__)
-    console = Console()
+    console = parallel.start()
     lines = tables(run(settings, console))
     (settings.out / "results.md").write_text("\n".join(lines))
     console.print("\n".join(lines), highlight=False, markup=False)

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import minimize
 
-from experiments import data, figures, report
+from experiments import data, figures, parallel, report
 from jaxadv import logistic, norms
 from jaxadv.types import Norm
 
@@ -311,7 +311,7 @@ def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, description=__doc__)
     with jax.enable_x64(True):
-        run(settings, Console())
+        run(settings, parallel.start())
 
 
 if __name__ == "__main__":

@@ -18,21 +18,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-__all__ = ["Settings", "first_process", "mesh", "replicate", "spread", "start"]
+from experiments import data
+
+__all__ = ["Devices", "Settings", "first_process", "mesh", "replicate", "spread", "start"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """On what an experiment runs."""
+class Devices:
+    """On which devices an experiment runs."""
 
     devices: int | None = None
     """Over how many devices each batch is spread; None for as many as divide it evenly."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Devices):
+    """On which devices of which processes an experiment runs."""
+
     coordinator: str | None = None
     """Address and port of the first of several processes; None where there is one, or a cluster
     that JAX knows of itself."""
@@ -42,10 +51,11 @@ class Settings:
     """Which of them this is, from 0."""
 
 
-def start(settings: Settings) -> Console:
+def start(settings: Settings = Settings()) -> Console:
     """Join the other processes, if there are any; return where to print, silent but in the first.
 
-    Has to come before anything is computed.
+    Has to come before anything is computed. What is compiled from then on is kept beside the
+    prepared data, or where JAX_COMPILATION_CACHE_DIR says, and found there by the next run.
 
     Raises:
       ValueError: if only some of the three that name a process are given.
@@ -57,6 +67,9 @@ def start(settings: Settings) -> Console:
                 f"expected --coordinator, --processes and --process together, got {named}"
             )
         jax.distributed.initialize(*named)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        compiled = data.cache_directory() / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
     return Console(quiet=not first_process())
 
 
@@ -65,7 +78,7 @@ def first_process() -> bool:
     return jax.process_index() == 0
 
 
-def mesh(settings: Settings, *sizes: int) -> Mesh | None:
+def mesh(settings: Devices, *sizes: int) -> Mesh | None:
     """Return the devices that batches are spread over, an axis named "data"; None for one.
 
     Args:

@@ -107,7 +107,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
 
     torch.set_num_threads(settings.threads)
     problem = evaluate.load(
-        evaluate.Settings(settings.net, name=settings.name, norm=settings.norm, n=settings.n)
+        evaluate.Settings(net=settings.net, name=settings.name, norm=settings.norm, n=settings.n)
     )
     net = torch_net(problem.params)
     x = torch.from_numpy(problem.x).permute(0, 3, 1, 2).contiguous()

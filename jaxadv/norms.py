@@ -296,7 +296,7 @@ def sample(keys: jax.Array, x: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
 
     References:
       Barthe et al., "A probabilistic approach to the geometry of the l_p^n-ball", 2005: entries of
-      density exp(-|t|^p), normalised, at a radius distributed as U^(1/D).
+      density `exp(-|t|^p)`, normalised, at a radius distributed as U^(1/D).
     """
     x = inputs.examples(x)
     n_entries = math.prod(x.shape[1:])

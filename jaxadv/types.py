@@ -34,7 +34,7 @@ Norm: TypeAlias = Literal["l1", "l2", "linf"]
 """The norms of the paper's Proposition 3."""
 
 Eps: TypeAlias = float | jax.Array
-"""A perturbation size, the paper's c: a scalar or one number per example, `[B]`."""
+"""A perturbation size (the paper's c), a scalar or one number per example, `[B]`."""
 
 Bounds: TypeAlias = tuple[float | jax.Array, float | jax.Array]
 """`(lo, hi)`, the box that `x + r` stays in; each a number or an array that broadcasts to x."""

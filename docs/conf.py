@@ -1,0 +1,47 @@
+"""Sphinx: the documentation site, built by `python -m sphinx -W docs docs/_build`."""
+
+import jaxadv
+
+project = "jaxadv"
+author = "the jaxadv authors"
+release = jaxadv.__version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+nitpicky = True
+# Names that annotations have from other projects, whose pages aren't fetched to build ours.
+nitpick_ignore_regex = [("py:.*", r"(jax|numpy|optax|np|jnp|collections|typing|flax)\b.*")]
+
+html_theme = "furo"
+html_title = f"jaxadv {release}"
+myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # signatures have them
+autodoc_type_aliases = {
+    name: name
+    for name in ("ApplyFn", "Bounds", "Eps", "LossFn", "Norm", "Objective", "Params", "PerturbFn")
+}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+suppress_warnings = ["myst.xref_missing"]
+doctest_global_setup = "import jax, jax.numpy as jnp"
+
+
+def _skip(app, what, name, obj, skip, options):
+    """Leave out the fields of named tuples, which their classes' docstrings have."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def setup(app):
+    """Sphinx calls this."""
+    app.connect("autodoc-skip-member", _skip)

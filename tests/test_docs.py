@@ -1,0 +1,65 @@
+"""The documentation's examples run as they are printed, and do what the text says of them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+EXAMPLES = sorted(DOCS.glob("examples/*.py"))
+
+
+def run(example):
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", example.name],
+        cwd=example.parent, env=os.environ, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [float(figure) for figure in re.findall(r"\d\.\d+", done.stdout)]
+
+
+def test_a_net_by_hand_learns_to_withstand():
+    normal, lwa = run(DOCS / "examples" / "by_hand.py")
+    assert lwa > normal
+
+
+@pytest.mark.slow
+def test_the_tutorial_makes_a_net_robust():
+    clean, withstood, clean_after, withstood_after, *ensembles = run(
+        DOCS / "examples" / "tutorial.py"
+    )
+    assert clean > 0.99
+    assert clean_after > 0.99
+    assert 0.1 < withstood < 0.4  # "about a quarter"
+    assert withstood_after > 0.85
+    plain, _, _, robust, _, _ = ensembles[:1] + ensembles[1:]
+    assert plain <= withstood + 0.1
+    assert robust > 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "example", [e for e in EXAMPLES if e.stem not in ("by_hand", "tutorial")], ids=lambda e: e.stem
+)
+def test_examples_run(example):
+    figures = run(example)
+    assert not figures or figures[-1] > 0.9
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.stem)
+def test_an_example_is_short_and_shown(example):
+    lines = example.read_text().splitlines()
+    assert len(lines) <= (60 if example.stem != "tutorial" else 90)
+    pages = "".join(page.read_text() for page in DOCS.glob("*.md"))
+    assert f"examples/{example.name}" in pages
+
+
+def test_every_module_is_in_the_reference():
+    import jaxadv
+
+    text = (DOCS / "api.md").read_text()
+    for name in jaxadv.__all__:
+        assert f".. automodule:: jaxadv.{name}\n" in text
