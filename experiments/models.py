@@ -74,11 +74,13 @@ class Conv(nn.Module):
       features: how many channels come out.
       size: side of the kernel.
       padding: pixels of zeros on every side.
+      dtype: what is computed in; parameters are float32.
     """
 
     features: int
     size: int
     padding: int
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -86,6 +88,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
         few = self.size >= 5 and x.shape[-1] < 32  # where this was measured to be the faster one
         convolve = _by_windows if few and jax.default_backend() == "cpu" else _convolve
         return convolve(x, kernel, self.padding) + bias[None, None, None]
@@ -136,6 +139,7 @@ class Classifier(nn.Module):
       classes: K.
       dropout: probability of dropping a unit of a hidden dense layer in training.
       split: how many blocks and hidden dense layers, counted together, belong to `encode`.
+      dtype: what hidden layers compute in; parameters and logits are float32.
     """
 
     dense: Sequence[int]
@@ -145,13 +149,15 @@ class Classifier(nn.Module):
     classes: int = 10
     dropout: float = 0.0
     split: int = 1
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self) -> None:
         """Make the layers; flax calls this."""
         self.convs = [
-            [Conv(features, self.size, self.padding) for features in block] for block in self.blocks
+            [Conv(features, self.size, self.padding, self.dtype) for features in block]
+            for block in self.blocks
         ]
-        self.hidden = [nn.Dense(width) for width in self.dense]
+        self.hidden = [nn.Dense(width, dtype=self.dtype) for width in self.dense]
         self.logits = nn.Dense(self.classes)
         self.drop = nn.Dropout(self.dropout)
 
@@ -162,7 +168,7 @@ class Classifier(nn.Module):
     def classify(self, h: jax.Array, *, train: bool = False) -> jax.Array:
         """Return logits `[B, K]` of a representation."""
         h = self._stages(h, self.split, len(self.blocks) + len(self.dense), train)
-        return self.logits(h.reshape(h.shape[0], -1))
+        return self.logits(h.reshape(h.shape[0], -1).astype(jnp.float32))
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Return logits `[B, K]` of images `[B, ...]`."""

@@ -143,6 +143,8 @@ class Settings(parallel.Settings):
     """l2 sizes of the curves."""
     batch_size: int = 100
     """Images per training step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What hidden layers compute in; parameters, logits and perturbations are float32."""
     eval_batch: int = 1000
     """Images perturbed at once when a net is scored."""
     momentum: float = 0.9
@@ -418,6 +420,16 @@ def row_settings(method: Method, settings: Settings, task: Task, eps: float) -> 
     }
 
 
+def in_precision(task: Task, precision: str) -> Task:
+    """Return the task with nets that compute in another precision, and are called so."""
+    if precision == "float32":
+        return task
+    return task._replace(
+        make_net=lambda method: task.make_net(method).clone(dtype=jnp.dtype(precision)),
+        network=lambda method: f"{task.network(method)}, {precision}",
+    )
+
+
 def scored(task: Task, n: int | None = None) -> Images:
     """Return the first n of the images to score, or all, spread over the devices."""
     return Images(*parallel.spread(task.mesh, tuple(part[:n] for part in task.test)))
@@ -534,6 +546,7 @@ def run(
     known = report.load_rows(results)
     n = len(task.test.y)
     sizes = settings.batch_size, n, min(settings.n_pgd, n)
+    task = in_precision(task, settings.precision)
     task = task._replace(mesh=parallel.mesh(settings, *sizes))
     pgd = partial(attack.pgd, norm="l2", steps=settings.pgd_steps)  # one object, one compilation
     rows: list[report.Row] = []

@@ -161,6 +161,30 @@ def test_every_net_has_derivatives_in_both_modes(net, x):
     np.testing.assert_allclose(jnp.linalg.norm(r.reshape(2, -1), axis=1), 0.5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize(("net", "x"), [(mlp((64, 64)), DIGITS), (lenet((32,)), DIGITS)])
+def test_in_bfloat16_perturbations_keep_their_direction(net, x, scale):
+    params = init(net, jax.random.key(0), x)
+    last = params["params"]["logits"]
+    params["params"]["logits"] = {"kernel": scale * last["kernel"], "bias": last["bias"]}
+    low = net.clone(dtype=jnp.dtype("bfloat16"))
+    y = function(net)(params, x).argmax(axis=1)
+    assert function(low)(params, x).dtype == jnp.float32
+    for method in (perturb.loss, perturb.alpha):
+        r = [np.ravel(method(function(n), params, x, y, eps=1.0)) for n in (net, low)]
+        assert r[0].dtype == np.float32
+        # bfloat16 has 8 bits; a few of the ReLUs turn over.
+        assert np.dot(*r) / np.prod(np.linalg.norm(r, axis=1)) > 0.99
+
+
+def test_parameters_are_float32_whatever_is_computed_in():
+    low = lenet((32,)).clone(dtype=jnp.dtype("bfloat16"))
+    params = init(low, jax.random.key(0), DIGITS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    h = function(low, "encode")(params, DIGITS)
+    assert h.dtype == jnp.bfloat16
+
+
 def test_dropout_acts_in_training_alone_and_by_key():
     net, params = made(dropout=0.5)
     clean = function(net)(params, X)

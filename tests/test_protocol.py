@@ -142,3 +142,15 @@ def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
             net = protocol.train("lwa_noisy", method, 0, settings, task, progress)
         trained.append(jax.tree.leaves(net.params)[-1])
     assert not np.array_equal(*trained)
+
+
+def test_nets_in_another_precision_are_called_so():
+    task = protocol.Task(
+        experiment="", methods={}, normal=protocol.Method((4,)), names={}, source="",
+        make_net=lambda method: mlp(method.widths), network=lambda method: "4",
+        train=protocol.Images(None, None), test=protocol.Images(None, None),
+    )  # fmt: skip
+    low = protocol.in_precision(task, "bfloat16")
+    assert low.network(task.normal) == "4, bfloat16"
+    assert low.make_net(task.normal).dtype == jnp.bfloat16
+    assert protocol.in_precision(task, "float32") is task
