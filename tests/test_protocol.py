@@ -146,7 +146,7 @@ def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
 
 def test_nets_in_another_precision_are_called_so():
     task = protocol.Task(
-        experiment="", methods={}, normal=protocol.Method((4,)), names={}, source="",
+        experiment="", methods={}, normal=protocol.Method((4,), 1, 0.1), names={}, source="",
         make_net=lambda method: mlp(method.widths), network=lambda method: "4",
         train=protocol.Images(None, None), test=protocol.Images(None, None),
     )  # fmt: skip
