@@ -27,6 +27,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -39,6 +40,7 @@ __all__ = [
     "cache_directory",
     "cifar10",
     "describe",
+    "from_tfds",
     "image_folder",
     "mnist",
     "scale_cifar10",
@@ -124,6 +126,40 @@ def image_folder(
     digest = hashlib.sha256(json.dumps([str(folder.resolve()), listing]).encode()).hexdigest()
     return _cached(
         f"image_folder-{digest[:16]}", lambda where: _prepare_folder(where, files), data_dir
+    )
+
+
+def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+    """A data set of the tensorflow-datasets catalogue: images of one size, labels, train and test.
+
+    Args:
+        name: as the catalogue has it, e.g. `fashion_mnist` or `emnist/letters`.
+        data_dir: where downloaded and prepared data is kept, as for `mnist`.
+
+    Raises:
+        ValueError: if the catalogue has no such data set, or it isn't of this kind.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        info = tfds.builder(name).info
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(
+            f"expected a data set of the tensorflow-datasets catalogue, got {name!r}: {error}"
+        ) from error
+    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    found = dict(info.features.items())
+    fits = all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+    parts = {"train", "test"} <= set(info.splits)
+    if not fits or not parts or None in info.features["image"].shape:
+        raise ValueError(
+            f"expected images of one size with a label each, in parts train and test, got {name}: "
+            f"{info.features}, {sorted(info.splits)}; write it as a folder of images"
+        )
+    return _cached(
+        f"tfds-{name.replace('/', '-')}",
+        lambda where: _through_records(partial(tfds.builder, name), where, None),
+        data_dir,
     )
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from experiments import report
 from experiments.protocol import NAMES
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_history"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLOURS = (
@@ -88,6 +88,30 @@ def draw(folder: Path) -> list[Path]:
         figure = plot_digits(json.loads(digits.read_text()))
         written.append(_save(figure, folder / "adversarial_digits.png"))
     return written
+
+
+def draw_history(folder: Path, history: Sequence[dict[str, float]]) -> Path:
+    """Draw the loss and the accuracies after each epoch of one training.
+
+    Args:
+      folder: where `history.png` goes.
+      history: for each epoch, loss and accuracy in training, and `test` and `one_step`.
+
+    Returns:
+      The file written.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    epochs = np.arange(1, len(history) + 1)
+    labels = {"accuracy": "training, as perturbed", "test": "test", "one_step": "test, one step"}
+    _line(panels[0], epochs, np.array([entry["loss"] for entry in history]), 0, "loss")
+    for index, (column, label) in enumerate(labels.items()):
+        _line(panels[1], epochs, np.array([entry[column] for entry in history]), index, label)
+    panels[0].set(title="loss", xlabel="epoch")
+    panels[1].set(title="accuracy", xlabel="epoch", ylim=(0, 1))
+    panels[1].legend(frameon=False, fontsize=8)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    return _save(figure, folder / "history.png")
 
 
 def plot_curves(rows: Sequence[report.Row]) -> Any:

@@ -1,0 +1,228 @@
+"""`experiments/train.py`: any images, any net, from the command line's settings to a robust net."""
+
+import csv
+import dataclasses
+import io
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from flax import linen as nn
+from PIL import Image
+from rich.console import Console
+
+from experiments import data, evaluate, models, train
+
+SIDE = 12
+
+
+def drawn(n, seed):
+    """Grey images with a bright half, the class being which."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    pixels = rng.integers(0, 100, (n, SIDE, SIDE), dtype=np.uint8)
+    for image, label in zip(pixels, labels, strict=True):
+        image[:, SIDE // 2 :] += np.uint8(100 * label)
+        image[:, : SIDE // 2] += np.uint8(100 * (1 - label))
+    return pixels, labels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for part, n, seed in (("train", 80, 0), ("test", 20, 1)):
+        for i, (pixels, label) in enumerate(zip(*drawn(n, seed), strict=True)):
+            place = root / part / f"half{label}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("JAXADV_DATA", str(tmp_path_factory.getbasetemp() / "data"))
+
+
+def settings(folder, out, **changes):
+    small = train.Settings(
+        data=str(folder), net="mlp", widths=(16,), eps=0.5, epochs=3, eps_warmup=1, batch_size=20,
+        steps=2, lr=0.1, average=0.5, attacks=("one-step", "pgd"), out=out,
+    )  # fmt: skip
+    return dataclasses.replace(small, **changes)
+
+
+def run(*args, **changes):
+    return train.run(settings(*args, **changes), Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXADV_DATA", str(tmp_path_factory.mktemp("data")))
+        out = tmp_path_factory.mktemp("out")
+        return out, run(folder, out)
+
+
+def test_a_folder_of_images_makes_a_robust_net(trained):
+    out, rows = trained
+    assert [row["attack"] for row in rows] == ["one-step", "pgd"]
+    assert json.loads((out / "results.json").read_text()) == rows
+    for row in rows:
+        assert row["n"] == 20
+        assert row["columns"]["clean"] == 1
+        assert row["columns"]["robust"] > 0.8
+        assert row["interval"][0] < row["columns"]["robust"] <= row["interval"][1]
+    history = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
+    assert [entry["epoch"] for entry in history] == ["1", "2", "3"]
+    assert float(history[2]["loss"]) < float(history[0]["loss"])
+    assert (out / "history.png").stat().st_size > 10_000
+
+
+def test_what_it_saves_is_what_was_scored(folder, trained):
+    out, rows = trained
+    problem = evaluate.load(
+        evaluate.Settings(
+            net=str(out / "params.safetensors"), data=str(folder), subtract=0, divide=255, n=20
+        )
+    )
+    clean = problem.apply_fn(problem.params, jnp.asarray(problem.x)).argmax(1) == problem.y
+    assert clean.mean() == rows[0]["columns"]["clean"]
+
+
+def test_it_goes_on_where_it_was(folder, trained, tmp_path):
+    _, rows = trained
+    run(folder, tmp_path, attacks=())
+    again = run(folder, tmp_path)
+    assert [row["columns"] for row in again] == [row["columns"] for row in rows]
+    with pytest.raises(ValueError, match=r"lr: '0\.1' then, '0\.2' now.*choose another --out"):
+        run(folder, tmp_path, lr=0.2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "normal"},
+        {"method": "goodfellow", "steps": 1, "norm": "linf", "eps": 0.05},
+        {"method": "trades", "mirror": True, "shift": 0},
+        {"average": 0.0, "weight_decay": 1e-3, "eps_warmup": 0, "train_eps": 0.6},
+    ],
+    ids=["normal", "goodfellow", "trades", "other settings"],
+)
+def test_every_method_trains(folder, tmp_path, changes):
+    rows = run(folder, tmp_path, attacks=("one-step",), **changes)
+    # Mirrored, the two classes are one.
+    assert rows[0]["columns"]["clean"] > (0.3 if changes.get("mirror") else 0.9)
+
+
+class Own(nn.Module):
+    classes: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(self.classes)(x.reshape(len(x), -1))
+
+
+class Normalised(Own):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(self.classes)(nn.BatchNorm(not train)(x.reshape(len(x), -1)))
+
+
+def test_a_net_of_ones_own(folder, tmp_path):
+    rows = run(folder, tmp_path, net=f"{__name__}:Own", attacks=("one-step",))
+    assert rows[0]["columns"]["clean"] > 0.9
+
+
+@pytest.mark.parametrize("name", ["lenet", "vgg", "mlp"])
+def test_the_nets_it_knows(folder, tmp_path, name):
+    net = train.make_net(settings(folder, tmp_path, net=name, widths=()), 7)
+    assert isinstance(net, models.Classifier)
+    assert net.classes == 7
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        ("resnet", r"expected mlp, lenet, vgg, or a function.*got 'resnet'"),
+        (f"{__name__}:missing", r"missing.*; name it from the folder"),
+        ("builtins:int", r"to return a flax.linen module, got int; for other nets write the loop"),
+        (f"{__name__}:Normalised", r"only variables are params, got .*batch_stats"),
+    ],
+)
+def test_a_net_that_cant_be_trained_is_an_error(folder, tmp_path, net, message):
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path, net=net)
+
+
+# The catalogue
+
+
+class HalvesForTest(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        label = tfds.features.ClassLabel(num_classes=2)
+        image = tfds.features.Image(shape=(SIDE, SIDE, 1))
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({"image": image, "label": label})
+        )
+
+    def _split_generators(self, dl_manager):
+        return {part: self._generate_examples(n) for n, part in enumerate(("train", "test"))}
+
+    def _generate_examples(self, seed):
+        for i, (pixels, label) in enumerate(zip(*drawn(30, seed), strict=True)):
+            yield i, {"image": pixels[..., None], "label": int(label)}
+
+
+def test_a_data_set_of_the_catalogue():
+    dataset = data.from_tfds("halves_for_test")
+    pixels, labels = drawn(30, 1)
+    order = np.lexsort(np.asarray(dataset.test_images).reshape(30, -1).T)
+    want = np.lexsort(pixels.reshape(30, -1).T)
+    np.testing.assert_array_equal(dataset.test_images[order][..., 0], pixels[want])
+    np.testing.assert_array_equal(dataset.test_labels[order], labels[want])
+    assert len(dataset.train_labels) == 30
+
+
+def test_a_name_that_the_catalogue_hasnt_is_an_error():
+    with pytest.raises(ValueError, match=r"expected a data set of the .* catalogue, got 'halfs'"):
+        data.from_tfds("halfs")
+
+
+@pytest.mark.parametrize(
+    ("side", "parts", "label"),
+    [
+        (None, ("train", "test"), tfds.features.ClassLabel(num_classes=2)),
+        (SIDE, ("train",), tfds.features.ClassLabel(num_classes=2)),
+        (SIDE, ("train", "test"), tfds.features.Text()),
+    ],
+    ids=["sizes", "parts", "labels"],
+)
+def test_a_data_set_of_another_kind_is_an_error(monkeypatch, side, parts, label):
+    features = {"image": tfds.features.Image(shape=(side, side, 1)), "label": label}
+    info = types.SimpleNamespace(features=features, splits=dict.fromkeys(parts))
+    monkeypatch.setattr(tfds, "builder", lambda name: types.SimpleNamespace(info=info))
+    with pytest.raises(ValueError, match="expected images of one size with a label each, in parts"):
+        data.from_tfds("other")
+
+
+def test_pixels_are_moved_and_mirrored_by_the_key(folder, tmp_path):
+    def seen(params, state, batch, /, *, key, step):
+        return batch[0], (state, None)
+
+    pixels = jnp.asarray(drawn(4, 0)[0])[..., None]
+    made = train.drawn(settings(folder, tmp_path, shift=2, mirror=True), seen)
+    batch = pixels, jnp.zeros(4, jnp.int32)
+    one, two = (made(None, None, batch, key=jax.random.key(k), step=0)[0] for k in (0, 1))
+    assert one.dtype == jnp.float32
+    assert float(one.max()) <= 1
+    assert not np.array_equal(one, two)
+    still = train.drawn(settings(folder, tmp_path, shift=0), seen)
+    np.testing.assert_allclose(
+        still(None, None, batch, key=jax.random.key(0), step=0)[0], pixels / 255, rtol=1e-6
+    )
