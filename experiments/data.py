@@ -150,11 +150,10 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
     kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
     found = dict(info.features.items())
     fits = all(isinstance(found.get(key), kind) for key, kind in kinds.items())
-    parts = {"train", "test"} <= set(info.splits)
-    if not fits or not parts or None in info.features["image"].shape:
+    if not fits or None in found["image"].shape:
         raise ValueError(
-            f"expected images of one size with a label each, in parts train and test, got {name}: "
-            f"{info.features}, {sorted(info.splits)}; write it as a folder of images"
+            f"expected images of one size with a label each, got {name}: {info.features}; write "
+            "them as a folder of images"
         )
     return _cached(
         f"tfds-{name.replace('/', '-')}",
@@ -537,6 +536,11 @@ def _through_records(builder_class: Any, directory: Path, config: Any) -> Datase
         shutil.rmtree(directory)
     builder = builder_class(data_dir=directory, file_format="array_record")
     builder.download_and_prepare(download_config=config)
+    if not {"train", "test"} <= set(builder.info.splits):
+        raise ValueError(
+            f"expected parts train and test, got {sorted(builder.info.splits)}; write the images "
+            "as a folder with these parts"
+        )
 
     def arrays(part: str) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         source = builder.as_data_source(split=part)

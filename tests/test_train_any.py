@@ -195,20 +195,26 @@ def test_a_name_that_the_catalogue_hasnt_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("side", "parts", "label"),
-    [
-        (None, ("train", "test"), tfds.features.ClassLabel(num_classes=2)),
-        (SIDE, ("train",), tfds.features.ClassLabel(num_classes=2)),
-        (SIDE, ("train", "test"), tfds.features.Text()),
-    ],
-    ids=["sizes", "parts", "labels"],
+    ("side", "label"),
+    [(None, tfds.features.ClassLabel(num_classes=2)), (SIDE, tfds.features.Text())],
+    ids=["sizes", "labels"],
 )
-def test_a_data_set_of_another_kind_is_an_error(monkeypatch, side, parts, label):
+def test_a_data_set_of_another_kind_is_an_error(monkeypatch, side, label):
     features = {"image": tfds.features.Image(shape=(side, side, 1)), "label": label}
-    info = types.SimpleNamespace(features=features, splits=dict.fromkeys(parts))
+    info = types.SimpleNamespace(features=features)
     monkeypatch.setattr(tfds, "builder", lambda name: types.SimpleNamespace(info=info))
-    with pytest.raises(ValueError, match="expected images of one size with a label each, in parts"):
+    with pytest.raises(ValueError, match=r"expected images of one size with a label each, got oth"):
         data.from_tfds("other")
+
+
+class TrainOnlyForTest(HalvesForTest):
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(0)}
+
+
+def test_a_data_set_without_a_part_is_an_error():
+    with pytest.raises(ValueError, match=r"expected parts train and test, got \['train'\]; write"):
+        data.from_tfds("train_only_for_test")
 
 
 def test_pixels_are_moved_and_mirrored_by_the_key(folder, tmp_path):
