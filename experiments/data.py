@@ -138,6 +138,8 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
 
     Raises:
         ValueError: if the catalogue has no such data set, or it isn't of this kind.
+        ModuleNotFoundError: if preparing it takes a package that isn't installed; the older ones
+            of the catalogue take TensorFlow.
     """
     import tensorflow_datasets as tfds
 
@@ -155,11 +157,17 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
             f"expected images of one size with a label each, got {name}: {info.features}; write "
             "them as a folder of images"
         )
-    return _cached(
-        f"tfds-{name.replace('/', '-')}",
-        lambda where: _through_records(partial(tfds.builder, name), where, None),
-        data_dir,
-    )
+    try:
+        return _cached(
+            f"tfds-{name.replace('/', '-')}",
+            lambda where: _through_records(partial(tfds.builder, name), where, None),
+            data_dir,
+        )
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{name} can't be prepared without a package that isn't installed (often TensorFlow); "
+            "install it, e.g. pip install tensorflow, or use a folder of images"
+        ) from error
 
 
 def describe(folder: str | os.PathLike[str], images: Dataset) -> str:

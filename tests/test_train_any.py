@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import sys
 import types
 
 import jax
@@ -176,7 +177,9 @@ class HalvesForTest(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, seed):
         for i, (pixels, label) in enumerate(zip(*drawn(30, seed), strict=True)):
-            yield i, {"image": pixels[..., None], "label": int(label)}
+            png = io.BytesIO()  # arrays would be encoded by TensorFlow
+            Image.fromarray(pixels).save(png, format="png")
+            yield i, {"image": io.BytesIO(png.getvalue()), "label": int(label)}
 
 
 def test_a_data_set_of_the_catalogue():
@@ -205,6 +208,17 @@ def test_a_data_set_of_another_kind_is_an_error(monkeypatch, side, label):
     monkeypatch.setattr(tfds, "builder", lambda name: types.SimpleNamespace(info=info))
     with pytest.raises(ValueError, match=r"expected images of one size with a label each, got oth"):
         data.from_tfds("other")
+
+
+class ArraysForTest(HalvesForTest):
+    def _generate_examples(self, seed):
+        yield 0, {"image": drawn(1, 0)[0][0, ..., None], "label": 0}
+
+
+def test_a_data_set_that_takes_tensorflow_is_an_error_that_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(ModuleNotFoundError, match=r"arrays_for_test can't be .*pip install tens"):
+        data.from_tfds("arrays_for_test")
 
 
 class TrainOnlyForTest(HalvesForTest):
