@@ -1,6 +1,16 @@
 """Sphinx: the documentation site, built by `python -m sphinx -W docs docs/_build`."""
 
+import shutil
+from pathlib import Path
+
 import jaxadv
+
+# The records' pages and pictures become part of the site.
+_HERE = Path(__file__).resolve().parent
+shutil.copytree(
+    _HERE.parent / "experiments" / "results", _HERE / "results", dirs_exist_ok=True,
+    ignore=shutil.ignore_patterns("*.safetensors", "checkpoints"),
+)  # fmt: skip
 
 project = "jaxadv"
 author = "the jaxadv authors"
@@ -8,7 +18,6 @@ release = jaxadv.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -33,8 +42,6 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-suppress_warnings = ["myst.xref_missing"]
-doctest_global_setup = "import jax, jax.numpy as jnp"
 
 
 def _skip(app, what, name, obj, skip, options):

@@ -40,6 +40,7 @@ __all__ = [
     "cache_directory",
     "cifar10",
     "describe",
+    "fingerprint",
     "from_tfds",
     "image_folder",
     "mnist",
@@ -140,6 +141,9 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
         ValueError: if the catalogue has no such data set, or it isn't of this kind.
         ModuleNotFoundError: if preparing it takes a package that isn't installed; the older ones
             of the catalogue take TensorFlow.
+
+    Returns:
+        The two parts, prepared on the first call and read from the cache afterwards.
     """
     import tensorflow_datasets as tfds
 
@@ -178,10 +182,15 @@ def describe(folder: str | os.PathLike[str], images: Dataset) -> str:
         images: what that returned.
     """
     jpeg = any(path.suffix.lower() != ".png" for path in _paths(_image_files(Path(folder))))
+    return f"a folder of {'JPEG (lossy)' if jpeg else 'PNG'} files, {fingerprint(images)}"
+
+
+def fingerprint(images: Dataset) -> str:
+    """Returns a checksum of a data set's pixels and labels, for a record."""
     checksum = 0
     for array in images:
         checksum = zlib.crc32(array.tobytes(), checksum)
-    return f"a folder of {'JPEG (lossy)' if jpeg else 'PNG'} files, crc32 {checksum:08x}"
+    return f"crc32 {checksum:08x}"
 
 
 def scale_mnist(images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -43,8 +43,7 @@ class Settings(Devices):
     """On which devices of which processes an experiment runs."""
 
     coordinator: str | None = None
-    """Address and port of the first of several processes; None where there is one, or a cluster
-    that JAX knows of itself."""
+    """Address and port of the first of several processes."""
     processes: int | None = None
     """How many processes there are."""
     process: int | None = None

@@ -144,7 +144,7 @@ class Settings(parallel.Settings):
     batch_size: int = 100
     """Images per training step."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What hidden layers compute in; parameters, logits and perturbations are float32."""
+    """What hidden layers compute in; parameters, logits and perturbed images are float32."""
     eval_batch: int = 1000
     """Images perturbed at once when a net is scored."""
     momentum: float = 0.9

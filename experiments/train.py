@@ -41,6 +41,8 @@ from jaxadv import attack, evaluate, objectives, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import Norm, Objective, Params, PerturbFn
 
+_LEAST_SIDE = {"lenet": 16, "vgg": 4}  # or nothing is left after the last pool
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings(parallel.Settings):
@@ -51,7 +53,9 @@ class Settings(parallel.Settings):
     net: str = "lenet"
     """`mlp`, `lenet`, `vgg`, or `module:function`."""
     widths: tuple[int, ...] = ()
-    """Sizes of the hidden dense layers; 500 and 500 for mlp, 500 for lenet, 512 and 512 for vgg."""
+    """Sizes of the hidden dense layers; those of the paper's nets if none is named."""
+    width: float = 0.25
+    """By what all sizes of vgg are multiplied; 1 is the paper's."""
     method: Literal["normal", "lwa", "goodfellow", "trades"] = "lwa"
     """The objective: without an adversary, on perturbed images, on both, or with a divergence."""
     eps: float = tyro.MISSING
@@ -75,7 +79,9 @@ class Settings(parallel.Settings):
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 0.0
-    """Added to the gradients, per unit of weight."""
+    """Added to the gradients of the kernels, per unit of weight."""
+    lr_warmup: int = 0
+    """Epochs over which the learning rate rises from 0."""
     average: float = 0.999
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
     shift: int = 1
@@ -110,19 +116,20 @@ def make_net(settings: Settings, classes: int) -> nn.Module:
     known = {
         "mlp": lambda: models.mlp(widths or (500, 500)),
         "lenet": lambda: models.lenet(widths or (500,)),
-        "vgg": lambda: models.vgg(widths or (512, 512), width=0.25),
+        "vgg": lambda: models.vgg(widths or (2048, 2048), width=settings.width),
     }
     if settings.net in known:
         return known[settings.net]().clone(classes=classes)
     module_name, _, function_name = settings.net.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        made = getattr(importlib.import_module(module_name), function_name)(classes)
-    except (ImportError, AttributeError) as error:
+        make = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"expected mlp, lenet, vgg, or a function as module:function, got {settings.net!r}: "
             f"{error}; name it from the folder that the module is in"
         ) from error
+    made = make(classes)
     if not isinstance(made, nn.Module):
         raise ValueError(
             f"expected {settings.net} to return a flax.linen module, got {type(made).__name__}; "
@@ -167,23 +174,33 @@ def drawn(settings: Settings, objective: Objective) -> Objective:
     return protocol.augmented(objective, draw)
 
 
-def optimiser(settings: Settings, total: int) -> optax.GradientTransformation:
-    """Return SGD with momentum, its rate by a cosine to 0."""
-    parts = [optax.sgd(optax.cosine_decay_schedule(settings.lr, total), settings.momentum)]
-    if settings.weight_decay:
-        parts.insert(0, optax.add_decayed_weights(settings.weight_decay))
-    if settings.average:
-        parts.append(protocol.averaging(settings.average))
-    return optax.chain(*parts)
+def optimiser(settings: Settings, epoch_steps: int) -> optax.GradientTransformation:
+    """Return SGD with momentum, its rate by a cosine to 0, as the experiments have it."""
+    return protocol.optimiser(
+        protocol.MultiStep((), settings.epochs, settings.lr, average=settings.average),
+        protocol.Settings(
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            lr_warmup=settings.lr_warmup,
+        ),
+        epoch_steps,
+    )
 
 
 def run(settings: Settings, console: Console) -> list[report.Row]:
     """Train or restore the net, attack it, and return a row for each attack.
 
     Raises:
-      ValueError: if the net has variables that aren't parameters.
+      ValueError: if there are fewer images than a batch has, or no epochs; if the net isn't for
+        images of this size, or has variables that aren't parameters.
     """
     images = load(settings)
+    if settings.epochs < 1 or len(images.train_labels) < settings.batch_size:
+        raise ValueError(
+            f"expected at least one epoch, and as many training images as a batch has, got "
+            f"{settings.epochs} epochs and {len(images.train_labels)} images for batches of "
+            f"{settings.batch_size}; choose --epochs and --batch-size"
+        )
     classes = int(images.train_labels.max()) + 1
     net = make_net(settings, classes)
     apply_fn = models.function(net)
@@ -192,6 +209,12 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     order = order[: settings.n_eval]
     x = images.test_images[order].astype(np.float32) / 255
     y = images.test_labels[order]
+    side = min(x.shape[1:3])
+    if side < _LEAST_SIDE.get(settings.net, 1):
+        raise ValueError(
+            f"expected images of {_LEAST_SIDE[settings.net]} pixels a side or more for "
+            f"{settings.net}, got {x.shape[1]}x{x.shape[2]}; choose --net mlp, or larger images"
+        )
     params = net.init(init_key, x[:1])
     if set(params) != {"params"}:
         raise ValueError(
@@ -221,10 +244,11 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         for key, value in dataclasses.asdict(settings).items()
         if key not in ("attacks", "out", *(f.name for f in dataclasses.fields(parallel.Settings)))
     }
+    kept["images"] = data.fingerprint(images)
     with training.bars(console) as progress:
         fitted = training.fit(
             drawn(settings, make_objective(settings, net, epoch_steps)),
-            optimiser(settings, settings.epochs * epoch_steps),
+            optimiser(settings, epoch_steps),
             params,
             (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)),
             epochs=settings.epochs,

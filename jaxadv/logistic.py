@@ -184,8 +184,8 @@ def fit(
     r"""Minimise `objective` from w by an optax transformation, on the whole data at once.
 
     The solution is bounded if the data's margin, the gap between the classes in the adversary's
-    norm for a hyperplane through 0, is less than 2 eps; otherwise the loss tends to 0 as w grows
-    without bound (Proposition D).
+    norm for a hyperplane through 0, is less than 2 eps; if it is more, the loss tends to 0 as w
+    grows without bound (Proposition D).
 
     Args:
       w: initial weights, `[D]`.

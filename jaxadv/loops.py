@@ -14,6 +14,7 @@ with it (`train.make_epoch`, all of `attack`); it is public for loops of your ow
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -30,7 +31,8 @@ def body(function: F) -> F:
     """Put a loop's body in the form that XLA runs fast on CPU; on other backends, it is unchanged.
 
     The function is traced, and each convolution in it, the gradients' included, is made on
-    transposed operands where its layout isn't the fast one. The results are the same.
+    transposed operands where its layout isn't the fast one. The results are the same. What is in a
+    `jax.shard_map` stays as it is.
 
     Args:
       function: what `lax.scan`, `fori_loop`, `while_loop` or `map` takes as a body.
@@ -70,11 +72,14 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]
 
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
-        with eqn.ctx.manager:
+        scope = str(eqn.source_info.name_stack)
+        with eqn.ctx.manager, jax.named_scope(scope) if scope else nullcontext():
             if eqn.primitive is lax.conv_general_dilated_p:
                 results = [_convolve(*operands, **eqn.params)]
             else:
-                params = {name: _canonical(value) for name, value in eqn.params.items()}
+                params = eqn.params
+                if eqn.primitive.name != "shard_map":  # its axes have a meaning inside alone
+                    params = {name: _canonical(value) for name, value in params.items()}
                 bound = eqn.primitive.get_bind_params(params)
                 # Before jax 0.9, what is called comes first.
                 called, params = bound if isinstance(bound, tuple) else ((), bound)

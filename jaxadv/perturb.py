@@ -148,7 +148,7 @@ def alpha(
 
     def nearer(best: _Nearest, classes: jax.Array) -> tuple[_Nearest, None]:
         other = nearest(classes)
-        less = other.order < best.order
+        less = (other.order < best.order) | jnp.isnan(other.order)
         return jax.tree.map(
             lambda new, old: jnp.where(inputs.batched(less, new), new, old), other, best
         ), None

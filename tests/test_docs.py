@@ -35,7 +35,7 @@ def test_the_tutorial_makes_a_net_robust():
     assert clean_after > 0.99
     assert 0.1 < withstood < 0.4  # "about a quarter"
     assert withstood_after > 0.85
-    plain, _, _, robust, _, _ = ensembles[:1] + ensembles[1:]
+    plain, _, _, robust, _, _ = ensembles
     assert plain <= withstood + 0.1
     assert robust > 0.75
 
@@ -46,7 +46,36 @@ def test_the_tutorial_makes_a_net_robust():
 )
 def test_examples_run(example):
     figures = run(example)
-    assert not figures or figures[-1] > 0.9
+    assert figures[-1] > 0.9 if example.stem != "checkpoint" else not figures
+
+
+PREAMBLE = """
+import jax, jax.numpy as jnp, optax, jaxadv
+from functools import partial
+key = jax.random.key(0)
+x, y = jax.random.uniform(key, (8, 4, 4, 1)), jnp.arange(8) % 3
+def apply_fn(params, x):
+    return x.reshape(len(x), -1) @ params
+params = jax.random.normal(key, (16, 3))
+tx = optax.sgd(0.1)
+objective = jaxadv.objectives.natural(apply_fn)
+step = jaxadv.train.make_step(objective, tx, donate=False)
+state = jaxadv.train.init(params, tx, key=key)
+batches = x[None], y[None]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_what_is_printed_on_a_page_runs(page):
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names = {}
+    exec(PREAMBLE, names)
+    for snippet in snippets:
+        exec(snippet, names)
+    if page.stem == "howto":
+        r = names["towards_grey"](None, None, names["x"], None, eps=0.5)
+        assert r.shape == names["x"].shape
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.stem)

@@ -1,6 +1,6 @@
 """`jaxadv.loops`: convolutions in loops have the layout that is fast on CPU, and the same values.
 
-Speed itself is measured by `experiments/benchmark.py`; what decides it is counted here.
+What decides the speed is counted here.
 """
 
 import re
@@ -190,6 +190,28 @@ def test_other_backends_keep_the_function(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x, w = draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
     assert layouts(loops.body(plain), x, w) == layouts(plain, x, w) != [FAST[2]]
+
+
+def test_what_is_in_a_shard_map_stays_as_it_is():
+    x, w = draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
+    mesh = jax.make_mesh((1,), ("d",))
+    spec = jax.sharding.PartitionSpec()
+
+    def total(x, w):
+        return lax.psum(plain(x, w), "d")
+
+    f = jax.shard_map(total, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    got = jax.jit(loops.body(f))(x, w)
+    np.testing.assert_allclose(got, plain(x, w), rtol=RTOL, atol=ATOL)
+
+
+def test_scopes_keep_their_names():
+    def f(x):
+        with jax.named_scope("here"):
+            return jnp.sin(x)
+
+    lowered = jax.jit(loops.body(f)).lower(jnp.ones(3))
+    assert "here/sin" in lowered.as_text(debug_info=True)
 
 
 # Every loop of the library over a net, on a flax net as people write it.

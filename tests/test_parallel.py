@@ -161,6 +161,7 @@ def test_a_process_is_named_in_full_or_not_at_all():
         parallel.start(parallel.Settings(processes=2))
 
 
-def test_a_single_process_prints(capsys):
+def test_a_single_process_prints(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # or the rest of the tests would have one
     parallel.start(parallel.Settings()).print("here")
     assert "here" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 import sys
 import types
 
@@ -138,11 +139,44 @@ def test_a_net_of_ones_own(folder, tmp_path):
     assert rows[0]["columns"]["clean"] > 0.9
 
 
-@pytest.mark.parametrize("name", ["lenet", "vgg", "mlp"])
-def test_the_nets_it_knows(folder, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("mlp", "500x500"),
+        ("lenet", "conv20-conv50-500"),
+        ("vgg", "conv32-conv32-conv32-conv64-conv64-conv64-512x512"),
+    ],
+)
+def test_the_nets_it_knows(folder, tmp_path, name, layers):
     net = train.make_net(settings(folder, tmp_path, net=name, widths=()), 7)
-    assert isinstance(net, models.Classifier)
+    assert models.describe(net) == layers
     assert net.classes == 7
+    # Sides that pooling can't halve.
+    x = jnp.zeros((1, 17, 19, 1))
+    assert jax.eval_shape(net.init_with_output, jax.random.key(0), x)[0].shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"net": "lenet"}, r"images of 16 pixels a side or more for lenet, got 12x12; choose --ne"),
+        ({"batch_size": 81}, r"got 3 epochs and 80 images for batches of 81; choose"),
+        ({"epochs": 0}, r"at least one epoch.*got 0 epochs"),
+    ],
+    ids=["too small", "too few", "no epoch"],
+)
+def test_images_that_cant_be_trained_on_are_an_error(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path, **changes)
+
+
+def test_other_images_are_an_error(folder, trained, tmp_path):
+    run(folder, tmp_path, attacks=())
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    Image.fromarray(drawn(1, 5)[0][0]).save(other / "train" / "half0" / "000.png")
+    with pytest.raises(ValueError, match=r"images: 'crc32 \w+' then, 'crc32 \w+' now"):
+        run(folder, tmp_path, data=str(other))
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,8 @@ def robust_accuracy(params, eps=0.6):
 print("plain: accuracy and robust accuracy", robust_accuracy(plain))
 
 # -- robust training
-adversary = jaxadv.attack.pgd  # several steps; perturb.loss for one
-lwa = jaxadv.objectives.adversarial(net.apply, adversary, eps=0.6, bounds=(0.0, 1.0))
+lwa = jaxadv.objectives.adversarial(net.apply, jaxadv.attack.pgd, eps=0.6, bounds=(0.0, 1.0))
 update = jaxadv.train.make_step(lwa, tx)
-
 state = jaxadv.train.init(params, tx, key=jax.random.key(3))
 for _ in range(10):
     for i in range(0, len(x), 100):

@@ -216,10 +216,11 @@ def _look_at_outputs(
 ) -> None:
     x = jnp.asarray(x)
     # Not compiled, so that a net that draws random numbers behind JAX's back draws them anew.
-    logits = np.asarray(inputs.apply(apply_fn, params, x), np.float64)
-    again = np.asarray(inputs.apply(apply_fn, params, x), np.float64)
+    logits, again = (
+        np.asarray(host.fetch(inputs.apply(apply_fn, params, x)), np.float64) for _ in range(2)
+    )
     alone = np.concatenate(
-        [np.asarray(inputs.apply(apply_fn, params, x[i : i + 1])) for i in range(min(8, len(x)))]
+        [host.fetch(inputs.apply(apply_fn, params, x[i : i + 1])) for i in range(min(8, len(x)))]
     )
     scale = max(np.abs(logits, where=np.isfinite(logits), out=np.zeros_like(logits)).max(), 1e-30)
 
@@ -328,7 +329,7 @@ def _nearest_other(
         sizes = norms.norm(x - x[i][None], norm)
         return jnp.min(jnp.where(answers == answers[i], jnp.inf, sizes))
 
-    return np.asarray(jax.lax.map(distance, jnp.arange(len(x))))
+    return np.asarray(host.fetch(jax.lax.map(distance, jnp.arange(len(x)))))
 
 
 @partial(jax.jit, static_argnums=0)
