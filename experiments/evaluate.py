@@ -66,7 +66,7 @@ LABELS = {
 class Settings(parallel.Devices):
     """Attack a net and report its robust accuracy."""
 
-    net: Annotated[str, tyro.conf.Positional] = tyro.MISSING
+    net: Annotated[str, tyro.conf.Positional]
     """A file of weights, or `module:function`."""
     name: str = ""
     """What to call the net in the table; by default its file's folder, or the function."""

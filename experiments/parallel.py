@@ -30,7 +30,7 @@ from experiments import data
 __all__ = ["Devices", "Settings", "first_process", "mesh", "replicate", "spread", "start"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices:
     """On which devices an experiment runs."""
 
@@ -38,7 +38,7 @@ class Devices:
     """Over how many devices each batch is spread; None for as many as divide it evenly."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Devices):
     """On which devices of which processes an experiment runs."""
 

@@ -48,8 +48,10 @@ _LEAST_SIDE = {"lenet": 16, "vgg": 4}  # or nothing is left after the last pool
 class Settings(parallel.Settings):
     """Train a robust classifier and report its robust accuracy."""
 
-    data: Annotated[str, tyro.conf.Positional] = tyro.MISSING
+    data: Annotated[str, tyro.conf.Positional]
     """A folder with {train,test}/CLASS/*.png or jpg, `mnist`, `cifar10`, or `tfds:NAME`."""
+    eps: float
+    """Size of the perturbations, with pixels in 0..1."""
     net: str = "lenet"
     """`mlp`, `lenet`, `vgg`, or `module:function`."""
     widths: tuple[int, ...] = ()
@@ -58,8 +60,6 @@ class Settings(parallel.Settings):
     """By what all sizes of vgg are multiplied; 1 is the paper's."""
     method: Literal["normal", "lwa", "goodfellow", "trades"] = "lwa"
     """The objective: without an adversary, on perturbed images, on both, or with a divergence."""
-    eps: float = tyro.MISSING
-    """Size of the perturbations, with pixels in 0..1."""
     norm: Norm = "l2"
     """Of that size."""
     train_eps: float | None = None

@@ -24,7 +24,9 @@ def net(params, x):
 
 
 def main(directory, epochs, *settings):
-    settings = parallel.Settings(*(int(s) if s.isdigit() else s or None for s in settings))
+    names = "devices", "coordinator", "processes", "process"
+    values = (int(value) if value.isdigit() else value or None for value in settings)
+    settings = parallel.Settings(**dict(zip(names, values, strict=False)))
     parallel.start(settings)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(N, 3, 4)), jnp.float32)
