@@ -7,18 +7,26 @@ convolutions that differentiation makes of a convolution have other layouts. So 
 plain `flax.linen.Conv` runs up to fifty times slower in a `lax.scan`, `fori_loop` or `while_loop`
 than outside; and an epoch, and an iterated attack, is such a loop.
 
-`body` does for a loop's body what XLA leaves out. Every loop of this library over a net is written
-with it (`train.make_epoch`, all of `attack`); it is public for loops of your own.
+The gradient of a convolution's weights is slow outside loops too: XLA multiplies all of its patches
+at once, which no cache holds. A sum of matrix products, each of a few examples, takes a third of
+that.
+
+`body` does what XLA leaves out. Every loop of this library over a net is written with it
+(`train.make_epoch`, all of `attack`), and so is `train.make_step`; it is public for loops of your
+own, and for steps.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
@@ -26,12 +34,15 @@ __all__ = ["body"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_PATCHES = 10_000_000  # bytes, which a cache may hold; measured to be the best
+
 
 def body(function: F) -> F:
     """Put a loop's body in the form that XLA runs fast on CPU; on other backends, it is unchanged.
 
     The function is traced, and each convolution in it, the gradients' included, is made on
-    transposed operands where its layout isn't the fast one. The results are the same. What is in a
+    transposed operands where its layout isn't the fast one, and on one device as a sum of parts
+    where it has too large patches. The results are the same but for rounding. What is in a
     `jax.shard_map` stays as it is.
 
     Args:
@@ -75,7 +86,8 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]
         scope = str(eqn.source_info.name_stack)
         with eqn.ctx.manager, jax.named_scope(scope) if scope else nullcontext():
             if eqn.primitive is lax.conv_general_dilated_p:
-                results = [_convolve(*operands, **eqn.params)]
+                aval: Any = eqn.outvars[0].aval
+                results = [_convolve(operands[0], operands[1], aval.shape, **eqn.params)]
             else:
                 params = eqn.params
                 if eqn.primitive.name != "shard_map":  # its axes have a meaning inside alone
@@ -117,9 +129,90 @@ def _convolves(param: Any) -> bool:
 
 
 def _convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    shape: tuple[int, ...],
+    *,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    **params: Any,
+) -> jax.Array:
+    """Convolve to a result of this shape: in the fast layout, or as a sum of matrix products.
+
+    The latter where the kernel is larger than the result, as an image is for the gradient of the
+    weights, with examples for channels.
+    """
+    (_, channel, *_), (_, _, *taps), (_, _, *places) = dimension_numbers
+    size = math.prod(kernel.shape[axis] for axis in taps)
+    count = math.prod(shape[axis] for axis in places)
+    grouped = max(params["feature_group_count"], params["batch_group_count"]) > 1
+    # Examples that several devices share can't be taken in turn.
+    whole = grouped or jax.device_count() > 1 or x.shape[channel] == 0
+    if size <= count or whole or not jnp.issubdtype(x.dtype, jnp.floating):
+        return _in_fast_layout(x, kernel, dimension_numbers=dimension_numbers, **params)
+    return _by_patches(x, kernel, shape, dimension_numbers, params)
+
+
+def _by_patches(
+    x: jax.Array,
+    kernel: jax.Array,
+    shape: tuple[int, ...],
+    dimension_numbers: lax.ConvDimensionNumbers,
+    params: dict[str, Any],
+) -> jax.Array:
+    """Lay out the patches that the kernel meets, of some channels at a time, and multiply."""
+    (batch, channel, *places), (out, into, *taps), result = dimension_numbers
+    x = lax.transpose(x, (channel, *places, batch))
+    kernel = lax.transpose(kernel, (into, *taps, out))
+    edges = (
+        (*pad, by - 1) for pad, by in zip(params["padding"], params["lhs_dilation"], strict=True)
+    )
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    sizes, counts = kernel.shape[1:-1], tuple(shape[axis] for axis in result[2:])
+    dilation, strides = params["rhs_dilation"], params["window_strides"]
+
+    def patches(x: jax.Array) -> jax.Array:
+        found = []
+        for place in itertools.product(*map(range, counts)):
+            first = [i * stride for i, stride in zip(place, strides, strict=True)]
+            last = [i + (size - 1) * by for i, size, by in zip(first, sizes, dilation, strict=True)]
+            met = lax.slice(
+                x, (0, *first, 0), (len(x), *(i + 1 for i in last), x.shape[-1]), (1, *dilation, 1)
+            )
+            found.append(met.reshape(-1, x.shape[-1]))
+        return jnp.concatenate(found, axis=1)
+
+    dtype = params["preferred_element_type"] or x.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    product = partial(
+        lax.dot_general,
+        dimension_numbers=(((0,), (0,)), ((), ())),
+        precision=params["precision"] and params["precision"][::-1],
+        preferred_element_type=wide,
+    )
+
+    def add(total: jax.Array, parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        x, kernel = parts
+        return total + product(kernel.reshape(-1, kernel.shape[-1]), patches(x)), None
+
+    n = _part(len(x), math.prod((*sizes, *counts)) * x.shape[-1] * x.dtype.itemsize)
+    none = jnp.zeros((kernel.shape[-1], math.prod(counts) * x.shape[-1]), wide)
+    x_parts, kernel_parts = (a.reshape(-1, n, *a.shape[1:]) for a in (x, kernel))
+    total, _ = lax.scan(add, none, (x_parts, kernel_parts))
+    y = total.reshape(kernel.shape[-1], *counts, x.shape[-1])
+    order = result[1], *result[2:], result[0]  # of the result's axes, where y has each
+    return lax.transpose(y, sorted(range(y.ndim), key=order.__getitem__)).astype(dtype)
+
+
+def _part(channels: int, size: int) -> int:
+    """Say of how many channels, of this many bytes of patches each, a part is made."""
+    most = max(_PATCHES // max(size, 1), 1)
+    return max(n for n in range(1, channels + 1) if channels % n == 0 and n <= most)
+
+
+def _in_fast_layout(
     x: jax.Array, kernel: jax.Array, *, dimension_numbers: lax.ConvDimensionNumbers, **params: Any
 ) -> jax.Array:
-    """Convolve in the fast layout: transpose the operands into it, and the result back."""
+    """Transpose the operands into the fast layout, and the result back."""
     (batch, channel, *places), (out, into, *taps), result = dimension_numbers
     last = x.ndim - 1
     middle = tuple(range(1, last))

@@ -156,6 +156,7 @@ def make_step(
       Huang et al., 2015, Algorithms 2 and 3.
     """
 
+    @loops.body
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
         return update(objective, tx, state, batch)
 
