@@ -34,6 +34,9 @@ from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["alpha", "loss", "loss_sign", "virtual"]
 
+_CACHE = 4_000_000  # bytes, of about the size of a core's cache
+_ROWS = 100  # of a matrix product, from which on CPU it is nearly as fast as with any more
+
 
 class _Nearest(NamedTuple):
     """For each example, of the classes looked at so far the one to go toward.
@@ -92,7 +95,8 @@ def alpha(
       candidates: consider only this many classes, the likeliest besides y; one backward pass each.
         r may then be larger than the least. None: all K - 1, as in the paper.
       chunk: for how many classes at once to go back through the net; the memory is that of so many
-        times x and of the backward pass, and r is the same. None: all at once.
+        times x and of the backward pass, and r is the same. None: all at once; on CPU fewer, where
+        the gradients of all would fill no cache.
       key: ignored; this method draws nothing.
       bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
 
@@ -156,13 +160,23 @@ def alpha(
     classes = jacobian.other_classes(y, n_classes)
     if candidates is not None and candidates < n_classes - 1:
         classes = jnp.sort(lax.top_k(jnp.where(is_y, -jnp.inf, z), candidates)[1], axis=1)
-    size = min(chunk or n_classes, classes.shape[1])
+    size = min(chunk or _at_once(x, classes.shape[1]), classes.shape[1])
     # What is left over in the last chunk is its last class, again.
     classes = jnp.pad(classes, ((0, 0), (0, -classes.shape[1] % size)), mode="edge")
-    first, *more = jnp.split(classes, classes.shape[1] // size, axis=1)
-    best = nearest(first)  # I
-    if more:
-        best, _ = lax.scan(loops.body(nearer), best, jnp.stack(more))
+    n_chunks = classes.shape[1] // size  # not -1, which an empty batch leaves unknown
+    chunks = classes.reshape(classes.shape[0], n_chunks, size).swapaxes(0, 1)
+    if n_chunks == 1:
+        best = nearest(classes)  # I
+    else:
+        of_one = jax.eval_shape(nearest, chunks[0])
+        none = _Nearest(
+            order=jnp.full_like(logits, jnp.inf, of_one.order.dtype)[:, 0],
+            log_size=jnp.zeros_like(logits, of_one.log_size.dtype)[:, 0],
+            d=jnp.zeros_like(x, of_one.d.dtype),
+            unreachable=jnp.ones_like(y, bool),
+        )
+        # All of them in the loop, where the pass back is compiled once.
+        best, _ = lax.scan(loops.body(nearer), none, chunks)
 
     direction = norms.steepest(best.d.astype(inputs.wide(x.dtype)), norm)
     if eps is None:
@@ -172,6 +186,14 @@ def alpha(
     length = inputs.batched(length, x).astype(direction.dtype)
     r = jnp.where(direction == 0, 0, length * direction)  # 0 times an infinite size is 0
     return _finish(r, x, y, logits, bounds, unusable=best.unreachable)
+
+
+def _at_once(x: jax.Array, n_classes: int) -> int:
+    """Say for how many classes at once a pass back through a net is fastest."""
+    fits = n_classes * x.size * x.dtype.itemsize <= _CACHE
+    if fits or jax.default_backend() != "cpu":
+        return n_classes
+    return max(_ROWS // x.shape[0], 1)
 
 
 def loss(

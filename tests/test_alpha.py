@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+from flax import linen as nn
 
 from jaxadv import jacobian, perturb
 
@@ -133,19 +134,27 @@ def wide_problem(n=8, size=512, hidden=64, classes=100):
     return params, jnp.ones((n, size)), jnp.zeros(n, jnp.int32)
 
 
-def compiled(**kwargs):
-    args = wide_problem()
+def compiled(n=8, **kwargs):
+    args = wide_problem(n)
     return jax.jit(partial(perturb.alpha, net, eps=1.0, **kwargs)).lower(*args).compile()
 
 
 def test_the_memory_is_that_of_a_chunk():
     x_bytes = wide_problem()[1].nbytes
-    every, some = (
-        compiled(chunk=chunk).memory_analysis().temp_size_in_bytes for chunk in (None, 5)
-    )
+    every, some = (compiled(chunk=chunk).memory_analysis().temp_size_in_bytes for chunk in (99, 5))
     assert every > 99 * x_bytes
     # Rows, their magnitudes and what norms keep of them, besides rows of logits; and the best.
     assert some < 8 * 5 * x_bytes
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all classes go back at once")
+def test_on_cpu_classes_whose_gradients_fit_in_no_cache_arent_all_held_at_once():
+    def memory(n, chunk):
+        return compiled(n, chunk=chunk).memory_analysis().temp_size_in_bytes
+
+    assert memory(8, None) == memory(8, 99)  # 1.6 MB
+    assert memory(25, None) == memory(25, 4)  # 5 MB, and 4 x 25 rows
+    assert memory(256, None) == memory(256, 1)
 
 
 def test_the_cost_is_one_pass_back_for_each_candidate():
@@ -165,6 +174,16 @@ def test_no_pass_forward_is_made_twice():
 
     jax.eval_shape(partial(perturb.alpha, counted, chunk=7), *wide_problem())
     assert len(passes) == 1
+
+
+def test_the_pass_back_is_compiled_once_however_many_chunks_there_are(problem):
+    params, x, y = problem
+
+    def products(chunk):
+        program = jax.make_jaxpr(partial(perturb.alpha, net, eps=0.5, chunk=chunk))(params, x, y)
+        return str(program).count("dot_general")
+
+    assert products(1) == products(2) == products(None) > 0
 
 
 @pytest.mark.parametrize("name", ["candidates", "chunk"])
@@ -197,3 +216,28 @@ class Variants(chex.TestCase):
             params, x, y
         )
         assert got.shape == x.shape
+
+
+@pytest.mark.slow
+def test_a_thousand_classes_of_images_of_224_pixels_fit_in_four_gigabytes():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for features in (32, 64, 128, 256):
+                x = nn.relu(nn.Conv(features, (3, 3), strides=2)(x))
+            return nn.Dense(1000)(x.mean((1, 2)))
+
+    net = Net()
+    x = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
+    y = jax.ShapeDtypeStruct((8,), jnp.int32)
+    params = jax.eval_shape(net.init, jax.random.key(0), x)
+    at_once, chunked = (
+        jax.jit(partial(perturb.alpha, net.apply, eps=1.0, chunk=chunk))
+        .lower(params, x, y)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for chunk in (999, 16)
+    )
+    assert at_once > 4e9
+    assert chunked < 1e9
