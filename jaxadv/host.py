@@ -109,9 +109,28 @@ def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
 
 
 def checked(bounds: Bounds | None, x: Any) -> Bounds | None:
-    """Return the bounds, checked against one example."""
-    if bounds is not None:
-        inputs.box(bounds, jnp.zeros((1, *x.shape[1:]), x.dtype))
+    """Return the bounds, having checked that they are such and that the data set lies in them.
+
+    Raises:
+      ValueError: if they aren't a pair of the right shape and order, or if x leaves them. (A pixel
+        that is NaN in some example isn't looked at in the others.)
+    """
+    if bounds is None:
+        return None
+    lo, hi = (
+        np.asarray(bound)[0] for bound in inputs.box(bounds, jnp.zeros((1, *x.shape[1:]), x.dtype))
+    )
+    if len(x):
+        least, greatest = (np.asarray(extreme, lo.dtype) for extreme in (x.min(0), x.max(0)))
+        for extreme, bound, sign, which in ((least, lo, -1, "least"), (greatest, hi, 1, "most")):
+            beyond = sign * (extreme - bound)
+            if np.any(beyond > 0):
+                worst = np.nanargmax(beyond)
+                raise ValueError(
+                    f"expected x within bounds, got {extreme.flat[worst]:g} where at {which} "
+                    f"{bound.flat[worst]:g} is allowed; scale the examples, and give eps in the "
+                    "same units, or pass the bounds that they have"
+                )
     return bounds
 
 

@@ -59,6 +59,9 @@ def main(directory, epochs, *settings):
         ).robust
         for name, method in (("pgd", attack.pgd), ("virtual", perturb.virtual))
     }
+    report = evaluate.check(
+        net, fitted.state.params, *images, eps=0.3, key=key, steps=5, batch_size=20
+    )
     result = {
         "devices": jax.device_count() if mesh is None else mesh.size,
         "processes": jax.process_count(),
@@ -67,6 +70,8 @@ def main(directory, epochs, *settings):
         "robust": {name: mask.tolist() for name, mask in robust.items()},
         "cascade": found.robust.tolist(),
         "r": found.r.tolist(),
+        "flags": [flag.name for flag in report.flags],
+        "figures": report.figures,
     }
     print(json.dumps(result))
 

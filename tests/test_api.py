@@ -61,6 +61,7 @@ PUBLIC = {
         "interval",
         "measure",
         "merge",
+        "outcome",
         "perturbations",
         "robust",
         "worst_case",

@@ -214,6 +214,7 @@ BAD = {
         lambda: evaluate.measure(linear, W, X, Y, X[:1], norm="l2"),
         ValueError,
     ),
+    "r of other examples": (lambda: evaluate.outcome(linear, W, X, Y, X[:1]), ValueError),
     "unknown norm": (lambda: evaluate.measure(linear, W, X, Y, X, norm="l3"), ValueError),
     "integer x": (lambda: evaluate.correct(linear, W, X.astype(int), Y), TypeError),
     "float labels": (lambda: evaluate.correct(linear, W, X, Y.astype(np.float32)), TypeError),
@@ -275,6 +276,7 @@ DRIVERS = {
     "clean": evaluate.clean,
     "perturbations": partial(evaluate.perturbations, perturb_fn=perturb.loss, eps=0.5),
     "robust": partial(evaluate.robust, perturb_fn=perturb.loss, eps=0.5),
+    "outcome": lambda net, w, x, y, **some: evaluate.outcome(net, w, x, y, -2.0 * x, **some),
     "curve": partial(evaluate.curve, perturb_fn=perturb.loss, eps=[0.5, 1.0]),
 }
 every_driver = pytest.mark.parametrize("name", DRIVERS)
@@ -311,6 +313,12 @@ def test_the_drivers_do_what_the_batch_functions_do():
     chex.assert_trees_all_close(
         at_once()["robust"], evaluate.measure(linear, w, x, y, r, norm="l2"), atol=ATOL
     )
+    for norm in NORMS:
+        chex.assert_trees_all_close(
+            evaluate.outcome(linear, w, x, y, np.asarray(r), norm=norm, batch_size=4),
+            evaluate.measure(linear, w, x, y, r, norm=norm),
+            atol=ATOL,
+        )
 
 
 # name: a method and a key of the whole data set
@@ -544,3 +552,45 @@ def test_robust_traces_its_attack_once_for_sizes_of_every_kind(name):
     attacked = chex.assert_max_traces(perturb_fn, n=1)
     for eps in (0.1, 2, np.float32(1), jnp.float32(2), np.full(11, 0.5)):
         evaluate.robust(linear, w, x, y, attacked, eps=eps, batch_size=4)
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("function", ["robust", "perturbations", "ensemble", "check", "cascade"])
+def test_a_data_set_outside_the_bounds_is_named(function, as_array):
+    w = jnp.eye(2)
+    x, y = as_array(np.array([[0.0, 255.0], [3.0, 9.0]], np.float32)), np.array([0, 1])
+    calls = {
+        "robust": lambda **of: evaluate.robust(linear, w, x, y, perturb.loss, **of),
+        "perturbations": lambda **of: evaluate.perturbations(linear, w, x, y, perturb.loss, **of),
+        "ensemble": lambda **of: evaluate.ensemble(
+            linear, w, x, y, {"loss": perturb.loss}, key=jax.random.key(0), **of
+        ),
+        "check": lambda **of: evaluate.check(linear, w, x, y, key=jax.random.key(0), **of),
+        "cascade": lambda **of: attack.cascade(
+            linear, w, x, y, {"loss": perturb.loss}, key=jax.random.key(0), **of
+        ),
+    }
+    with pytest.raises(
+        ValueError, match=r"within bounds, got 255 where at most 1 is allowed; scale"
+    ):
+        calls[function](eps=0.1, bounds=(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"got 255 where at most 8 is allowed"):
+        calls[function](eps=0.1, bounds=(0.0, jnp.array([255.0, 8.0])))
+    with pytest.raises(ValueError, match=r"got 0 where at least 1 is allowed"):
+        calls[function](eps=0.1, bounds=(1.0, 255.0))
+
+
+def test_an_empty_data_set_and_one_with_a_nan_lie_in_any_bounds():
+    w = jnp.eye(2)
+    for x in (np.zeros((0, 2), np.float32), np.array([[np.nan, 0.5]], np.float32)):
+        y = np.zeros(len(x), int)
+        r = evaluate.perturbations(linear, w, x, y, perturb.loss, eps=0.1, bounds=(0.0, 1.0))
+        assert r.shape == x.shape
+
+
+def test_examples_on_a_mesh_of_explicit_axes_raise_and_say_the_cure():
+    w, x, y = draw(4)
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    with pytest.raises(ValueError, match=r"expected .*Auto axes, got .*make_mesh"):
+        evaluate.clean(linear, w, jax.device_put(x, rows), y)

@@ -47,6 +47,11 @@ def same(got, one):
     assert got["robust"] == one["robust"]
     assert got["cascade"] == one["cascade"]
     np.testing.assert_allclose(got["r"], one["r"], atol=1e-3)
+    assert got["flags"] == one["flags"]
+    # Rounding decides about at most one of 96 examples.
+    np.testing.assert_allclose(
+        list(got["figures"].values()), list(one["figures"].values()), atol=1.01 / 96
+    )
 
 
 def test_training_and_evaluation_are_those_of_one_device(tmp_path, one):

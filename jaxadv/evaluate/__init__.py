@@ -10,8 +10,9 @@ counted, and so are perturbations that are exactly 0 (no usable gradient), since
 makes a net look robust that isn't.
 
 Pure, for use under `jax.jit`: `correct`, `measure`, `count`, `merge`. On the host, over a data set
-in batches: `clean`, `robust`, `perturbations`, `curve`. They compile once for each `apply_fn` and
-`perturb_fn` object: make a `functools.partial` once and pass it again.
+in batches: `clean`, `robust`, `curve`, and in two parts what `robust` does, `perturbations` and
+`outcome`. They compile once for each `apply_fn` and `perturb_fn` object: make a `functools.partial`
+once and pass it again.
 
 For a figure to publish: `ensemble` takes the worst of several attacks (`attack.standard` for those
 of AutoAttack), `interval` says how far the draw of the examples matters, and `check` looks for
@@ -30,6 +31,7 @@ from jaxadv.evaluate.masks import (
     curve,
     measure,
     merge,
+    outcome,
     perturbations,
     robust,
     worst_case,
@@ -51,6 +53,7 @@ __all__ = [
     "interval",
     "measure",
     "merge",
+    "outcome",
     "perturbations",
     "robust",
     "worst_case",

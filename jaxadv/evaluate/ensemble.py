@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import attack, host
-from jaxadv.evaluate.masks import Outcome, measure
+from jaxadv import attack
+from jaxadv.evaluate.masks import Outcome, outcome
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
 __all__ = ["Ensemble", "ensemble", "interval"]
@@ -81,16 +80,8 @@ def ensemble(
     found = attack.cascade(
         apply_fn, params, x, y, attacks, eps=eps, key=key, bounds=bounds, batch_size=batch_size
     )
-    batch = partial(_measured, apply_fn, norm, params)
-    outcome = host.over_batches(batch, (x, y, found.r), batch_size)
-    return Ensemble(jax.tree.map(np.asarray, outcome), found.r, found.stages)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _measured(
-    apply_fn: ApplyFn, norm: Norm, params: Params, x: jax.Array, y: jax.Array, r: jax.Array
-) -> Outcome:
-    return measure(apply_fn, params, x, y, r, norm=norm)
+    measured = outcome(apply_fn, params, x, y, found.r, norm=norm, batch_size=batch_size)
+    return Ensemble(measured, found.r, found.stages)
 
 
 def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:

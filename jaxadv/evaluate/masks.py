@@ -24,6 +24,7 @@ __all__ = [
     "curve",
     "measure",
     "merge",
+    "outcome",
     "perturbations",
     "robust",
     "worst_case",
@@ -393,6 +394,51 @@ def robust(
     return jax.tree.map(np.asarray, leaves)
 
 
+def outcome(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    r: Any,
+    *,
+    norm: Norm = "l2",
+    batch_size: int = 500,
+) -> Outcome:
+    """Measure a data set's perturbations, whoever made them and wherever they were stored.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, on the host or the device.
+      y: integer labels, `[n]`.
+      r: perturbations, of x's shape and dtype.
+      norm: the norm to measure them in.
+      batch_size: how many go through the net at a time.
+
+    Returns:
+      `Outcome` of NumPy arrays, each `[n]`.
+
+    Raises:
+      TypeError: as `measure`; and under a trace.
+      ValueError: as `measure`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import evaluate
+      >>> x, y = jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
+      >>> r = jnp.array([[-1.0, 1.0], [1.0, -1.0]])
+      >>> evaluate.outcome(lambda params, x: x, None, x, y, r).robust.tolist()
+      [True, False]
+    """
+    x, y = host.arrays("evaluate.outcome", x, y, (params, r))
+    if r.shape != x.shape:
+        raise ValueError(
+            f"expected r of x's shape {x.shape}, got {r.shape}; pass one perturbation per example"
+        )
+    leaves = host.over_batches(partial(_measured, apply_fn, norm, params), (x, y, r), batch_size)
+    return jax.tree.map(np.asarray, leaves)
+
+
 def curve(
     apply_fn: ApplyFn,
     params: Params,
@@ -477,6 +523,13 @@ def _robust_batch(
     key: jax.Array | None,
 ) -> Outcome:
     r = perturb_fn(source_fn, source_params, x, y, eps=eps, key=key, bounds=bounds)
+    return measure(apply_fn, params, x, y, r, norm=norm)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _measured(
+    apply_fn: ApplyFn, norm: Norm, params: Params, x: jax.Array, y: jax.Array, r: jax.Array
+) -> Outcome:
     return measure(apply_fn, params, x, y, r, norm=norm)
 
 
