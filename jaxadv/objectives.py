@@ -46,7 +46,11 @@ from jaxadv.types import (
 
 __all__ = ["Aux", "Relative", "adversarial", "mixed", "natural", "representation", "virtual"]
 
-_cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+
+def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
+    # The versions of optax differ in what they raise for labels that are no integers.
+    labels = inputs.labels(y, logits.shape[0])
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 class Relative(NamedTuple):
@@ -94,6 +98,7 @@ def natural(
       An `Objective`; its aux is `Aux`.
 
     Raises:
+      TypeError: when called, if labels are no integers and `loss_fn` is left at cross-entropy.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:
@@ -143,6 +148,7 @@ def adversarial(
       An `Objective`; its aux is `Aux`.
 
     Raises:
+      TypeError: when called, if labels are no integers and `loss_fn` is left at cross-entropy.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:
@@ -205,6 +211,7 @@ def mixed(
       An `Objective`; its aux is `Aux`.
 
     Raises:
+      TypeError: when called, if labels are no integers and `loss_fn` is left at cross-entropy.
       ValueError: if `weight` is outside [0, 1]; when called, if `loss_fn` doesn't return one loss
         per example.
 
@@ -271,6 +278,7 @@ def virtual(
       An `Objective`; its aux is `Aux`, with the accuracy at the perturbed inputs.
 
     Raises:
+      TypeError: when called, if labels are no integers and `loss_fn` is left at cross-entropy.
       ValueError: if `weight` is negative; when called, if `loss_fn` doesn't return one loss per
         example.
 
@@ -342,6 +350,7 @@ def representation(
       An `Objective`; its aux is `Aux`.
 
     Raises:
+      TypeError: when called, if labels are no integers and `loss_fn` is left at cross-entropy.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:
