@@ -149,7 +149,8 @@ def tables(rows: Sequence[report.Row]) -> list[str]:
     for key in dict.fromkeys(map(place, rows)):
         record, norm, eps = key
         here = [row for row in rows if place(row) == key]
-        best = {row["method"]: row for row in here if row["attack"] == "standard"}
+        by_n = sorted(here, key=lambda row: row["n"])  # the most images come last, and stay
+        best = {row["method"]: row for row in by_n if row["attack"] == "standard"}
         ranked = sorted(best.values(), key=lambda row: -row["columns"]["robust"])
         lines += [
             f"## {record}: {norm} size {eps:g}",
@@ -159,7 +160,8 @@ def tables(rows: Sequence[report.Row]) -> list[str]:
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in ranked:
-            one = [r for r in here if (r["method"], r["attack"]) == (row["method"], "one-step")]
+            same = row["method"], "one-step", row["n"]
+            one = [r for r in here if (r["method"], r["attack"], r["n"]) == same]
             pgd, full, difference = figures_of(here, row["method"], norm, eps)
             low, high = row["interval"]
             name = row["method"].split("/")[1]

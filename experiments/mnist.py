@@ -101,7 +101,7 @@ LENET = Settings(
     goodfellow=Adversarial(
         (500,), epochs=20, lr=0.05, dropout=0.5, objective="mixed", adversary="loss_sign"
     ),
-    lwa=Adversarial((500,), epochs=25, lr=0.05, dropout=0.5, eps=1.5),
+    lwa=Adversarial((500,), epochs=25, lr=0.05, dropout=0.5, eps=1.3),
     lwa_rep=Adversarial(
         (500,), epochs=20, lr=0.05, objective="representation", eps=0.06, warmup=10
     ),
@@ -187,7 +187,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     """Train, attack and score; return the rows of the table."""
     task = make_task(settings)
     rows, nets = protocol.run(settings, task, console)
-    digits = {name: _digits(net, task.test, settings.eps[0]) for name, net in nets.items()}
+    images = Images(*(part[: settings.eval_batch] for part in task.test))
+    digits = {name: _digits(net, images, settings.eps[0]) for name, net in nets.items()}
     if parallel.first_process():
         report.save_digits(settings.out / "digits.json", task.test.x[:8], task.test.y[:8], digits)
         figures.draw(settings.out)
@@ -196,8 +197,11 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
 
 def _digits(net: Net, test: Images, eps: float) -> report.Digits:
     """Return r, and the predictions before and after it, for the first eight images."""
-    x, y = np.asarray(test.x[:8]), np.asarray(test.y[:8])
-    r = evaluate.perturbations(net.apply_fn, net.params, x, y, perturb.alpha, eps=eps)
+    # All the images of a batch, of the size that the net's scores have compiled this for.
+    r = evaluate.perturbations(
+        net.apply_fn, net.params, *test, perturb.alpha, eps=eps, batch_size=len(test.y)
+    )[:8]
+    x = np.asarray(test.x[:8])
     before, after = (
         np.asarray(jax.jit(net.apply_fn)(net.params, z)).argmax(-1) for z in (x, x + r)
     )

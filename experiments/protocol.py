@@ -435,10 +435,33 @@ def scored(task: Task, n: int | None = None) -> Images:
     return Images(*parallel.spread(task.mesh, tuple(part[:n] for part in task.test)))
 
 
+ONE_STEP: Mapping[str, PerturbFn] = {
+    "adv_loss_sign": perturb.loss_sign,
+    "adv_loss": perturb.loss,
+    "adv_alpha": perturb.alpha,
+}
+"""The paper's perturbations, by column."""
+
+
+def directions(
+    net: Net, task: Task, settings: Settings, tick: Callable[[], None]
+) -> dict[str, np.ndarray]:
+    """Return each one-step method's perturbations of l2 size 1, which serve all sizes."""
+    found = {}
+    for column, method in ONE_STEP.items():
+        found[column] = evaluate.perturbations(
+            net.apply_fn, net.params, *scored(task), method,
+            eps=1.0, batch_size=settings.eval_batch,
+        )  # fmt: skip
+        tick()
+    return found
+
+
 def score(
     net: Net,
     task: Task,
     fixed: np.ndarray,
+    one_step: Mapping[str, np.ndarray],
     settings: Settings,
     eps: float,
     pgd: PerturbFn,
@@ -455,18 +478,17 @@ def score(
         "validation": evaluate.accuracy(clean),
         "fixed": evaluate.accuracy(evaluate.worst_case(clean, transferred)),
     }
-    counts = {}
-    methods: dict[str, PerturbFn] = {
-        "adv_loss_sign": perturb.loss_sign,
-        "adv_loss": perturb.loss,
-        "adv_alpha": perturb.alpha,
-        "pgd": pgd,
+    outcomes = {
+        column: evaluate.outcome(net.apply_fn, net.params, *images, eps * r, batch_size=batch_size)
+        for column, r in one_step.items()
     }
-    for column, method in methods.items():
-        outcome = evaluate.robust(
-            net.apply_fn, net.params, *(scored(task, settings.n_pgd) if method is pgd else images),
-            method, eps=eps, batch_size=batch_size,
-        )  # fmt: skip
+    outcomes["pgd"] = evaluate.robust(
+        net.apply_fn, net.params, *scored(task, settings.n_pgd), pgd,
+        eps=eps, batch_size=batch_size,
+    )  # fmt: skip
+    tick()
+    counts = {}
+    for column, outcome in outcomes.items():
         columns[column] = evaluate.accuracy(outcome.robust)
         total = evaluate.count(outcome)
         counts[column] = {
@@ -475,29 +497,24 @@ def score(
             "invalid": int(total.invalid),
             "max_norm": float(total.max_norm),
         }
-        tick()
     return {"columns": columns, "counts": counts}
 
 
 def curves(
-    net: Net, task: Task, settings: Settings, tick: Callable[[], None]
+    net: Net,
+    task: Task,
+    one_step: Mapping[str, np.ndarray],
+    settings: Settings,
+    tick: Callable[[], None],
 ) -> dict[str, list[float]]:
-    """Return the accuracy at each size of the paper's figures.
-
-    A direction serves all sizes, and is computed once.
-    """
-    methods: dict[str, PerturbFn] = {
-        "adv_alpha": perturb.alpha,
-        "adv_loss": perturb.loss,
-        "adv_loss_sign": perturb.loss_sign,
-    }
+    """Return the accuracy at each size of the paper's figures."""
+    images = scored(task)
+    right = partial(evaluate.clean, net.apply_fn, net.params, batch_size=settings.eval_batch)
+    clean = right(*images)
     found: dict[str, list[float]] = {"eps": list(settings.curve)}
-    for column, method in methods.items():
-        masks = evaluate.curve(
-            net.apply_fn, net.params, *scored(task), method,
-            eps=settings.curve, batch_size=settings.eval_batch,
-        )  # fmt: skip
-        found[column] = [evaluate.accuracy(mask) for mask in masks]
+    for column, r in one_step.items():
+        masks = (right(images.x + eps * r, images.y) for eps in settings.curve)
+        found[column] = [evaluate.accuracy(evaluate.worst_case(clean, mask)) for mask in masks]
         tick()
     return found
 
@@ -561,7 +578,8 @@ def run(
             net = train(name, method, seed, settings, task, progress)
             nets.setdefault(name, net)
             title = f"{task.names.get(name, name)}, seed {seed}"
-            found: dict[str, list[float]] = {}  # curves, which serve all sizes
+            one_step: dict[str, np.ndarray] = {}  # these and the curves serve all sizes
+            found: dict[str, list[float]] = {}
             for eps in settings.eps:
                 identity = {
                     "experiment": task.experiment,
@@ -577,12 +595,13 @@ def run(
                 }
                 row = next((r for r in known if identity.items() <= r.items()), None)
                 if row is None:
-                    total = 4 if found else 7
+                    total = 1 if found else 7
                     bar = progress.add_task(f"{title}: attacks", total=total, note="")
                     tick = partial(progress.advance, bar)
-                    scores = score(net, task, fixed[eps].r, settings, eps, pgd, tick)
+                    one_step = one_step or directions(net, task, settings, tick)
+                    scores = score(net, task, fixed[eps].r, one_step, settings, eps, pgd, tick)
                     scores["columns"]["fixed_source"] = fixed[eps].accuracy
-                    found = found or curves(net, task, settings, tick)
+                    found = found or curves(net, task, one_step, settings, tick)
                     row = {
                         **identity,
                         **task.extra(name),

@@ -156,7 +156,7 @@ def tables(
     Args:
       console: where to print.
       folder: where to write.
-      title: the first part of the tables' titles.
+      title: what the tables are of.
       rows: the results.
       names: the methods in order, and what to call them.
       paper: for each method the printed figures, in the order of `LABELS`; shown for the first
@@ -168,13 +168,14 @@ def tables(
     for eps in sizes:
         ours = [row for row in rows if row["eps"] == eps]
         cells = _cells(ours, names, paper if eps == sizes[0] else {})
-        lines += _table(console, f"{title}, l2 size {eps:g}", cells)
-    _finish(console, folder, lines, rows, notes)
+        lines += _table(console, title, f"l2 size {eps:g}", cells)
+    _finish(console, folder, title, lines, rows, notes)
 
 
 def grouped_tables(
     console: Console,
     folder: Path,
+    title: str,
     rows: Sequence[Row],
     groups: Sequence[str],
     notes: Sequence[str],
@@ -184,6 +185,7 @@ def grouped_tables(
     Args:
       console: where to print.
       folder: where to write.
+      title: what the tables are of.
       rows: the results; `row["groups"]` has what to call its net in each question.
       groups: the questions.
       notes: what a reader must know, one sentence or two each.
@@ -193,27 +195,32 @@ def grouped_tables(
     for group, eps in itertools.product(groups, sizes):
         ours = [row for row in rows if group in row["groups"] and row["eps"] == eps]
         names = {row["method"]: row["groups"][group] for row in ours}
-        lines += _table(console, f"{group}, l2 size {eps:g}", _cells(ours, names, {}))
-    _finish(console, folder, lines, rows, notes)
+        lines += _table(console, title, f"{group}, l2 size {eps:g}", _cells(ours, names, {}))
+    _finish(console, folder, title, lines, rows, notes)
 
 
-def _table(console: Console, title: str, cells: Sequence[Sequence[str]]) -> list[str]:
+def _table(console: Console, title: str, section: str, cells: Sequence[Sequence[str]]) -> list[str]:
     """Print a table; return it as lines of Markdown."""
     headings = (label.replace("Loss_", "Loss\n_") for label in LABELS.values())
     # A terminal of 80 columns has no room for the longest heading in one line.
-    table = Table("Method", *headings, title=title, box=box.SIMPLE, pad_edge=False)
+    table = Table("Method", *headings, title=f"{title}, {section}", box=box.SIMPLE, pad_edge=False)
     for line in cells:
         split = (cell.replace(" ±", "\n±") for cell in line)
         table.add_row(*split, style="dim" if line[0] == "  paper" else None)
     console.print(table)
-    lines = [f"# {title}", "", "| Method | " + " | ".join(LABELS.values()) + " |"]
+    lines = [f"## {section}", "", "| Method | " + " | ".join(LABELS.values()) + " |"]
     lines.append("|---|" + "---|" * len(LABELS))
     lines += ["| " + " | ".join(cell.strip() for cell in line) + " |" for line in cells]
     return [*lines, ""]
 
 
 def _finish(
-    console: Console, folder: Path, lines: Sequence[str], rows: Sequence[Row], notes: Sequence[str]
+    console: Console,
+    folder: Path,
+    title: str,
+    lines: Sequence[str],
+    rows: Sequence[Row],
+    notes: Sequence[str],
 ) -> None:
     seconds = {(row["method"], row["seed"]): row["train_seconds"] for row in rows}
     notes = [
@@ -224,7 +231,7 @@ def _finish(
     for note in notes:
         console.print(note)
     console.print(f"Results, figures and weights are in {folder}.")
-    text = [*lines, *(f"- {note}" for note in notes), ""]
+    text = [f"# {title}", "", *lines, *(f"- {note}" for note in notes), ""]
     if parallel.first_process():
         (folder / "results.md").write_text("\n".join(text))
 

@@ -39,6 +39,8 @@ def test_figures_beside_a_table_are_those_of_that_net_and_size():
 def test_figures_are_those_on_the_most_images():
     few = [row("mnist_mlp/lwa", "one-step", 1.0, n=10), row("mnist_mlp/lwa", "standard", 1.0, n=10)]
     assert board.figures_of([*ROWS, *few], "mnist_mlp/lwa", "l2", 1.5)[1:] == ["0.7500", "0.1500"]
+    for rows in ([*ROWS, *few], [*few, *ROWS]):
+        assert board.tables(rows) == board.tables(ROWS)
 
 
 def test_the_most_robust_net_comes_first_and_flags_are_told():

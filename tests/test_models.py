@@ -1,5 +1,8 @@
 """The nets: two parts that make a whole, the paper's sizes, convolutions that are convolutions."""
 
+from functools import partial
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 
 from experiments import models
 from experiments.models import Classifier, function, init, lenet, mlp, train_function, vgg
-from jaxadv import perturb
+from jaxadv import jacobian, perturb
 
 X = jnp.asarray(np.random.default_rng(0).random((5, 4, 3, 1)), jnp.float32)
 DIGITS = jnp.asarray(np.random.default_rng(1).random((2, 28, 28, 1)), jnp.float32)
@@ -151,6 +154,43 @@ def test_on_cpu_large_kernels_over_few_channels_are_matrix_products(net, x):
     large = net.size == 5 and jax.default_backend() == "cpu"
     expected = 0 if large else sum(map(len, net.blocks))
     assert text.count("stablehlo.convolution") == expected
+
+
+@pytest.mark.parametrize("n", [100, 101, 250])
+def test_large_batches_go_through_lenet_in_parts_that_make_no_difference(n):
+    net, rng = lenet((9,)), np.random.default_rng(n)
+    x = jnp.asarray(rng.uniform(size=(n, *DIGITS.shape[1:])), jnp.float32)
+    y = jnp.asarray(rng.integers(10, size=n))
+    params = init(net, jax.random.key(0), x)
+    apply_fn = function(net)
+
+    def loss(params, x, y):
+        return jnp.sum(jacobian.margin(apply_fn(params, x), y))
+
+    logits, by = [], []
+    for part in np.split(np.arange(n), range(60, n, 60)):
+        logits.append(apply_fn(params, x[part]))
+        by.append(jax.grad(loss, (0, 1))(params, x[part], y[part]))
+    in_params, in_x = zip(*by, strict=True)
+    # Sums of some hundred float32 products, and for the parameters of n examples, in other orders.
+    close = partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-4)
+    close(apply_fn(params, x), jnp.concatenate(logits))
+    whole = jax.grad(loss, (0, 1))(params, x, y)
+    close(whole[1], jnp.concatenate(in_x))
+    close(whole[0], jax.tree.map(lambda *parts: sum(parts), *in_params))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="parts are for CPU's caches")
+def test_the_windows_of_a_large_batch_arent_all_there_at_once():
+    params = init(lenet((9,)), jax.random.key(0), DIGITS)
+
+    def bytes_of(n):
+        x, y = jnp.zeros((n, *DIGITS.shape[1:])), jnp.zeros(n, int)
+        attack = jax.jit(partial(perturb.loss, function(lenet((9,))), eps=1.0))
+        return attack.lower(params, x, y).compile().memory_analysis().temp_size_in_bytes
+
+    # What a backward pass needs of the forward one stays, a third of it all.
+    assert bytes_of(1000) < 0.4 * 10 * bytes_of(100)
 
 
 @pytest.mark.parametrize(("net", "x"), [(lenet((9,)), DIGITS), (vgg((32, 32), width=0.25), PHOTOS)])

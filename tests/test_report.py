@@ -61,11 +61,11 @@ def tables(tmp_path, rows=ROWS, width=80):
 
 def test_the_markdown_table_has_a_row_for_ours_and_one_for_the_paper(tmp_path):
     _, lines = tables(tmp_path)
-    assert lines[0] == "# A title, l2 size 1.5"
-    assert lines[2].split(" | ")[1:] == [*list(report.LABELS.values())[:-1], "PGD |"]
-    assert lines[4] == "| Normal | " + " | ".join(["0.5000"] * 6) + " |"
-    assert lines[5].startswith("| LWA | 0.7500 ± 0.0707 | ")
-    assert lines[6] == "| paper | 0.990 | 0.972 | 0.939 | 0.861 | 0.854 |  |"
+    assert lines[:3] == ["# A title", "", "## l2 size 1.5"]
+    assert lines[4].split(" | ")[1:] == [*list(report.LABELS.values())[:-1], "PGD |"]
+    assert lines[6] == "| Normal | " + " | ".join(["0.5000"] * 6) + " |"
+    assert lines[7].startswith("| LWA | 0.7500 ± 0.0707 | ")
+    assert lines[8] == "| paper | 0.990 | 0.972 | 0.939 | 0.861 | 0.854 |  |"
     assert lines[-2:] == ["- note", "- Training took 6 s in all, on cpu x1, jax 0."]
 
 
@@ -83,7 +83,7 @@ def test_each_size_has_a_table_and_the_paper_stands_beside_the_first(tmp_path):
     small = [{**r, "eps": 0.251, "columns": dict.fromkeys(report.LABELS, 0.9)} for r in ROWS]
     _, lines = tables(tmp_path, [*ROWS, *small])
     assert [line for line in lines if line.startswith("#")] == [
-        "# A title, l2 size 1.5", "# A title, l2 size 0.251",
+        "# A title", "## l2 size 1.5", "## l2 size 0.251",
     ]  # fmt: skip
     assert sum(line.startswith("| paper |") for line in lines) == 1
     assert "| Normal | " + " | ".join(["0.9000"] * 6) + " |" in lines
@@ -94,10 +94,10 @@ def test_grouped_tables_have_one_for_each_question(tmp_path):
     out = io.StringIO()
     groups = {"normal": {"objective": "none"}, "lwa": {"objective": "LWA", "size": "1.5"}}
     rows = [{**r, "groups": groups[r["method"]]} for r in ROWS]
-    report.grouped_tables(Console(file=out), tmp_path, rows, ["objective", "size"], ["note"])
+    report.grouped_tables(Console(file=out), tmp_path, "A title", rows, ["objective", "size"], [])
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("#")] == [
-        "# objective, l2 size 1.5", "# size, l2 size 1.5",
+        "# A title", "## objective, l2 size 1.5", "## size, l2 size 1.5",
     ]  # fmt: skip
     assert [line.split(" | ")[0] for line in lines if "0." in line and line[0] == "|"] == [
         "| none", "| LWA", "| 1.5",
@@ -108,10 +108,10 @@ def test_sizes_arent_averaged_as_if_they_were_seeds(tmp_path):
     rows = [
         {**row("lwa", 0, v), "eps": e, "groups": {"q": "a"}} for e, v in ((1.5, 0.2), (1.0, 0.4))
     ]
-    report.grouped_tables(Console(file=io.StringIO()), tmp_path, rows, ["q"], [])
+    report.grouped_tables(Console(file=io.StringIO()), tmp_path, "A title", rows, ["q"], [])
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("#")] == [
-        "# q, l2 size 1.5", "# q, l2 size 1",
+        "# A title", "## q, l2 size 1.5", "## q, l2 size 1",
     ]  # fmt: skip
     assert [line.split(" | ")[1] for line in lines if line.startswith("| a |")] == [
         "0.2000", "0.4000",
