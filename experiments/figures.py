@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -72,6 +73,13 @@ def draw(folder: Path) -> list[Path]:
         plots["accuracy_vs_eps.png"] = plot_curves
         if "validation" in rows[0]["history"][0]:  # which Table 1's record is too old to have
             plots["learning_curves.png"] = plot_learning
+    if rows[0]["experiment"] == "benchmark":
+        parts = {row["part"] for row in rows}
+        plots |= {
+            f"{part}.png": plot
+            for part, plot in (("attacks", plot_speeds), ("growth", plot_growth))
+            if part in parts
+        }
     if rows[0]["experiment"] == "logistic":
         plots["appendix_a.png"] = plot_appendix_a
     if rows[0]["experiment"] == "mnist_lenet":
@@ -250,6 +258,71 @@ def plot_appendix_a(rows: Sequence[report.Row]) -> Any:
     for panel in panels[:3]:
         panel.legend(frameon=False, fontsize=8)
     return figure
+
+
+def plot_speeds(rows: Sequence[report.Row]) -> Any:
+    """Plot how many images a second each library perturbs, for what several of them have."""
+    speeds = _part(rows, "attacks")
+    nets = list(dict.fromkeys(speed["net"] for speed in speeds))
+    libraries = list(dict.fromkeys(speed["library"] for speed in speeds))
+    compared = {speed["method"] for speed in speeds if speed["library"] != "jaxadv"}
+    figure, panels = plt.subplots(
+        1, len(nets), figsize=(5 * len(nets), 3.6), squeeze=False, layout="constrained"
+    )
+    for panel, net in zip(panels[0], nets, strict=True):
+        ours = [speed for speed in speeds if speed["net"] == net]
+        methods = [
+            m for m in dict.fromkeys(s["method"] for s in ours) if m in compared or not compared
+        ]
+        for index, library in enumerate(libraries):
+            heights = {s["method"]: s["images a second"] for s in ours if s["library"] == library}
+            places = [place for place, method in enumerate(methods) if method in heights]
+            panel.bar(
+                [
+                    place + (index - (len(libraries) - 1) / 2) * 0.8 / len(libraries)
+                    for place in places
+                ],
+                [heights[methods[place]] for place in places],
+                0.8 / len(libraries),
+                color=COLOURS[index],
+                label=library,
+            )
+        panel.set(yscale="log", ylabel="images a second", title=net)
+        panel.set_xticks(range(len(methods)), methods, rotation=0 if compared else 90)
+    panels[0][0].legend(fontsize=8)
+    return figure
+
+
+def plot_growth(rows: Sequence[report.Row]) -> Any:
+    """Plot time an image and working memory as batches, classes, steps and images grow."""
+    points = _part(rows, "growth")
+    kinds = list(dict.fromkeys(point["what grows"] for point in points))
+    figure, panels = plt.subplots(
+        2, len(kinds), figsize=(4 * len(kinds), 6.5), sharex="col", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for column, kind in enumerate(kinds):
+        here = [point for point in points if point["what grows"] == kind]
+        lines = dict.fromkeys((point["net"], point["method"]) for point in here)
+        for panel, unit in zip(panels[:, column], ("µs an image", "MB"), strict=True):
+            for index, (net, method) in enumerate(lines):
+                line = [p for p in here if (p["net"], p["method"]) == (net, method)]
+                line = [p for p in line if p.get(unit)]  # 0 has no place on such an axis
+                x, y = [p["to"] for p in line], [p[unit] for p in line]
+                _line(panel, x, y, index, f"{net}: {method}")
+            panel.set(xscale="log", yscale="log", ylabel=unit if column == 0 else "")
+            panel.yaxis.set_minor_formatter(ticker.NullFormatter())
+        ticks = sorted({point["to"] for point in here})
+        panels[1, column].set_xticks([], minor=True)
+        panels[1, column].set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        panels[1, column].set_xlabel(kind)
+        # Above, where no line is under it.
+        panels[0, column].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    return figure
+
+
+def _part(rows: Sequence[report.Row], part: str) -> list[dict[str, Any]]:
+    return list(next(row["figures"] for row in rows if row["part"] == part))
 
 
 def plot_digits(content: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -31,7 +31,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import evaluate, report
+from experiments import evaluate, peers, report
 
 MemberName = Literal["apgd-ce", "apgd-t", "fab-t", "square", "standard"]
 MEMBERS: tuple[MemberName, ...] = ("apgd-ce", "apgd-t", "fab-t", "square", "standard")
@@ -63,45 +63,14 @@ class Settings:
     """Where results go."""
 
 
-def torch_net(params: Any) -> Any:
-    """Return a net of these weights in PyTorch, from images `[B, C, H, W]` to logits."""
-    import torch
-    from torch.nn import functional
-
-    layers = {
-        name: {part: torch.from_numpy(np.array(value)) for part, value in layer.items()}
-        for name, layer in params["params"].items()
-    }
-
-    def net(x: Any) -> Any:
-        for block in itertools.count():
-            if f"convs_{block}_0" not in layers:
-                break
-            for layer in itertools.count():
-                conv = layers.get(f"convs_{block}_{layer}")
-                if conv is None:
-                    break
-                kernel = conv["kernel"].permute(3, 2, 0, 1)
-                padding = 0 if kernel.shape[-1] == 5 else 1
-                x = functional.relu(functional.conv2d(x, kernel, conv["bias"], padding=padding))
-            x = functional.max_pool2d(x, 2)
-        x = x.permute(0, 2, 3, 1).reshape(len(x), -1)
-        for layer in itertools.count():
-            dense = layers.get(f"hidden_{layer}")
-            if dense is None:
-                break
-            x = functional.relu(x @ dense["kernel"] + dense["bias"])
-        return x @ layers["logits"]["kernel"] + layers["logits"]["bias"]
-
-    return net
-
-
 def run(settings: Settings, console: Console) -> list[report.Row]:
     """Attack in every way that is asked for; return the rows of these and of earlier runs.
 
     Raises:
+      ModuleNotFoundError: if PyTorch or the authors' code isn't installed.
       ValueError: if the net's logits aren't the same in PyTorch.
     """
+    peers.need("torch", "autoattack")
     import torch
     from autoattack import AutoAttack
 
@@ -109,8 +78,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     problem = evaluate.load(
         evaluate.Settings(net=settings.net, name=settings.name, norm=settings.norm, n=settings.n)
     )
-    net = torch_net(problem.params)
-    x = torch.from_numpy(problem.x).permute(0, 3, 1, 2).contiguous()
+    net = peers.torch_net(problem.params)
+    x = peers.images(problem.x)
     y = torch.from_numpy(problem.y.astype(np.int64))
     with torch.no_grad():
         theirs = net(x).numpy()
@@ -118,7 +87,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     if not np.allclose(theirs, ours, rtol=1e-4, atol=1e-4):
         raise ValueError(
             f"expected the same logits in PyTorch, got some that differ by "
-            f"{np.abs(theirs - ours).max():g}; torch_net doesn't know this kind of net"
+            f"{np.abs(theirs - ours).max():g}; peers.torch_net doesn't know this kind of net"
         )
     clean = theirs.argmax(1) == problem.y
     settings.out.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,17 @@
-"""The step benchmark counts the right products; its figures themselves are not tested here."""
+"""The benchmark counts the right products and writes what it measured; times are not tested."""
 
 import json
 import sys
+import time
+from functools import partial
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from experiments import benchmark
+from experiments import benchmark, models, peers, timing
+from jaxadv import perturb
 
 
 def test_the_products_of_a_step_are_those_of_its_passes():
@@ -15,16 +21,18 @@ def test_the_products_of_a_step_are_those_of_its_passes():
     }
     forward, weights, to_second, to_image, to_image_alpha = 3, 30, 200, 300, 3000
     plain = forward + weights + to_second
-    assert benchmark.floors(seconds, 2) == {
+    assert benchmark.floors(seconds, 2, split=1) == {
         "plain": plain,
-        "lwa": plain + forward + to_image,
-        "lwa_alpha": plain + forward + to_image_alpha,
+        "LWA": plain + forward + to_image,
+        "LWA, Adv_Alpha": plain + forward + to_image_alpha,
+        "LWA_Rep": plain + 2 + 200,
+        "LWA, 3 steps": plain + 3 * (forward + to_image),
     }
 
 
 def test_the_timed_products_have_the_shapes_of_the_net():
-    calls = benchmark.products(benchmark.Settings(widths=(6, 5), batch_size=4), 7, 3)
-    shapes = {name: call().shape for name, call in calls.items()}
+    net = models.Classifier((6, 5), classes=3)
+    shapes = {name: call().shape for name, call in benchmark.products(net, 7, 4).items()}
     assert shapes == {
         "forward 0": (4, 6), "forward 1": (4, 5), "forward 2": (4, 3),
         "weights 0": (7, 6), "weights 1": (6, 5), "weights 2": (5, 3),
@@ -33,23 +41,184 @@ def test_the_timed_products_have_the_shapes_of_the_net():
     }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_it_prints_and_stores_a_ratio_for_each_step(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "steps.json"
-    arguments = ["--rounds", "1", "--seconds", "0.001", "--widths", "8", "6", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (models.mlp((500, 500)), (28, 28, 1)),
+        (models.Classifier((64,), blocks=((32, 32), (64,)), padding=0), (28, 28, 3)),
+        (models.Classifier((64,), blocks=((32, 32), (64,)), padding=0), (15, 30, 3)),
+    ],
+)
+def test_the_operations_counted_are_those_that_xla_counts(net, shape):
+    params = models.init(net, jax.random.key(0), jnp.zeros((1, *shape)))
+    x = jnp.zeros((4, *shape))
+    counted = jax.jit(models.function(net)).lower(params, x).cost_analysis()["flops"] / 4
+    # XLA also counts biases, relu and pooling, for these nets no more than 2 %.
+    assert 0.98 * counted < sum(timing.flops(net, shape)) < counted
+
+
+def test_the_operations_of_lenet_are_those_of_its_layers():
+    # 24x24 windows of 5x5x1 to 20, 8x8 of 5x5x20 to 50, then 800 to 500 to 10.
+    expected = [576 * 25 * 20, 64 * 500 * 50, 800 * 500, 500 * 10]
+    assert timing.flops(models.lenet((500,)), (28, 28, 1)) == [2 * n for n in expected]
+
+
+def test_counted_products_have_the_time_of_their_operations():
+    net = models.mlp((6,))
+    seconds = benchmark.counted(net, (2, 2, 1), 5, rate=10.0)
+    assert seconds == {
+        "forward 0": 24.0, "weights 0": 24.0, "input 0": 24.0, "inputs 0": 9 * 24.0,
+        "forward 1": 60.0, "weights 1": 60.0, "input 1": 60.0, "inputs 1": 9 * 60.0,
+    }  # fmt: skip
+
+
+def test_calls_are_timed_in_turn_and_once_before():
+    order = []
+    calls = {name: partial(order.append, name) for name in "ab"}
+    times = timing.in_turn(calls, rounds=3, seconds=0.0)
+    assert order == ["a", "b"] * 4
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 3, "b": 3}
+    assert all(taken.min() > 0 for taken in times.values())
+
+
+def test_a_ratio_is_taken_round_by_round():
+    assert benchmark.ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == [0.5, 0.5, 0.5]
+
+
+class Machine:
+    """Stands for the clock and the counters of two processors."""
+
+    def __init__(self, monkeypatch, *, others=0.0, slower=1.0):
+        now = iter([(0.0, 0.0, 0.0, 0.0), (200.0, 90.0 + 200 * others, 0.0, 90.0)])
+        rates = iter([100.0, 100.0 / slower])
+        monkeypatch.setattr(timing.Quiet, "_now", staticmethod(lambda: next(now)))
+        monkeypatch.setattr(timing.Quiet, "_gflops", staticmethod(lambda: next(rates)))
+
+
+@pytest.mark.parametrize(
+    ("machine", "reasons"),
+    [
+        ({}, []),
+        ({"others": 0.04}, []),
+        ({"others": 0.3}, ["other programs had 30%"]),
+        ({"slower": 1.5}, ["100 GFLOP/s before and 67 after"]),
+    ],
+)
+def test_a_loaded_machine_makes_a_run_invalid(machine, reasons, monkeypatch):
+    Machine(monkeypatch, **machine)
+    record = timing.Quiet().report()
+    assert record["valid"] == (not reasons)
+    assert len(record["reasons"]) == len(reasons)
+    for found, expected in zip(record["reasons"], reasons, strict=True):
+        assert expected in found
+
+
+def test_the_counters_of_this_machine_make_sense():
+    before = timing.Quiet._now()
+    while sum(ours := timing.Quiet._now()) == sum(before):
+        pass
+    assert all(after >= then for after, then in zip(ours, before, strict=True))
+
+
+def _run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
     benchmark.main()
-    printed = capsys.readouterr().out
-    record = json.loads(out.read_text())
-    figures = record["figures"]
-    for net in ("mlp", "lenet"):
-        cost = record["cost_of_alpha"][net]
-        assert cost["ratio"] == pytest.approx(cost["adv_alpha_ms"] / cost["adv_loss_ms"], rel=1e-9)
-        assert f"{net:15} Adv_Loss" in printed
-    kinds = {"plain", "lwa", "lwa_alpha"}
-    assert figures.keys() == kinds | {f"{kind} epoch" for kind in kinds}
-    for name, figure in figures.items():
-        assert f"{name:15} products" in printed
-        # Of one round, all three are medians of the same two numbers.
-        expected = figure["products_ms"] / figure["step_ms"]
-        assert figure["ratio"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_invalid_run_is_recorded_and_ends_with_an_error(tmp_path, monkeypatch):
+    Machine(monkeypatch, others=0.5)
+    monkeypatch.setitem(benchmark.RUN, "loops", lambda settings: [{"loop": "a", "x": [1, 2, 3.0]}])
+    with pytest.raises(SystemExit, match=r"not valid.*loops.*--parts loops"):
+        _run(monkeypatch, "--parts", "loops", "--out", tmp_path)
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert row["machine"]["cpu_of_others"] == 0.5
+    text = (tmp_path / "results.md").read_text()
+    assert "Not valid: other programs had 50%" in text
+    assert "| a | 2.00 (1.00 to 3.00) |" in text
+
+
+def test_a_part_measured_again_replaces_its_figures_and_leaves_the_others(tmp_path, monkeypatch):
+    for part, value in (("loops", 1), ("steps", 2), ("loops", 3)):
+        Machine(monkeypatch)
+        monkeypatch.setitem(benchmark.RUN, part, lambda settings, value=value: [{"loop": value}])
+        _run(monkeypatch, "--parts", part, "--out", tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["part"], row["figures"]) for row in rows] == [
+        ("steps", [{"loop": 2}]),
+        ("loops", [{"loop": 3}]),
+    ]
+
+
+def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
+    net, x = models.mlp((8,)), jnp.zeros((4, 2, 2, 1))
+    params = models.init(net, jax.random.key(0), x)
+    call = partial(jax.jit(partial(perturb.loss, models.function(net), eps=1.0)), params, x)
+    settings = benchmark.Settings(rounds=1, seconds=0.0)
+    figures = benchmark.measured(
+        {"a": (partial(call.func, *call.args, jnp.zeros(4, int)), 4)}, settings
+    )
+    assert figures["a"]["µs an image"] > 0
+    assert figures["a"]["MB"] >= 0
+
+    def growth(settings):
+        point = {"net": "mlp", "method": "Adv_Loss", "what grows": "images"}
+        return [{**point, "to": n, **figures["a"]} for n in (1, 10)]
+
+    Machine(monkeypatch)
+    monkeypatch.setitem(benchmark.RUN, "growth", growth)
+    _run(monkeypatch, "--parts", "growth", "--out", tmp_path)
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_steps_and_loops_are_measured(tmp_path, monkeypatch):
+    Machine(monkeypatch)
+    settings = benchmark.Settings(nets=("mlp",), batch_size=10, rounds=1, seconds=0.0)
+    steps = benchmark.steps(settings)
+    assert {(s["objective"], s["called"]) for s in steps} == {
+        (objective, called)
+        for objective in ("plain", "LWA", "LWA, Adv_Alpha", "LWA_Rep", "LWA, 3 steps")
+        for called in ("by itself", "in an epoch")
+    }
+    for step in steps:  # of one round, all are of the same two numbers
+        expected = [step["floor ms"] / step["ms"]] * 3
+        assert step["floor / time"] == pytest.approx(expected, rel=1e-9)
+    assert len(benchmark.loops(settings)) == 6
+
+
+@pytest.mark.slow
+def test_attacks_are_measured_on_a_recorded_net():
+    figures = benchmark.attacks(benchmark.Settings(n=20, rounds=1, seconds=0.0))
+    assert {figure["net"] for figure in figures} == {"mlp", "lenet"}
+    assert {f["method"] for f in figures if f["library"] == "jaxadv"} == set(benchmark.METHODS)
+    left = {
+        f["method"]: f["accuracy"] for f in figures if (f["net"], f["library"]) == ("mlp", "jaxadv")
+    }
+    assert left["Adv_Loss"] >= left["PGD-40"]
+    assert left["DeepFool"] == 0
+
+
+@pytest.mark.slow
+def test_devices_have_the_same_losses():
+    figures = benchmark.devices(benchmark.Settings(rounds=1, seconds=0.0))
+    assert [figure["devices"] for figure in figures] == [1, 2, 4, 8]
+    assert all(figure["greatest difference of loss"] < 1e-5 for figure in figures)
+
+
+def test_a_net_in_pytorch_gives_the_same_logits():
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).random((3, 28, 28, 3), np.float32)
+    for net in (models.mlp((8, 7)), models.lenet((9,)), models.vgg((8, 8), width=0.02)):
+        params = models.init(net, jax.random.key(0), x)
+        ours = np.asarray(models.function(net)(params, x))
+        with torch.no_grad():
+            theirs = peers.torch_net(params)(peers.images(x)).numpy()
+        # Sums of at most a few thousand float32 products, in another order.
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_that_takes_very_long_is_timed_once(monkeypatch):
+    monkeypatch.setattr(timing, "LONG", 0.01)
+    times = timing.in_turn({"long": lambda: time.sleep(0.02), "short": int}, 3, seconds=0.0)
+    assert {name: len(taken) for name, taken in times.items()} == {"long": 1, "short": 3}
+    assert benchmark.ratio(times["long"], times["short"])[0] > 1

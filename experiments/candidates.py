@@ -1,0 +1,177 @@
+"""What Adv_Alpha loses when it looks at the likeliest classes alone (`perturb.alpha(candidates=)`).
+
+    python experiments/candidates.py
+
+Two nets: the LWA net of Table 1's record on the test images of MNIST, 10 classes; and one of 1,000
+classes, trained here, that reads three digits side by side as a number from 0 to 999. For each
+number of candidates: how often the least perturbation belongs to another class than with all of
+them, how much longer it is then, and what accuracy a step of a fixed size leaves.
+
+Writes results.json and results.md to --out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+
+from experiments import data, evaluate, models, report
+from jaxadv import objectives, perturb, train
+from jaxadv.types import ApplyFn, Params
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Measure what fewer candidates cost in strength."""
+
+    few: tuple[int, ...] = (1, 2, 3, 5)
+    """Candidates out of 10 classes."""
+    many: tuple[int, ...] = (1, 5, 10, 20)
+    """Candidates out of 1,000 classes."""
+    n: int = 1000
+    """Test images."""
+    steps: int = 10000
+    """Training steps of the net of 1,000 classes."""
+    eps: float = 1.5
+    """l2 size of the step."""
+    seed: int = 0
+    """Of the net of 1,000 classes and of its images."""
+    out: Path = Path("runs/candidates")
+    """Where results go."""
+
+
+class Net(NamedTuple):
+    """A net and the images it is attacked on."""
+
+    name: str
+    apply_fn: ApplyFn
+    params: Params
+    x: jax.Array
+    y: jax.Array
+
+
+def ten_classes(settings: Settings) -> Net:
+    """Return the recorded net and the first test images."""
+    weights = RESULTS / "mnist_mlp" / "lwa" / "params.safetensors"
+    problem = evaluate.load(evaluate.Settings(net=str(weights), n=settings.n))
+    x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
+    return Net("MNIST, 10 classes", problem.apply_fn, problem.params, x, y)
+
+
+def numbers(
+    rng: np.random.Generator, images: NDArray[np.float32], labels: NDArray[Any], n: int
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Return n images `[n, 28, 84, 1]` of three random digits each, and their numbers."""
+    chosen = rng.integers(0, len(images), (n, 3))
+    y = labels[chosen] @ np.array([100, 10, 1])
+    return np.concatenate([images[chosen[:, i]] for i in range(3)], axis=2), y.astype(np.int32)
+
+
+def thousand_classes(settings: Settings) -> Net:
+    """Train a net that reads three digits as one class of 1,000."""
+    mnist = data.mnist()
+    net = models.mlp((1000, 1000))
+    net = dataclasses.replace(net, classes=1000)
+    apply_fn = models.function(net)
+    rng = np.random.default_rng(settings.seed)
+    pixels, labels = data.scale_mnist(mnist.train_images), np.asarray(mnist.train_labels)
+    key = jax.random.key(settings.seed)
+    tx = optax.sgd(optax.cosine_decay_schedule(0.1, settings.steps), momentum=0.9)
+    params = models.init(net, key, jnp.zeros((1, 28, 84, 1)))
+    state = train.init(params, tx, key=key)
+    step = train.make_step(objectives.natural(apply_fn), tx)
+    for _ in range(settings.steps):
+        state, _ = step(state, numbers(rng, pixels, labels, 100))
+    tested = data.scale_mnist(mnist.test_images), np.asarray(mnist.test_labels)
+    x, y = map(jnp.asarray, numbers(rng, *tested, settings.n))
+    return Net("three digits of MNIST, 1,000 classes", apply_fn, state.params, x, y)
+
+
+def sizes(r: jax.Array) -> NDArray[np.float64]:
+    """Return the l2 size of each perturbation."""
+    return np.linalg.norm(np.asarray(r, np.float64).reshape(len(r), -1), axis=1)
+
+
+def compare(net: Net, candidates: tuple[int, ...], settings: Settings) -> list[report.Row]:
+    """Return a row for each number of candidates, beside one for all classes."""
+
+    def perturbed(n: int | None, eps: float | None) -> jax.Array:
+        # By hundreds: a row for each of 999 classes has to be held at once without a chunk.
+        method = jax.jit(partial(perturb.alpha, net.apply_fn, eps=eps, candidates=n, chunk=100))
+        parts = zip(jnp.split(net.x, 10), jnp.split(net.y, 10), strict=True)
+        return jnp.concatenate([method(net.params, x, y) for x, y in parts])
+
+    logits = net.apply_fn(net.params, net.x)
+    right = np.asarray(logits.argmax(-1) == net.y)
+    least = sizes(perturbed(None, None))
+    rows = []
+    for n in (*candidates, None):
+        longer = sizes(perturbed(n, None))[right] / least[right]
+        attacked = net.x + perturbed(n, settings.eps)
+        left = np.asarray(net.apply_fn(net.params, attacked).argmax(-1) == net.y)
+        rows.append(
+            {
+                "experiment": "candidates",
+                "net": net.name,
+                "candidates": n or logits.shape[1] - 1,
+                "n": len(right),
+                "clean": float(right.mean()),
+                # The same class gives the same r: what differs by more than rounding is another.
+                "another class": float((longer > 1 + 1e-4).mean()),
+                "times longer, mean": float(longer.mean()),
+                "times longer, 99th percentile": float(np.quantile(longer, 0.99)),
+                f"accuracy at l2 {settings.eps:g}": float(left.mean()),
+                "seed": settings.seed,
+                "versions": report.versions(),
+                "device": report.device(),
+            }
+        )
+    return rows
+
+
+def as_markdown(rows: list[report.Row]) -> str:
+    """Return the rows as a table."""
+    kept = [key for key in rows[0] if key not in ("experiment", "seed", "versions", "device")]
+    lines = ["# Adv_Alpha with the likeliest classes alone", ""]
+    lines += ["| " + " | ".join(kept) + " |", "|---" * len(kept) + "|"]
+    for row in rows:
+        cells = (f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in kept)
+        lines.append("| " + " | ".join(cells) + " |")
+    device, versions = rows[0]["device"], rows[0]["versions"]
+    return "\n".join([*lines, "", f"Seed {rows[0]['seed']}, {device}, jax {versions['jax']}.", ""])
+
+
+def run(settings: Settings, console: Console) -> list[report.Row]:
+    """Compare on both nets; return the rows."""
+    rows = compare(ten_classes(settings), settings.few, settings)
+    rows += compare(thousand_classes(settings), settings.many, settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    report.save_rows(settings.out / "results.json", rows)
+    text = as_markdown(rows)
+    (settings.out / "results.md").write_text(text)
+    console.print(text, markup=False)
+    return rows
+
+
+def main() -> None:
+    """Run from the command line."""
+    run(tyro.cli(Settings, description=__doc__), Console())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The same nets and the same tasks in other libraries, to compare with.
+
+    pip install -e ".[bench]"
+
+`torch_net` builds a net of `experiments.models` in PyTorch from its parameters. `training` has a
+training step on it written by hand, as one would without a library; `attacks` what Foolbox,
+torchattacks, CleverHans and ART make of it. `reference` and `benchmark` use them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import itertools
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Task", "attacks", "images", "need", "torch_net", "training", "versions"]
+
+PACKAGES = ("torch", "foolbox", "torchattacks", "cleverhans", "adversarial-robustness-toolbox")
+
+Task = Literal["one step", "PGD-40", "DeepFool"]
+Attack = Callable[[], NDArray[np.float32]]
+
+
+def need(*modules: str) -> None:
+    """Check that these can be imported, before work is done that needs them.
+
+    Raises:
+      ModuleNotFoundError: naming those that can't be.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"expected {', '.join(modules)}, got no {', '.join(missing)}; the first lines of "
+            "--help say how to install them"
+        )
+
+
+def torch_net(params: Mapping[str, Any]) -> Any:
+    """Return a `torch.nn.Module` of these parameters, from images `[B, C, H, W]` to logits."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    class Net(nn.Module):  # type: ignore[misc]  # PyTorch may not be installed
+        def __init__(self) -> None:
+            super().__init__()
+            for name, layer in params["params"].items():
+                kernel = torch.from_numpy(np.array(layer["kernel"]))
+                bias = nn.Parameter(torch.from_numpy(np.array(layer["bias"])))
+                if name.startswith("convs"):
+                    kernel = kernel.permute(3, 2, 0, 1).contiguous()
+                self.register_parameter(f"{name}_kernel", nn.Parameter(kernel))
+                self.register_parameter(f"{name}_bias", bias)
+
+        def layer(self, name: str) -> Any:
+            if not hasattr(self, f"{name}_kernel"):
+                return None
+            return getattr(self, f"{name}_kernel"), getattr(self, f"{name}_bias")
+
+        def forward(self, x: Any) -> Any:
+            for block in itertools.count():
+                if self.layer(f"convs_{block}_0") is None:
+                    break
+                for i in itertools.count():
+                    if (conv := self.layer(f"convs_{block}_{i}")) is None:
+                        break
+                    kernel, bias = conv
+                    padding = 0 if kernel.shape[-1] == 5 else 1
+                    x = functional.relu(functional.conv2d(x, kernel, bias, padding=padding))
+                x = functional.max_pool2d(x, 2)
+            x = x.permute(0, 2, 3, 1).reshape(len(x), -1)
+            for i in itertools.count():
+                if (dense := self.layer(f"hidden_{i}")) is None:
+                    break
+                kernel, bias = dense
+                x = functional.relu(torch.addmm(bias, x, kernel))
+            kernel, bias = self.layer("logits")
+            return torch.addmm(bias, x, kernel)
+
+    return Net()
+
+
+def versions() -> dict[str, str]:
+    """Return which versions are compared with."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def images(x: NDArray[np.float32]) -> Any:
+    """Return images `[B, H, W, C]` as PyTorch wants them, `[B, C, H, W]`."""
+    import torch
+
+    return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).contiguous()
+
+
+def training(
+    params: Mapping[str, Any],
+    x: NDArray[np.float32],
+    y: NDArray[np.int32],
+    *,
+    eps: float | None,
+) -> Callable[[], Any]:
+    """Return one training step by SGD with momentum: plain, or LWA with Adv_Loss of an l2 size."""
+    import torch
+    from torch.nn import functional
+
+    net = torch_net(params)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    batch, labels = images(x), torch.from_numpy(y.astype(np.int64))
+
+    def step() -> Any:
+        at = batch
+        if eps is not None:
+            at = batch.clone().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(functional.cross_entropy(net(at), labels), at)
+            norms = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
+            at = at.detach() + eps * gradient / norms
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(net(at), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def attacks(
+    params: Mapping[str, Any],
+    x: NDArray[np.float32],
+    y: NDArray[np.int32],
+    *,
+    eps: float,
+    task: Task,
+) -> dict[str, Attack]:
+    """Return what each library has for a task, in l2 and in the box from 0 to 1.
+
+    Args:
+      params: of the net.
+      x: images `[B, H, W, C]`, between 0 and 1.
+      y: labels `[B]`.
+      eps: size of the perturbations; DeepFool finds its own.
+      task: one step along the gradient, 40 steps of `2.5 eps / 40`, or DeepFool of at most 50 steps
+        to the nearest of all classes. (torchattacks' DeepFool, one image at a time, is left out.)
+
+    Returns:
+      For each library, a call that perturbs all the images at once and returns them,
+      `[B, H, W, C]`.
+    """
+    import foolbox
+    import torch
+    import torchattacks
+    from art.attacks import evasion as art_attacks
+    from art.estimators.classification import PyTorchClassifier
+    from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
+    from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
+
+    net = torch_net(params).eval()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    batch, labels = images(x), torch.from_numpy(y.astype(np.int64))
+    size = 2.5 * eps / 40
+    pixels = batch.numpy()
+    for_foolbox = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+    for_art = PyTorchClassifier(
+        net,
+        loss=torch.nn.CrossEntropyLoss(),
+        input_shape=pixels.shape[1:],
+        nb_classes=int(net.logits_bias.shape[0]),
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
+
+    def by_foolbox(attack: Any, epsilon: float | None) -> Callable[[], Any]:
+        return lambda: attack(for_foolbox, batch, labels, epsilons=epsilon)[1]
+
+    def by_art(kind: Any, **settings: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            attack = kind(for_art, batch_size=len(pixels), **settings)
+            return torch.from_numpy(attack.generate(x=pixels, y=labels.numpy()))
+
+        return call
+
+    calls: dict[Task, dict[str, Callable[[], Any]]] = {
+        "one step": {
+            "foolbox": by_foolbox(foolbox.attacks.L2FastGradientAttack(), eps),
+            "torchattacks": lambda: torchattacks.PGDL2(
+                net, eps=eps, alpha=eps, steps=1, random_start=False
+            )(batch, labels),
+            "cleverhans": lambda: fast_gradient_method(
+                net, batch, eps, 2, clip_min=0.0, clip_max=1.0, y=labels
+            ),
+            "ART": by_art(art_attacks.FastGradientMethod, norm=2, eps=eps),
+        },
+        "PGD-40": {
+            "foolbox": by_foolbox(
+                foolbox.attacks.L2PGD(abs_stepsize=size, steps=40, random_start=False), eps
+            ),
+            "torchattacks": lambda: torchattacks.PGDL2(
+                net, eps=eps, alpha=size, steps=40, random_start=False
+            )(batch, labels),
+            "cleverhans": lambda: projected_gradient_descent(
+                net,
+                batch,
+                eps,
+                size,
+                40,
+                2,
+                clip_min=0.0,
+                clip_max=1.0,
+                y=labels,
+                rand_init=False,
+                sanity_checks=False,
+            ),
+            "ART": by_art(
+                art_attacks.ProjectedGradientDescentPyTorch,
+                norm=2,
+                eps=eps,
+                eps_step=size,
+                max_iter=40,
+                verbose=False,
+            ),
+        },
+        "DeepFool": {
+            "foolbox": by_foolbox(foolbox.attacks.L2DeepFoolAttack(steps=50), None),
+            "ART": by_art(art_attacks.DeepFool, max_iter=50, nb_grads=10, verbose=False),
+        },
+    }
+
+    def quiet(call: Callable[[], Any]) -> Attack:
+        def go() -> NDArray[np.float32]:
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = call()
+            return np.moveaxis(found.detach().numpy(), 1, -1)
+
+        return go
+
+    return {name: quiet(call) for name, call in calls[task].items()}

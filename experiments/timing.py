@@ -1,0 +1,161 @@
+"""How long calls take, measured so that their ratios mean something.
+
+A machine's speed drifts, and other programs take their share of it. So what is compared is timed in
+turn, several rounds over, and ratios are to be taken within each round (`in_turn`); and `Quiet`
+watches for the work of others, and for a machine that hasn't the same speed at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+from rich.progress import track
+
+from experiments.models import Classifier
+
+__all__ = ["Quiet", "flops", "in_turn", "matrix_products"]
+
+Call = Callable[[], Any]
+
+LONG = 10.0
+"""Seconds of a call above which it is timed in one round alone."""
+LARGEST_SHARE = 0.05
+"""Of the cores' time, what others may have had in a run that counts."""
+LARGEST_DRIFT = 0.15
+"""How much of its speed the machine may have lost or won from a run's start to its end."""
+
+
+def in_turn(
+    calls: Mapping[str, Call], rounds: int, *, seconds: float
+) -> dict[str, NDArray[np.float64]]:
+    """Time calls one after the other, several times over.
+
+    Args:
+      calls: what to time; each is called once beforehand, so that all is compiled.
+      rounds: how often each is timed.
+      seconds: the least time of one timing, which is repeated calls until then.
+
+    Returns:
+      The seconds of a call, for each round; of a call that takes very long, for one.
+    """
+    for call in track(calls.values(), "compiling", transient=True):
+        jax.block_until_ready(call())
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in track(range(rounds), "timing", transient=True):
+        for name, call in calls.items():
+            if max(taken[name], default=0) < LONG:
+                taken[name].append(_time(call, seconds))
+    return {name: np.array(times) for name, times in taken.items()}
+
+
+def _time(call: Call, seconds: float) -> float:
+    n, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or n == 0:
+        result = call()
+        n += 1
+        if n % 5 == 0 or elapsed > seconds / 5:  # short calls may queue, long ones are waited for
+            jax.block_until_ready(result)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / n
+
+
+def matrix_products(size: int = 2048) -> Call:
+    """Return a product of two square matrices, `2 size**3` operations."""
+    a = jnp.ones((size, size), jnp.float32)
+    return lambda: _dot(a, a)
+
+
+_dot = jax.jit(jnp.matmul)
+
+
+def flops(net: Classifier, shape: tuple[int, ...]) -> list[int]:
+    """Return the operations of each layer's products for one image, in the order of the layers.
+
+    A pass forward takes their sum, one back to the input the same, the gradient of the weights the
+    same again; what isn't a product isn't counted.
+
+    Args:
+      net: whose layers.
+      shape: `[H, W, C]` of the images.
+    """
+    height, width, channels = shape
+    counts = []
+    for block in net.blocks:
+        for features in block:
+            height += 2 * net.padding - net.size + 1
+            width += 2 * net.padding - net.size + 1
+            counts.append(2 * height * width * net.size**2 * channels * features)
+            channels = features
+        height, width = height // 2, width // 2
+    inputs = height * width * channels
+    for outputs in (*net.dense, net.classes):
+        counts.append(2 * inputs * outputs)
+        inputs = outputs
+    return counts
+
+
+class Quiet:
+    """Says whether a run had its machine for itself.
+
+    Example:
+      >>> from experiments.timing import Quiet
+      >>> quiet = Quiet()
+      >>> record = quiet.report()  # after the measurements
+      >>> sorted(record)
+      ['cpu_of_others', 'cpu_stolen', 'gflops_at_end', 'gflops_at_start', 'reasons', 'valid']
+    """
+
+    def __init__(self) -> None:
+        self._rate = self._gflops()
+        self._start = self._now()
+
+    def report(self) -> dict[str, Any]:
+        """Return what others took since this was made, and whether figures are valid; why not."""
+        elapsed, busy, stolen, own = (
+            now - before for now, before in zip(self._now(), self._start, strict=True)
+        )
+        share = max(0.0, busy - own) / elapsed
+        rate = self._gflops()
+        drift = abs(rate / self._rate - 1)
+        reasons = []
+        if share > LARGEST_SHARE:
+            reasons.append(
+                f"other programs had {share:.0%} of the cores' time, {LARGEST_SHARE:.0%} is the "
+                "most that a timing bears"
+            )
+        if drift > LARGEST_DRIFT:
+            reasons.append(
+                f"matrix products ran at {self._rate:.0f} GFLOP/s before and {rate:.0f} after, "
+                f"more than {LARGEST_DRIFT:.0%} apart"
+            )
+        return {
+            "valid": not reasons,
+            "reasons": reasons,
+            "cpu_of_others": round(share, 3),
+            "cpu_stolen": round(stolen / elapsed, 3),
+            "gflops_at_start": round(self._rate, 1),
+            "gflops_at_end": round(rate, 1),
+        }
+
+    @staticmethod
+    def _gflops() -> float:
+        # The best of many short samples: what the machine can do, whatever else it did in between.
+        times = in_turn({"products": matrix_products()}, 20, seconds=0.1)["products"]
+        return float(2 * 2048**3 / times.min() / 1e9)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float, float]:
+        """Return all cores' seconds: elapsed, busy, taken by the machine's host, and this run's."""
+        cores = psutil.cpu_times()
+        busy = cores.user + cores.system + getattr(cores, "nice", 0.0)
+        own = psutil.Process().cpu_times()
+        children = getattr(own, "children_user", 0.0) + getattr(own, "children_system", 0.0)
+        elapsed = time.perf_counter() * (psutil.cpu_count() or 1)
+        return elapsed, busy, getattr(cores, "steal", 0.0), own.user + own.system + children
