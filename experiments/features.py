@@ -1,0 +1,230 @@
+"""What libraries for adversarial examples do with the same awkward questions, found out by asking.
+
+    pip install -e ".[bench]"
+    pip install "git+https://github.com/fra31/auto-attack@a39220048b3c9f2cca9a4d3a54604793c68eca7e"
+    python experiments/features.py
+
+Each question is put to each library on the Normal net of Table 1's record: PGD of 40 steps in l2
+(APGD on the cross-entropy for AutoAttack), in the pixel range. Writes results.json and results.md
+to --out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+
+from experiments import evaluate, models, peers, report
+from jaxadv import attack
+from jaxadv import evaluate as measure
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+Images = NDArray[np.float32]
+Attack = Callable[[Mapping[str, Any], Any, Any, Any], Images]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Put the questions."""
+
+    n: int = 50
+    """Test images."""
+    eps: float = 1.5
+    """l2 size."""
+    out: Path = Path("runs/features")
+    """Where the answers go."""
+
+
+def by_us(params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images:
+    """Return images perturbed by `attack.pgd`."""
+    apply_fn = models.function(models.recognised(dict(params)))
+    x = jnp.asarray(x)
+    r = attack.pgd(apply_fn, params, x, jnp.asarray(y), eps=eps, steps=40, bounds=(0.0, 1.0))
+    return np.asarray(x + r)
+
+
+def by_autoattack(params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images:
+    """Return images perturbed by the published APGD."""
+    import torch
+    from autoattack import AutoAttack
+
+    net = peers.torch_net(params)
+    adversary = AutoAttack(net, norm="L2", eps=eps, device="cpu", verbose=False)
+    adversary.attacks_to_run = ["apgd-ce"]
+    labels = torch.from_numpy(np.asarray(y).astype(np.int64))
+    found = adversary.run_standard_evaluation(peers.images(x), labels, bs=len(x))
+    return np.moveaxis(found.numpy(), 1, -1)
+
+
+def by_peer(library: str, params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images:
+    """Return images perturbed by another library's PGD."""
+    return peers.attacks(params, x, y, eps=eps, task="PGD-40")[library]()
+
+
+ATTACKS: Mapping[str, Attack] = {
+    "jaxadv": by_us,
+    **{name: partial(by_peer, name) for name in ("foolbox", "torchattacks", "cleverhans", "ART")},
+    "AutoAttack": by_autoattack,
+}
+
+
+def asked(question: Callable[[Attack], str], perturb: Attack) -> str:
+    """Return a library's answer, an error included."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            return question(perturb)
+        except Exception as error:
+            message = str(error).strip().splitlines() or [""]
+            return f"{type(error).__name__}: {message[0][:60]}"
+
+
+def questions(
+    params: Mapping[str, Any], x: Images, y: NDArray[Any], eps: float
+) -> dict[str, Callable[[Attack], str]]:
+    """Return what is asked, each a function of an attack to an answer."""
+    net = models.recognised(dict(params))
+    apply_fn = models.function(net)
+
+    def scaled(by: float) -> dict[str, Any]:
+        layers = dict(params["params"])
+        layers["logits"] = {name: by * value for name, value in layers["logits"].items()}
+        return {"params": layers}
+
+    def right(images: Images) -> float:
+        return float((np.asarray(apply_fn(params, jnp.asarray(images))).argmax(-1) == y).mean())
+
+    def confident(by: float, perturb: Attack) -> str:
+        return f"{right(perturb(scaled(by), x, y, eps)):.2f}"
+
+    def sizes_of_their_own(perturb: Attack) -> str:
+        own = np.linspace(0.5, eps, len(x)).astype(np.float32)
+        r = (perturb(params, x, y, own) - x).reshape(len(x), -1)
+        ratio = np.linalg.norm(r, axis=1) / own
+        clean = np.asarray(apply_fn(params, jnp.asarray(x))).argmax(-1) == y
+        return "yes" if np.all(ratio < 1.001) and ratio[clean].min() > 0.5 else "no"
+
+    def in_parts(perturb: Attack) -> str:
+        whole = perturb(params, x, y, eps)
+        parts = [perturb(params, x[i : i + 1], y[i : i + 1], eps) for i in range(5)]
+        furthest = float(np.abs(np.concatenate(parts) - whole[:5]).max())
+        return "the same" if furthest < 1e-3 else f"pixels differ by up to {furthest:.2f}"
+
+    def one_hot(perturb: Attack) -> str:
+        return f"accuracy {right(perturb(params, x, np.eye(10)[y], eps)):.2f}"
+
+    def bytes_(perturb: Attack) -> str:
+        found = perturb(params, x * np.float32(255), y, eps)
+        return f"no error; pixels up to {found.max():.0f}"
+
+    return {
+        "accuracy left": partial(confident, 1.0),
+        "accuracy left, the net's logits times 10": partial(confident, 10.0),
+        "accuracy left, the net's logits times 100": partial(confident, 100.0),
+        "a size for each image": sizes_of_their_own,
+        "images one by one and together": in_parts,
+        "one-hot labels": one_hot,
+        "pixels from 0 to 255, box from 0 to 1": bytes_,
+    }
+
+
+def flagged(problem: evaluate.Problem) -> dict[str, str]:
+    """Return what our checks and AutoAttack's say of a net that returns probabilities."""
+    import torch
+    from autoattack import AutoAttack
+
+    def probabilities(params: Any, x: jax.Array, /) -> jax.Array:
+        return jax.nn.softmax(problem.apply_fn(params, x))
+
+    x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
+    report_ = measure.check(
+        probabilities, problem.params, x, y, eps=1.5, key=jax.random.key(0), bounds=(0.0, 1.0)
+    )
+    net = torch.nn.Sequential(peers.torch_net(problem.params), torch.nn.Softmax(dim=1))
+    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("always")
+        adversary = AutoAttack(net, norm="L2", eps=1.5, device="cpu", verbose=True)
+        adversary.attacks_to_run = ["apgd-ce"]
+        labels = torch.from_numpy(problem.y.astype(np.int64))
+        adversary.run_standard_evaluation(peers.images(problem.x), labels)
+    found = [str(warning.message) for warning in caught if "probability" in str(warning.message)]
+    return {
+        "jaxadv": "flagged" if "probabilities" in str(report_) else "nothing",
+        "AutoAttack": "flagged" if found else "nothing",
+        **dict.fromkeys(("foolbox", "torchattacks", "cleverhans", "ART"), "has no such check"),
+    }
+
+
+def as_markdown(row: report.Row) -> str:
+    """Return the answers as a table."""
+    names = list(ATTACKS)
+    lines = ["# The same questions put to each library", "", "| | " + " | ".join(names) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for question, answers in row["answers"].items():
+        cells = (answers[name].replace("|", "/") for name in names)
+        lines.append(f"| {question} | " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+    return "\n".join(
+        [*lines, "", f"{row['n']} images of MNIST, l2 size {row['eps']:g}. {versions}.", ""]
+    )
+
+
+def run(settings: Settings, console: Console) -> report.Row:
+    """Ask everything; return the answers.
+
+    Raises:
+      ModuleNotFoundError: if one of the libraries isn't installed.
+    """
+    peers.need("torch", "foolbox", "torchattacks", "cleverhans", "art", "autoattack")
+    problem = evaluate.load(
+        evaluate.Settings(
+            net=str(RESULTS / "mnist_mlp" / "normal" / "params.safetensors"), n=settings.n
+        )
+    )
+    asked_ = questions(problem.params, problem.x, problem.y, settings.eps)
+    answers = {
+        question: {name: asked(ask, perturb) for name, perturb in ATTACKS.items()}
+        for question, ask in asked_.items()
+    }
+    answers["a net that returns probabilities"] = flagged(problem)
+    row: report.Row = {
+        "experiment": "features",
+        "answers": answers,
+        "n": settings.n,
+        "eps": settings.eps,
+        "versions": report.versions() | peers.versions() | {"autoattack": version("autoattack")},
+        "device": report.device(),
+    }
+    settings.out.mkdir(parents=True, exist_ok=True)
+    report.save_rows(settings.out / "results.json", [row])
+    text = as_markdown(row)
+    (settings.out / "results.md").write_text(text)
+    console.print(text, markup=False)
+    return row
+
+
+def main() -> None:
+    """Run from the command line."""
+    run(tyro.cli(Settings, description=__doc__), Console())
+
+
+if __name__ == "__main__":
+    main()
