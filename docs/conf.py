@@ -14,6 +14,7 @@ shutil.copytree(
 
 project = "jaxadv"
 author = "the jaxadv authors"
+copyright = author
 release = jaxadv.__version__
 extensions = [
     "myst_parser",
@@ -24,6 +25,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
+default_role = "literal"  # docstrings have names in single backquotes, as Markdown does
 # Names that annotations have from other projects, whose pages aren't fetched to build ours.
 nitpick_ignore_regex = [("py:.*", r"(jax|numpy|optax|np|jnp|collections|typing|flax)\b.*")]
 
@@ -49,6 +51,12 @@ def _skip(app, what, name, obj, skip, options):
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def _home(app, module, name):
+    """Tell where the source is: for aliases of built-in types, not where those have theirs."""
+    return module if module == "jaxadv.types" else None
+
+
 def setup(app):
     """Sphinx calls this."""
+    app.connect("viewcode-follow-imported", _home)
     app.connect("autodoc-skip-member", _skip)

@@ -6,15 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EXAMPLES = sorted(DOCS.glob("examples/*.py"))
 
 
-def run(example):
+def run(example, *arguments):
     done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", example.name],
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", example.name, *arguments],
         cwd=example.parent, env=os.environ, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -42,11 +44,27 @@ def test_the_tutorial_makes_a_net_robust():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "example", [e for e in EXAMPLES if e.stem not in ("by_hand", "tutorial")], ids=lambda e: e.stem
+    "example",
+    [e for e in EXAMPLES if e.stem not in ("by_hand", "own_images", "tutorial")],
+    ids=lambda e: e.stem,
 )
 def test_examples_run(example):
     figures = run(example)
     assert figures[-1] > 0.9 if example.stem != "checkpoint" else not figures
+
+
+@pytest.mark.slow
+def test_images_in_a_folder_are_learned(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 75), ("test", 10)):
+        for place, name in enumerate(("left", "right")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 120, (8, 8, 3), np.uint8)
+                pixels[2:6, 4 * place : 4 * place + 4] += 100
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    *_, robust = run(DOCS / "examples" / "own_images.py", str(tmp_path))
+    assert robust > 0.9
 
 
 PREAMBLE = """

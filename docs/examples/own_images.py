@@ -1,0 +1,56 @@
+"""A robust classifier of the images in FOLDER/{train,test}/CLASS/: python own_images.py FOLDER."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from PIL import Image
+
+import jaxadv
+
+EPS, EPOCHS, BATCH = 0.5, 30, 50
+
+
+def images(folder):
+    paths = [sorted(path.iterdir()) for path in sorted(folder.iterdir())]
+    x = [np.asarray(Image.open(path).convert("RGB")) for files in paths for path in files]
+    y = np.repeat(np.arange(len(paths)), [len(files) for files in paths])
+    return np.stack(x).astype(np.float32) / 255, y.astype(np.int32), len(paths)
+
+
+class Net(nn.Module):
+    classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        for features in (16, 32):
+            x = nn.relu(nn.Conv(features, (3, 3), strides=2)(x))
+        return nn.Dense(self.classes)(nn.relu(nn.Dense(128)(x.reshape(len(x), -1))))
+
+
+def main(folder):
+    x, y, classes = images(folder / "train")
+    net, key, steps = Net(classes), jax.random.key(0), len(x) // BATCH
+    tx = optax.adam(optax.cosine_decay_schedule(1e-3, EPOCHS * steps))
+    size = optax.linear_schedule(0, EPS, 2 * steps)  # the adversary grows for two epochs
+    lwa = jaxadv.objectives.adversarial(net.apply, jaxadv.attack.pgd, eps=size, bounds=(0.0, 1.0))
+    epoch = jaxadv.train.make_epoch(lwa, tx)
+    state = jaxadv.train.init(net.init(key, x[:1]), tx, key=key)
+    for number in range(EPOCHS):
+        order = jax.random.permutation(jax.random.key(number), len(x))[: steps * BATCH]
+        state, info = epoch(state, (jnp.asarray(x), jnp.asarray(y)), order.reshape(steps, BATCH))
+    x, y, _ = images(folder / "test")
+    found = jaxadv.evaluate.ensemble(
+        net.apply, state.params, x, y, jaxadv.attack.standard("l2"),
+        eps=EPS, bounds=(0.0, 1.0), key=key,
+    )  # fmt: skip
+    robust = jaxadv.evaluate.accuracy(found.outcome.robust)
+    print(f"loss {info.loss[-1]:.3f}, accuracy under AutoAttack {robust:.3f}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
