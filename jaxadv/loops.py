@@ -22,7 +22,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import jax
@@ -35,18 +35,20 @@ __all__ = ["body"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PATCHES = 10_000_000  # bytes, which a cache may hold; measured to be the best
+_PLACES = 64
 
 
 def body(function: F) -> F:
     """Put a loop's body in the form that XLA runs fast on CPU; on other backends, it is unchanged.
 
     The function is traced, and each convolution in it, the gradients' included, is made on
-    transposed operands where its layout isn't the fast one, and on one device as a sum of parts
-    where it has too large patches. The results are the same but for rounding. What is in a
+    transposed operands where its layout isn't the fast one, and the gradient of weights, on one
+    device, by matrix products. The results are the same but for rounding. What is in a
     `jax.shard_map` stays as it is.
 
     Args:
-      function: what `lax.scan`, `fori_loop`, `while_loop` or `map` takes as a body.
+      function: what `lax.scan`, `fori_loop`, `while_loop` or `map` takes as a body, or any other of
+        arrays, a training step say.
 
     Returns:
       A function of the same arguments and results.
@@ -64,14 +66,15 @@ def body(function: F) -> F:
       https://github.com/jax-ml/jax/issues/12868
     """
 
-    def in_loop(*args: Any) -> Any:
+    @wraps(function)
+    def fast(*args: Any, **kwargs: Any) -> Any:
         if jax.default_backend() != "cpu":
-            return function(*args)
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        results = _evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
+            return function(*args, **kwargs)
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
+        results = _evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves((args, kwargs)))
         return jax.tree.unflatten(jax.tree.structure(shape), results)
 
-    return in_loop  # type: ignore[return-value]
+    return fast  # type: ignore[return-value]
 
 
 def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
@@ -139,7 +142,8 @@ def _convolve(
     """Convolve to a result of this shape: in the fast layout, or as a sum of matrix products.
 
     The latter where the kernel is larger than the result, as an image is for the gradient of the
-    weights, with examples for channels.
+    weights, with examples for channels; but not for a result of many places, each of which takes
+    a product of its own to be compiled.
     """
     (_, channel, *_), (_, _, *taps), (_, _, *places) = dimension_numbers
     size = math.prod(kernel.shape[axis] for axis in taps)
@@ -147,7 +151,7 @@ def _convolve(
     grouped = max(params["feature_group_count"], params["batch_group_count"]) > 1
     # Examples that several devices share can't be taken in turn.
     whole = grouped or jax.device_count() > 1 or x.shape[channel] == 0
-    if size <= count or whole or not jnp.issubdtype(x.dtype, jnp.floating):
+    if not size > count <= _PLACES or whole or not jnp.issubdtype(x.dtype, jnp.floating):
         return _in_fast_layout(x, kernel, dimension_numbers=dimension_numbers, **params)
     return _by_patches(x, kernel, shape, dimension_numbers, params)
 
@@ -195,7 +199,12 @@ def _by_patches(
         return total + product(kernel.reshape(-1, kernel.shape[-1]), patches(x)), None
 
     n = _part(len(x), math.prod((*sizes, *counts)) * x.shape[-1] * x.dtype.itemsize)
-    none = jnp.zeros((kernel.shape[-1], math.prod(counts) * x.shape[-1]), wide)
+    # The last part is filled up with zeros, which add nothing.
+    x, kernel = (
+        jnp.pad(a, ((0, -len(a) % n), *((0, 0) for _ in a.shape[1:]))) for a in (x, kernel)
+    )
+    # Like x, or in a `shard_map` the loop's carry would differ from what it becomes.
+    none = jnp.zeros_like(x, wide, (kernel.shape[-1], math.prod(counts) * x.shape[-1]))
     x_parts, kernel_parts = (a.reshape(-1, n, *a.shape[1:]) for a in (x, kernel))
     total, _ = lax.scan(add, none, (x_parts, kernel_parts))
     y = total.reshape(kernel.shape[-1], *counts, x.shape[-1])
@@ -206,7 +215,8 @@ def _by_patches(
 def _part(channels: int, size: int) -> int:
     """Say of how many channels, of this many bytes of patches each, a part is made."""
     most = max(_PATCHES // max(size, 1), 1)
-    return max(n for n in range(1, channels + 1) if channels % n == 0 and n <= most)
+    parts = -(-channels // most)
+    return -(-channels // parts)
 
 
 def _in_fast_layout(

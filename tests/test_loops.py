@@ -338,11 +338,13 @@ def test_parts_are_summed_in_float32_and_have_the_dtype_of_the_whole(dtype, monk
 
 
 @pytest.mark.parametrize(
-    ("most", "n"), [(1, 1), (100, 1), (500, 5), (900, 6), (3000, 30), (10**9, 60)]
-)
-def test_parts_have_as_many_examples_as_fit_and_are_of_one_size(most, n, monkeypatch):
+    ("examples", "most", "n"),
+    [(60, 1, 1), (60, 100, 1), (60, 500, 5), (60, 900, 9), (60, 3000, 30), (60, 10**9, 60),
+     (101, 9000, 51)],
+)  # fmt: skip
+def test_parts_have_as_many_examples_as_fit_and_are_of_one_size(examples, most, n, monkeypatch):
     monkeypatch.setattr(loops, "_PATCHES", most)
-    assert loops._part(60, 100) == n
+    assert loops._part(examples, 100) == n
 
 
 def test_examples_that_several_devices_share_arent_taken_in_parts(monkeypatch):
@@ -370,3 +372,47 @@ def test_no_examples_have_a_gradient_of_zero():
         return jnp.sum(lax.conv_general_dilated(x, w, (1, 1), "SAME", **NHWC))
 
     np.testing.assert_array_equal(loops.body(jax.grad(total))(w), np.zeros(w.shape))
+
+
+def test_a_gradient_of_many_places_isnt_made_place_by_place():
+    x, w = draw(3, 400, 2), draw(65, 2, 4)
+
+    def gradient(w):
+        return jax.grad(
+            lambda w: jnp.sum(
+                lax.conv_general_dilated(
+                    x, w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+                )
+            )
+        )(w)
+
+    assert convolutions(loops.body(gradient), w) == 2
+    chex.assert_trees_all_close(loops.body(gradient)(w), gradient(w), rtol=RTOL, atol=ATOL)
+
+
+def test_a_body_takes_keywords_and_keeps_its_name():
+    @loops.body
+    def scaled(x, *, by):
+        return by * x
+
+    assert scaled.__name__ == "scaled"
+    assert float(jax.jit(scaled)(2.0, by=3.0)) == 6
+
+
+def test_parts_can_be_summed_in_a_shard_map(monkeypatch):
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((1,), ("data",), (auto,))
+    x, w = draw(6, 8, 8, 2), draw(3, 3, 2, 4)
+
+    def gradient(x, w):
+        return jax.grad(
+            lambda w: jnp.sum(lax.conv_general_dilated(x, w, (1, 1), "SAME", **NHWC) ** 2)
+        )(w)[None]
+
+    monkeypatch.setattr(loops, "_PATCHES", 1)
+    spec = jax.sharding.PartitionSpec
+    sharded = jax.shard_map(
+        lambda x, w: loops.body(gradient)(x, jax.lax.pcast(w, ("data",), to="varying")),
+        mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec("data"),
+    )  # fmt: skip
+    chex.assert_trees_all_close(sharded(x, w), gradient(x, w), rtol=RTOL, atol=ATOL)
