@@ -34,7 +34,6 @@ from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["alpha", "loss", "loss_sign", "virtual"]
 
-_CACHE = 4_000_000  # bytes, of about the size of a core's cache
 _ROWS = 100  # of a matrix product, from which on CPU it is nearly as fast as with any more
 
 
@@ -95,8 +94,8 @@ def alpha(
       candidates: consider only this many classes, the likeliest besides y; one backward pass each.
         r may then be larger than the least. None: all K - 1, as in the paper.
       chunk: for how many classes at once to go back through the net; the memory is that of so many
-        times x and of the backward pass, and r is the same. None: all at once; on CPU fewer, where
-        the gradients of all would fill no cache.
+        times x and of the backward pass, and r is the same. None: all at once; on CPU so few that
+        what they compute has a place in a cache.
       key: ignored; this method draws nothing.
       bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
 
@@ -160,7 +159,7 @@ def alpha(
     classes = jacobian.other_classes(y, n_classes)
     if candidates is not None and candidates < n_classes - 1:
         classes = jnp.sort(lax.top_k(jnp.where(is_y, -jnp.inf, z), candidates)[1], axis=1)
-    size = min(chunk or _at_once(x, classes.shape[1]), classes.shape[1])
+    size = min(chunk or _at_once(x.shape[0], classes.shape[1]), classes.shape[1])
     # What is left over in the last chunk is its last class, again.
     classes = jnp.pad(classes, ((0, 0), (0, -classes.shape[1] % size)), mode="edge")
     n_chunks = classes.shape[1] // size  # not -1, which an empty batch leaves unknown
@@ -188,12 +187,11 @@ def alpha(
     return _finish(r, x, y, logits, bounds, unusable=best.unreachable)
 
 
-def _at_once(x: jax.Array, n_classes: int) -> int:
+def _at_once(batch: int, n_classes: int) -> int:
     """Say for how many classes at once a pass back through a net is fastest."""
-    fits = n_classes * x.size * x.dtype.itemsize <= _CACHE
-    if fits or jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu":
         return n_classes
-    return max(_ROWS // x.shape[0], 1)
+    return max(_ROWS // max(batch, 1), 1)
 
 
 def loss(

@@ -148,13 +148,12 @@ def test_the_memory_is_that_of_a_chunk():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all classes go back at once")
-def test_on_cpu_classes_whose_gradients_fit_in_no_cache_arent_all_held_at_once():
-    def memory(n, chunk):
+@pytest.mark.parametrize(("n", "chunk"), [(1, 99), (8, 12), (25, 4), (256, 1)])
+def test_on_cpu_a_hundred_rows_go_back_at_once(n, chunk):
+    def memory(chunk):
         return compiled(n, chunk=chunk).memory_analysis().temp_size_in_bytes
 
-    assert memory(8, None) == memory(8, 99)  # 1.6 MB
-    assert memory(25, None) == memory(25, 4)  # 5 MB, and 4 x 25 rows
-    assert memory(256, None) == memory(256, 1)
+    assert memory(None) == memory(chunk)
 
 
 def test_the_cost_is_one_pass_back_for_each_candidate():
