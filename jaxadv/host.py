@@ -112,8 +112,8 @@ def checked(bounds: Bounds | None, x: Any) -> Bounds | None:
     """Return the bounds, having checked that they are such and that the data set lies in them.
 
     Raises:
-      ValueError: if they aren't a pair of the right shape and order, or if x leaves them. (A pixel
-        that is NaN in some example isn't looked at in the others.)
+      ValueError: if they aren't a pair of the right shape and order, or if x leaves them by more
+        than rounding. (A pixel that is NaN in some example isn't looked at in the others.)
     """
     if bounds is None:
         return None
@@ -123,7 +123,10 @@ def checked(bounds: Bounds | None, x: Any) -> Bounds | None:
     if len(x):
         least, greatest = (np.asarray(extreme, lo.dtype) for extreme in (x.min(0), x.max(0)))
         for extreme, bound, sign, which in ((least, lo, -1, "least"), (greatest, hi, 1, "most")):
-            beyond = sign * (extreme - bound)
+            # Standardised in x's dtype, white is some units in the last place off its bound.
+            size = np.maximum(np.abs(extreme), np.abs(bound))
+            rounding = np.where(np.isfinite(size), 8 * float(jnp.finfo(x.dtype).eps) * size, 0)
+            beyond = sign * (extreme - bound) - rounding
             if np.any(beyond > 0):
                 worst = np.nanargmax(beyond)
                 raise ValueError(

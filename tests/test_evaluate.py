@@ -580,6 +580,20 @@ def test_a_data_set_outside_the_bounds_is_named(function, as_array):
         calls[function](eps=0.1, bounds=(1.0, 255.0))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("mean", "std"), [(0.1307, 0.3081), (0.4914, 0.2470), (0.4822, 0.2435), (0.4465, 0.2616)]
+)
+def test_standardised_black_and_white_lie_in_standardised_bounds(mean, std, dtype):
+    pixels, w, y = jnp.array([[0.0, 1.0], [1.0, 0.0]], dtype), jnp.eye(2, dtype=dtype), np.arange(2)
+    x = (pixels - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
+    of = {"eps": 0.1, "bounds": ((0 - mean) / std, (1 - mean) / std)}
+    r = evaluate.perturbations(linear, w, x, y, perturb.loss, **of)
+    assert r.shape == x.shape
+    with pytest.raises(ValueError, match="within bounds"):
+        evaluate.perturbations(linear, w, x * 1.25, y, perturb.loss, **of)
+
+
 def test_an_empty_data_set_and_one_with_a_nan_lie_in_any_bounds():
     w = jnp.eye(2)
     for x in (np.zeros((0, 2), np.float32), np.array([[np.nan, 0.5]], np.float32)):

@@ -134,7 +134,7 @@ def autoattack(
 
     Raises:
       TypeError: as the attacks; and under a trace.
-      ValueError: as the attacks; without a key.
+      ValueError: as the attacks; without a key; if x leaves the bounds.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -186,7 +186,7 @@ def cascade(
 
     Raises:
       TypeError: as the attacks; and under a trace.
-      ValueError: as the attacks; if there are none.
+      ValueError: as the attacks; if there are none; if x leaves the bounds.
 
     Example:
       >>> import jax.numpy as jnp

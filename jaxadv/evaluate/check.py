@@ -110,7 +110,7 @@ def check(
 
     Raises:
       TypeError: as the attacks; and under a trace.
-      ValueError: as the attacks.
+      ValueError: as the attacks; if x leaves the bounds.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -66,7 +66,7 @@ def ensemble(
 
     Raises:
       TypeError: as the attacks; and under a trace.
-      ValueError: as the attacks; if there are none; if the norm is unknown.
+      ValueError: as the attacks; if there are none; if the norm is unknown; if x leaves the bounds.
 
     Example:
       >>> import jax.numpy as jnp

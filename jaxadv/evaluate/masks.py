@@ -323,7 +323,7 @@ def perturbations(
 
     Raises:
       TypeError: as the method; and under a trace.
-      ValueError: as the method.
+      ValueError: as the method; if x leaves the bounds.
 
     Example:
       >>> import jax.numpy as jnp
@@ -375,7 +375,7 @@ def robust(
 
     Raises:
       TypeError: as the method; and under a trace.
-      ValueError: as the method; if the norm is unknown.
+      ValueError: as the method; if the norm is unknown; if x leaves the bounds.
 
     Example:
       >>> import jax.numpy as jnp
@@ -431,9 +431,10 @@ def outcome(
       [True, False]
     """
     x, y = host.arrays("evaluate.outcome", x, y, (params, r))
-    if r.shape != x.shape:
+    if np.shape(r) != x.shape:
         raise ValueError(
-            f"expected r of x's shape {x.shape}, got {r.shape}; pass one perturbation per example"
+            f"expected r of x's shape {x.shape}, got {np.shape(r)}; "
+            "pass one perturbation per example"
         )
     leaves = host.over_batches(partial(_measured, apply_fn, norm, params), (x, y, r), batch_size)
     return jax.tree.map(np.asarray, leaves)
