@@ -8,8 +8,8 @@ the same round and has its quartiles beside it. A part during which other progra
 machine is marked as not valid, and the command ends with an error.
 
 - `steps`: a training step, called by itself (`train.make_step`) and within an epoch on the device
-  (`train.make_epoch`), against the floor below which it can't be, and against a step written by
-  hand in PyTorch.
+  (`train.make_epoch`), against a floor, about the least that it can take, and against a step
+  written by hand in PyTorch.
 - `loops`: the library's loops over a net of plain `flax.linen.Conv`, against a Python loop over a
   jitted step; XLA has a trap there on CPU (see `jaxadv.loops`).
 - `attacks`: perturbations of 1,000 test images, against the floor and against other libraries.
@@ -41,7 +41,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -64,7 +64,7 @@ Call = Callable[[], Any]
 Figures = list[dict[str, Any]]
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS: tuple[Part, ...] = ("steps", "loops", "attacks", "growth", "devices", "starts")
+PARTS: tuple[Part, ...] = get_args(Part)
 LARGE = ("vgg-0.5", "vgg-1")  # whose steps take seconds
 
 
@@ -315,10 +315,10 @@ METHODS: Mapping[str, tuple[Any, int]] = {  # with passes over the net's product
     "Adv_Alpha": (partial(perturb.alpha, eps=1.5), 10),
     "Miyato": (partial(perturb.virtual, eps=1.5, key=jax.random.key(0)), 0),
     "one step": (partial(perturb.loss, eps=1.5, bounds=(0.0, 1.0)), 2),
-    "PGD-40": (partial(attack.pgd, eps=1.5, steps=40, bounds=(0.0, 1.0)), 81),
+    "PGD-40": (partial(attack.pgd, eps=1.5, steps=40, bounds=(0.0, 1.0)), 80),
     "APGD-CE, 100 steps": (
         partial(attack.apgd, eps=1.5, steps=100, bounds=(0.0, 1.0), key=jax.random.key(0)),
-        202,
+        200,
     ),
     "DeepFool": (partial(attack.deepfool, steps=50, bounds=(0.0, 1.0)), 0),
     "FMN, 100 steps": (partial(attack.fmn, steps=100, bounds=(0.0, 1.0)), 0),
@@ -475,7 +475,14 @@ def devices(settings: Settings) -> Figures:
     """Time LWA's step, of one batch over more and more devices."""
     if jax.device_count() == 1 and jax.default_backend() == "cpu":
         return in_child(
-            ["--parts", "devices", "--rounds", str(settings.rounds)],
+            [
+                "--parts",
+                "devices",
+                "--rounds",
+                str(settings.rounds),
+                "--seconds",
+                str(settings.seconds),
+            ],
             XLA_FLAGS="--xla_force_host_platform_device_count=8",
         )
     net, tx = models.mlp((500, 500)), optax.sgd(0.1, momentum=0.9)
@@ -615,7 +622,9 @@ def as_markdown(rows: Iterable[report.Row]) -> str:
             "",
             f"On {row['device']}, jax {row['versions']['jax']}, {machine['gflops_at_start']:.0f} "
             f"GFLOP/s in 2048x2048 products before and {machine['gflops_at_end']:.0f} after; other "
-            f"programs had {machine['cpu_of_others']:.1%} of the cores' time.",
+            f"programs had {machine['cpu_of_others']:.1%} of the cores' time. Medians of "
+            f"{row['settings']['rounds']} rounds, a third of it where calls take long; in brackets "
+            "quartiles.",
             "",
             *(f"Not valid: {reason}.\n" for reason in machine["reasons"]),
         ]

@@ -124,7 +124,7 @@ def figures_of(rows: Sequence[report.Row], method: str, norm: str, eps: float) -
 
     Returns:
       PGD-100x10, AutoAttack and the difference between one step's robust accuracy and AutoAttack's
-      on the same images, the most that there are; empty where an attack hasn't been run.
+      on the same images, the most that AutoAttack has been run on; empty where an attack hasn't.
     """
     here = [
         row
@@ -132,11 +132,13 @@ def figures_of(rows: Sequence[report.Row], method: str, norm: str, eps: float) -
         if (row["method"], row["norm"], row["eps"]) == (method, norm, eps)
         and row["attack"] in COLUMNS
     ]
-    most = max((row["n"] for row in here), default=0)
+    full = [row for row in here if row["attack"] == "standard"]
+    most = max((row["n"] for row in full or here), default=0)
     own = {row["attack"]: row["columns"]["robust"] for row in here if row["n"] == most}
-    one, pgd, full = map(own.get, COLUMNS)
-    difference = "" if one is None or full is None else f"{one - full:.4f}"
-    return ["" if pgd is None else f"{pgd:.4f}", "" if full is None else f"{full:.4f}", difference]
+    one, pgd, worst = map(own.get, COLUMNS)
+    difference = "" if one is None or worst is None else f"{one - worst:.4f}"
+    cells = ("" if figure is None else f"{figure:.4f}" for figure in (pgd, worst))
+    return [*cells, difference]
 
 
 def tables(rows: Sequence[report.Row]) -> list[str]:

@@ -244,6 +244,11 @@ def surface(settings: Settings) -> Figure:
             return np.asarray(problem.apply_fn(problem.params, x + r).argmax(-1) == y)
 
         missed = np.flatnonzero(right(one) & ~right(many))
+        if not missed.size:
+            raise ValueError(
+                f"expected an image that one step misses and PGD doesn't, got none of "
+                f"{settings.n} for {net}; raise --n"
+            )
         i = int(missed[0])
         u, v = (np.asarray(r[i], np.float64).ravel() for r in (one, many))
         across = v - u * (u @ v) / (u @ u)

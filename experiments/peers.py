@@ -4,7 +4,7 @@
 
 `torch_net` builds a net of `experiments.models` in PyTorch from its parameters. `training` has a
 training step on it written by hand, as one would without a library; `attacks` what Foolbox,
-torchattacks, CleverHans and ART make of it. `reference` and `benchmark` use them.
+torchattacks, CleverHans and ART make of it. `reference`, `benchmark` and `features` use them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Task", "attacks", "images", "need", "torch_net", "training", "versions"]
+__all__ = ["Task", "attacks", "fixed_net", "images", "need", "torch_net", "training", "versions"]
 
 PACKAGES = ("torch", "foolbox", "torchattacks", "cleverhans", "adversarial-robustness-toolbox")
 
@@ -87,6 +87,11 @@ def torch_net(params: Mapping[str, Any]) -> Any:
     return Net()
 
 
+def fixed_net(params: Mapping[str, Any]) -> Any:
+    """Return the same for use alone: no pass back takes gradients of its weights."""
+    return torch_net(params).eval().requires_grad_(False)
+
+
 def versions() -> dict[str, str]:
     """Return which versions are compared with."""
     return {name: version(name) for name in PACKAGES}
@@ -135,7 +140,7 @@ def attacks(
     x: NDArray[np.float32],
     y: NDArray[np.int32],
     *,
-    eps: float,
+    eps: float | NDArray[np.float32],
     task: Task,
 ) -> dict[str, Attack]:
     """Return what each library has for a task, in l2 and in the box from 0 to 1.
@@ -144,7 +149,7 @@ def attacks(
       params: of the net.
       x: images `[B, H, W, C]`, between 0 and 1.
       y: labels `[B]`.
-      eps: size of the perturbations; DeepFool finds its own.
+      eps: size of the perturbations, one or `[B]`; DeepFool finds its own.
       task: one step along the gradient, 40 steps of `2.5 eps / 40`, or DeepFool of at most 50 steps
         to the nearest of all classes. (torchattacks' DeepFool, one image at a time, is left out.)
 
@@ -160,11 +165,10 @@ def attacks(
     from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
     from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
 
-    net = torch_net(params).eval()
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
+    net = fixed_net(params)
     batch, labels = images(x), torch.from_numpy(y.astype(np.int64))
     size = 2.5 * eps / 40
+    own = eps if np.ndim(eps) == 0 else np.reshape(eps, (-1, 1, 1, 1))  # as ART wants sizes
     pixels = batch.numpy()
     for_foolbox = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
     for_art = PyTorchClassifier(
@@ -176,7 +180,7 @@ def attacks(
         device_type="cpu",
     )
 
-    def by_foolbox(attack: Any, epsilon: float | None) -> Callable[[], Any]:
+    def by_foolbox(attack: Any, epsilon: Any) -> Callable[[], Any]:
         return lambda: attack(for_foolbox, batch, labels, epsilons=epsilon)[1]
 
     def by_art(kind: Any, **settings: Any) -> Callable[[], Any]:
@@ -195,7 +199,7 @@ def attacks(
             "cleverhans": lambda: fast_gradient_method(
                 net, batch, eps, 2, clip_min=0.0, clip_max=1.0, y=labels
             ),
-            "ART": by_art(art_attacks.FastGradientMethod, norm=2, eps=eps),
+            "ART": by_art(art_attacks.FastGradientMethod, norm=2, eps=own),
         },
         "PGD-40": {
             "foolbox": by_foolbox(
@@ -220,8 +224,8 @@ def attacks(
             "ART": by_art(
                 art_attacks.ProjectedGradientDescentPyTorch,
                 norm=2,
-                eps=eps,
-                eps_step=size,
+                eps=own,
+                eps_step=2.5 * own / 40,
                 max_iter=40,
                 verbose=False,
             ),

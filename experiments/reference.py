@@ -78,7 +78,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     problem = evaluate.load(
         evaluate.Settings(net=settings.net, name=settings.name, norm=settings.norm, n=settings.n)
     )
-    net = peers.torch_net(problem.params)
+    net = peers.fixed_net(problem.params)
     x = peers.images(problem.x)
     y = torch.from_numpy(problem.y.astype(np.int64))
     with torch.no_grad():

@@ -41,6 +41,8 @@ def test_figures_are_those_on_the_most_images():
     assert board.figures_of([*ROWS, *few], "mnist_mlp/lwa", "l2", 1.5)[1:] == ["0.7500", "0.1500"]
     for rows in ([*ROWS, *few], [*few, *ROWS]):
         assert board.tables(rows) == board.tables(ROWS)
+    more = row("mnist_mlp/lwa", "one-step", 0.95, n=1000)  # on which AutoAttack hasn't been run
+    assert board.figures_of([*ROWS, more], "mnist_mlp/lwa", "l2", 1.5)[1:] == ["0.7500", "0.1500"]
 
 
 def test_the_most_robust_net_comes_first_and_flags_are_told():
