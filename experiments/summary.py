@@ -56,22 +56,24 @@ NOTEBOOK: Mapping[str, Figures] = {  # outputs stored in the notebooks that the 
 }
 
 
-def table(name: str, rows: Sequence[report.Row], attacked: Sequence[report.Row]) -> list[str]:
+def table(record: str, rows: Sequence[report.Row], attacked: Sequence[report.Row]) -> list[str]:
     """Return a record's table as lines of Markdown, one block for each size of perturbation.
 
     Args:
-      name: the record's.
+      record: its name.
       rows: its rows.
-      attacked: the board's.
+      attacked: the board's, whose columns are there if it has any of these nets.
     """
-    headings = (*report.LABELS.values(), *BOARD)
     lines = []
     sizes = list(dict.fromkeys(row["eps"] for row in rows))
     for eps in sizes:
-        sources = {"printed": PRINTED[name], "notebook": NOTEBOOK[name]}
+        sources = {"printed": PRINTED[record], "notebook": NOTEBOOK[record]}
         if len(sizes) > 1:  # the paper names the first; the other is what its code ran
             sources.pop("notebook" if eps == sizes[0] else "printed")
             lines += ["", f"l2 size {eps:g}:", ""]
+        boards = {name: board.figures_of(attacked, f"{record}/{name}", "l2", eps) for name in NAMES}
+        on_board = any(map(any, boards.values()))
+        headings = (*report.LABELS.values(), *(BOARD if on_board else ()))
         lines.append("| Method | | " + " | ".join(headings) + " |")
         lines.append("|---|---|" + "---|" * len(headings))
         for method, label in NAMES.items():
@@ -84,7 +86,7 @@ def table(name: str, rows: Sequence[report.Row], attacked: Sequence[report.Row])
                     cells += [""] * (len(headings) - len(cells))
                     lines.append(f"| {label} | {source} | " + " | ".join(cells) + " |")
             cells = [report.mean_and_spread(ours, column) for column in report.LABELS]
-            cells += board.figures_of(attacked, f"{name}/{method}", "l2", eps)
+            cells += boards[method] if on_board else []
             lines.append(f"| {label} | ours | " + " | ".join(cells) + " |")
     return lines
 

@@ -30,13 +30,13 @@ def test_what_is_printed_stands_above_ours_and_the_boards_figures_beside(monkeyp
     lines = summary.fill(text).splitlines()
     assert lines[:2] == ["a", "<!-- table cifar10 -->"]
     ours = "| LWA | ours | " + " | ".join(["0.5000"] * 6) + " |  | 0.4000 |  |"
-    plain = "| LWA | ours | " + " | ".join(["0.5000"] * 6) + " |  |  |  |"
+    plain = "| LWA | ours | " + " | ".join(["0.5000"] * 6) + " |"  # not on the board
     # The size that the paper names, then the one that its code amounts to.
     assert lines[lines.index("l2 size 0.5:") + 4 :][:2] == [
         "| LWA | printed | 0.838 | 0.776 | 0.606 | 0.492 | 0.520 |  |  |  |  |", ours,
     ]  # fmt: skip
     assert lines[lines.index("l2 size 0.25:") + 4 :][:3] == [
-        "| LWA | notebook | 0.864 | 0.831 | 0.803 | 0.760 | 0.750 |  |  |  |  |", plain,
+        "| LWA | notebook | 0.864 | 0.831 | 0.803 | 0.760 | 0.750 |  |", plain,
         "<!-- end -->",
     ]  # fmt: skip
     assert lines[-3:] == ["b", "<!-- table none -->", "<!-- end -->"]
