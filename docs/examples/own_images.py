@@ -33,7 +33,8 @@ class Net(nn.Module):
 
 
 def main(folder):
-    x, y, classes = images(folder / "train")
+    *data, classes = images(folder / "train")
+    x, y = map(jnp.asarray, data)
     net, key, steps = Net(classes), jax.random.key(0), len(x) // BATCH
     tx = optax.adam(optax.cosine_decay_schedule(1e-3, EPOCHS * steps))
     size = optax.linear_schedule(0, EPS, 2 * steps)  # the adversary grows for two epochs
@@ -42,7 +43,7 @@ def main(folder):
     state = jaxadv.train.init(net.init(key, x[:1]), tx, key=key)
     for number in range(EPOCHS):
         order = jax.random.permutation(jax.random.key(number), len(x))[: steps * BATCH]
-        state, info = epoch(state, (jnp.asarray(x), jnp.asarray(y)), order.reshape(steps, BATCH))
+        state, info = epoch(state, (x, y), order.reshape(steps, BATCH))
     x, y, _ = images(folder / "test")
     found = jaxadv.evaluate.ensemble(
         net.apply, state.params, x, y, jaxadv.attack.standard("l2"),
