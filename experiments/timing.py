@@ -60,7 +60,7 @@ def _time(call: Call, seconds: float) -> float:
     while (elapsed := time.perf_counter() - start) < seconds or n == 0:
         result = call()
         n += 1
-        if n % 5 == 0 or elapsed > seconds / 5:  # short calls may queue, long ones are waited for
+        if n % 5 == 1 or elapsed > seconds / 5:  # short calls may queue, long ones are waited for
             jax.block_until_ready(result)
     jax.block_until_ready(result)
     return (time.perf_counter() - start) / n
