@@ -148,12 +148,24 @@ def test_the_memory_is_that_of_a_chunk():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all classes go back at once")
-@pytest.mark.parametrize(("n", "chunk"), [(1, 99), (8, 12), (25, 4), (256, 1)])
-def test_on_cpu_a_hundred_rows_go_back_at_once(n, chunk):
-    def memory(chunk):
-        return compiled(n, chunk=chunk).memory_analysis().temp_size_in_bytes
+def test_on_cpu_as_many_classes_go_back_at_once_as_a_cache_holds(monkeypatch):
+    def memory(cached, n=8, **kwargs):
+        monkeypatch.setattr(perturb, "_CACHED", cached)
+        return compiled(n, **kwargs).memory_analysis().temp_size_in_bytes
 
-    assert memory(None) == memory(chunk)
+    one, every = (memory(1, chunk=chunk) for chunk in (1, 99))
+    assert memory(0) == memory(50_000) == one
+    assert memory(10**9) == every
+    # XLA keeps less than all that is computed: some of it takes the place of what is done with.
+    assert one < memory(1_000_000) < 1_000_000 < every
+    assert one < memory(1_000_000, n=16) < 1_000_000
+
+
+@pytest.mark.parametrize(("chunk", "size"), [(5, 3), (4, 3), (3, 3), (2, 2), (1, 1)])
+def test_chunks_are_of_one_size(problem, chunk, size):
+    program = jax.make_jaxpr(partial(perturb.alpha, net, eps=0.5, chunk=chunk))(*problem)
+    (loop,) = (eqn for eqn in program.eqns if eqn.primitive.name == "scan")
+    assert loop.invars[-1].aval.shape == ((K - 1) // size, B, size)
 
 
 def test_the_cost_is_one_pass_back_for_each_candidate():
