@@ -69,6 +69,9 @@ def start(settings: Settings = Settings()) -> Console:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         compiled = data.cache_directory() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # A run compiles a hundred programs, of which few take the second that JAX asks for.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return Console(quiet=not first_process())
 
 

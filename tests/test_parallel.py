@@ -170,3 +170,18 @@ def test_a_single_process_prints(capsys, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # or the rest of the tests would have one
     parallel.start(parallel.Settings()).print("here")
     assert "here" in capsys.readouterr().out
+
+
+def test_what_takes_a_tenth_of_a_second_to_compile_is_kept_unless_said_otherwise(monkeypatch):
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    try:
+        monkeypatch.setenv(name.upper(), str(before))
+        parallel.start()
+        assert getattr(jax.config, name) == before
+        monkeypatch.delenv(name.upper())
+        parallel.start()
+        assert getattr(jax.config, name) == 0.1
+    finally:
+        jax.config.update(name, before)
