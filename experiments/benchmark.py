@@ -494,14 +494,15 @@ def devices(settings: Settings) -> Figures:
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= jax.device_count()]
     calls: dict[str, Call] = {}
     losses: dict[int, list[float]] = {}
+    states: dict[int, train.TrainState] = {}
     for n in counts:
         mesh = parallel.mesh(parallel.Devices(devices=n), len(x))
         batch = parallel.spread(mesh, (x, y))
-        carried = parallel.replicate(mesh, train.init(params, tx, key=jax.random.key(1)))
+        states[n] = parallel.replicate(mesh, train.init(params, tx, key=jax.random.key(1)))
         losses[n] = []
 
-        def go(batch: Any = batch, of: list[Any] = [carried], n: int = n) -> Any:  # noqa: B006
-            of[0], info = step(of[0], batch)
+        def go(batch: Any = batch, n: int = n) -> Any:
+            states[n], info = step(states[n], batch)
             losses[n].append(float(info.loss))
             return info.loss
 

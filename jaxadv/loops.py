@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial, wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def body(function: F) -> F:
         results = _evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves((args, kwargs)))
         return jax.tree.unflatten(jax.tree.structure(shape), results)
 
-    return fast  # type: ignore[return-value]
+    return cast(F, fast)
 
 
 def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
