@@ -223,7 +223,7 @@ def load(settings: Settings) -> Problem:
         "experiment": "evaluate",
         "method": settings.name or _short_name(settings),
         "network": network,
-        "weights": _digest(params),
+        "weights": digest(params),
         "data": source,
         "subtract": subtract,
         "divide": divide,
@@ -239,7 +239,8 @@ def _short_name(settings: Settings) -> str:
     return settings.net if ":" in settings.net else f"{path.parents[1].name}/{path.parent.name}"
 
 
-def _digest(params: Params) -> str:
+def digest(params: Params) -> str:
+    """Return what identifies the parameters of a row."""
     content = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         content.update(np.ascontiguousarray(leaf).tobytes())

@@ -7,7 +7,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from experiments import board, models, report
+from experiments import board, evaluate, models, report
 
 
 def row(method, attack, robust, eps=1.5, n=100, **extra):
@@ -81,3 +81,16 @@ def test_it_attacks_each_net_of_the_record_under_each_threat(settings):
 def test_a_record_without_nets_is_an_error(settings):
     with pytest.raises(FileNotFoundError, match="got none; train them first"):
         board.run(dataclasses.replace(settings, record="cifar10"), Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("folder", ["board", "autoattack", "autoattack/reference"])
+def test_recorded_figures_are_of_the_recorded_weights(folder):
+    rows = report.load_rows(board.RESULTS / folder / "results.json")
+    found = {
+        method: evaluate.digest(
+            evaluate.load_weights(board.RESULTS / method / "params.safetensors")
+        )
+        for method in {row["method"] for row in rows}
+    }
+    assert found
+    assert {(row["method"], row["weights"]) for row in rows} == set(found.items())
