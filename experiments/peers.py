@@ -48,7 +48,7 @@ def torch_net(params: Mapping[str, Any]) -> Any:
     from torch import nn
     from torch.nn import functional
 
-    class Net(nn.Module):  # type: ignore[misc]  # PyTorch may not be installed
+    class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             for name, layer in params["params"].items():

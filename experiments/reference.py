@@ -1,9 +1,11 @@
-"""AutoAttack as its authors published it, on the same nets and images: a check from outside.
+r"""AutoAttack as its authors published it, on the same nets and images: a check from outside.
 
     python -m venv reference
     reference/bin/pip install -e . -c constraints.txt torch
-    reference/bin/pip install "git+https://github.com/fra31/auto-attack@a39220048b3c9f2cca9a4d3a54604793c68eca7e"
-    reference/bin/python experiments/reference.py experiments/results/mnist_mlp/lwa/params.safetensors
+    reference/bin/pip install \
+        "git+https://github.com/fra31/auto-attack@a39220048b3c9f2cca9a4d3a54604793c68eca7e"
+    reference/bin/python experiments/reference.py \
+        experiments/results/mnist_mlp/lwa/params.safetensors
 
 Needs PyTorch and the authors' code, neither of which the project depends on. Each net is built anew
 in PyTorch from its weights and must give the logits that it gives here. Each attack of the ensemble
@@ -12,7 +14,7 @@ what the ones before it have left.
 
 Writes rows to results.json in --out like those of `evaluate`, whose `--attacks apgd-ce apgd-t fab-t
 square standard` and `--name` make ours; `summary` puts both beside each other.
-"""  # noqa: E501  # an address can't be broken
+"""
 
 from __future__ import annotations
 
