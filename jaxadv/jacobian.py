@@ -32,13 +32,14 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxadv import inputs
+from jaxadv import inputs, loops
 from jaxadv.types import ApplyFn, Params
 
 __all__ = [
@@ -53,6 +54,9 @@ __all__ = [
 # Stands for a logit of -inf, or further than this below the largest: far enough that its
 # probability is 0 in any dtype, and finite, so that no derivative meets infinity minus infinity.
 _NEVER = -1e30
+
+
+_CACHED = 20_000_000  # bytes that a pass back may compute and be fast on CPU
 
 
 class Rows(NamedTuple):
@@ -71,6 +75,22 @@ class Rows(NamedTuple):
     d: jax.Array
     log_scale: jax.Array
     log_gap: jax.Array
+
+
+class Nearest(NamedTuple):
+    """For each example, how far it is to J classes, or to the nearest of them: then without J.
+
+    Attributes:
+      order: the least comes first, `[B, J]`; inf where a class can't be reached.
+      distance: the distance or its logarithm, `[B, J]`.
+      d: the direction of steepest approach, of any length, `[B, J, ...]`.
+      reachable: whether there is a way to it, `[B, J]`.
+    """
+
+    order: jax.Array
+    distance: jax.Array
+    d: jax.Array
+    reachable: jax.Array
 
 
 def softmax_jacobian(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:
@@ -260,6 +280,62 @@ def class_pullback(
         return Rows(logits, classes, d, log_scale, log_gap)
 
     return logits, rows_of
+
+
+def nearest(
+    distances: Callable[[jax.Array], Nearest],
+    x: jax.Array,
+    classes: jax.Array,
+    chunk: int | None = None,
+) -> Nearest:
+    """Return the nearest of some classes, gone back for a chunk at a time.
+
+    Args:
+      distances: from classes `[B, J]` to their distances, by J backward passes.
+      x: what the passes go back to, `[B, ...]`.
+      classes: `[B, J]`.
+      chunk: for how many of them at once. None: all; on CPU so few that what their passes compute
+        has a place in a cache.
+    """
+    n_chunks = math.ceil(classes.shape[1] / (chunk or _at_once(distances, classes)))
+    size = math.ceil(classes.shape[1] / n_chunks)
+    # What is left over in the last chunk is its last class, again.
+    classes = jnp.pad(classes, ((0, 0), (0, n_chunks * size - classes.shape[1])), mode="edge")
+    chunks = classes.reshape(classes.shape[0], n_chunks, size).swapaxes(0, 1)
+
+    def nearest_of(classes: jax.Array) -> Nearest:
+        found = distances(classes)
+        at = jnp.arange(classes.shape[0]), jnp.argmin(found.order, axis=1)
+        return jax.tree.map(lambda leaf: leaf[at], found)
+
+    def nearer(best: Nearest, classes: jax.Array) -> tuple[Nearest, None]:
+        other = nearest_of(classes)
+        less = (other.order < best.order) | jnp.isnan(other.order)
+        return jax.tree.map(
+            lambda new, old: jnp.where(inputs.batched(less, new), new, old), other, best
+        ), None
+
+    if n_chunks == 1:
+        return nearest_of(classes)
+    of_one = jax.eval_shape(nearest_of, chunks[0])
+    none = Nearest(
+        order=jnp.full_like(classes[:, 0], jnp.inf, of_one.order.dtype),
+        distance=jnp.zeros_like(classes[:, 0], of_one.distance.dtype),
+        d=jnp.zeros_like(x, of_one.d.dtype),
+        reachable=jnp.zeros_like(classes[:, 0], bool),
+    )
+    # All of them in the loop, where the pass back is compiled once.
+    best, _ = jax.lax.scan(loops.body(nearer), none, chunks)
+    return best
+
+
+def _at_once(go_back: Callable[[jax.Array], Nearest], classes: jax.Array) -> int:
+    """Say for how many classes `[B, J]` at once a pass back through a net is fastest."""
+    if jax.default_backend() != "cpu":
+        return classes.shape[1]
+    steps = jax.make_jaxpr(go_back)(classes[:, :1]).eqns
+    of_one = sum(v.aval.size * v.aval.dtype.itemsize for step in steps for v in step.outvars)
+    return max(_CACHED // max(of_one, 1), 1)
 
 
 def other_classes(y: jax.Array, n_classes: int) -> jax.Array:

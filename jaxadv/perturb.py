@@ -23,37 +23,14 @@ Iterated methods with the same signature are in `attack`; `objectives` trains ag
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, norms
+from jaxadv import inputs, jacobian, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["alpha", "loss", "loss_sign", "virtual"]
-
-_CACHED = 20_000_000  # bytes that a pass back may compute and be fast on CPU
-
-
-class _Nearest(NamedTuple):
-    """For each example, of the classes looked at so far the one to go toward.
-
-    Attributes:
-      order: the least comes first, `[B]`: the size's logarithm, inf where the class can't be
-        reached; where x is wrong already, -inf for the likeliest class and inf for the others.
-      log_size: the logarithm of the distance to it, `[B]`.
-      d: the scaled difference, `[B, ...]`.
-      unreachable: whether it can't be reached, `[B]`.
-    """
-
-    order: jax.Array
-    log_size: jax.Array
-    d: jax.Array
-    unreachable: jax.Array
 
 
 def alpha(
@@ -137,65 +114,32 @@ def alpha(
     likeliest = jnp.argmax(others, axis=1)
     wrong = jnp.max(others, axis=1) >= jnp.sum(jnp.where(is_y, z, 0), axis=1)
 
-    def nearest(classes: jax.Array) -> _Nearest:  # of classes [B, J]
+    def distances(classes: jax.Array) -> jacobian.Nearest:  # of classes [B, J]
         rows = rows_of(classes)
         # log of |alpha_y - alpha_j| / ||d_j||_*; double where, for a d_j of 0 has no logarithm.
         vectors = rows.d.reshape(classes.size, *x.shape[1:])
         d_size = norms.norm(vectors, norms.dual(norm)).reshape(classes.shape)
         masked = jnp.isneginf(jnp.take_along_axis(logits, classes, axis=1))
-        unreachable = masked | (d_size == 0)
-        log_size = rows.log_gap - rows.log_scale - jnp.log(jnp.where(unreachable, 1, d_size))
-        order = jnp.where(unreachable, jnp.inf, log_size)
+        reachable = ~masked & (d_size != 0)
+        log_size = rows.log_gap - rows.log_scale - jnp.log(jnp.where(reachable, d_size, 1))
+        order = jnp.where(reachable, log_size, jnp.inf)
         only = jnp.where(classes == likeliest[:, None], -jnp.inf, jnp.inf)
         order = lax.stop_gradient(jnp.where(wrong[:, None], only, order))
-        at = jnp.arange(x.shape[0]), jnp.argmin(order, axis=1)
-        return _Nearest(order[at], log_size[at], rows.d[at], unreachable[at])
-
-    def nearer(best: _Nearest, classes: jax.Array) -> tuple[_Nearest, None]:
-        other = nearest(classes)
-        less = (other.order < best.order) | jnp.isnan(other.order)
-        return jax.tree.map(
-            lambda new, old: jnp.where(inputs.batched(less, new), new, old), other, best
-        ), None
+        return jacobian.Nearest(order, log_size, rows.d, reachable)
 
     classes = jacobian.other_classes(y, n_classes)
     if candidates is not None and candidates < n_classes - 1:
         classes = jnp.sort(lax.top_k(jnp.where(is_y, -jnp.inf, z), candidates)[1], axis=1)
-    n_chunks = math.ceil(classes.shape[1] / (chunk or _at_once(nearest, classes)))
-    size = math.ceil(classes.shape[1] / n_chunks)
-    # What is left over in the last chunk is its last class, again.
-    classes = jnp.pad(classes, ((0, 0), (0, n_chunks * size - classes.shape[1])), mode="edge")
-    chunks = classes.reshape(classes.shape[0], n_chunks, size).swapaxes(0, 1)
-    if n_chunks == 1:
-        best = nearest(classes)  # I
-    else:
-        of_one = jax.eval_shape(nearest, chunks[0])
-        none = _Nearest(
-            order=jnp.full_like(logits, jnp.inf, of_one.order.dtype)[:, 0],
-            log_size=jnp.zeros_like(logits, of_one.log_size.dtype)[:, 0],
-            d=jnp.zeros_like(x, of_one.d.dtype),
-            unreachable=jnp.ones_like(y, bool),
-        )
-        # All of them in the loop, where the pass back is compiled once.
-        best, _ = lax.scan(loops.body(nearer), none, chunks)
+    best = jacobian.nearest(distances, x, classes, chunk)  # I
 
     direction = norms.steepest(best.d.astype(inputs.wide(x.dtype)), norm)
     if eps is None:
-        length = jnp.where(wrong, 0, jnp.exp(jnp.where(wrong, 0, best.log_size)))
+        length = jnp.where(wrong, 0, jnp.exp(jnp.where(wrong, 0, best.distance)))
     else:
         length = inputs.radius(eps, x)
     length = inputs.batched(length, x).astype(direction.dtype)
     r = jnp.where(direction == 0, 0, length * direction)  # 0 times an infinite size is 0
-    return _finish(r, x, y, logits, bounds, unusable=best.unreachable)
-
-
-def _at_once(go_back: Callable[[jax.Array], _Nearest], classes: jax.Array) -> int:
-    """Say for how many classes `[B, J]` at once a pass back through a net is fastest."""
-    if jax.default_backend() != "cpu":
-        return classes.shape[1]
-    steps = jax.make_jaxpr(go_back)(classes[:, :1]).eqns
-    of_one = sum(v.aval.size * v.aval.dtype.itemsize for step in steps for v in step.outvars)
-    return max(_CACHED // max(of_one, 1), 1)
+    return _finish(r, x, y, logits, bounds, unusable=~best.reachable)
 
 
 def loss(

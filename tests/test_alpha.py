@@ -150,7 +150,7 @@ def test_the_memory_is_that_of_a_chunk():
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all classes go back at once")
 def test_on_cpu_as_many_classes_go_back_at_once_as_a_cache_holds(monkeypatch):
     def memory(cached, n=8, **kwargs):
-        monkeypatch.setattr(perturb, "_CACHED", cached)
+        monkeypatch.setattr(jacobian, "_CACHED", cached)
         return compiled(n, **kwargs).memory_analysis().temp_size_in_bytes
 
     one, every = (memory(1, chunk=chunk) for chunk in (1, 99))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadv import attack
+from jaxadv import attack, jacobian
 
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
@@ -218,3 +218,26 @@ def test_r_is_no_longer_than_any_point_of_the_way_that_misled_the_net():
     hits = lead > 2e-4 * np.abs(lead[0]) + 1e-4
     assert hits.any(axis=0).mean() > 0.9
     assert (r <= 1.001 * np.where(hits, sizes, np.inf).min(axis=0)).all()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all classes go back at once")
+def test_on_cpu_deepfool_goes_back_for_as_many_classes_as_a_cache_holds(monkeypatch):
+    rng = np.random.default_rng(0)
+    params = rng.normal(size=(64, 50)).astype(np.float32), np.zeros(50, np.float32)
+    x = rng.normal(size=(8, 64)).astype(np.float32)
+    y = linear(params, x).argmax(axis=1)
+
+    def compiled(cached):
+        monkeypatch.setattr(jacobian, "_CACHED", cached)
+
+        def net(params, x):  # anew, for another program
+            return linear(params, x)
+
+        return deepfool.lower(net, params, x, y).compile()
+
+    one, every = compiled(0), compiled(10**9)
+    # At once there are the differences of 49 classes, each of x's size.
+    every_bytes, one_bytes = (p.memory_analysis().temp_size_in_bytes for p in (every, one))
+    assert every_bytes > 49 * x.nbytes > 3 * one_bytes
+    np.testing.assert_allclose(one(params, x, y), every(params, x, y), rtol=1e-5, atol=1e-6)
+    assert length(one(params, x, y), "l2").min() > 0

@@ -107,20 +107,23 @@ def _logit_step(
     """Return the least step onto the nearest linearised boundary between two logits."""
     logits, pull = jacobian.pullback(apply_fn, params, x)
     n_classes = logits.shape[1]
-    y = jnp.clip(y, 0, n_classes - 1)[:, None]
-    j = jnp.arange(n_classes - 1, dtype=y.dtype)[None]
-    j = j + (j >= y).astype(y.dtype)  # [B, K-1]: each class but y
-    rows = jax.nn.one_hot(j, n_classes) - jax.nn.one_hot(y, n_classes)
-    d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, K-1, ...]
+    y = jnp.clip(y, 0, n_classes - 1)
     z = jacobian.below_largest(logits)
-    behind = jnp.take_along_axis(z, y, axis=1) - jnp.take_along_axis(z, j, axis=1)
-    slope = norms.norm(d.reshape(j.size, *x.shape[1:]), norms.dual(norm)).reshape(j.shape)
-    unreachable = (slope == 0) | jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
-    behind = behind.astype(slope.dtype)
-    size = jnp.where(unreachable, jnp.inf, jnp.abs(behind) / jnp.where(unreachable, 1, slope))
-    row, nearest = jnp.arange(x.shape[0]), jnp.argmin(size, axis=1)
-    size = jnp.where(unreachable[row, nearest], 0, size[row, nearest])
-    direction = norms.steepest(d[row, nearest].astype(size.dtype), norm)
+    z_y = jnp.take_along_axis(z, y[:, None], axis=1)
+    at_y = jax.nn.one_hot(y, n_classes)
+
+    def distances(j: jax.Array) -> jacobian.Nearest:  # to classes [B, J]
+        rows = jax.nn.one_hot(j, n_classes) - at_y[:, None]
+        d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, J, ...]
+        slope = norms.norm(d.reshape(j.size, *x.shape[1:]), norms.dual(norm)).reshape(j.shape)
+        reachable = (slope != 0) & ~jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
+        behind = jnp.abs(z_y - jnp.take_along_axis(z, j, axis=1)).astype(slope.dtype)
+        size = jnp.where(reachable, behind / jnp.where(reachable, slope, 1), jnp.inf)
+        return jacobian.Nearest(size, size, d, reachable)
+
+    best = jacobian.nearest(distances, x, jacobian.other_classes(y, n_classes))
+    size = jnp.where(best.reachable, best.distance, 0)
+    direction = norms.steepest(best.d.astype(size.dtype), norm)
     return inputs.batched(size, x) * direction
 
 
