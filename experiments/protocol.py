@@ -25,7 +25,7 @@ from rich.progress import Progress
 
 from experiments import parallel, report, training
 from experiments.models import Classifier, function, init, train_function
-from jaxadv import attack, evaluate, objectives, perturb
+from jaxadv import attack, evaluate, jacobian, norms, objectives, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Bounds, Objective, Params, PerturbFn, Schedule, TrainFn
 
@@ -37,12 +37,16 @@ __all__ = [
     "MethodName",
     "MultiStep",
     "Net",
+    "OneStep",
     "PaperMethod",
+    "Robust",
     "Settings",
     "Task",
+    "aligned",
     "augmented",
     "averaging",
     "make_objective",
+    "one_step",
     "result",
     "run",
     "shifted",
@@ -102,11 +106,24 @@ class Adversarial(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiStep(Adversarial):
+class Robust(Adversarial):
     """How a net is made that is to withstand iterated attacks: not in the paper.
 
+    Its perturbed images stay in the range of pixels.
+    """
+
+    average: float = 0.0
+    """Share of the past in the moving average of the weights that is the result; 0 for the last."""
+    shift: int = 0
+    """Pixels by which training images are moved at random, at most, either way and up or down."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiStep(Robust):
+    """A net that is made by several steps.
+
     Its adversary is `attack.pgd` for the objectives `adversarial` and `mixed`, and `attack.virtual`
-    for `virtual`, which is then TRADES; perturbed images stay in the range of pixels.
+    for `virtual`, which is then TRADES.
     """
 
     steps: int = 5
@@ -115,10 +132,24 @@ class MultiStep(Adversarial):
     """Whether it starts at a random point of the ball; TRADES always does."""
     weight: float = 1.0
     """Of the divergence, for TRADES."""
-    average: float = 0.0
-    """Share of the past in the moving average of the weights that is the result; 0 for the last."""
-    shift: int = 0
-    """Pixels by which training images are moved at random, at most, either way and up or down."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStep(Robust):
+    """A net that is made by one step, and is to withstand many.
+
+    Trained by one step from x, a net may learn to withstand that step alone: it bends its
+    gradients, so that they lead nowhere from there.
+    """
+
+    noise: float = 0.0
+    """Radius, in units of eps, of the ball that the step starts in, at random."""
+    stride: float = 1.0
+    """Length of the step, in units of eps."""
+    reach: float = 1.0
+    """Radius of the ball that it ends in at the latest."""
+    alignment: float = 0.0
+    """Weight of the angle between the gradients at x and at a random point of the ball of eps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +255,8 @@ def make_objective(
         eps = optax.linear_schedule(0, method.eps, method.warmup * epoch_steps)
     if isinstance(method, MultiStep):
         return _multi_step_objective(apply_fn, train_fn, method, eps, box)
+    if isinstance(method, OneStep):
+        return _one_step_objective(apply_fn, train_fn, method, eps, box)
     adversary = ADVERSARIES[method.adversary]
     if method.objective == "representation":
         return objectives.representation(
@@ -260,6 +293,71 @@ def _multi_step_objective(
     return make(apply_fn, adversary, eps=eps, train_fn=train_fn, bounds=box)
 
 
+def _one_step_objective(
+    apply_fn: ApplyFn,
+    train_fn: TrainFn | None,
+    method: OneStep,
+    eps: float | Schedule,
+    box: Bounds,
+) -> Objective:
+    adversary = partial(one_step, noise=method.noise, stride=method.stride, reach=method.reach)
+    objective = objectives.adversarial(apply_fn, adversary, eps=eps, train_fn=train_fn, bounds=box)
+    if method.alignment:
+        objective = aligned(objective, apply_fn, eps, method.alignment)
+    return objective
+
+
+def one_step(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    /,
+    *,
+    eps: jax.Array,
+    noise: float,
+    stride: float,
+    reach: float,
+    key: jax.Array,
+    bounds: Bounds,
+) -> jax.Array:
+    """Adv_Loss from a random point; `OneStep` says what noise, stride and reach are."""
+    start = norms.sample(jax.random.split(key, len(x)), x, noise * eps, "l2")
+    start = norms.confine(x, start, bounds)
+    step = perturb.loss(apply_fn, params, x + start, y, eps=stride * eps)
+    return norms.confine(x, norms.project(start + step, reach * eps, "l2"), bounds)
+
+
+def aligned(
+    objective: Objective, apply_fn: ApplyFn, eps: float | Schedule, weight: float
+) -> Objective:
+    """Add to an objective how far the gradient turns within the ball: GradAlign.
+
+    That is `weight` times the mean of 1 - cos of the loss's gradients at x and at a random point of
+    the l2 ball of radius eps (Andriushchenko and Flammarion, "Understanding and Improving Fast
+    Adversarial Training", 2020).
+    """
+
+    def penalised(
+        params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
+    ) -> Any:
+        x, y = batch
+        start_key, key = jax.random.split(key)
+        size = eps(step) if callable(eps) else eps
+        r = norms.sample(jax.random.split(start_key, len(x)), x, size, "l2")
+
+        @jax.grad
+        def gradient(x: jax.Array) -> jax.Array:  # of a multiple of each example's cross-entropy
+            return jnp.sum(jacobian.margin(apply_fn(params, x), y))
+
+        at, near = (gradient(z).reshape(len(x), -1) for z in (x, x + r.astype(x.dtype)))
+        turned = 1 - optax.losses.cosine_similarity(at, near, epsilon=1e-12)
+        loss, rest = objective(params, model_state, batch, key=key, step=step)
+        return loss + weight * jnp.mean(turned), rest
+
+    return penalised
+
+
 class Averaged(NamedTuple):
     """The state of `averaging`."""
 
@@ -287,7 +385,7 @@ def averaging(decay: float) -> optax.GradientTransformation:
 
 def result(method: Method, state: TrainState) -> Params:
     """Return what training has made: the average of the weights if there is one, or the last."""
-    if isinstance(method, MultiStep) and method.average:
+    if isinstance(method, Robust) and method.average:
         return optax.tree_utils.tree_get(state.opt_state, "average")
     return state.params
 
@@ -344,7 +442,7 @@ def optimiser(method: Method, settings: Settings, epoch_steps: int) -> optax.Gra
     if settings.weight_decay:
         kernels = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
         sgd = optax.chain(optax.add_decayed_weights(settings.weight_decay, kernels), sgd)
-    if isinstance(method, MultiStep) and method.average:
+    if isinstance(method, Robust) and method.average:
         return optax.chain(sgd, averaging(method.average))
     return sgd
 
@@ -358,7 +456,7 @@ def train(
     init_key, fit_key = jax.random.split(jax.random.key(seed))
     epoch_steps = len(task.train.y) // settings.batch_size
     objective = make_objective(net, method, epoch_steps, task.box)
-    if isinstance(method, MultiStep) and method.shift:
+    if isinstance(method, Robust) and method.shift:
         objective = augmented(objective, shifted(method.shift))
     if task.augment:
         objective = augmented(objective, task.augment)

@@ -177,7 +177,7 @@ def drawn(settings: Settings, objective: Objective) -> Objective:
 def optimiser(settings: Settings, epoch_steps: int) -> optax.GradientTransformation:
     """Return SGD with momentum, its rate by a cosine to 0, as the experiments have it."""
     return protocol.optimiser(
-        protocol.MultiStep((), settings.epochs, settings.lr, average=settings.average),
+        protocol.Robust((), settings.epochs, settings.lr, average=settings.average),
         protocol.Settings(
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
