@@ -28,7 +28,7 @@ import tyro
 from rich.console import Console
 
 from experiments import figures, mnist, parallel, protocol, report
-from experiments.protocol import Adversarial, Method
+from experiments.recipes import Adversarial, Method
 
 WIDTHS = (500, 500)
 Group = Literal["inner adversary of LWA", "objective", "training size of LWA", "split of LWA_Rep"]

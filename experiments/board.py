@@ -27,7 +27,7 @@ import tyro
 from rich.console import Console
 
 from experiments import evaluate, parallel, report
-from experiments.protocol import NAMES
+from experiments.recipes import NAMES
 from jaxadv.types import Norm
 
 __all__ = ["COLUMNS", "Settings", "figures_of", "run", "tables"]

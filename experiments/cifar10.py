@@ -31,9 +31,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, figures, parallel, protocol, report
+from experiments import data, figures, parallel, protocol, recipes, report
 from experiments.models import Classifier, vgg
-from experiments.protocol import NAMES, Adversarial, Images, Method, PaperMethod
+from experiments.protocol import Images
+from experiments.recipes import NAMES, Adversarial, Method, PaperMethod
 
 CROP = 28
 
@@ -163,7 +164,7 @@ def make_task(settings: Settings) -> protocol.Task:
     """Return the data and nets of the table."""
 
     def make_net(method: Method) -> Classifier:
-        split = protocol.split_of(method)
+        split = recipes.split_of(method)
         return vgg(method.widths, width=settings.width, dropout=method.dropout, **split)
 
     def network(method: Method) -> str:

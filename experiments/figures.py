@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from experiments import report
-from experiments.protocol import NAMES
+from experiments.recipes import NAMES
 
 __all__ = ["draw", "draw_history"]
 

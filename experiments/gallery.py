@@ -37,7 +37,7 @@ from rich.console import Console
 
 from experiments import evaluate, figures, models, report
 from experiments.figures import COLOURS
-from experiments.protocol import NAMES
+from experiments.recipes import NAMES
 from jaxadv import attack, objectives, perturb, train
 from jaxadv.types import PerturbFn
 

@@ -36,17 +36,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, figures, parallel, protocol, report
+from experiments import data, figures, parallel, protocol, recipes, report
 from experiments.models import Classifier, lenet, mlp
-from experiments.protocol import (
-    NAMES,
-    Adversarial,
-    Images,
-    Method,
-    MethodName,
-    MultiStep,
-    Net,
-)
+from experiments.protocol import Images, Net
+from experiments.recipes import NAMES, Adversarial, Method, MethodName, MultiStep
 from jaxadv import evaluate, perturb
 
 
@@ -163,7 +156,7 @@ def make_task(settings: Settings) -> protocol.Task:
 
     def make_net(method: Method) -> Classifier:
         build = mlp if settings.network == "mlp" else lenet
-        return build(method.widths, dropout=method.dropout, **protocol.split_of(method))
+        return build(method.widths, dropout=method.dropout, **recipes.split_of(method))
 
     def network(method: Method) -> str:
         widths = "x".join(map(str, method.widths))

@@ -31,7 +31,7 @@ import tyro
 from rich.console import Console
 
 from experiments import evaluate, mnist, parallel, protocol, report
-from experiments.protocol import MultiStep, OneStep, Robust
+from experiments.recipes import MultiStep, OneStep, Robust
 
 NAMES = {
     "from_x": "one step from x (LWA)",

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
 from experiments import board, cifar10, evaluate, mnist, report
-from experiments.protocol import NAMES
+from experiments.recipes import NAMES
 
 __all__ = ["fill"]
 

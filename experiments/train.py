@@ -35,7 +35,7 @@ import tyro
 from flax import linen as nn
 from rich.console import Console
 
-from experiments import data, figures, models, parallel, protocol, report, training
+from experiments import data, figures, models, parallel, recipes, report, training
 from experiments import evaluate as evaluation
 from jaxadv import attack, evaluate, objectives, perturb
 from jaxadv.train import TrainState
@@ -161,7 +161,7 @@ def make_objective(settings: Settings, net: nn.Module, epoch_steps: int) -> Obje
 
 def drawn(settings: Settings, objective: Objective) -> Objective:
     """Return the objective on pixels as bytes, scaled, and moved and mirrored at random."""
-    shift = protocol.shifted(settings.shift)
+    shift = recipes.shifted(settings.shift)
 
     def draw(key: jax.Array, pixels: jax.Array) -> jax.Array:
         shift_key, mirror_key = jax.random.split(key)
@@ -171,19 +171,17 @@ def drawn(settings: Settings, objective: Objective) -> Objective:
             x = jnp.where(mirrored, x[:, :, ::-1], x)
         return shift(shift_key, x) if settings.shift else x
 
-    return protocol.augmented(objective, draw)
+    return recipes.augmented(objective, draw)
 
 
 def optimiser(settings: Settings, epoch_steps: int) -> optax.GradientTransformation:
     """Return SGD with momentum, its rate by a cosine to 0, as the experiments have it."""
-    return protocol.optimiser(
-        protocol.Robust((), settings.epochs, settings.lr, average=settings.average),
-        protocol.Settings(
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            lr_warmup=settings.lr_warmup,
-        ),
+    return recipes.optimiser(
+        recipes.Robust((), settings.epochs, settings.lr, average=settings.average),
         epoch_steps,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        lr_warmup=settings.lr_warmup,
     )
 
 

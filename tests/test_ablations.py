@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from experiments import ablations, protocol, report
+from experiments import ablations, recipes, report
 from experiments.models import init, mlp
-from experiments.protocol import Adversarial
+from experiments.recipes import Adversarial
 
 
 def test_every_net_of_every_question_is_made_and_no_other():
@@ -48,7 +48,7 @@ def test_each_objective_and_adversary_gives_another_loss():
     for name, method in ablations.methods(ablations.Settings()).items():
         if isinstance(method, Adversarial) and method.objective == "representation":
             continue
-        objective = jax.jit(protocol.make_objective(net, method, 10))
+        objective = jax.jit(recipes.make_objective(net, method, 10))
         value, _ = objective(params, None, (x, jnp.arange(6)), key=jax.random.key(2), step=100)
         losses[name] = float(value)
     assert len(set(losses.values())) == len(losses)
@@ -59,7 +59,7 @@ def test_each_objective_and_adversary_gives_another_loss():
 @pytest.mark.slow
 def test_rows_say_which_questions_they_answer(tmp_path, monkeypatch):
     small = {
-        "normal": protocol.Method((9,), 1, 0.1),
+        "normal": recipes.Method((9,), 1, 0.1),
         "rep_1": Adversarial((9,), 1, 0.1, objective="representation", eps=0.1, split=1),
         "lwa": Adversarial((9,), 1, 0.1),
     }

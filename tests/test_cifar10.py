@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from experiments import cifar10, protocol, report, training
+from experiments import cifar10, protocol, recipes, report, training
 from experiments.models import vgg
 
 CLASSES = "abcdefghij"
@@ -154,7 +154,7 @@ def test_images_are_drawn_anew_in_every_step():
         return 0.0, (model_state, None)
 
     pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)), jnp.uint8)
-    drawn = protocol.augmented(objective, cifar10.crop_and_mirror)
+    drawn = recipes.augmented(objective, cifar10.crop_and_mirror)
     for k in (0, 1, 0):
         drawn(None, None, (pixels, jnp.zeros(4)), key=jax.random.key(k), step=0)
     np.testing.assert_array_equal(seen[0], seen[2])

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from experiments import data, mnist, models, protocol, report
+from experiments import data, mnist, models, protocol, recipes, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,7 +39,7 @@ def small(monkeypatch):
     monkeypatch.setattr(data, "mnist", lambda: data.Dataset(*digits(300, 0), *digits(120, 1)))
     tiny = {
         name: dataclasses.replace(getattr(mnist.MLP, name), widths=(12, 11), epochs=2)
-        for name in protocol.NAMES
+        for name in recipes.NAMES
     }
     return mnist.Settings(batch_size=20, pgd_steps=3, n_eval=100, **tiny)
 
@@ -183,7 +183,7 @@ def test_dropout_acts_with_every_method():
         method = dataclasses.replace(getattr(mnist.MLP, name), widths=(5, 4), dropout=0.5)
         net = models.mlp(method.widths, dropout=method.dropout)
         params = models.init(net, jax.random.key(0), x)
-        objective = jax.jit(protocol.make_objective(net, method, 10))
+        objective = jax.jit(recipes.make_objective(net, method, 10))
         losses = [
             float(objective(params, None, (x, y), key=jax.random.key(k), step=0)[0]) for k in (1, 2)
         ]

@@ -1,0 +1,365 @@
+"""How nets are made: by what objective, against what adversary, by which optimiser.
+
+A recipe is a `Method`, or one of its kinds:
+
+- `Adversarial`: the paper's LWA, LWA_Rep, Goodfellow's and Miyato's.
+- `MultiStep` and `OneStep`, which are `Robust`: nets that are to withstand iterated attacks.
+
+`make_objective`, `optimiser` and `result` make of it what `jaxadv.train` takes, and take from the
+last state what is to be scored. `protocol` trains and scores nets by these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.models import Classifier, function, train_function
+from jaxadv import attack, jacobian, norms, objectives, perturb
+from jaxadv.train import TrainState
+from jaxadv.types import ApplyFn, Bounds, Objective, Params, PerturbFn, Schedule, TrainFn
+
+__all__ = [
+    "NAMES",
+    "Adversarial",
+    "Method",
+    "MethodName",
+    "MultiStep",
+    "OneStep",
+    "PaperMethod",
+    "Robust",
+    "aligned",
+    "augmented",
+    "averaging",
+    "make_objective",
+    "one_step",
+    "optimiser",
+    "result",
+    "shifted",
+    "split_of",
+]
+
+PaperMethod = Literal["normal", "dropout", "goodfellow", "lwa", "lwa_rep"]
+MethodName = PaperMethod | Literal["lwa_noisy", "lwa_multi", "trades"]
+NAMES: dict[str, str] = {
+    "normal": "Normal",
+    "dropout": "Dropout",
+    "goodfellow": "Goodfellow",
+    "lwa": "LWA",
+    "lwa_rep": "LWA_Rep",
+    "lwa_noisy": "LWA, random start",
+    "lwa_multi": "LWA, multi-step",
+    "trades": "TRADES",
+}
+
+ADVERSARIES: dict[str, PerturbFn] = {
+    "alpha": perturb.alpha,
+    "loss": perturb.loss,
+    "loss_sign": perturb.loss_sign,
+    "virtual": perturb.virtual,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a net is made."""
+
+    widths: tuple[int, ...]
+    """Sizes of the hidden dense layers."""
+    epochs: int
+    """Passes over the training images."""
+    lr: float
+    """Greatest learning rate; it falls to 0 by a cosine."""
+    dropout: float = 0.0
+    """Probability of dropping a hidden dense unit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversarial(Method):
+    """How a net that has an adversary is made."""
+
+    objective: Literal["adversarial", "mixed", "virtual", "representation"] = "adversarial"
+    """Which objective of jaxadv.objectives."""
+    adversary: Literal["alpha", "loss", "loss_sign", "virtual"] = "loss"
+    """Which perturbation of jaxadv.perturb."""
+    eps: float = 1.5
+    """l2 size of the training perturbations, the paper's c; relative to ||h|| for LWA_Rep."""
+    warmup: int = 0
+    """Epochs over which that size rises from 0."""
+    split: int = 0
+    """Blocks and dense layers before the perturbed representation; 0 for where the paper has it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Robust(Adversarial):
+    """How a net is made that is to withstand iterated attacks: not in the paper.
+
+    Its perturbed images stay in the range of pixels.
+    """
+
+    average: float = 0.0
+    """Share of the past in the moving average of the weights that is the result; 0 for the last."""
+    shift: int = 0
+    """Pixels by which training images are moved at random, at most, either way and up or down."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiStep(Robust):
+    """A net that is made by several steps.
+
+    Its adversary is `attack.pgd` for the objectives `adversarial` and `mixed`, and `attack.virtual`
+    for `virtual`, which is then TRADES.
+    """
+
+    steps: int = 5
+    """Of the adversary; each of 2.5 eps / steps."""
+    random_start: bool = True
+    """Whether it starts at a random point of the ball; TRADES always does."""
+    weight: float = 1.0
+    """Of the divergence, for TRADES."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStep(Robust):
+    """A net that is made by one step, and is to withstand many.
+
+    Trained by one step from x, a net may learn to withstand that step alone: it bends its
+    gradients, so that they lead nowhere from there.
+    """
+
+    noise: float = 0.0
+    """Radius, in units of eps, of the ball that the step starts in, at random."""
+    stride: float = 1.0
+    """Length of the step, in units of eps."""
+    reach: float = 1.0
+    """Radius of the ball that it ends in at the latest."""
+    alignment: float = 0.0
+    """Weight of the angle between the gradients at x and at a random point of the ball of eps."""
+
+
+def split_of(method: Method) -> dict[str, int]:
+    """Return the argument that puts the split of a net elsewhere than where the paper has it."""
+    return {"split": method.split} if isinstance(method, Adversarial) and method.split else {}
+
+
+def make_objective(
+    net: Classifier, method: Method, epoch_steps: int, box: Bounds = (0.0, 1.0)
+) -> Objective:
+    """Return what a method minimises."""
+    apply_fn = function(net)
+    train_fn = train_function(net) if net.dropout else None
+    if not isinstance(method, Adversarial):
+        return objectives.natural(apply_fn, train_fn=train_fn)
+    eps: float | Schedule = method.eps
+    if method.warmup:
+        eps = optax.linear_schedule(0, method.eps, method.warmup * epoch_steps)
+    if isinstance(method, MultiStep):
+        return _multi_step_objective(apply_fn, train_fn, method, eps, box)
+    if isinstance(method, OneStep):
+        return _one_step_objective(apply_fn, train_fn, method, eps, box)
+    adversary = ADVERSARIES[method.adversary]
+    if method.objective == "representation":
+        return objectives.representation(
+            function(net, "encode"),
+            function(net, "classify"),
+            adversary,
+            # As the authors' script has it: a net escapes an absolute size by scaling features up.
+            eps=objectives.Relative(eps),
+            encode_train_fn=train_function(net, "encode") if net.dropout else None,
+            classify_train_fn=train_function(net, "classify") if net.dropout else None,
+        )
+    make = {
+        "adversarial": objectives.adversarial,
+        "mixed": objectives.mixed,
+        "virtual": objectives.virtual,
+    }[method.objective]
+    return make(apply_fn, adversary, eps=eps, train_fn=train_fn)
+
+
+def _multi_step_objective(
+    apply_fn: ApplyFn,
+    train_fn: TrainFn | None,
+    method: MultiStep,
+    eps: float | Schedule,
+    box: Bounds,
+) -> Objective:
+    if method.objective == "virtual":
+        adversary: PerturbFn = partial(attack.virtual, steps=method.steps)
+        return objectives.virtual(
+            apply_fn, adversary, eps=eps, weight=method.weight, train_fn=train_fn, bounds=box
+        )
+    adversary = partial(attack.pgd, steps=method.steps, random_start=method.random_start)
+    make = {"adversarial": objectives.adversarial, "mixed": objectives.mixed}[method.objective]
+    return make(apply_fn, adversary, eps=eps, train_fn=train_fn, bounds=box)
+
+
+def _one_step_objective(
+    apply_fn: ApplyFn,
+    train_fn: TrainFn | None,
+    method: OneStep,
+    eps: float | Schedule,
+    box: Bounds,
+) -> Objective:
+    adversary = partial(one_step, noise=method.noise, stride=method.stride, reach=method.reach)
+    objective = objectives.adversarial(apply_fn, adversary, eps=eps, train_fn=train_fn, bounds=box)
+    if method.alignment:
+        objective = aligned(objective, apply_fn, eps, method.alignment)
+    return objective
+
+
+def one_step(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    /,
+    *,
+    eps: jax.Array,
+    noise: float,
+    stride: float,
+    reach: float,
+    key: jax.Array,
+    bounds: Bounds,
+) -> jax.Array:
+    """Adv_Loss from a random point; `OneStep` says what noise, stride and reach are."""
+    start = norms.sample(jax.random.split(key, len(x)), x, noise * eps, "l2")
+    start = norms.confine(x, start, bounds)
+    step = perturb.loss(apply_fn, params, x + start, y, eps=stride * eps)
+    return norms.confine(x, norms.project(start + step, reach * eps, "l2"), bounds)
+
+
+def aligned(
+    objective: Objective, apply_fn: ApplyFn, eps: float | Schedule, weight: float
+) -> Objective:
+    """Add to an objective how far the gradient turns within the ball: GradAlign.
+
+    That is `weight` times the mean of 1 - cos of the loss's gradients at x and at a random point of
+    the l2 ball of radius eps (Andriushchenko and Flammarion, "Understanding and Improving Fast
+    Adversarial Training", 2020).
+    """
+
+    def penalised(
+        params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
+    ) -> Any:
+        x, y = batch
+        start_key, key = jax.random.split(key)
+        size = eps(step) if callable(eps) else eps
+        r = norms.sample(jax.random.split(start_key, len(x)), x, size, "l2")
+
+        @jax.grad
+        def gradient(x: jax.Array) -> jax.Array:  # of a multiple of each example's cross-entropy
+            return jnp.sum(jacobian.margin(apply_fn(params, x), y))
+
+        at, near = (gradient(z).reshape(len(x), -1) for z in (x, x + r.astype(x.dtype)))
+        turned = 1 - optax.losses.cosine_similarity(at, near, epsilon=1e-12)
+        loss, rest = objective(params, model_state, batch, key=key, step=step)
+        return loss + weight * jnp.mean(turned), rest
+
+    return penalised
+
+
+class Averaged(NamedTuple):
+    """The state of `averaging`."""
+
+    steps: jax.Array
+    average: Params
+
+
+def averaging(decay: float) -> optax.GradientTransformation:
+    """Keep a moving average of the parameters in the optimiser's state; last in a chain.
+
+    The first steps count equally, so that the initial parameters are soon forgotten.
+    """
+
+    def start(params: Params) -> Averaged:
+        return Averaged(jnp.zeros((), jnp.int32), params)
+
+    def update(updates: Any, state: Averaged, params: Params = None) -> tuple[Any, Averaged]:
+        new = optax.apply_updates(params, updates)
+        steps = state.steps + 1
+        step_size = jnp.maximum(1 - decay, 1 / steps)
+        return updates, Averaged(steps, optax.incremental_update(new, state.average, step_size))
+
+    return optax.GradientTransformation(start, update)
+
+
+def result(method: Method, state: TrainState) -> Params:
+    """Return what training has made: the average of the weights if there is one, or the last."""
+    if isinstance(method, Robust) and method.average:
+        return optax.tree_utils.tree_get(state.opt_state, "average")
+    return state.params
+
+
+def augmented(
+    objective: Objective, augment: Callable[[jax.Array, jax.Array], jax.Array]
+) -> Objective:
+    """Return an objective that first draws a variant of each image, by the step's key."""
+
+    def draw(
+        params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
+    ) -> Any:
+        x, y = batch
+        image_key, key = jax.random.split(key)
+        return objective(params, model_state, (augment(image_key, x), y), key=key, step=step)
+
+    return draw
+
+
+def shifted(pixels: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return `(key, x) -> x`, which moves each image by at most so many pixels, over zeros."""
+
+    def shift(key: jax.Array, x: jax.Array) -> jax.Array:
+        around = (pixels, pixels)
+        padded = jnp.pad(x, ((0, 0), around, around, (0, 0)))
+
+        def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), x.shape[1:])
+
+        corners = jax.random.randint(key, (len(x), 2), 0, 2 * pixels + 1)
+        return jax.vmap(cut)(padded, corners)
+
+    return shift
+
+
+def optimiser(
+    method: Method,
+    epoch_steps: int,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    lr_warmup: int = 0,
+) -> optax.GradientTransformation:
+    """Return SGD with momentum, its rate by a cosine to 0.
+
+    Args:
+      method: whose epochs and rate.
+      epoch_steps: steps of an epoch.
+      momentum: of SGD.
+      weight_decay: added to the gradients of the kernels, per unit of weight.
+      lr_warmup: epochs over which the rate rises from 0.
+
+    Raises:
+      ValueError: if the rate would rise for the whole of the training, or longer.
+    """
+    if lr_warmup >= method.epochs:
+        raise ValueError(
+            f"expected fewer epochs of rising rate than {method.epochs}, the epochs in all, got "
+            f"lr_warmup = {lr_warmup}; lower it, or train longer"
+        )
+    total = method.epochs * epoch_steps
+    lr = optax.cosine_decay_schedule(method.lr, total)
+    if lr_warmup:
+        lr = optax.warmup_cosine_decay_schedule(0, method.lr, lr_warmup * epoch_steps, total)
+    sgd = optax.sgd(lr, momentum=momentum)
+    if weight_decay:
+        kernels = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+        sgd = optax.chain(optax.add_decayed_weights(weight_decay, kernels), sgd)
+    if isinstance(method, Robust) and method.average:
+        return optax.chain(sgd, averaging(method.average))
+    return sgd

@@ -1,0 +1,213 @@
+"""How nets are made: adversaries of several steps and of one, averaged weights, moved images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import recipes
+from experiments.models import function, init, mlp
+from experiments.recipes import MultiStep, OneStep
+from jaxadv import attack, norms, objectives, perturb, train
+
+KEY = jax.random.key(0)
+NET = mlp((6, 5))
+
+
+def problem():
+    x = jax.random.uniform(jax.random.key(1), (12, 4, 4, 1))
+    return init(NET, KEY, x), x, jnp.arange(12) % 10
+
+
+def value(objective):
+    params, x, y = problem()
+    loss, (_, aux) = objective(params, None, (x, y), key=KEY, step=jnp.int32(3))
+    return loss, aux
+
+
+METHODS = {
+    "multi": (
+        MultiStep((6, 5), 1, 0.1, eps=0.7, steps=4),
+        lambda **kwargs: objectives.adversarial(
+            function(NET), lambda *args, **kw: attack.pgd(*args, steps=4, random_start=True, **kw),
+            **kwargs,
+        ),
+    ),
+    "mixed": (
+        MultiStep((6, 5), 1, 0.1, eps=0.7, steps=2, random_start=False, objective="mixed"),
+        lambda **kwargs: objectives.mixed(
+            function(NET), lambda *args, **kw: attack.pgd(*args, steps=2, **kw), **kwargs
+        ),
+    ),
+    "trades": (
+        MultiStep((6, 5), 1, 0.1, eps=0.7, steps=3, objective="virtual", weight=6.0),
+        lambda **kwargs: objectives.virtual(
+            function(NET), lambda *args, **kw: attack.virtual(*args, steps=3, **kw), weight=6.0,
+            **kwargs,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_multi_step_method_is_its_objective_in_the_box(name):
+    method, make = METHODS[name]
+    box = (-0.1, 0.9)
+    got, aux = value(recipes.make_objective(NET, method, 10, box))
+    want, want_aux = value(make(eps=0.7, bounds=box))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(aux.accuracy, want_aux.accuracy)
+    free, _ = value(make(eps=0.7))
+    assert free != got  # the box is in the way
+
+
+def test_its_size_rises_over_the_first_epochs():
+    method = MultiStep((6, 5), 4, 0.1, eps=0.8, warmup=2, steps=1)
+    _, aux = value(recipes.make_objective(NET, method, 3))  # step 3 of 6
+    np.testing.assert_allclose(aux.eps, 0.4, rtol=1e-6)
+
+
+def test_the_average_is_of_all_at_first_and_moves_with_the_share_of_the_past():
+    decay, tx = 0.75, optax.chain(optax.sgd(0.1), recipes.averaging(0.75))
+    params = {"w": jnp.array([1.0, -2.0])}
+    state = tx.init(params)
+    seen, want = [], None
+    for step in range(1, 9):
+        grads = {"w": params["w"] * step}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(np.asarray(params["w"], np.float64))
+        if step <= 4:  # 1 / step is at least 1 - decay
+            want = np.mean(seen, axis=0)
+        else:
+            want = decay * want + (1 - decay) * seen[-1]
+        average = optax.tree_utils.tree_get(state, "average")["w"]
+        np.testing.assert_allclose(average, want, rtol=1e-6)
+
+
+def test_the_average_is_the_result_where_there_is_one():
+    params, x, y = problem()
+    for average in (0.0, 0.9):
+        method = MultiStep((6, 5), 2, 0.1, eps=0.7, steps=1, average=average)
+        tx = recipes.optimiser(method, 5)
+        state = train.init(params, tx, key=KEY)
+        step = train.make_step(recipes.make_objective(NET, method, 5), tx)
+        for _ in range(3):
+            state, _ = step(state, (x, y))
+        result, last = (
+            jax.tree.leaves(tree) for tree in (recipes.result(method, state), state.params)
+        )
+        same = [np.array_equal(one, other) for one, other in zip(result, last, strict=True)]
+        assert all(same) == (average == 0)
+        assert not average or not any(same)
+
+
+def test_images_are_moved_each_by_itself_and_no_further_than_told():
+    x = jnp.zeros((500, 5, 6, 2)).at[:, 2, 3, 1].set(jnp.arange(1, 501))
+    moved = np.asarray(recipes.shifted(1)(KEY, x))
+    example, row, column, channel = np.nonzero(moved)
+    np.testing.assert_array_equal(example, np.arange(500))
+    np.testing.assert_array_equal(moved[moved > 0], np.arange(1, 501))
+    assert set(channel) == {1}
+    # All nine places, each about as often: 500 / 9 = 56, standard deviation 7.
+    _, counts = np.unique((row - 2) * 3 + column - 3, return_counts=True)
+    assert len(counts) == 9
+    assert 56 - 5 * 7 < min(counts) <= max(counts) < 56 + 5 * 7
+    assert (abs(row - 2) <= 1).all()
+    assert (abs(column - 3) <= 1).all()
+
+
+def test_what_leaves_the_image_is_lost():
+    x = jnp.ones((300, 3, 3, 1))
+    left = np.asarray(recipes.shifted(2)(KEY, x)).sum(axis=(1, 2, 3))
+    assert set(left) == {9.0, 6.0, 3.0, 4.0, 2.0, 1.0}  # (3 or 2 or 1) rows times columns
+
+
+def curved(params, x):
+    """Logits (w . x + c |x|^2 / 2, 0), whose gradients are w + c x and 0."""
+    w, c = params
+    logit = x @ w + c * jnp.sum(x**2, axis=1) / 2
+    return jnp.stack([logit, jnp.zeros_like(logit)], axis=1)
+
+
+BOX = (-0.1, 0.9)
+
+
+@pytest.mark.parametrize(("noise", "stride", "reach"), [(1.0, 1.25, 1.0), (0.5, 1.0, 2.0)])
+def test_the_step_starts_ends_and_stops_where_it_is_told(noise, stride, reach):
+    params, x, y = problem()
+    eps = jnp.float32(0.7)
+    r = recipes.one_step(
+        function(NET), params, x, y, eps=eps, noise=noise, stride=stride, reach=reach, key=KEY,
+        bounds=(-9.0, 9.0),
+    )  # fmt: skip
+    start = norms.sample(jax.random.split(KEY, 12), x, noise * eps, "l2")
+    step = perturb.loss(function(NET), params, x + start, y, eps=stride * eps)
+    end = np.asarray(start + step, np.float64).reshape(12, -1)
+    size = np.linalg.norm(end, axis=1, keepdims=True)
+    want = end * np.minimum(1, reach * 0.7 / size)
+    np.testing.assert_allclose(r.reshape(12, -1), want, rtol=1e-5, atol=1e-6)
+    assert (size > reach * 0.7).all() == (reach == 1)
+
+
+def test_the_step_stays_in_the_box():
+    params, x, y = problem()
+    r = recipes.one_step(
+        function(NET), params, x, y, eps=jnp.float32(2.0), noise=1.0, stride=1.0, reach=2.0,
+        key=KEY, bounds=BOX,
+    )  # fmt: skip
+    inside = (x <= BOX[1]) & (x + r >= BOX[0])
+    assert bool(jnp.all(inside & (x + r <= BOX[1]) | (x > BOX[1]) & (r <= 0)))
+    assert bool(jnp.any(x + r == BOX[1]))
+
+
+def test_without_noise_it_is_lwas():
+    method = OneStep((6, 5), 1, 0.1, eps=0.7)
+    by_hand = objectives.adversarial(function(NET), perturb.loss, eps=0.7, bounds=BOX)
+    got = value(recipes.make_objective(NET, method, 10, BOX))[0]
+    np.testing.assert_allclose(got, value(by_hand)[0], rtol=1e-6)
+
+
+def test_with_noise_it_is_not():
+    one, other = (OneStep((6, 5), 1, 0.1, eps=0.7, noise=noise) for noise in (0.0, 1.0))
+    losses = [value(recipes.make_objective(NET, m, 10, BOX))[0] for m in (one, other)]
+    assert losses[0] != losses[1]
+
+
+def test_aligned_gradients_cost_nothing_and_turned_ones_the_weight_of_their_angle():
+    x, y = jax.random.normal(jax.random.key(3), (400, 3)), jnp.zeros(400, jnp.int32)
+    natural = objectives.natural(curved)
+    w, eps, weight = jnp.array([1.0, -2.0, 0.5]), 0.5, 3.0
+
+    def penalty(c):
+        objective = recipes.aligned(natural, curved, eps, weight)
+        args = (w, jnp.float32(c)), None, (x, y)
+        with_it, without = (o(*args, key=KEY, step=jnp.int32(0))[0] for o in (objective, natural))
+        return float(with_it - without)
+
+    assert abs(penalty(0.0)) < 1e-5
+    # In float64, the mean over the ball from many draws of our own.
+    rng = np.random.default_rng(0)
+    u = rng.normal(size=(200, *x.shape))
+    r = eps * u / np.linalg.norm(u, axis=2, keepdims=True) * rng.random((200, 400, 1)) ** (1 / 3)
+    at = np.asarray(w, np.float64) + 2.0 * np.asarray(x, np.float64)
+    near = at + 2.0 * r
+    sizes = np.linalg.norm(near, axis=2) * np.linalg.norm(at, axis=1)
+    turned = 1 - np.sum(at * near, axis=2) / sizes
+    # One draw for each of 400 examples: the mean's own deviation is that of turned over sqrt(400).
+    np.testing.assert_allclose(
+        penalty(2.0), weight * turned.mean(), atol=4 * weight * turned.mean(axis=0).std() / 20
+    )
+
+
+def test_the_penalty_has_a_gradient_for_the_parameters_even_where_the_input_has_none():
+    x, y = jnp.ones((4, 3)), jnp.zeros(4, jnp.int32)
+    objective = recipes.aligned(objectives.natural(curved), curved, lambda step: 0.5, 1.0)
+
+    def loss(params):
+        return objective(params, None, (x, y), key=KEY, step=jnp.int32(0))[0]
+
+    w, c = jax.grad(loss)((jnp.zeros(3), jnp.float32(0.0)))  # no gradient in x at all
+    assert np.isfinite(w).all()
+    assert np.isfinite(c)
