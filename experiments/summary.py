@@ -5,8 +5,8 @@
 Between a line `<!-- table NAME -->` and the next `<!-- end -->` goes the table of the record
 experiments/results/NAME: for each method what the paper prints, what the authors' released notebook
 shows, and ours, with what the board says of the record's weights. The table `autoattack` has what
-the published AutoAttack leaves, and what ours leaves. `python experiments/figures.py` draws the
-figures beside them.
+the published AutoAttack leaves, and what ours leaves; `remedies` has the ways of training by one
+step. `python experiments/figures.py` draws the figures beside them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
-from experiments import board, cifar10, evaluate, mnist, report
+from experiments import board, cifar10, evaluate, mnist, remedies, report
 from experiments.recipes import NAMES
 
 __all__ = ["fill"]
@@ -139,6 +139,9 @@ def fill(text: str) -> str:
         if match["name"] == "autoattack":
             published = RESULTS / "autoattack" / "reference" / "results.json"
             lines = comparison(rows, report.load_rows(published))
+        elif match["name"] == "remedies":
+            left = report.load_rows(RESULTS / "remedies" / "autoattack" / "results.json")
+            lines = remedies.table(rows, left)
         else:
             lines = table(match["name"], rows, attacked)
         return "\n".join([match["start"], *lines, "<!-- end -->"])

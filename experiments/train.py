@@ -33,6 +33,7 @@ import numpy as np
 import optax
 import tyro
 from flax import linen as nn
+from numpy.typing import NDArray
 from rich.console import Console
 
 from experiments import data, figures, models, parallel, recipes, report, training
@@ -80,8 +81,8 @@ class Settings(parallel.Settings):
     """Of SGD."""
     weight_decay: float = 0.0
     """Added to the gradients of the kernels, per unit of weight."""
-    lr_warmup: int = 0
-    """Epochs over which the learning rate rises from 0."""
+    lr_warmup: int = 2
+    """Epochs over which the learning rate rises from 0; at most all but the last."""
     average: float = 0.999
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
     shift: int = 1
@@ -174,14 +175,15 @@ def drawn(settings: Settings, objective: Objective) -> Objective:
     return recipes.augmented(objective, draw)
 
 
-def optimiser(settings: Settings, epoch_steps: int) -> optax.GradientTransformation:
-    """Return SGD with momentum, its rate by a cosine to 0, as the experiments have it."""
-    return recipes.optimiser(
-        recipes.Robust((), settings.epochs, settings.lr, average=settings.average),
-        epoch_steps,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        lr_warmup=settings.lr_warmup,
+def untaught(accuracy: float, labels: NDArray[Any]) -> str:
+    """Return what to do about a net that is no better than one class for every image, or ""."""
+    constant = np.bincount(labels).max() / len(labels)
+    if accuracy > constant:
+        return ""
+    return (
+        f"The net has learnt nothing: of the test images it has {accuracy:.4f} right, and one "
+        f"class for all would have {constant:.4f}. Lower --lr or --train-eps, or raise --lr-warmup "
+        "or --eps-warmup, and choose another --out."
     )
 
 
@@ -224,10 +226,10 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     epoch_steps = len(images.train_labels) // settings.batch_size
     common: dict[str, Any] = {"eps": settings.eps, "bounds": (0.0, 1.0), "batch_size": 100}
 
+    recipe = recipes.Robust((), settings.epochs, settings.lr, average=settings.average)
+
     def trained(state: TrainState) -> Params:
-        if not settings.average:
-            return state.params
-        return optax.tree_utils.tree_get(state.opt_state, "average")
+        return recipes.result(recipe, state)
 
     def watch(state: TrainState) -> dict[str, float]:
         one_step = partial(perturb.loss, norm=settings.norm)
@@ -246,7 +248,13 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     with training.bars(console) as progress:
         fitted = training.fit(
             drawn(settings, make_objective(settings, net, epoch_steps)),
-            optimiser(settings, epoch_steps),
+            recipes.optimiser(
+                recipe,
+                epoch_steps,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+                lr_warmup=min(settings.lr_warmup, settings.epochs - 1),
+            ),
             params,
             (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)),
             epochs=settings.epochs,
@@ -263,6 +271,9 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         if parallel.first_process():
             report.save_params(settings.out / "params.safetensors", params)
             save_history(settings.out, fitted.history)
+        advice = untaught(fitted.history[-1]["test"], images.test_labels[order])
+        if advice:
+            console.print(advice, style="bold")
         rows = []
         for name in settings.attacks:
             bar = progress.add_task(f"{name}, {settings.norm} {settings.eps:g}", total=1, note="")

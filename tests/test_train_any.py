@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import shutil
 import sys
 import types
@@ -93,6 +94,25 @@ def test_what_it_saves_is_what_was_scored(folder, trained):
     )
     clean = problem.apply_fn(problem.params, jnp.asarray(problem.x)).argmax(1) == problem.y
     assert clean.mean() == rows[0]["columns"]["clean"]
+
+
+def test_a_net_that_has_learnt_nothing_says_so_and_one_that_has_does_not(folder, tmp_path):
+    said = {}
+    for lr in (1e6, 0.1):
+        console = Console(file=io.StringIO(), width=1000)
+        train.run(settings(folder, tmp_path / str(lr), lr=lr, attacks=()), console)
+        said[lr] = console.file.getvalue()
+    assert "has learnt nothing" not in said[0.1]
+    assert re.search(
+        r"The net has learnt nothing: of the test images it has 0\.[05]000 right, and one class "
+        r"for all would have 0\.5000\. Lower --lr or --train-eps, or raise --lr-warmup",
+        said[1e6],
+    )
+
+
+def test_the_rate_rises_at_first_however_short_the_training(folder, tmp_path):
+    for epochs in (1, 2, 3):
+        run(folder, tmp_path / str(epochs), epochs=epochs, lr_warmup=5, attacks=())
 
 
 def test_it_goes_on_where_it_was(folder, trained, tmp_path):
