@@ -1,6 +1,7 @@
 """A robust classifier of the images in FOLDER/{train,test}/CLASS/: python own_images.py FOLDER."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -38,19 +39,22 @@ def main(folder):
     net, key, steps = Net(classes), jax.random.key(0), len(x) // BATCH
     tx = optax.adam(optax.cosine_decay_schedule(1e-3, EPOCHS * steps))
     size = optax.linear_schedule(0, EPS, 2 * steps)  # the adversary grows for two epochs
-    lwa = jaxadv.objectives.adversarial(net.apply, jaxadv.attack.pgd, eps=size, bounds=(0.0, 1.0))
+    pgd = partial(jaxadv.attack.pgd, steps=5, random_start=True)
+    lwa = jaxadv.objectives.adversarial(net.apply, pgd, eps=size, bounds=(0.0, 1.0))
     epoch = jaxadv.train.make_epoch(lwa, tx)
     state = jaxadv.train.init(net.init(key, x[:1]), tx, key=key)
     for number in range(EPOCHS):
         order = jax.random.permutation(jax.random.key(number), len(x))[: steps * BATCH]
         state, info = epoch(state, (x, y), order.reshape(steps, BATCH))
+        print(f"epoch {number + 1} of {EPOCHS}: loss {info.loss.mean():.3f}")
     x, y, _ = images(folder / "test")
     found = jaxadv.evaluate.ensemble(
         net.apply, state.params, x, y, jaxadv.attack.standard("l2"),
         eps=EPS, bounds=(0.0, 1.0), key=key,
     )  # fmt: skip
     robust = jaxadv.evaluate.accuracy(found.outcome.robust)
-    print(f"loss {info.loss[-1]:.3f}, accuracy under AutoAttack {robust:.3f}")
+    clean = jaxadv.evaluate.accuracy(found.outcome.clean)
+    print(f"accuracy {clean:.3f}, under AutoAttack {robust:.3f}")
 
 
 if __name__ == "__main__":

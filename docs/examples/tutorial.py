@@ -1,12 +1,15 @@
 """The tutorial: a plain flax training loop, and what makes it robust."""
 
 # -- the net and the data
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
 import jaxadv
+from jaxadv.attack import pgd
 
 
 class Net(nn.Module):
@@ -53,7 +56,7 @@ for _ in range(10):
 # -- what it withstands
 def robust_accuracy(params, eps=0.6):
     found = jaxadv.evaluate.robust(
-        net.apply, params, x_test, y_test, jaxadv.attack.pgd, eps=eps, bounds=(0.0, 1.0)
+        net.apply, params, x_test, y_test, pgd, eps=eps, bounds=(0.0, 1.0)
     )
     return jaxadv.evaluate.accuracy(found.clean), jaxadv.evaluate.accuracy(found.robust)
 
@@ -61,7 +64,7 @@ def robust_accuracy(params, eps=0.6):
 print("plain: accuracy and robust accuracy", robust_accuracy(plain))
 
 # -- robust training
-lwa = jaxadv.objectives.adversarial(net.apply, jaxadv.attack.pgd, eps=0.6, bounds=(0.0, 1.0))
+lwa = jaxadv.objectives.adversarial(net.apply, partial(pgd, steps=5), eps=0.6, bounds=(0, 1))
 update = jaxadv.train.make_step(lwa, tx)
 state = jaxadv.train.init(params, tx, key=jax.random.key(3))
 for _ in range(10):
