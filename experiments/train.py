@@ -33,15 +33,18 @@ import numpy as np
 import optax
 import tyro
 from flax import linen as nn
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import Progress
 
 from experiments import data, figures, models, parallel, recipes, report, training
 from experiments import evaluate as evaluation
 from jaxadv import attack, evaluate, objectives, perturb
 from jaxadv.train import TrainState
-from jaxadv.types import Norm, Objective, Params, PerturbFn
+from jaxadv.types import ApplyFn, Norm, Objective, Params, PerturbFn
 
+_BLOCK = 100  # images of a device that are attacked together, and then shown as done
 _LEAST_SIDE = {"lenet": 16, "vgg": 4}  # or nothing is left after the last pool
 
 
@@ -222,10 +225,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             "write the loop yourself, the documentation shows how"
         )
     mesh = parallel.mesh(settings, settings.batch_size, len(y))
-    x, y = parallel.spread(mesh, (x, y))
+    watched_x, watched_y = parallel.spread(mesh, (x, y))
     epoch_steps = len(images.train_labels) // settings.batch_size
-    common: dict[str, Any] = {"eps": settings.eps, "bounds": (0.0, 1.0), "batch_size": 100}
-
     recipe = recipes.Robust((), settings.epochs, settings.lr, average=settings.average)
 
     def trained(state: TrainState) -> Params:
@@ -233,7 +234,10 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
 
     def watch(state: TrainState) -> dict[str, float]:
         one_step = partial(perturb.loss, norm=settings.norm)
-        seen = evaluate.robust(apply_fn, trained(state), x, y, one_step, **common)
+        seen = evaluate.robust(
+            apply_fn, trained(state), watched_x, watched_y, one_step,
+            eps=settings.eps, bounds=(0.0, 1.0), batch_size=_BLOCK,
+        )  # fmt: skip
         return {
             "test": evaluate.accuracy(seen.clean),
             "one_step": evaluate.accuracy(seen.robust),
@@ -276,22 +280,19 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             console.print(advice, style="bold")
         rows = []
         for name in settings.attacks:
-            bar = progress.add_task(f"{name}, {settings.norm} {settings.eps:g}", total=1, note="")
-            methods = evaluation.methods(name, settings.norm)
-            found = evaluate.ensemble(
-                apply_fn, params, x, y, methods, norm=settings.norm, key=attack_key, **common
+            clean, robust = attacked(
+                name, settings, apply_fn, params, x, y, attack_key, mesh, progress
             )
-            progress.update(bar, advance=1)
             rows.append(
                 {
                     "experiment": "train",
                     "settings": kept,
                     "attack": name,
                     "columns": {
-                        "clean": evaluate.accuracy(found.outcome.clean),
-                        "robust": evaluate.accuracy(found.outcome.robust),
+                        "clean": evaluate.accuracy(clean),
+                        "robust": evaluate.accuracy(robust),
                     },
-                    "interval": list(evaluate.interval(found.outcome.robust)),
+                    "interval": list(evaluate.interval(robust)),
                     "n": len(y),
                     "train_seconds": round(fitted.seconds, 1),
                     "versions": report.versions(),
@@ -301,6 +302,37 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     if parallel.first_process():
         report.save_rows(settings.out / "results.json", rows)
     return rows
+
+
+def attacked(
+    name: evaluation.AttackName,
+    settings: Settings,
+    apply_fn: ApplyFn,
+    params: Params,
+    x: NDArray[Any],
+    y: NDArray[Any],
+    key: jax.Array,
+    mesh: Mesh | None,
+    progress: Progress,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which images are right before and after an attack, made on one block at a time."""
+    bar = progress.add_task(f"{name}, {settings.norm} {settings.eps:g}", total=len(y), note="")
+    keys = jax.random.split(key, len(y))
+    block = _BLOCK if mesh is None else _BLOCK * mesh.size
+    outcomes = []
+    for start in range(0, len(y), block):
+        part = slice(start, start + block)
+        x_part, y_part = parallel.spread(mesh, (x[part], y[part]))
+        found = evaluate.ensemble(
+            apply_fn, params, x_part, y_part, evaluation.methods(name, settings.norm),
+            eps=settings.eps, norm=settings.norm, key=keys[part], bounds=(0.0, 1.0),
+            batch_size=_BLOCK,
+        )  # fmt: skip
+        outcomes.append(found.outcome)
+        robust = np.concatenate([outcome.robust for outcome in outcomes])
+        note = f"robust {evaluate.accuracy(robust):.4f}"
+        progress.update(bar, completed=len(robust), note=note)
+    return np.concatenate([outcome.clean for outcome in outcomes]), robust
 
 
 def save_history(folder: Path, history: list[dict[str, float]]) -> None:
