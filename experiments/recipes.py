@@ -98,10 +98,7 @@ class Adversarial(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Robust(Adversarial):
-    """How a net is made that is to withstand iterated attacks: not in the paper.
-
-    Its perturbed images stay in the range of pixels.
-    """
+    """How a net is made that is to withstand iterated attacks: not in the paper."""
 
     average: float = 0.0
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
@@ -114,7 +111,7 @@ class MultiStep(Robust):
     """A net that is made by several steps.
 
     Its adversary is `attack.pgd` for the objectives `adversarial` and `mixed`, and `attack.virtual`
-    for `virtual`, which is then TRADES.
+    for `virtual`, which is then TRADES; perturbed images stay in the range of pixels.
     """
 
     steps: int = 5
@@ -127,7 +124,7 @@ class MultiStep(Robust):
 
 @dataclasses.dataclass(frozen=True)
 class OneStep(Robust):
-    """A net that is made by one step, and is to withstand many.
+    """A net that is made by one step of Adv_Loss, in the range of pixels, and is to withstand many.
 
     Trained by one step from x, a net may learn to withstand that step alone: it bends its
     gradients, so that they lead nowhere from there.
@@ -138,9 +135,9 @@ class OneStep(Robust):
     stride: float = 1.0
     """Length of the step, in units of eps."""
     reach: float = 1.0
-    """Radius of the ball that it ends in at the latest."""
+    """Radius, in units of eps, of the ball that its end is projected onto."""
     alignment: float = 0.0
-    """Weight of the angle between the gradients at x and at a random point of the ball of eps."""
+    """Weight of 1 - cos of the angle between gradients at x and at a random point of the ball."""
 
 
 def split_of(method: Method) -> dict[str, int]:
@@ -206,6 +203,11 @@ def _one_step_objective(
     eps: float | Schedule,
     box: Bounds,
 ) -> Objective:
+    if (method.objective, method.adversary) != ("adversarial", "loss"):
+        raise ValueError(
+            f"expected one step of the adversary loss for the objective adversarial, got "
+            f"{method.adversary} for {method.objective}; choose MultiStep or Adversarial for these"
+        )
     adversary = partial(one_step, noise=method.noise, stride=method.stride, reach=method.reach)
     objective = objectives.adversarial(apply_fn, adversary, eps=eps, train_fn=train_fn, bounds=box)
     if method.alignment:
@@ -253,7 +255,7 @@ def aligned(
         r = norms.sample(jax.random.split(start_key, len(x)), x, size, "l2")
 
         @jax.grad
-        def gradient(x: jax.Array) -> jax.Array:  # of a multiple of each example's cross-entropy
+        def gradient(x: jax.Array) -> jax.Array:  # a positive multiple of cross-entropy's
             return jnp.sum(jacobian.margin(apply_fn(params, x), y))
 
         at, near = (gradient(z).reshape(len(x), -1) for z in (x, x + r.astype(x.dtype)))

@@ -6,10 +6,11 @@
 A LeNet that LWA trains against one step of full length withstands that step, and not many short
 ones: it bends its gradients, which the paper's scores, of one step, can't show. Here LeNets are
 trained alike but for the step: from x, as in LWA; from a random point of the ball, and back into it
-(Wong, Rice and Kolter, 2020); likewise, but longer, and where that does less harm not at all; from
-a random point and left where it ends (de Jorge et al., 2022); from x with a penalty on gradients
-that turn within the ball (Andriushchenko and Flammarion, 2020); and by four steps, at several times
-the cost. They are scored as in Table 2, and under AutoAttack in the pixel range.
+(Wong, Rice and Kolter, 2020); likewise by a longer step, or left at its start where that harms
+more; from a random point and left where it ends (after de Jorge et al., 2022, whose noise is
+larger); from x with a penalty on gradients that turn within the ball (Andriushchenko and
+Flammarion, 2020); and by four steps, at several times the cost. They are scored as in Table 2, and
+under AutoAttack in the pixel range.
 
 Writes results.json, results.md and each net's weights to --out, what AutoAttack leaves to
 --out/autoattack, and goes on after an interruption where it was.
@@ -18,22 +19,25 @@ Writes results.json, results.md and each net's weights to --out, what AutoAttack
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
+import jax
 import tyro
 from rich.console import Console
 
 from experiments import evaluate, mnist, parallel, protocol, report
 from experiments.recipes import MultiStep, OneStep, Robust
 
-NAMES = {
+Way = Literal["from_x", "start", "best", "noise", "aligned", "four"]
+NAMES: dict[str, str] = {
     "from_x": "one step from x (LWA)",
     "start": "from a random start, 1.25 eps, projected",
     "best": "from a random start, 2.5 eps, projected, the better of start and end",
@@ -47,7 +51,7 @@ NAMES = {
 class Settings(protocol.Settings):
     """Train LeNets by one step in several ways, and by four; attack them, and print a table."""
 
-    methods: tuple[str, ...] = tuple(NAMES)
+    methods: tuple[Way, ...] = get_args(Way)
     """Which ways."""
     out: Path = Path("runs/remedies")
     """Where results, weights and checkpoints go."""
@@ -84,7 +88,16 @@ def methods(settings: Settings) -> dict[str, Robust]:
 
 
 def run(settings: Settings, console: Console) -> tuple[list[report.Row], list[report.Row]]:
-    """Train, attack and score; return the rows of that, and those of AutoAttack."""
+    """Train, attack and score; return the rows of that, and those of AutoAttack.
+
+    Raises:
+      ValueError: if there are several processes, or another precision than float32.
+    """
+    if jax.process_count() > 1 or settings.precision != "float32":
+        raise ValueError(
+            f"expected one process and float32, which AutoAttack is run with, got "
+            f"{jax.process_count()} processes and {settings.precision}; leave these out"
+        )
     base = dataclasses.replace(
         mnist.LENET, holdout=settings.holdout, n_eval=settings.n_eval, methods=("normal",)
     )
@@ -108,6 +121,7 @@ def run(settings: Settings, console: Console) -> tuple[list[report.Row], list[re
                 eps=(row["eps"],),
                 n=settings.n_autoattack,
                 out=settings.out / "autoattack",
+                devices=settings.devices,
             ),
             console,
         )
@@ -115,27 +129,26 @@ def run(settings: Settings, console: Console) -> tuple[list[report.Row], list[re
 
 
 def table(rows: Sequence[report.Row], attacked: Sequence[report.Row]) -> list[str]:
-    """Return what the ways leave, and their cost, as Markdown."""
+    """Return what the ways leave, and their cost, as Markdown; of AutoAttack on the most images."""
     lines = [
-        "| Training | Seconds an epoch | Clean | Adv_Loss | PGD | One step, in the box "
+        "| Training | l2 size | Seconds an epoch | Clean | Adv_Loss | PGD | One step, in the box "
         "| AutoAttack, in the box |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for method, label in NAMES.items():
-        ours = [row for row in rows if row["method"] == method]
+    sizes = dict.fromkeys(row["eps"] for row in rows)
+    for eps, (method, label) in itertools.product(sizes, NAMES.items()):
+        ours = [row for row in rows if (row["method"], row["eps"]) == (method, eps)]
         if not ours:
             continue
-        seconds = mean(row["train_seconds"] / row["epochs"] for row in ours)
         names = {f"{method}, seed {row['seed']}" for row in ours}
-        left = (
-            [row for row in attacked if row["method"] in names and row["attack"] == attack]
-            for attack in ("one-step", "standard")
-        )
-        cells = [
-            label, f"{seconds:.1f}",
-            *(report.mean_and_spread(ours, column) for column in ("validation", "adv_loss", "pgd")),
-            *(report.mean_and_spread(of_one, "robust") for of_one in left),
-        ]  # fmt: skip
+        here = [row for row in attacked if row["method"] in names and row["eps"] == eps]
+        most = max((row["n"] for row in here), default=0)
+        seconds = mean(row["train_seconds"] / row["epochs"] for row in ours)
+        cells = [label, f"{eps:g}", f"{seconds:.1f}"]
+        cells += [report.mean_and_spread(ours, name) for name in ("validation", "adv_loss", "pgd")]
+        for attack in ("one-step", "standard"):
+            left = [row for row in here if (row["attack"], row["n"]) == (attack, most)]
+            cells.append(report.mean_and_spread(left, "robust") if left else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -151,15 +164,14 @@ def main() -> None:
         "",
         *table(rows, attacked),
         "",
-        f"l2 size {first['eps']:g}; seeds {', '.join(map(str, settings.seed))}. Clean, Adv_Loss: "
-        f"{first['n']:,} images; PGD: {settings.pgd_steps} steps on {first['n_pgd']:,}; neither is "
-        f"kept in the pixel range. In the box: the first {settings.n_autoattack:,} test images. "
-        f"{settings.epochs} epochs, training size {settings.train_eps:g}, weight of the alignment "
-        f"{settings.alignment:g}; on {first['device']}, jax {first['versions']['jax']}.",
+        f"Seeds {', '.join(map(str, settings.seed))}. Clean, Adv_Loss: {first['n']:,} images; PGD: "
+        f"{settings.pgd_steps} steps on {first['n_pgd']:,}; neither is kept in the pixel range. In "
+        f"the box: the first {settings.n_autoattack:,} test images. {settings.epochs} epochs, "
+        f"training size {settings.train_eps:g}, weight of the alignment {settings.alignment:g}; on "
+        f"{first['device']}, jax {first['versions']['jax']}.",
         "",
     ]
-    if parallel.first_process():
-        (settings.out / "results.md").write_text("\n".join(lines))
+    (settings.out / "results.md").write_text("\n".join(lines))
     console.print("\n".join(lines), highlight=False, markup=False)
 
 

@@ -11,7 +11,7 @@ flax.linen module with `__call__(x, train=False)`, whose only variables are para
 
 Shows progress, saves a checkpoint after each epoch, and goes on after an interruption where it
 was. Writes to --out: the weights (params.safetensors), history.csv and history.png, and, with the
-accuracies under each of --attacks, results.json. What it does takes thirty lines of Python, see the
+accuracies under each of --attacks, results.json. What it does takes fifty lines of Python, see the
 documentation; this adds what one wants around them.
 """
 
@@ -44,7 +44,7 @@ from jaxadv import attack, evaluate, objectives, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Norm, Objective, Params, PerturbFn
 
-_BLOCK = 100  # images of a device that are attacked together, and then shown as done
+_BLOCK = 250  # images that are attacked together, and then shown as done
 _LEAST_SIDE = {"lenet": 16, "vgg": 4}  # or nothing is left after the last pool
 
 
@@ -178,15 +178,18 @@ def drawn(settings: Settings, objective: Objective) -> Objective:
     return recipes.augmented(objective, draw)
 
 
-def untaught(accuracy: float, labels: NDArray[Any]) -> str:
+def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
     """Return what to do about a net that is no better than one class for every image, or ""."""
     constant = np.bincount(labels).max() / len(labels)
-    if accuracy > constant:
+    if accuracy > constant or constant == 1:
         return ""
+    advice = "Lower --lr, or raise --lr-warmup or --epochs"
+    if settings.method != "normal":
+        advice += ", or lower --train-eps, or raise --eps-warmup"
     return (
-        f"The net has learnt nothing: of the test images it has {accuracy:.4f} right, and one "
-        f"class for all would have {constant:.4f}. Lower --lr or --train-eps, or raise --lr-warmup "
-        "or --eps-warmup, and choose another --out."
+        f"The net is no better than one class for every image: of the test images it has "
+        f"{accuracy:.4f} right, and that would have {constant:.4f}. {advice}; and choose "
+        "another --out."
     )
 
 
@@ -227,6 +230,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     mesh = parallel.mesh(settings, settings.batch_size, len(y))
     watched_x, watched_y = parallel.spread(mesh, (x, y))
     epoch_steps = len(images.train_labels) // settings.batch_size
+    lr_warmup = min(settings.lr_warmup, settings.epochs - 1)
     recipe = recipes.Robust((), settings.epochs, settings.lr, average=settings.average)
 
     def trained(state: TrainState) -> Params:
@@ -236,7 +240,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         one_step = partial(perturb.loss, norm=settings.norm)
         seen = evaluate.robust(
             apply_fn, trained(state), watched_x, watched_y, one_step,
-            eps=settings.eps, bounds=(0.0, 1.0), batch_size=_BLOCK,
+            eps=settings.eps, bounds=(0.0, 1.0), batch_size=100,
         )  # fmt: skip
         return {
             "test": evaluate.accuracy(seen.clean),
@@ -248,6 +252,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         for key, value in dataclasses.asdict(settings).items()
         if key not in ("attacks", "out", *(f.name for f in dataclasses.fields(parallel.Settings)))
     }
+    kept["lr_warmup"] = str(lr_warmup)
     kept["images"] = data.fingerprint(images)
     with training.bars(console) as progress:
         fitted = training.fit(
@@ -257,7 +262,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                 epoch_steps,
                 momentum=settings.momentum,
                 weight_decay=settings.weight_decay,
-                lr_warmup=min(settings.lr_warmup, settings.epochs - 1),
+                lr_warmup=lr_warmup,
             ),
             params,
             (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)),
@@ -275,7 +280,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         if parallel.first_process():
             report.save_params(settings.out / "params.safetensors", params)
             save_history(settings.out, fitted.history)
-        advice = untaught(fitted.history[-1]["test"], images.test_labels[order])
+        advice = untaught(fitted.history[-1]["test"], y, settings)
         if advice:
             console.print(advice, style="bold")
         rows = []
@@ -318,7 +323,8 @@ def attacked(
     """Return which images are right before and after an attack, made on one block at a time."""
     bar = progress.add_task(f"{name}, {settings.norm} {settings.eps:g}", total=len(y), note="")
     keys = jax.random.split(key, len(y))
-    block = _BLOCK if mesh is None else _BLOCK * mesh.size
+    devices = 1 if mesh is None else mesh.size
+    block = max(_BLOCK // devices, 1) * devices
     outcomes = []
     for start in range(0, len(y), block):
         part = slice(start, start + block)
@@ -326,7 +332,7 @@ def attacked(
         found = evaluate.ensemble(
             apply_fn, params, x_part, y_part, evaluation.methods(name, settings.norm),
             eps=settings.eps, norm=settings.norm, key=keys[part], bounds=(0.0, 1.0),
-            batch_size=_BLOCK,
+            batch_size=block,
         )  # fmt: skip
         outcomes.append(found.outcome)
         robust = np.concatenate([outcome.robust for outcome in outcomes])

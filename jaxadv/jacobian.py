@@ -24,7 +24,9 @@ that weigh most in a row have the same gradient to the last bit, what is left of
 `margin` is the same idea for the loss: cross-entropy is :math:`\log(1 + e^m)` with :math:`m =
 \mathrm{logsumexp}_{k \ne y} z_k - z_y`, whose gradient never vanishes by rounding.
 
-Next: `perturb` makes Algorithm 1 of these rows.
+`nearest` takes of some classes the nearest, going back through the net for a few at a time.
+
+Next: `perturb` makes Algorithm 1 of these; `attack.deepfool` repeats it on logits.
 
 References:
   Huang et al., "Learning with a Strong Adversary", 2015, Sections 2 and 6.1.
@@ -81,9 +83,9 @@ class Nearest(NamedTuple):
     """For each example, how far it is to J classes, or to the nearest of them: then without J.
 
     Attributes:
-      order: the least comes first, `[B, J]`; inf where a class can't be reached.
-      distance: the distance or its logarithm, `[B, J]`.
-      d: the direction of steepest approach, of any length, `[B, J, ...]`.
+      order: the least is taken, `[B, J]`.
+      distance: how far it is, or the logarithm of that, `[B, J]`.
+      d: the gradient of the class's lead over y, up to a positive factor, `[B, J, ...]`.
       reachable: whether there is a way to it, `[B, J]`.
     """
 
@@ -318,12 +320,9 @@ def nearest(
     if n_chunks == 1:
         return nearest_of(classes)
     of_one = jax.eval_shape(nearest_of, chunks[0])
-    none = Nearest(
-        order=jnp.full_like(classes[:, 0], jnp.inf, of_one.order.dtype),
-        distance=jnp.zeros_like(classes[:, 0], of_one.distance.dtype),
-        d=jnp.zeros_like(x, of_one.d.dtype),
-        reachable=jnp.zeros_like(classes[:, 0], bool),
-    )
+    # Like x, or in a `shard_map` the loop's carry would differ from what it becomes.
+    none = jax.tree.map(lambda leaf: jnp.zeros_like(x, leaf.dtype, leaf.shape), of_one)
+    none = none._replace(order=jnp.full_like(none.order, jnp.inf))
     # All of them in the loop, where the pass back is compiled once.
     best, _ = jax.lax.scan(loops.body(nearer), none, chunks)
     return best

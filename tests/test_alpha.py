@@ -126,6 +126,22 @@ def test_r_is_the_same_under_vmap(problem):
     np.testing.assert_allclose(got, alpha(net, *problem, eps=1.0), rtol=RTOL, atol=ATOL)
 
 
+def test_chunks_have_a_place_in_a_shard_map_whose_labels_are_everywhere_the_same(problem):
+    params, x, _ = problem
+    y = jnp.zeros(len(x), jnp.int32)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("data",), auto, devices=jax.devices()[:1])
+
+    def total(x):
+        r = perturb.alpha(net, params, x, jnp.zeros(len(x), jnp.int32), eps=1.0, chunk=2)
+        return jax.lax.psum(jnp.sum(r**2), "data")
+
+    spec = jax.sharding.PartitionSpec("data")
+    summed = jax.shard_map(total, mesh=mesh, in_specs=spec, out_specs=jax.sharding.PartitionSpec())
+    want = jnp.sum(alpha(net, params, x, y, eps=1.0) ** 2)
+    np.testing.assert_allclose(jax.jit(summed)(x), want, rtol=1e-5)
+
+
 # What it costs
 
 

@@ -201,13 +201,35 @@ def test_aligned_gradients_cost_nothing_and_turned_ones_the_weight_of_their_angl
     )
 
 
-def test_the_penalty_has_a_gradient_for_the_parameters_even_where_the_input_has_none():
-    x, y = jnp.ones((4, 3)), jnp.zeros(4, jnp.int32)
+def penalised(params, x, y):
     objective = recipes.aligned(objectives.natural(curved), curved, lambda step: 0.5, 1.0)
+    return objective(params, None, (x, y), key=KEY, step=jnp.int32(0))[0]
 
-    def loss(params):
-        return objective(params, None, (x, y), key=KEY, step=jnp.int32(0))[0]
 
-    w, c = jax.grad(loss)((jnp.zeros(3), jnp.float32(0.0)))  # no gradient in x at all
+def test_training_can_align_the_gradients():
+    x, y = jax.random.normal(jax.random.key(3), (40, 3)), jnp.zeros(40, jnp.int32)
+
+    def turned(c):
+        params = jnp.array([1.0, -2.0, 0.5]), c
+        args = params, None, (x, y)
+        return penalised(params, x, y) - objectives.natural(curved)(*args, key=KEY, step=0)[0]
+
+    c, h = jnp.float32(2.0), 0.05
+    difference = (turned(c + h) - turned(c - h)) / (2 * h)
+    # Central: h^2 of the third derivative, and float32 rounding of 1e-7 / h.
+    np.testing.assert_allclose(jax.grad(turned)(c), difference, rtol=0.02, atol=1e-5)
+    assert abs(difference) > 1e-3
+
+
+def test_where_the_input_has_no_gradient_those_of_the_parameters_are_finite():
+    x, y = jnp.ones((4, 3)), jnp.zeros(4, jnp.int32)
+    w, c = jax.grad(penalised)((jnp.zeros(3), jnp.float32(0.0)), x, y)
     assert np.isfinite(w).all()
     assert np.isfinite(c)
+
+
+@pytest.mark.parametrize("changes", [{"objective": "mixed"}, {"adversary": "alpha"}])
+def test_one_step_of_another_kind_is_refused(changes):
+    method = OneStep((6, 5), 1, 0.1, eps=0.7, **changes)
+    with pytest.raises(ValueError, match=r"one step of the adversary loss.*got .* for .*; choose"):
+        recipes.make_objective(NET, method, 10, BOX)

@@ -1,6 +1,7 @@
 """The comparison of what keeps one step from being fooled."""
 
 import io
+from typing import get_args
 
 import pytest
 from rich.console import Console
@@ -16,9 +17,45 @@ def test_the_ways_differ_in_the_step_alone():
     shared = {"widths", "epochs", "lr", "eps", "warmup", "average", "shift", "objective"}
     for field in shared:
         assert len({getattr(method, field) for method in made.values()}) == 1
+    assert set(get_args(remedies.Way)) == set(remedies.NAMES)
     assert [m.alignment > 0 for m in made.values() if isinstance(m, OneStep)].count(True) == 1
     several = {name: m.steps for name, m in made.items() if isinstance(m, MultiStep)}
     assert several == {"best": 1, "four": 4}
+
+
+def trained(method, seed, robust, eps=1.5):
+    return {
+        "method": method, "seed": seed, "eps": eps, "train_seconds": 40.0, "epochs": 4,
+        "columns": {"validation": 0.99, "adv_loss": 0.9, "pgd": robust},
+    }  # fmt: skip
+
+
+def left(method, seed, robust, attack="standard", eps=1.5, n=500):
+    return {
+        "method": f"{method}, seed {seed}", "attack": attack, "eps": eps, "n": n,
+        "columns": {"robust": robust},
+    }  # fmt: skip
+
+
+def test_a_line_is_of_one_way_and_size_and_of_autoattack_on_the_most_images():
+    rows = [trained("four", 0, 0.8), trained("four", 1, 0.6), trained("four", 0, 0.1, eps=2.0)]
+    attacked = [
+        left("four", 0, 0.7), left("four", 1, 0.5), left("four", 0, 0.9, n=50),
+        left("four", 0, 0.2, eps=2.0), left("start", 0, 0.3), left("four", 0, 0.95, "one-step"),
+    ]  # fmt: skip
+    label = remedies.NAMES["four"]
+    assert remedies.table(rows, attacked)[2:] == [
+        f"| {label} | 1.5 | 10.0 | 0.9900 ± 0.0000 | 0.9000 ± 0.0000 | 0.7000 ± 0.1414 | 0.9500 "
+        "| 0.6000 ± 0.1414 |",
+        f"| {label} | 2 | 10.0 | 0.9900 | 0.9000 | 0.1000 |  | 0.2000 |",
+    ]
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bfloat16"}])
+def test_what_autoattack_is_not_run_with_is_refused(tmp_path, changes):
+    settings = remedies.Settings(out=tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"one process and float32.*got 1 processes and bfloat16"):
+        remedies.run(settings, Console(file=io.StringIO()))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from flax import linen as nn
 from PIL import Image
 from rich.console import Console
 
-from experiments import data, evaluate, models, train
+from experiments import data, evaluate, models, recipes, train, training
 
 SIDE = 12
 
@@ -96,23 +96,66 @@ def test_what_it_saves_is_what_was_scored(folder, trained):
     assert clean.mean() == rows[0]["columns"]["clean"]
 
 
-def test_a_net_that_has_learnt_nothing_says_so_and_one_that_has_does_not(folder, tmp_path):
+def test_a_net_that_has_learnt_nothing_is_told_of_before_it_is_attacked(folder, tmp_path):
     said = {}
     for lr in (1e6, 0.1):
         console = Console(file=io.StringIO(), width=1000)
         train.run(settings(folder, tmp_path / str(lr), lr=lr, attacks=()), console)
         said[lr] = console.file.getvalue()
-    assert "has learnt nothing" not in said[0.1]
+    assert "no better than one class" not in said[0.1]
     assert re.search(
-        r"The net has learnt nothing: of the test images it has 0\.[05]000 right, and one class "
-        r"for all would have 0\.5000\. Lower --lr or --train-eps, or raise --lr-warmup",
+        r"The net is no better than one class for every image: of the test images it has "
+        r"0\.\d{4} right, and that would have 0\.5000\. Lower --lr, or raise --lr-warmup or "
+        r"--epochs, or lower --train-eps, or raise --eps-warmup; and choose another --out\.",
         said[1e6],
     )
 
 
-def test_the_rate_rises_at_first_however_short_the_training(folder, tmp_path):
+def test_advice_is_given_to_whom_it_helps():
+    labels = np.array([0, 1, 1, 2])
+    own = train.Settings(data="mnist", eps=0.5)
+    assert train.untaught(0.75, labels, own) == ""
+    assert "0.5000 right, and that would have 0.5000" in train.untaught(0.5, labels, own)
+    assert train.untaught(1.0, np.array([1, 1]), own) == ""  # there is nothing to learn
+    plain = dataclasses.replace(own, method="normal")
+    assert "eps" not in train.untaught(0.5, labels, plain)
+
+
+def test_the_rate_rises_for_all_epochs_but_the_last_at_most(folder, tmp_path, monkeypatch):
+    asked = []
+    optimiser = recipes.optimiser
+
+    def asking(*args, lr_warmup, **kwargs):
+        asked.append(lr_warmup)
+        return optimiser(*args, lr_warmup=lr_warmup, **kwargs)
+
+    monkeypatch.setattr(recipes, "optimiser", asking)
     for epochs in (1, 2, 3):
         run(folder, tmp_path / str(epochs), epochs=epochs, lr_warmup=5, attacks=())
+    assert asked == [0, 1, 2]
+
+
+def test_images_attacked_by_blocks_fare_as_they_do_together(folder, trained, tmp_path, monkeypatch):
+    problem = evaluate.load(
+        evaluate.Settings(
+            net=str(trained[0] / "params.safetensors"), data=str(folder), subtract=0, divide=255,
+            n=20,
+        )
+    )  # fmt: skip
+    own = settings(folder, tmp_path, eps=2.6)
+    fared = []
+    for block in (8, 250):
+        monkeypatch.setattr(train, "_BLOCK", block)
+        with training.bars(Console(file=io.StringIO())) as progress:
+            clean, robust = train.attacked(
+                "square", own, problem.apply_fn, problem.params, problem.x, problem.y,
+                jax.random.key(1), None, progress,
+            )  # fmt: skip
+            assert progress.tasks[0].completed == 20
+        assert clean.all()
+        fared.append(robust)
+    assert 0 < fared[0].sum() < 20
+    np.testing.assert_array_equal(*fared)
 
 
 def test_it_goes_on_where_it_was(folder, trained, tmp_path):

@@ -52,8 +52,7 @@ def main(folder):
         net.apply, state.params, x, y, jaxadv.attack.standard("l2"),
         eps=EPS, bounds=(0.0, 1.0), key=key,
     )  # fmt: skip
-    robust = jaxadv.evaluate.accuracy(found.outcome.robust)
-    clean = jaxadv.evaluate.accuracy(found.outcome.clean)
+    clean, robust = map(jaxadv.evaluate.accuracy, (found.outcome.clean, found.outcome.robust))
     print(f"accuracy {clean:.3f}, under AutoAttack {robust:.3f}")
 
 
