@@ -143,9 +143,17 @@ def test_images_attacked_by_blocks_fare_as_they_do_together(folder, trained, tmp
         )
     )  # fmt: skip
     own = settings(folder, tmp_path, eps=2.6)
-    fared = []
+    ensemble = train.evaluate.ensemble
+    fared, keys = [], []
+
+    def handed(*args, key, **kwargs):
+        keys[-1].append(jax.random.key_data(key))
+        return ensemble(*args, key=key, **kwargs)
+
+    monkeypatch.setattr(train.evaluate, "ensemble", handed)
     for block in (8, 250):
         monkeypatch.setattr(train, "_BLOCK", block)
+        keys.append([])
         with training.bars(Console(file=io.StringIO())) as progress:
             clean, robust = train.attacked(
                 "square", own, problem.apply_fn, problem.params, problem.x, problem.y,
@@ -156,6 +164,8 @@ def test_images_attacked_by_blocks_fare_as_they_do_together(folder, trained, tmp
         fared.append(robust)
     assert 0 < fared[0].sum() < 20
     np.testing.assert_array_equal(*fared)
+    assert [len(of_run) for of_run in keys] == [3, 1]
+    np.testing.assert_array_equal(*map(np.concatenate, keys))  # each image keeps its own
 
 
 def test_it_goes_on_where_it_was(folder, trained, tmp_path):
