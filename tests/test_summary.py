@@ -57,6 +57,22 @@ def test_the_published_ensemble_and_ours_stand_beside_each_other():
     ]
 
 
+def test_ways_of_training_by_one_step_stand_beside_what_autoattack_leaves(monkeypatch, tmp_path):
+    columns = {"validation": 0.99, "adv_loss": 0.95, "pgd": 0.7}
+    row = {"method": "four", "seed": 0, "eps": 1.5, "epochs": 2, "train_seconds": 10.0}
+    left = {"method": "four, seed 0", "eps": 1.5, "n": 5, "attack": "standard"}
+    (tmp_path / "remedies" / "autoattack").mkdir(parents=True)
+    report.save_rows(tmp_path / "remedies" / "results.json", [{**row, "columns": columns}])
+    report.save_rows(
+        tmp_path / "remedies" / "autoattack" / "results.json",
+        [{**left, "columns": {"robust": 0.6}}],
+    )
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    _, _, _, line, _ = summary.fill("<!-- table remedies -->\n<!-- end -->").splitlines()
+    assert line.startswith("| four steps from a random start | 1.5 | 5.0 | 0.9900 |")
+    assert line.endswith("|  | 0.6000 |")
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", TEXT))))
 def test_its_links_lead_somewhere(target):
     assert (summary.RESULTS / target).exists()
