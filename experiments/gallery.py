@@ -208,10 +208,11 @@ def accuracy(settings: Settings) -> Figure:
                 at = x + perturbed(problem.params, x, y, eps=eps)
                 left.append(float((problem.apply_fn(problem.params, at).argmax(-1) == y).mean()))
             panel.plot(sizes, left, style, color=COLOURS[index], label=f"{method_of(net)}: {name}")
+        ensemble = net, "l2", "standard", settings.n  # of the same images
         points = {
             row["eps"]: row["columns"]["robust"]
-            for row in sorted(attacked, key=lambda row: row["n"])  # the most images stay
-            if row["method"] == net and row["norm"] == "l2" and row["attack"] == "standard"
+            for row in attacked
+            if (row["method"], row["norm"], row["attack"], row["n"]) == ensemble
         }
         if points:
             panel.plot(
