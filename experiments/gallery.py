@@ -60,7 +60,7 @@ class Settings:
 
     pictures: tuple[Picture, ...] = PICTURES
     """Which of them."""
-    n: int = 500
+    n: int = 1000
     """Test images, where a picture counts."""
     eps: float = 1.5
     """l2 size of the perturbations shown."""
