@@ -57,7 +57,6 @@ __all__ = [
 # probability is 0 in any dtype, and finite, so that no derivative meets infinity minus infinity.
 _NEVER = -1e30
 
-
 _CACHED = 20_000_000  # bytes that a pass back may compute and be fast on CPU
 
 

@@ -163,7 +163,7 @@ def test_the_memory_is_that_of_a_chunk():
     assert some < 8 * 5 * x_bytes
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all classes go back at once")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU's cache sets that number")
 def test_on_cpu_as_many_classes_go_back_at_once_as_a_cache_holds(monkeypatch):
     def memory(cached, n=8, **kwargs):
         monkeypatch.setattr(jacobian, "_CACHED", cached)

@@ -220,7 +220,7 @@ def test_r_is_no_longer_than_any_point_of_the_way_that_misled_the_net():
     assert (r <= 1.001 * np.where(hits, sizes, np.inf).min(axis=0)).all()
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all classes go back at once")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU's cache sets that number")
 def test_on_cpu_deepfool_goes_back_for_as_many_classes_as_a_cache_holds(monkeypatch):
     rng = np.random.default_rng(0)
     params = rng.normal(size=(64, 50)).astype(np.float32), np.zeros(50, np.float32)

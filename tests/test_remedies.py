@@ -51,9 +51,8 @@ def test_a_line_is_of_one_way_and_size_and_of_autoattack_on_the_most_images():
     ]
 
 
-@pytest.mark.parametrize("changes", [{"precision": "bfloat16"}])
-def test_what_autoattack_is_not_run_with_is_refused(tmp_path, changes):
-    settings = remedies.Settings(out=tmp_path, **changes)
+def test_what_autoattack_is_not_run_with_is_refused(tmp_path):
+    settings = remedies.Settings(out=tmp_path, precision="bfloat16")
     with pytest.raises(ValueError, match=r"one process and float32.*got 1 processes and bfloat16"):
         remedies.run(settings, Console(file=io.StringIO()))
 
