@@ -91,8 +91,10 @@ class Settings:
 
 
 def ratio(of: Any, to: Any) -> list[float]:
-    """Return the quartiles of a ratio of times, round by round, or to the one that there is."""
-    return np.quantile(np.asarray(of) / np.asarray(to), [0.25, 0.5, 0.75]).tolist()
+    """Return the quartiles of a ratio of times, over the rounds in which both were timed."""
+    of, to = np.atleast_1d(of), np.atleast_1d(to)
+    rounds = min(len(of), len(to))  # `timing.in_turn` leaves long calls out of later rounds
+    return np.quantile(of[:rounds] / to[:rounds], [0.25, 0.5, 0.75]).tolist()
 
 
 def milliseconds(times: Any) -> float:

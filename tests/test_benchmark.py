@@ -81,6 +81,11 @@ def test_calls_are_timed_in_turn_and_once_before():
     assert all(taken.min() > 0 for taken in times.values())
 
 
+def test_a_ratio_is_of_the_rounds_that_both_calls_had():
+    assert benchmark.ratio([1.0, 10.0, 100.0], [2.0, 20.0]) == [0.5, 0.5, 0.5]
+    assert benchmark.ratio([3.0], [2.0, 20.0, 200.0]) == [1.5, 1.5, 1.5]
+
+
 def test_a_ratio_is_taken_round_by_round():
     assert benchmark.ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == [0.5, 0.5, 0.5]
 
