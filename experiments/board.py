@@ -125,6 +125,7 @@ def figures_of(rows: Sequence[report.Row], method: str, norm: str, eps: float) -
     Returns:
       PGD-100x10, AutoAttack and the difference between one step's robust accuracy and AutoAttack's
       on the same images, the most that AutoAttack has been run on; empty where an attack hasn't.
+      PGD that has been run on other images alone says on how many.
     """
     here = [
         row
@@ -137,7 +138,10 @@ def figures_of(rows: Sequence[report.Row], method: str, norm: str, eps: float) -
     own = {row["attack"]: row["columns"]["robust"] for row in here if row["n"] == most}
     one, pgd, worst = map(own.get, COLUMNS)
     difference = "" if one is None or worst is None else f"{one - worst:.4f}"
-    cells = ("" if figure is None else f"{figure:.4f}" for figure in (pgd, worst))
+    cells = ["" if figure is None else f"{figure:.4f}" for figure in (pgd, worst)]
+    others = {row["n"]: row["columns"]["robust"] for row in here if row["attack"] == "pgd-100x10"}
+    if pgd is None and others:
+        cells[0] = f"{others[max(others)]:.4f} (of {max(others):,})"
     return [*cells, difference]
 
 

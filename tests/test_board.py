@@ -45,6 +45,15 @@ def test_figures_are_those_on_the_most_images():
     assert board.figures_of([*ROWS, more], "mnist_mlp/lwa", "l2", 1.5)[1:] == ["0.7500", "0.1500"]
 
 
+def test_pgd_on_other_images_says_on_how_many():
+    few = row("mnist_mlp/lwa", "pgd-100x10", 0.6, n=10)
+    fewer = row("mnist_mlp/lwa", "pgd-100x10", 0.5, n=5)
+    here = [r for r in ROWS if r["attack"] != "pgd-100x10"]
+    found = board.figures_of([*here, few, fewer], "mnist_mlp/lwa", "l2", 1.5)
+    assert found == ["0.6000 (of 10)", "0.7500", "0.1500"]
+    assert board.figures_of([*ROWS, few], "mnist_mlp/lwa", "l2", 1.5)[0] == "0.8000"
+
+
 def test_the_most_robust_net_comes_first_and_flags_are_told():
     lines = board.tables(ROWS)
     nets = [line for line in lines if line.startswith("| ") and "Net" not in line]
