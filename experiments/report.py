@@ -69,9 +69,12 @@ def versions() -> dict[str, str]:
 def device() -> str:
     """Return the kind and number of devices, e.g. `cpu x1 (2 cores)`."""
     first = jax.devices()[0]
-    kind = first.device_kind if first.platform != "cpu" else "cpu"
-    cores = f" ({os.cpu_count()} cores)" if first.platform == "cpu" else ""
-    return f"{kind} x{jax.device_count()}{cores}"
+    if first.platform != "cpu":
+        return f"{first.device_kind} x{jax.device_count()}"
+    # Those that this process may use; which of them, no system but Linux's says.
+    allowed = getattr(os, "sched_getaffinity", None)
+    cores = len(allowed(0)) if allowed else os.cpu_count()
+    return f"cpu x{jax.device_count()} ({cores} core{'' if cores == 1 else 's'})"
 
 
 def load_rows(path: Path) -> list[Row]:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -137,3 +139,14 @@ def test_versions_and_device_are_plain_json():
     record = json.loads(json.dumps({"versions": report.versions(), "device": report.device()}))
     assert set(record["versions"]) >= {"jax", "jaxlib", "jaxadv", "python"}
     assert record["device"].startswith("cpu x1")
+
+
+def test_a_cpu_says_how_many_cores_a_run_may_use(monkeypatch):
+    if jax.devices()[0].platform != "cpu":
+        pytest.skip("on another device cores say nothing")
+    devices = f"cpu x{jax.device_count()}"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert report.device() == f"{devices} (1 core)"
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert report.device() == f"{devices} (7 cores)"
