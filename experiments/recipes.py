@@ -191,6 +191,11 @@ def _multi_step_objective(
         return objectives.virtual(
             apply_fn, adversary, eps=eps, weight=method.weight, train_fn=train_fn, bounds=box
         )
+    if method.objective == "representation":
+        raise ValueError(
+            "expected the objective adversarial, mixed or virtual of several steps, got "
+            "representation, whose adversary takes one; choose Adversarial for it"
+        )
     adversary = partial(attack.pgd, steps=method.steps, random_start=method.random_start)
     make = {"adversarial": objectives.adversarial, "mixed": objectives.mixed}[method.objective]
     return make(apply_fn, adversary, eps=eps, train_fn=train_fn, bounds=box)

@@ -233,3 +233,9 @@ def test_one_step_of_another_kind_is_refused(changes):
     method = OneStep((6, 5), 1, 0.1, eps=0.7, **changes)
     with pytest.raises(ValueError, match=r"one step of the adversary loss.*got .* for .*; choose"):
         recipes.make_objective(NET, method, 10, BOX)
+
+
+def test_several_steps_at_a_representation_are_refused():
+    method = MultiStep((6, 5), 1, 0.1, eps=0.7, objective="representation")
+    with pytest.raises(ValueError, match=r"adversarial, mixed or virtual of several steps, got"):
+        recipes.make_objective(NET, method, 10, BOX)
