@@ -2,7 +2,8 @@
 
 A machine's speed drifts, and other programs take their share of it. So what is compared is timed in
 turn, several rounds over, and ratios are to be taken within each round (`in_turn`); and `Quiet`
-watches for the work of others, and for a machine that hasn't the same speed at the end.
+watches for the work of others, and for a machine that hasn't the same speed from one moment to the
+next, or at the end: a virtual one's neighbours are in no count of its own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ LARGEST_SHARE = 0.05
 """Of the cores' time, what others may have had in a run that counts."""
 LARGEST_DRIFT = 0.15
 """How much of its speed the machine may have lost or won from a run's start to its end."""
+LARGEST_SPREAD = 0.15
+"""How far apart, of the lower, the quartiles of its speed may be within seconds."""
 
 
 def in_turn(
@@ -108,12 +111,14 @@ class Quiet:
       >>> from experiments.timing import Quiet
       >>> quiet = Quiet()
       >>> record = quiet.report()  # after the measurements
-      >>> sorted(record)
-      ['cpu_of_others', 'cpu_stolen', 'gflops_at_end', 'gflops_at_start', 'reasons', 'valid']
+      >>> sorted(record)[:4]
+      ['cpu_of_others', 'cpu_stolen', 'gflops_at_end', 'gflops_at_start']
+      >>> sorted(record)[4:]
+      ['gflops_spread', 'reasons', 'valid']
     """
 
     def __init__(self) -> None:
-        self._rate = self._gflops()
+        self._rates = self._gflops()
         self._start = self._now()
 
     def report(self) -> dict[str, Any]:
@@ -122,8 +127,14 @@ class Quiet:
             now - before for now, before in zip(self._now(), self._start, strict=True)
         )
         share = max(0.0, busy - own) / elapsed
-        rate = self._gflops()
-        drift = abs(rate / self._rate - 1)
+        samples = self._rates, self._gflops()
+        # The best is what the machine can do, whatever else it did in between.
+        first, last = (float(rates.max()) for rates in samples)
+        drift = abs(last / first - 1)
+        low, high = max(
+            (np.quantile(rates, [0.25, 0.75]) for rates in samples), key=lambda q: q[1] / q[0]
+        )
+        spread = high / low - 1
         reasons = []
         if share > LARGEST_SHARE:
             reasons.append(
@@ -132,23 +143,28 @@ class Quiet:
             )
         if drift > LARGEST_DRIFT:
             reasons.append(
-                f"matrix products ran at {self._rate:.0f} GFLOP/s before and {rate:.0f} after, "
+                f"matrix products ran at {first:.0f} GFLOP/s before and {last:.0f} after, "
                 f"more than {LARGEST_DRIFT:.0%} apart"
+            )
+        if spread > LARGEST_SPREAD:
+            reasons.append(
+                f"the same matrix product ran at {low:.0f} and at {high:.0f} GFLOP/s within "
+                f"seconds (quartiles), more than {LARGEST_SPREAD:.0%} apart"
             )
         return {
             "valid": not reasons,
             "reasons": reasons,
             "cpu_of_others": round(share, 3),
             "cpu_stolen": round(stolen / elapsed, 3),
-            "gflops_at_start": round(self._rate, 1),
-            "gflops_at_end": round(rate, 1),
+            "gflops_at_start": round(first, 1),
+            "gflops_at_end": round(last, 1),
+            "gflops_spread": round(spread, 3),
         }
 
     @staticmethod
-    def _gflops() -> float:
-        # The best of many short samples: what the machine can do, whatever else it did in between.
+    def _gflops() -> NDArray[np.float64]:
         times = in_turn({"products": matrix_products()}, 20, seconds=0.1)["products"]
-        return float(2 * 2048**3 / times.min() / 1e9)
+        return 2 * 2048**3 / times / 1e9
 
     @staticmethod
     def _now() -> tuple[float, float, float, float]:

@@ -93,9 +93,10 @@ def test_a_ratio_is_taken_round_by_round():
 class Machine:
     """Stands for the clock and the counters of two processors."""
 
-    def __init__(self, monkeypatch, *, others=0.0, slower=1.0):
+    def __init__(self, monkeypatch, *, others=0.0, slower=1.0, uneven=1.0):
         now = iter([(0.0, 0.0, 0.0, 0.0), (200.0, 90.0 + 200 * others, 0.0, 90.0)])
-        rates = iter([100.0, 100.0 / slower])
+        samples = np.array([1.0, 1.0, 1.0 / uneven, 1.0 / uneven, 1.0])
+        rates = iter([100.0 * samples, 100.0 / slower * samples])
         monkeypatch.setattr(timing.Quiet, "_now", staticmethod(lambda: next(now)))
         monkeypatch.setattr(timing.Quiet, "_gflops", staticmethod(lambda: next(rates)))
 
@@ -107,6 +108,8 @@ class Machine:
         ({"others": 0.04}, []),
         ({"others": 0.3}, ["other programs had 30%"]),
         ({"slower": 1.5}, ["100 GFLOP/s before and 67 after"]),
+        ({"uneven": 1.1}, []),
+        ({"uneven": 1.25}, ["at 80 and at 100 GFLOP/s within"]),
     ],
 )
 def test_a_loaded_machine_makes_a_run_invalid(machine, reasons, monkeypatch):
