@@ -153,7 +153,7 @@ def plot_learning(rows: Sequence[report.Row]) -> Any:
         panel.set(title=title, xlabel="epoch", ylabel="accuracy")
         panel.grid(alpha=0.3)
     panels[1].set_ylim(0, 1)
-    panels[0].legend(frameon=False, fontsize=8, loc="best")
+    panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 

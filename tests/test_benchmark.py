@@ -88,6 +88,10 @@ def test_a_ratio_is_of_the_rounds_that_both_calls_had():
 
 def test_a_ratio_is_taken_round_by_round():
     assert benchmark.ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == [0.5, 0.5, 0.5]
+    # A ratio of the quartiles would be .5 here too.
+    np.testing.assert_allclose(
+        benchmark.ratio([1.0, 100.0, 10.0], [2.0, 20.0, 200.0]), [0.275, 0.5, 2.75]
+    )
 
 
 class Machine:

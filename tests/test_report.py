@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,12 +142,18 @@ def test_versions_and_device_are_plain_json():
     assert record["device"].startswith("cpu x1")
 
 
-def test_a_cpu_says_how_many_cores_a_run_may_use(monkeypatch):
-    if jax.devices()[0].platform != "cpu":
-        pytest.skip("on another device cores say nothing")
-    devices = f"cpu x{jax.device_count()}"
+class Device(NamedTuple):
+    platform: str
+    device_kind: str
+
+
+def test_a_cpu_says_how_many_cores_a_run_may_use_and_another_device_its_kind(monkeypatch):
+    kinds = iter([("cpu", "Xeon"), ("cpu", "Xeon"), ("gpu", "H100")])
+    monkeypatch.setattr(jax, "devices", lambda: [Device(*next(kinds))])
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
-    assert report.device() == f"{devices} (1 core)"
+    assert report.device() == "cpu x2 (1 core)"
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert report.device() == f"{devices} (7 cores)"
+    assert report.device() == "cpu x2 (7 cores)"
+    assert report.device() == "H100 x2"
