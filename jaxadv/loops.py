@@ -9,7 +9,8 @@ than outside; and an epoch, and an iterated attack, is such a loop.
 
 The gradient of a convolution's weights is slow outside loops too: XLA multiplies all of its patches
 at once, which no cache holds. A sum of matrix products, each of a few examples, takes a third of
-that.
+that. And in newer versions of XLA, narrow convolutions have one core alone to run on, unless their
+results are larger than the images: then they get another kernel, which shares them out.
 
 `body` does what XLA leaves out. Every loop of this library over a net is written with it
 (`train.make_epoch`, all of `attack`), and so is `train.make_step`; it is public for loops of your
@@ -36,6 +37,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _PATCHES = 10_000_000  # bytes, which a cache may hold; measured to be the best
 _PLACES = 64
+_MORE = 0.15  # of a result's rows, which take less time than one core takes longer than all
 
 
 def body(function: F) -> F:
@@ -152,7 +154,7 @@ def _convolve(
     # Examples that several devices share can't be taken in turn.
     whole = grouped or jax.device_count() > 1 or x.shape[channel] == 0
     if not size > count <= _PLACES or whole or not jnp.issubdtype(x.dtype, jnp.floating):
-        return _in_fast_layout(x, kernel, dimension_numbers=dimension_numbers, **params)
+        return _in_fast_layout(x, kernel, shape, dimension_numbers, params)
     return _by_patches(x, kernel, shape, dimension_numbers, params)
 
 
@@ -220,7 +222,11 @@ def _part(channels: int, size: int) -> int:
 
 
 def _in_fast_layout(
-    x: jax.Array, kernel: jax.Array, *, dimension_numbers: lax.ConvDimensionNumbers, **params: Any
+    x: jax.Array,
+    kernel: jax.Array,
+    shape: tuple[int, ...],
+    dimension_numbers: lax.ConvDimensionNumbers,
+    params: dict[str, Any],
 ) -> jax.Array:
     """Transpose the operands into the fast layout, and the result back."""
     (batch, channel, *places), (out, into, *taps), result = dimension_numbers
@@ -229,12 +235,27 @@ def _in_fast_layout(
     fast = lax.ConvDimensionNumbers(
         (0, last, *middle), (last, last - 1, *range(last - 1)), (0, last, *middle)
     )
+    rows = shape[result[2]]
+    more = _rows_beyond(x.shape[places[0]], rows, params)
+    (low, high), *padding = params["padding"]
     y = lax.conv_general_dilated_p.bind(
         lax.transpose(x, (batch, *places, channel)),
         lax.transpose(kernel, (*taps, into, out)),
         dimension_numbers=fast,
-        **params,
+        **params | {"padding": ((low, high + more), *padding)},
     )
+    y = lax.slice_in_dim(y, 0, rows, axis=1)
     # Axis result[0] of what is asked for is batch, result[1] is channel, the others are places.
     order = sorted(range(last + 1), key=lambda axis: (result[0], *result[2:], result[1])[axis])
     return lax.transpose(y, order)
+
+
+def _rows_beyond(image: int, result: int, params: dict[str, Any]) -> int:
+    """Say how many rows to add to a convolution's result, for XLA to spread it over the cores.
+
+    It has two kernels for the fast layout. Newer versions prefer one that leaves narrow
+    convolutions to a single core; but it takes none whose result is larger than the image.
+    """
+    more = image - result + 1
+    plain = params["window_strides"][0] == params["lhs_dilation"][0] == 1
+    return more if plain and 0 < more <= result * _MORE else 0

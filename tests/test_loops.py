@@ -80,6 +80,35 @@ def test_values_and_gradients_are_the_same_and_every_layout_is_the_fast_one(name
         assert found != layouts(step, x, w)
 
 
+@pytest.mark.parametrize(
+    ("image", "size", "strides", "padding", "rows"),
+    [
+        (28, 3, 1, "SAME", 29),  # one more than the image has, and than is asked for
+        (28, 3, 1, "VALID", 29),
+        (28, 5, 1, "VALID", 24),  # five more would be a fifth
+        (28, 3, 2, "SAME", 14),
+        (28, 3, 1, [(2, 2), (1, 1)], 30),
+        (7, 3, 1, "SAME", 8),
+        (6, 3, 1, "SAME", 6),
+    ],
+)
+def test_results_have_more_rows_than_the_image_where_few_are_missing(
+    image, size, strides, padding, rows
+):
+    x, w = draw(2, image, image, 3), draw(size, size, 3, 4, seed=1)
+
+    def convolve(x, w):
+        return lax.conv_general_dilated(x, w, (strides, 1), padding, **NHWC)
+
+    text = str(jax.make_jaxpr(loops.body(convolve))(x, w))
+    (found,) = re.findall(r"f32\[2,(\d+),\d+,4\] = conv_general_dilated", text)
+    assert int(found) == rows
+    # The same sums of the same numbers: what is added is cut off.
+    np.testing.assert_allclose(
+        loops.body(convolve)(x, w), convolve(x, w), rtol=RTOL, atol=ATOL, strict=True
+    )
+
+
 def test_grouped_convolutions_keep_their_values():
     x, w = draw(4, 6, 6, 4), draw(3, 3, 2, 8, seed=1)
 
