@@ -9,7 +9,7 @@ machine is marked as not valid, and the command ends with an error.
 
 - `steps`: a training step, called by itself (`train.make_step`) and within an epoch on the device
   (`train.make_epoch`), against a floor, about the least that it can take, and against a step
-  written by hand in PyTorch.
+  written by hand in PyTorch. On CPU also over as many simulated devices as there are cores.
 - `loops`: the library's loops over a net of plain `flax.linen.Conv`, against a Python loop over a
   jitted step; XLA has a trap there on CPU (see `jaxadv.loops`).
 - `attacks`: perturbations of 1,000 test images, against the floor and against other libraries.
@@ -51,6 +51,7 @@ import numpy as np
 import optax
 import tyro
 from flax import linen as nn
+from jax.sharding import Mesh
 from rich.console import Console
 
 from experiments import evaluate, figures, models, parallel, peers, report, timing
@@ -179,14 +180,19 @@ def some_images(n: int, shape: tuple[int, ...], classes: int = 10) -> tuple[jax.
 
 
 def training_calls(
-    objectives_: Mapping[str, Any], params: Any, x: jax.Array, y: jax.Array, epoch_steps: int
+    objectives_: Mapping[str, Any],
+    params: Any,
+    x: jax.Array,
+    y: jax.Array,
+    epoch_steps: int,
+    mesh: Mesh | None = None,
 ) -> dict[str, Call]:
     """Return compiled steps of each objective, one and an epoch of them, that carry their state."""
     tx = optax.sgd(1e-3, momentum=0.9)
     order = jnp.tile(jnp.arange(len(x)), (epoch_steps, 1))
 
     def call(compiled: Any, *arguments: Any) -> Call:
-        state = train.init(params, tx, key=jax.random.key(1))
+        state = parallel.replicate(mesh, train.init(params, tx, key=jax.random.key(1)))
 
         def go() -> Any:
             nonlocal state
@@ -195,10 +201,12 @@ def training_calls(
 
         return go
 
+    batch, images = parallel.spread(mesh, (x, y)), parallel.replicate(mesh, (x, y))
+    order = parallel.spread(mesh, order, axis=1)
     calls = {}
     for name, objective in objectives_.items():
-        calls[f"{name}, step"] = call(train.make_step(objective, tx), (x, y))
-        calls[f"{name}, epoch"] = call(train.make_epoch(objective, tx), (x, y), order)
+        calls[f"{name}, step"] = call(train.make_step(objective, tx), batch)
+        calls[f"{name}, epoch"] = call(train.make_epoch(objective, tx), images, order)
     return calls
 
 
@@ -223,14 +231,16 @@ def step_objectives(net: Classifier, *, all_kinds: bool) -> dict[str, Any]:
 def steps(settings: Settings) -> Figures:
     """Time training steps against their floors, and against PyTorch's."""
     found: Figures = []
+    several = jax.device_count() > 1
     for name in settings.nets:
         net, shape = make_net(name)
         large = name in LARGE
         epoch_steps = EPOCH_STEPS[name]
         x, y = some_images(settings.batch_size, shape)
         params = init(net, jax.random.key(0), x)
-        kinds = step_objectives(net, all_kinds=not large)
-        calls = training_calls(kinds, params, x, y, epoch_steps)
+        kinds = step_objectives(net, all_kinds=not large and not several)
+        mesh = parallel.mesh(parallel.Devices(), len(x))
+        calls = training_calls(kinds, params, x, y, epoch_steps, mesh)
         calls["rate"] = timing.matrix_products()
         if not net.blocks:
             calls |= products(net, int(np.prod(shape)), len(x))
@@ -248,6 +258,7 @@ def steps(settings: Settings) -> Figures:
                 "net": name,
                 "objective": kind,
                 "called": "by itself" if way == "step" else "in an epoch",
+                "devices": mesh.size if mesh else 1,
                 "ms": milliseconds(taken),
                 "floor ms": milliseconds(floor[kind]),
                 "floor / time": ratio(floor[kind], taken),
@@ -256,6 +267,8 @@ def steps(settings: Settings) -> Figures:
                 figure["PyTorch ms"] = milliseconds(times[f"{kind}, PyTorch"])
                 figure["PyTorch / time"] = ratio(times[f"{kind}, PyTorch"], taken)
             found.append(figure)
+    if jax.default_backend() == "cpu" and not several and report.cores() > 1:
+        found += in_child("steps", settings, devices=report.cores())
     return found
 
 
@@ -478,17 +491,7 @@ def growth(settings: Settings) -> Figures:
 def devices(settings: Settings) -> Figures:
     """Time LWA's step, of one batch over more and more devices."""
     if jax.device_count() == 1 and jax.default_backend() == "cpu":
-        return in_child(
-            [
-                "--parts",
-                "devices",
-                "--rounds",
-                str(settings.rounds),
-                "--seconds",
-                str(settings.seconds),
-            ],
-            XLA_FLAGS="--xla_force_host_platform_device_count=8",
-        )
+        return in_child("devices", settings, devices=8)
     net, tx = models.mlp((500, 500)), optax.sgd(0.1, momentum=0.9)
     x, y = some_images(1024, (28, 28, 1))
     params = init(net, jax.random.key(0), x)
@@ -588,10 +591,15 @@ def _quick(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def in_child(arguments: list[str], **environment: str) -> Figures:
-    """Run a part in another process, in which JAX starts anew; return its figures."""
+def in_child(part: Part, settings: Settings, *, devices: int) -> Figures:
+    """Run a part in another process, in which CPU has so many devices; return its figures."""
+    arguments = [str(Path(__file__)), "--parts", part, "--nets", *settings.nets]
+    for name in ("batch_size", "rounds", "seconds"):
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
     with tempfile.TemporaryDirectory() as folder:
-        _child([str(Path(__file__)), *arguments, "--out", folder], environment, parse=False)
+        _child([*arguments, "--out", folder], environment, parse=False)
         (row,) = report.load_rows(Path(folder) / "results.json")
         return list(row["figures"])
 

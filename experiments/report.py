@@ -71,10 +71,14 @@ def device() -> str:
     first = jax.devices()[0]
     if first.platform != "cpu":
         return f"{first.device_kind} x{jax.device_count()}"
-    # Those that this process may use; which of them, no system but Linux's says.
-    allowed = getattr(os, "sched_getaffinity", None)
-    cores = len(allowed(0)) if allowed else os.cpu_count()
-    return f"cpu x{jax.device_count()} ({cores} core{'' if cores == 1 else 's'})"
+    n = cores()
+    return f"cpu x{jax.device_count()} ({n} core{'' if n == 1 else 's'})"
+
+
+def cores() -> int:
+    """Return how many of the machine's cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # which of them, no system but Linux's says
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def load_rows(path: Path) -> list[Row]:

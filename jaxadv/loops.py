@@ -1,16 +1,18 @@
 """Bodies of loops that keep a net's convolutions fast on CPU.
 
-XLA's CPU backend has a fast kernel for convolutions of one layout alone: examples first, channels
+XLA's CPU backend has fast programs for convolutions of one layout alone: examples first, channels
 last, kernels as height, width, input, output. It brings every other convolution into that layout,
 but looks for them in a program's main computation and not in the bodies of its loops. The
 convolutions that differentiation makes of a convolution have other layouts. So the gradient of a
 plain `flax.linen.Conv` runs up to fifty times slower in a `lax.scan`, `fori_loop` or `while_loop`
 than outside; and an epoch, and an iterated attack, is such a loop.
 
-The gradient of a convolution's weights is slow outside loops too: XLA multiplies all of its patches
-at once, which no cache holds. A sum of matrix products, each of a few examples, takes a third of
-that. And in newer versions of XLA, narrow convolutions have one core alone to run on, unless their
-results are larger than the images: then they get another kernel, which shares them out.
+There are two programs for that layout. Newer versions of XLA prefer one that leaves narrow
+convolutions to a single core, and that takes three times as long as the other for the gradient of
+a convolution's weights, outside loops too. But they have it for no convolution whose result, or
+whose kernel, has more rows than its image: so those that lack a few are given them. With strides
+the gradient of the weights lacks too many; it is faster as a sum of matrix products, each of a few
+examples, whose patches fit into a cache.
 
 `body` does what XLA leaves out. Every loop of this library over a net is written with it
 (`train.make_epoch`, all of `attack`), and so is `train.make_step`; it is public for loops of your
@@ -37,16 +39,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _PATCHES = 10_000_000  # bytes, which a cache may hold; measured to be the best
 _PLACES = 64
-_MORE = 0.15  # of a result's rows, which take less time than one core takes longer than all
+_MORE = 0.25  # of the rows there are: to add so many takes less time than it saves
 
 
 def body(function: F) -> F:
     """Put a loop's body in the form that XLA runs fast on CPU; on other backends, it is unchanged.
 
     The function is traced, and each convolution in it, the gradients' included, is made on
-    transposed operands where its layout isn't the fast one, and the gradient of weights, on one
-    device, by matrix products. The results are the same but for rounding. What is in a
-    `jax.shard_map` stays as it is.
+    transposed operands where its layout isn't the fast one, and with more rows where that pays; the
+    gradient of weights with strides, on one device, by matrix products. The results are the same
+    but for rounding. What is in a `jax.shard_map` stays as it is.
 
     Args:
       function: what `lax.scan`, `fori_loop`, `while_loop` or `map` takes as a body, or any other of
@@ -144,18 +146,46 @@ def _convolve(
     """Convolve to a result of this shape: in the fast layout, or as a sum of matrix products.
 
     The latter where the kernel is larger than the result, as an image is for the gradient of the
-    weights, with examples for channels; but not for a result of many places, each of which takes
-    a product of its own to be compiled.
+    weights, with examples for channels, and no few rows would make it larger than the image, as
+    none do with strides. But not for a result of many places, each of which takes a product of its
+    own to be compiled.
     """
-    (_, channel, *_), (_, _, *taps), (_, _, *places) = dimension_numbers
-    size = math.prod(kernel.shape[axis] for axis in taps)
-    count = math.prod(shape[axis] for axis in places)
+    (_, channel, *places), (_, _, *taps), (_, _, *ends) = dimension_numbers
+    image = [x.shape[axis] for axis in places]
+    sizes = [kernel.shape[axis] for axis in taps]
+    counts = [shape[axis] for axis in ends]
+    rows = _rows_to_add(image, sizes, counts, params)
     grouped = max(params["feature_group_count"], params["batch_group_count"]) > 1
     # Examples that several devices share can't be taken in turn.
     whole = grouped or jax.device_count() > 1 or x.shape[channel] == 0
-    if not size > count <= _PLACES or whole or not jnp.issubdtype(x.dtype, jnp.floating):
-        return _in_fast_layout(x, kernel, shape, dimension_numbers, params)
+    few = math.prod(sizes) > math.prod(counts) <= _PLACES
+    if any(rows) or not few or whole or not jnp.issubdtype(x.dtype, jnp.floating):
+        return _in_fast_layout(x, kernel, counts[0], rows, dimension_numbers, params)
     return _by_patches(x, kernel, shape, dimension_numbers, params)
+
+
+def _rows_to_add(
+    image: Sequence[int], sizes: Sequence[int], counts: Sequence[int], params: dict[str, Any]
+) -> tuple[int, int]:
+    """Say by how many rows to enlarge a convolution's result, and its kernel.
+
+    Args:
+      image: rows and columns, or however many axes there are.
+      sizes: of the kernel, likewise.
+      counts: of the result, likewise.
+      params: of the convolution.
+    """
+    if len(image) != 2:
+        return 0, 0
+    plain = params["window_strides"] == params["lhs_dilation"] == (1, 1)
+    if math.prod(sizes) <= math.prod(counts):
+        more = image[0] - counts[0] + 1
+        return (more, 0) if plain and 0 < more <= counts[0] * _MORE else (0, 0)
+    more = image[0] - sizes[0] + 1
+    # Of a kernel larger than all of the image, XLA makes the image.
+    wide = image[1] + sum(params["padding"][1])
+    fits = (sizes[0] + more) * sizes[1] <= image[0] * wide and min(params["padding"][1]) >= 0
+    return (0, more) if plain and fits and 0 < more <= sizes[0] * _MORE else (0, 0)
 
 
 def _by_patches(
@@ -224,38 +254,41 @@ def _part(channels: int, size: int) -> int:
 def _in_fast_layout(
     x: jax.Array,
     kernel: jax.Array,
-    shape: tuple[int, ...],
+    count: int,
+    rows: tuple[int, int],
     dimension_numbers: lax.ConvDimensionNumbers,
     params: dict[str, Any],
 ) -> jax.Array:
-    """Transpose the operands into the fast layout, and the result back."""
+    """Transpose the operands into the fast layout, add rows, and bring the result back.
+
+    Args:
+      x: the images.
+      kernel: the kernel.
+      count: how many rows the result has.
+      rows: how many to add to the result, of which they are cut off again, and to the kernel.
+      dimension_numbers: of the convolution.
+      params: its other parameters.
+    """
     (batch, channel, *places), (out, into, *taps), result = dimension_numbers
     last = x.ndim - 1
     middle = tuple(range(1, last))
     fast = lax.ConvDimensionNumbers(
         (0, last, *middle), (last, last - 1, *range(last - 1)), (0, last, *middle)
     )
-    rows = shape[result[2]]
-    more = _rows_beyond(x.shape[places[0]], rows, params)
+    x = lax.transpose(x, (batch, *places, channel))
+    kernel = lax.transpose(kernel, (*taps, into, out))
+    taller, longer = rows
     (low, high), *padding = params["padding"]
+    if longer:
+        kernel = jnp.pad(kernel, ((0, longer), (0, 0), (0, 0), (0, 0)))
+    if longer and any(padding[0]):  # or the kernel may be larger than the image
+        x = jnp.pad(x, ((0, 0), (0, 0), padding[0], (0, 0)))
+        x, padding = lax.optimization_barrier(x), [(0, 0)]
+    high += taller + longer * params["rhs_dilation"][0]
     y = lax.conv_general_dilated_p.bind(
-        lax.transpose(x, (batch, *places, channel)),
-        lax.transpose(kernel, (*taps, into, out)),
-        dimension_numbers=fast,
-        **params | {"padding": ((low, high + more), *padding)},
+        x, kernel, dimension_numbers=fast, **params | {"padding": ((low, high), *padding)}
     )
-    y = lax.slice_in_dim(y, 0, rows, axis=1)
+    y = lax.slice_in_dim(y, 0, count, axis=1)
     # Axis result[0] of what is asked for is batch, result[1] is channel, the others are places.
     order = sorted(range(last + 1), key=lambda axis: (result[0], *result[2:], result[1])[axis])
     return lax.transpose(y, order)
-
-
-def _rows_beyond(image: int, result: int, params: dict[str, Any]) -> int:
-    """Say how many rows to add to a convolution's result, for XLA to spread it over the cores.
-
-    It has two kernels for the fast layout. Newer versions prefer one that leaves narrow
-    convolutions to a single core; but it takes none whose result is larger than the image.
-    """
-    more = image - result + 1
-    plain = params["window_strides"][0] == params["lhs_dilation"][0] == 1
-    return more if plain and 0 < more <= result * _MORE else 0

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark, models, peers, timing
+from experiments import benchmark, models, peers, report, timing
 from jaxadv import perturb
 
 
@@ -186,10 +186,13 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
 def test_steps_and_loops_are_measured(tmp_path, monkeypatch):
     Machine(monkeypatch)
     settings = benchmark.Settings(nets=("mlp",), batch_size=10, rounds=1, seconds=0.0)
+    monkeypatch.setattr(report, "cores", lambda: 2)
     steps = benchmark.steps(settings)
-    assert {(s["objective"], s["called"]) for s in steps} == {
-        (objective, called)
-        for objective in ("plain", "LWA", "LWA, Adv_Alpha", "LWA_Rep", "LWA, 3 steps")
+    every = ("plain", "LWA", "LWA, Adv_Alpha", "LWA_Rep", "LWA, 3 steps")
+    assert {(s["objective"], s["called"], s["devices"]) for s in steps} == {
+        (objective, called, devices)
+        for objectives, devices in ((every, 1), (("plain", "LWA"), 2))
+        for objective in objectives
         for called in ("by itself", "in an epoch")
     }
     for step in steps:  # of one round, all are of the same two numbers

@@ -74,8 +74,8 @@ def test_values_and_gradients_are_the_same_and_every_layout_is_the_fast_one(name
     step = jax.value_and_grad(total, argnums=(0, 1))
     chex.assert_trees_all_close(loops.body(step)(x, w), step(x, w), rtol=RTOL, atol=ATOL)
     found = layouts(loops.body(step), x, w)
-    # The gradient of the weights is a sum of matrix products.
-    assert found == [FAST[len(strides)]] * 2
+    # The gradient of the weights may be a sum of matrix products.
+    assert found in ([FAST[len(strides)]] * 2, [FAST[len(strides)]] * 3)
     if name != "channels last":
         assert found != layouts(step, x, w)
 
@@ -85,11 +85,11 @@ def test_values_and_gradients_are_the_same_and_every_layout_is_the_fast_one(name
     [
         (28, 3, 1, "SAME", 29),  # one more than the image has, and than is asked for
         (28, 3, 1, "VALID", 29),
-        (28, 5, 1, "VALID", 24),  # five more would be a fifth
+        (28, 9, 1, "VALID", 20),  # nine more would be too many
         (28, 3, 2, "SAME", 14),
         (28, 3, 1, [(2, 2), (1, 1)], 30),
-        (7, 3, 1, "SAME", 8),
-        (6, 3, 1, "SAME", 6),
+        (4, 3, 1, "SAME", 5),
+        (3, 3, 1, "SAME", 3),
     ],
 )
 def test_results_have_more_rows_than_the_image_where_few_are_missing(
@@ -107,6 +107,49 @@ def test_results_have_more_rows_than_the_image_where_few_are_missing(
     np.testing.assert_allclose(
         loops.body(convolve)(x, w), convolve(x, w), rtol=RTOL, atol=ATOL, strict=True
     )
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "strides", "padding", "rows"),
+    [
+        (28, 3, 1, "SAME", 29),
+        (28, 3, 1, "VALID", 29),
+        (28, 5, 1, "SAME", 29),
+        (28, 5, 1, "VALID", 29),
+        (28, 2, 1, "SAME", 29),
+        (28, 3, 1, [(0, 1), (2, 0)], 29),
+        (28, 7, 1, "VALID", None),  # seven more would be too many
+        (28, 3, 2, "SAME", None),
+        (28, 1, 1, "SAME", None),  # 29 x 28 is more than the image
+        (28, 3, 1, [(1, 1), (2, -1)], None),
+    ],
+)
+def test_in_gradients_of_weights_kernels_have_more_rows_than_the_image_where_few_are_missing(
+    image, size, strides, padding, rows
+):
+    x, w = draw(2, image, image, 3), draw(size, size, 3, 20, seed=1)
+
+    def gradient(x, w):
+        def total(w):
+            y = lax.conv_general_dilated(x, w, (strides, strides), padding, **NHWC)
+            return jnp.sum(jnp.sin(y))
+
+        return jax.grad(total)(w)
+
+    text = str(jax.make_jaxpr(loops.body(gradient))(x, w))
+    results = re.findall(r"f32\[3,\d+,\d+,20\] = conv_general_dilated\[", text)
+    longer = re.findall(rf":f32\[{rows},\d+,2,20\] = pad\[", text)
+    assert (len(results), len(longer)) == ((1, 1) if rows else (0, 0))
+    np.testing.assert_allclose(
+        loops.body(gradient)(x, w), gradient(x, w), rtol=RTOL, atol=ATOL * size, strict=True
+    )
+
+    # XLA exchanges operands of which the kernel is the larger, and has no fast program for that.
+    @jax.jit
+    def looped(w, xs):
+        return lax.scan(lambda w, x: (loops.body(gradient)(x, w), None), w, xs)
+
+    assert "rhs_reversal" not in looped.lower(w, x[None]).compile().as_text()
 
 
 def test_grouped_convolutions_keep_their_values():
@@ -345,6 +388,7 @@ def test_a_weight_gradient_in_parts_is_the_same(name, most, monkeypatch):
         return jnp.sum(jnp.sin(y))
 
     monkeypatch.setattr(loops, "_PATCHES", most)
+    monkeypatch.setattr(loops, "_MORE", 0)  # rows, so that none is a convolution
     gradient = jax.grad(total)
     # Against a sum in one piece of the same numbers, in another order.
     chex.assert_trees_all_close(loops.body(gradient)(w, x), gradient(w, x), rtol=RTOL, atol=ATOL)
@@ -384,6 +428,7 @@ def test_examples_that_several_devices_share_arent_taken_in_parts(monkeypatch):
             w
         )
 
+    monkeypatch.setattr(loops, "_MORE", 0)
     forward = 1
     assert convolutions(loops.body(gradient), w) == forward
     monkeypatch.setattr(jax, "device_count", lambda: 2)
