@@ -31,11 +31,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
-from safetensors.numpy import load_file
 
 from experiments import data, models, parallel, report, training
 from jaxadv import attack, evaluate, perturb
@@ -148,7 +146,7 @@ def load_net(settings: Settings) -> tuple[ApplyFn, Params, str]:
         this folder.
     """
     if ":" not in settings.net:
-        params = load_weights(Path(settings.net))
+        params = report.load_params(Path(settings.net))
         net = models.recognised(params)
         return models.function(net), params, models.describe(net)
     module_name, function_name = settings.net.split(":", 1)
@@ -160,29 +158,8 @@ def load_net(settings: Settings) -> tuple[ApplyFn, Params, str]:
             f"expected a function {function_name} in a module {module_name}, got: {error}; "
             "name it module:function, from the folder that the module is in"
         ) from error
-    params = None if settings.weights is None else load_weights(settings.weights)
+    params = None if settings.weights is None else report.load_params(settings.weights)
     return apply_fn, params, settings.net
-
-
-def load_weights(path: Path) -> Params:
-    """Return the arrays of a safetensors file, nested by the parts of their names.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"expected a file of weights, got {path}, which isn't there; "
-            "name a .safetensors file, or module:function"
-        )
-    params: dict[str, Any] = {}
-    for name, array in load_file(path).items():
-        *folders, leaf = name.split("/")
-        inner = params
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[leaf] = jnp.asarray(array)
-    return params
 
 
 def load(settings: Settings) -> Problem:

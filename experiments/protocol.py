@@ -301,19 +301,28 @@ class _Fixed(NamedTuple):
     accuracy: float  # of that net itself
 
 
+def _fixed_net(settings: Settings, task: Task, progress: Progress) -> tuple[ApplyFn, Params]:
+    """Train the net that the Fixed set is made on; or take its weights, if an earlier run did."""
+    path = settings.out / "fixed" / "params.safetensors"
+    made = {"seed": settings.fixed_seed, **train_settings(task.normal, settings, task)}
+    if report.made(path) == made:
+        params = parallel.replicate(task.mesh, report.load_params(path))
+        return function(task.make_net(task.normal)), params
+    net = train("normal", task.normal, settings.fixed_seed, settings, task, progress)
+    if parallel.first_process():
+        report.save_params(path, net.params, made)
+    return net.apply_fn, net.params
+
+
 def _make_fixed(settings: Settings, task: Task, progress: Progress) -> dict[float, _Fixed]:
     """Return the Fixed set of each size."""
-    net = train("normal", task.normal, settings.fixed_seed, settings, task, progress)
+    net = _fixed_net(settings, task, progress)
     batch_size = settings.eval_batch
     images = scored(task)
-    one = evaluate.perturbations(
-        net.apply_fn, net.params, *images, perturb.loss, eps=1.0, batch_size=batch_size
-    )
+    one = evaluate.perturbations(*net, *images, perturb.loss, eps=1.0, batch_size=batch_size)
     fixed = {}
     for eps in settings.eps:
-        own = evaluate.clean(
-            net.apply_fn, net.params, images.x + eps * one, images.y, batch_size=batch_size
-        )
+        own = evaluate.clean(*net, images.x + eps * one, images.y, batch_size=batch_size)
         fixed[eps] = _Fixed(eps * one, evaluate.accuracy(own))
     return fixed
 

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from experiments import parallel
+from jaxadv.types import Params
 
 __all__ = [
     "LABELS",
@@ -105,8 +108,14 @@ def save_rows(path: Path, rows: Sequence[Row]) -> None:
     os.replace(unfinished, path)
 
 
-def save_params(path: Path, params: Any) -> None:
-    """Write parameters as safetensors, named by their paths joined by "/"."""
+def save_params(path: Path, params: Any, made: Mapping[str, Any] | None = None) -> None:
+    """Write parameters as safetensors, named by their paths joined by "/".
+
+    Args:
+      path: of the file.
+      params: a pytree.
+      made: how they were made, which `made` gives back: what JSON can hold.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     named = {
@@ -114,8 +123,38 @@ def save_params(path: Path, params: Any) -> None:
         for keys, leaf in leaves
     }
     unfinished = path.with_suffix(".unfinished")
-    save_file(named, unfinished)
+    save_file(named, unfinished, None if made is None else {"made": json.dumps(made)})
     os.replace(unfinished, path)
+
+
+def load_params(path: Path) -> Params:
+    """Return the arrays of a safetensors file, nested by the parts of their names.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a file of weights, got {path}, which isn't there; "
+            "name a .safetensors file, or module:function"
+        )
+    params: dict[str, Any] = {}
+    for name, array in load_file(path).items():
+        *folders, leaf = name.split("/")
+        inner = params
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[leaf] = jnp.asarray(array)
+    return params
+
+
+def made(path: Path) -> dict[str, Any] | None:
+    """Return how the weights in a file were made; None if it doesn't say, or isn't there."""
+    if not path.is_file():
+        return None
+    with safe_open(path, "numpy") as file:
+        text = (file.metadata() or {}).get("made")
+    return None if text is None else dict(json.loads(text))
 
 
 def mean_and_spread(rows: Sequence[Row], column: str) -> str:

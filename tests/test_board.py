@@ -96,9 +96,7 @@ def test_a_record_without_nets_is_an_error(settings):
 def test_recorded_figures_are_of_the_recorded_weights(folder):
     rows = report.load_rows(board.RESULTS / folder / "results.json")
     found = {
-        method: evaluate.digest(
-            evaluate.load_weights(board.RESULTS / method / "params.safetensors")
-        )
+        method: evaluate.digest(report.load_params(board.RESULTS / method / "params.safetensors"))
         for method in {row["method"] for row in rows}
     }
     assert found

@@ -111,7 +111,7 @@ def test_weights_reach_a_function_of_ones_own_as_a_tree(tmp_path, folder):
     assert apply_fn(params, jnp.full((1, 2), 0.7)).argmax() == 0
     nested = {"a": {"b": jnp.ones(2)}, "c": jnp.zeros(1)}
     report.save_params(Path("nested.safetensors"), nested)
-    loaded = evaluate.load_weights(Path("nested.safetensors"))
+    loaded = report.load_params(Path("nested.safetensors"))
     assert jax.tree.structure(loaded) == jax.tree.structure(nested)
 
 

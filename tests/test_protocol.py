@@ -1,6 +1,8 @@
 """What the experiments share: a net is trained as its recipe says, in the precision asked for."""
 
+import dataclasses
 import io
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,37 @@ def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
             net = protocol.train("lwa_noisy", method, 0, settings, task, progress)
         trained.append(jax.tree.leaves(net.params)[-1])
     assert not np.array_equal(*trained)
+
+
+def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, monkeypatch):
+    x, y = jax.random.uniform(jax.random.key(2), (40, 6, 6, 1)), jnp.arange(40) % 10
+    images = protocol.Images(x, y)
+    method = recipes.Method((6, 5), 1, 0.1)
+    task = protocol.Task(
+        "test", {}, method, {}, lambda _: NET, lambda _: "6x5", images, images, "squares"
+    )
+    settings = protocol.Settings(out=tmp_path, batch_size=10, eval_batch=20)
+    trained = []
+    train = protocol.train
+
+    def counted(name, method, seed, *others):
+        trained.append(seed)
+        return train(name, method, seed, *others)
+
+    monkeypatch.setattr(protocol, "train", counted)
+
+    def fixed(**changes):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        with training.bars(Console(file=io.StringIO())) as progress:
+            changed = dataclasses.replace(settings, **changes)
+            return protocol._make_fixed(changed, task, progress)[1.5].r
+
+    first, again = fixed(), fixed()
+    assert trained == [1000]
+    np.testing.assert_array_equal(first, again)
+    fixed(fixed_seed=7)
+    fixed(fixed_seed=7, batch_size=20)
+    assert trained == [1000, 7, 7]
 
 
 def test_nets_in_another_precision_are_called_so():

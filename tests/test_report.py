@@ -136,6 +136,16 @@ def test_weights_are_named_by_their_paths(tmp_path):
     np.testing.assert_array_equal(stored["params/hidden_0/kernel"], np.arange(6.0).reshape(2, 3))
 
 
+def test_weights_say_how_they_were_made_if_they_were_told(tmp_path):
+    told, untold = tmp_path / "told.safetensors", tmp_path / "untold.safetensors"
+    report.save_params(told, {"w": jnp.ones(2)}, {"seed": 3, "widths": [4, 5]})
+    report.save_params(untold, {"w": jnp.ones(2)})
+    assert report.made(told) == {"seed": 3, "widths": [4, 5]}
+    assert report.made(untold) is None
+    assert report.made(tmp_path / "none.safetensors") is None
+    np.testing.assert_array_equal(report.load_params(told)["w"], np.ones(2))
+
+
 def test_versions_and_device_are_plain_json():
     record = json.loads(json.dumps({"versions": report.versions(), "device": report.device()}))
     assert set(record["versions"]) >= {"jax", "jaxlib", "jaxadv", "python"}
