@@ -155,6 +155,9 @@ def _convolve(
     sizes = [kernel.shape[axis] for axis in taps]
     counts = [shape[axis] for axis in ends]
     rows = _rows_to_add(image, sizes, counts, params)
+    # Of channels by themselves each, the program that more rows lead to is the slower one.
+    if params["batch_group_count"] > 1 or params["feature_group_count"] == x.shape[channel] > 1:
+        rows = 0, 0
     grouped = max(params["feature_group_count"], params["batch_group_count"]) > 1
     # Examples that several devices share can't be taken in turn.
     whole = grouped or jax.device_count() > 1 or x.shape[channel] == 0

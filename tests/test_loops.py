@@ -152,18 +152,29 @@ def test_in_gradients_of_weights_kernels_have_more_rows_than_the_image_where_few
     assert "rhs_reversal" not in looped.lower(w, x[None]).compile().as_text()
 
 
-def test_grouped_convolutions_keep_their_values():
-    x, w = draw(4, 6, 6, 4), draw(3, 3, 2, 8, seed=1)
+@pytest.mark.parametrize(("groups", "rows"), [(2, 7), (4, 6)], ids=["groups", "depthwise"])
+def test_grouped_convolutions_keep_their_values(groups, rows):
+    x, w = draw(4, 6, 6, 4), draw(3, 3, 4 // groups, 8, seed=1)
+
+    def convolve(x, w):
+        return lax.conv_general_dilated(
+            x,
+            w,
+            (1, 1),
+            "SAME",
+            dimension_numbers=NHWC["dimension_numbers"],
+            feature_group_count=groups,
+        )
 
     def total(x, w):
-        y = lax.conv_general_dilated(
-            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
-        )
-        return jnp.sum(jnp.sin(y))
+        return jnp.sum(jnp.sin(convolve(x, w)))
 
     step = jax.value_and_grad(total, argnums=(0, 1))
     chex.assert_trees_all_close(loops.body(step)(x, w), step(x, w), rtol=RTOL, atol=ATOL)
     assert set(layouts(loops.body(step), x, w)) == {FAST[2]}
+    # Channels convolved each by itself are fastest as they are.
+    text = str(jax.make_jaxpr(loops.body(convolve))(x, w))
+    assert f"f32[4,{rows},6,8] = conv_general_dilated" in re.sub(r"\w+:(f32\S+)", r"\1", text)
 
 
 NUMBERS = ("NCHW", "OIHW", "NCHW")
