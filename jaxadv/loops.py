@@ -8,8 +8,8 @@ plain `flax.linen.Conv` runs up to fifty times slower in a `lax.scan`, `fori_loo
 than outside; and an epoch, and an iterated attack, is such a loop.
 
 There are two programs for that layout. Newer versions of XLA prefer one that leaves narrow
-convolutions to a single core, and that takes three times as long as the other for the gradient of
-a convolution's weights, outside loops too. But they have it for no convolution whose result, or
+convolutions to a single core, and that takes longer than the other for the gradient of a
+convolution's weights, in loops and outside. But they have it for no convolution whose result, or
 whose kernel, has more rows than its image: so those that lack a few are given them. With strides
 the gradient of the weights lacks too many; it is faster as a sum of matrix products, each of a few
 examples, whose patches fit into a cache.
@@ -170,7 +170,7 @@ def _convolve(
 def _rows_to_add(
     image: Sequence[int], sizes: Sequence[int], counts: Sequence[int], params: dict[str, Any]
 ) -> tuple[int, int]:
-    """Say by how many rows to enlarge a convolution's result, and its kernel.
+    """Say by how many rows to enlarge a convolution's result, and its kernel: past the image's.
 
     Args:
       image: rows and columns, or however many axes there are.

@@ -56,6 +56,9 @@ CONVOLUTIONS = {
 }
 
 
+LACKING = {("channels last", ""), ("mixed", "")}
+
+
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize(
     "more", [{}, {"rhs_dilation": 2}, {"lhs_dilation": 2}], ids=["", "dilated", "transposed"]
@@ -74,8 +77,9 @@ def test_values_and_gradients_are_the_same_and_every_layout_is_the_fast_one(name
     step = jax.value_and_grad(total, argnums=(0, 1))
     chex.assert_trees_all_close(loops.body(step)(x, w), step(x, w), rtol=RTOL, atol=ATOL)
     found = layouts(loops.body(step), x, w)
-    # The gradient of the weights may be a sum of matrix products.
-    assert found in ([FAST[len(strides)]] * 2, [FAST[len(strides)]] * 3)
+    # The gradient of the weights is a sum of matrix products, but for images that lack few rows.
+    n = 3 if (name, "rhs" if "rhs_dilation" in more else "lhs" if more else "") in LACKING else 2
+    assert found == [FAST[len(strides)]] * n
     if name != "channels last":
         assert found != layouts(step, x, w)
 
