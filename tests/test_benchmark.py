@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark, models, peers, report, timing
+from experiments.benchmarks import attacks, common, devices, growth, loops, steps
 from jaxadv import perturb
 
 
@@ -21,7 +22,7 @@ def test_the_products_of_a_step_are_those_of_its_passes():
     }
     forward, weights, to_second, to_image, to_image_alpha = 3, 30, 200, 300, 3000
     plain = forward + weights + to_second
-    assert benchmark.floors(seconds, 2, split=1) == {
+    assert steps.floors(seconds, 2, split=1) == {
         "plain": plain,
         "LWA": plain + forward + to_image,
         "LWA, Adv_Alpha": plain + forward + to_image_alpha,
@@ -32,7 +33,7 @@ def test_the_products_of_a_step_are_those_of_its_passes():
 
 def test_the_timed_products_have_the_shapes_of_the_net():
     net = models.Classifier((6, 5), classes=3)
-    shapes = {name: call().shape for name, call in benchmark.products(net, 7, 4).items()}
+    shapes = {name: call().shape for name, call in steps.products(net, 7, 4).items()}
     assert shapes == {
         "forward 0": (4, 6), "forward 1": (4, 5), "forward 2": (4, 3),
         "weights 0": (7, 6), "weights 1": (6, 5), "weights 2": (5, 3),
@@ -65,7 +66,7 @@ def test_the_operations_of_lenet_are_those_of_its_layers():
 
 def test_counted_products_have_the_time_of_their_operations():
     net = models.mlp((6,))
-    seconds = benchmark.counted(net, (2, 2, 1), 5, rate=10.0)
+    seconds = steps.counted(net, (2, 2, 1), 5, rate=10.0)
     assert seconds == {
         "forward 0": 24.0, "weights 0": 24.0, "input 0": 24.0, "inputs 0": 9 * 24.0,
         "forward 1": 60.0, "weights 1": 60.0, "input 1": 60.0, "inputs 1": 9 * 60.0,
@@ -82,15 +83,15 @@ def test_calls_are_timed_in_turn_and_once_before():
 
 
 def test_a_ratio_is_of_the_rounds_that_both_calls_had():
-    assert benchmark.ratio([1.0, 10.0, 100.0], [2.0, 20.0]) == [0.5, 0.5, 0.5]
-    assert benchmark.ratio([3.0], [2.0, 20.0, 200.0]) == [1.5, 1.5, 1.5]
+    assert common.ratio([1.0, 10.0, 100.0], [2.0, 20.0]) == [0.5, 0.5, 0.5]
+    assert common.ratio([3.0], [2.0, 20.0, 200.0]) == [1.5, 1.5, 1.5]
 
 
 def test_a_ratio_is_taken_round_by_round():
-    assert benchmark.ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == [0.5, 0.5, 0.5]
+    assert common.ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == [0.5, 0.5, 0.5]
     # A ratio of the quartiles would be .5 here too.
     np.testing.assert_allclose(
-        benchmark.ratio([1.0, 100.0, 10.0], [2.0, 20.0, 200.0]), [0.275, 0.5, 2.75]
+        common.ratio([1.0, 100.0, 10.0], [2.0, 20.0, 200.0]), [0.275, 0.5, 2.75]
     )
 
 
@@ -165,19 +166,19 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
     net, x = models.mlp((8,)), jnp.zeros((4, 2, 2, 1))
     params = models.init(net, jax.random.key(0), x)
     call = partial(jax.jit(partial(perturb.loss, models.function(net), eps=1.0)), params, x)
-    settings = benchmark.Settings(rounds=1, seconds=0.0)
-    figures = benchmark.measured(
+    settings = common.Settings(rounds=1, seconds=0.0)
+    figures = growth.measured(
         {"a": (partial(call.func, *call.args, jnp.zeros(4, int)), 4)}, settings
     )
     assert figures["a"]["µs an image"] > 0
     assert figures["a"]["MB"] >= 0
 
-    def growth(settings):
+    def points(settings):
         point = {"net": "mlp", "method": "Adv_Loss", "what grows": "images"}
         return [{**point, "to": n, **figures["a"]} for n in (1, 10)]
 
     Machine(monkeypatch)
-    monkeypatch.setitem(benchmark.RUN, "growth", growth)
+    monkeypatch.setitem(benchmark.RUN, "growth", points)
     _run(monkeypatch, "--parts", "growth", "--out", tmp_path)
     assert (tmp_path / "growth.png").stat().st_size > 1000
 
@@ -185,27 +186,27 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_steps_and_loops_are_measured(tmp_path, monkeypatch):
     Machine(monkeypatch)
-    settings = benchmark.Settings(nets=("mlp",), batch_size=10, rounds=1, seconds=0.0)
+    settings = common.Settings(nets=("mlp",), batch_size=10, rounds=1, seconds=0.0)
     monkeypatch.setattr(report, "cores", lambda: 2)
-    steps = benchmark.steps(settings)
+    measured = steps.run(settings)
     every = ("plain", "LWA", "LWA, Adv_Alpha", "LWA_Rep", "LWA, 3 steps")
-    assert {(s["objective"], s["called"], s["devices"]) for s in steps} == {
-        (objective, called, devices)
-        for objectives, devices in ((every, 1), (("plain", "LWA"), 2))
+    assert {(s["objective"], s["called"], s["devices"]) for s in measured} == {
+        (objective, called, n)
+        for objectives, n in ((every, 1), (("plain", "LWA"), 2))
         for objective in objectives
         for called in ("by itself", "in an epoch")
     }
-    for step in steps:  # of one round, all are of the same two numbers
+    for step in measured:  # of one round, all are of the same two numbers
         expected = [step["floor ms"] / step["ms"]] * 3
         assert step["floor / time"] == pytest.approx(expected, rel=1e-9)
-    assert len(benchmark.loops(settings)) == 6
+    assert len(loops.run(settings)) == 6
 
 
 @pytest.mark.slow
 def test_attacks_are_measured_on_a_recorded_net():
-    figures = benchmark.attacks(benchmark.Settings(n=20, rounds=1, seconds=0.0))
+    figures = attacks.run(common.Settings(n=20, rounds=1, seconds=0.0))
     assert {figure["net"] for figure in figures} == {"mlp", "lenet"}
-    assert {f["method"] for f in figures if f["library"] == "jaxadv"} == set(benchmark.METHODS)
+    assert {f["method"] for f in figures if f["library"] == "jaxadv"} == set(attacks.METHODS)
     left = {
         f["method"]: f["accuracy"] for f in figures if (f["net"], f["library"]) == ("mlp", "jaxadv")
     }
@@ -215,7 +216,7 @@ def test_attacks_are_measured_on_a_recorded_net():
 
 @pytest.mark.slow
 def test_devices_have_the_same_losses():
-    figures = benchmark.devices(benchmark.Settings(rounds=1, seconds=0.0))
+    figures = devices.run(common.Settings(rounds=1, seconds=0.0))
     assert [figure["devices"] for figure in figures] == [1, 2, 4, 8]
     assert all(figure["greatest difference of loss"] < 1e-5 for figure in figures)
 
@@ -236,4 +237,4 @@ def test_a_call_that_takes_very_long_is_timed_once(monkeypatch):
     monkeypatch.setattr(timing, "LONG", 0.01)
     times = timing.in_turn({"long": lambda: time.sleep(0.02), "short": int}, 3, seconds=0.0)
     assert {name: len(taken) for name, taken in times.items()} == {"long": 1, "short": 3}
-    assert benchmark.ratio(times["long"], times["short"])[0] > 1
+    assert common.ratio(times["long"], times["short"])[0] > 1

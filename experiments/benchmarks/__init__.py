@@ -1,0 +1,1 @@
+"""What `benchmark.py` measures: a module for each part, and what they share."""

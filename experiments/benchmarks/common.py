@@ -1,0 +1,184 @@
+"""What the parts of the benchmark share: settings, nets, steps, and child processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from experiments import models, parallel, report
+from experiments.models import Classifier, function
+from jaxadv import attack, objectives, perturb, train
+
+__all__ = [
+    "PARTS",
+    "ROOT",
+    "Call",
+    "Figures",
+    "Part",
+    "Settings",
+    "child",
+    "has_peers",
+    "in_child",
+    "make_net",
+    "milliseconds",
+    "ratio",
+    "some_images",
+    "step_objectives",
+    "training_calls",
+]
+
+Part = Literal["steps", "loops", "attacks", "growth", "devices", "starts"]
+NetName = Literal["mlp", "lenet", "vgg-0.25", "vgg-0.5", "vgg-1"]
+Call = Callable[[], Any]
+Figures = list[dict[str, Any]]
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Time training steps and attacks against their floors and their peers."""
+
+    parts: tuple[Part, ...] = PARTS
+    """What to measure."""
+    nets: tuple[NetName, ...] = ("mlp", "lenet", "vgg-0.25", "vgg-0.5", "vgg-1")
+    """Whose steps; vgg is the CIFAR-10 net at a share of its width."""
+    batch_size: int = 100
+    """Images per step."""
+    n: int = 1000
+    """Images attacked."""
+    rounds: int = 15
+    """How often everything is timed, a third of it where calls take seconds."""
+    seconds: float = 0.1
+    """Least time of one timing; calls are repeated until then."""
+    out: Path = Path("runs/benchmark")
+    """Where results go."""
+
+
+def ratio(of: Any, to: Any) -> list[float]:
+    """Return the quartiles of a ratio of times, over the rounds in which both were timed."""
+    of, to = np.atleast_1d(of), np.atleast_1d(to)
+    rounds = min(len(of), len(to))  # `timing.in_turn` leaves long calls out of later rounds
+    return np.quantile(of[:rounds] / to[:rounds], [0.25, 0.5, 0.75]).tolist()
+
+
+def milliseconds(times: Any) -> float:
+    """Return the median of times in seconds."""
+    return float(np.median(times) * 1e3)
+
+
+def has_peers() -> bool:
+    """Say whether the libraries to compare with are installed."""
+    modules = "torch", "foolbox", "torchattacks", "cleverhans", "art"
+    return all(map(importlib.util.find_spec, modules))
+
+
+def make_net(name: str) -> tuple[Classifier, tuple[int, ...]]:
+    """Return a net by its name, and the shape of its images."""
+    if name == "mlp":
+        return models.mlp((500, 500)), (28, 28, 1)
+    if name == "lenet":
+        return models.lenet((500,)), (28, 28, 1)
+    return models.vgg((2048, 2048), width=float(name.removeprefix("vgg-"))), (28, 28, 3)
+
+
+def some_images(n: int, shape: tuple[int, ...], classes: int = 10) -> tuple[jax.Array, jax.Array]:
+    """Return random images and labels."""
+    rng = np.random.default_rng(1)
+    y = jnp.asarray(rng.integers(0, classes, n), jnp.int32)
+    return jnp.asarray(rng.random((n, *shape)), jnp.float32), y
+
+
+def training_calls(
+    objectives_: Mapping[str, Any],
+    params: Any,
+    x: jax.Array,
+    y: jax.Array,
+    epoch_steps: int,
+    mesh: Mesh | None = None,
+) -> dict[str, Call]:
+    """Return compiled steps of each objective, one and an epoch of them, that carry their state."""
+    tx = optax.sgd(1e-3, momentum=0.9)
+    order = jnp.tile(jnp.arange(len(x)), (epoch_steps, 1))
+
+    def call(compiled: Any, *arguments: Any) -> Call:
+        state = parallel.replicate(mesh, train.init(params, tx, key=jax.random.key(1)))
+
+        def go() -> Any:
+            nonlocal state
+            state, info = compiled(state, *arguments)
+            return info.loss
+
+        return go
+
+    batch, images = parallel.spread(mesh, (x, y)), parallel.replicate(mesh, (x, y))
+    order = parallel.spread(mesh, order, axis=1)
+    calls = {}
+    for name, objective in objectives_.items():
+        calls[f"{name}, step"] = call(train.make_step(objective, tx), batch)
+        calls[f"{name}, epoch"] = call(train.make_epoch(objective, tx), images, order)
+    return calls
+
+
+def step_objectives(net: Classifier, *, all_kinds: bool) -> dict[str, Any]:
+    """Return what the steps that are timed minimise."""
+    apply_fn = function(net)
+    kinds = {
+        "plain": objectives.natural(apply_fn),
+        "LWA": objectives.adversarial(apply_fn, perturb.loss, eps=1.5),
+    }
+    if all_kinds:
+        pgd = partial(attack.pgd, steps=3)
+        parts = function(net, "encode"), function(net, "classify")
+        kinds |= {
+            "LWA, Adv_Alpha": objectives.adversarial(apply_fn, perturb.alpha, eps=1.5),
+            "LWA_Rep": objectives.representation(*parts, perturb.loss, eps=1.5),
+            "LWA, 3 steps": objectives.adversarial(apply_fn, pgd, eps=1.5),
+        }
+    return kinds
+
+
+def in_child(part: Part, settings: Settings, *, devices: int) -> Figures:
+    """Run a part in another process, in which CPU has so many devices; return its figures."""
+    arguments = [
+        str(ROOT / "experiments" / "benchmark.py"),
+        "--parts",
+        part,
+        "--nets",
+        *settings.nets,
+    ]
+    for name in ("batch_size", "rounds", "seconds"):
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+    with tempfile.TemporaryDirectory() as folder:
+        child([*arguments, "--out", folder], environment, parse=False)
+        (row,) = report.load_rows(Path(folder) / "results.json")
+        return list(row["figures"])
+
+
+def child(arguments: list[str], environment: Mapping[str, str], *, parse: bool = True) -> Any:
+    """Run Python; return the JSON of the last line it prints, if asked to."""
+    command = [sys.executable, *arguments]
+    child = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    if child.returncode and "not valid" not in child.stderr:
+        raise RuntimeError(f"expected {command[1:3]} to succeed, got: {child.stderr[-2000:]}")
+    return json.loads(child.stdout.splitlines()[-1]) if parse else None

@@ -1,0 +1,78 @@
+"""The library's loops over a net of a user's own layers, against loops in Python."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from experiments.benchmarks.common import (
+    Figures,
+    Settings,
+    milliseconds,
+    ratio,
+    some_images,
+    training_calls,
+)
+from experiments.models import init
+from experiments.timing import in_turn
+from jaxadv import attack, objectives, perturb
+
+__all__ = ["run"]
+
+
+class PlainNet(nn.Module):
+    """A net as flax's users write it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return logits `[B, 10]` of images `[B, H, W, C]`."""
+        for features in (32, 64):
+            x = nn.relu(nn.Conv(features, (3, 3), strides=2)(x))
+        return nn.Dense(10)(nn.relu(nn.Dense(128)(x.reshape(len(x), -1))))
+
+
+def run(settings: Settings) -> Figures:
+    """Time the library's loops over a user's convolutions against loops in Python."""
+    net = PlainNet()
+
+    def apply_fn(params: Any, x: jax.Array, /) -> Any:
+        return net.apply(params, x)
+
+    x, _ = some_images(settings.batch_size, (28, 28, 1))
+    x = 0.5 + 1e-4 * x  # in a box so narrow that no attack succeeds, and all iterations are made
+    params = init(net, jax.random.key(0), x)
+    y = apply_fn(params, x).argmax(-1).astype(jnp.int32)
+    n = 10
+    kinds = {
+        "plain": objectives.natural(apply_fn),
+        "LWA": objectives.adversarial(apply_fn, perturb.loss, eps=1.5),
+        "LWA, Adv_Alpha": objectives.adversarial(apply_fn, perturb.alpha, eps=1.5),
+    }
+    calls = training_calls(kinds, params, x, y, n)
+    one_step = {  # with the passes of an iteration of the attack, and no loop
+        "PGD": partial(perturb.loss, eps=1e-4),
+        "APGD": partial(perturb.loss, eps=1e-4),
+        "DeepFool": partial(perturb.alpha, eps=1e-4),
+    }
+    attacks_ = {
+        "PGD": partial(attack.pgd, eps=1e-4, steps=n),
+        "APGD": partial(attack.apgd, eps=1e-4, steps=n, key=jax.random.key(0)),
+        "DeepFool": partial(attack.deepfool, steps=n, bounds=(0.5, 0.5001)),
+    }
+    for name in attacks_:
+        for way, method in (("step", one_step[name]), ("epoch", attacks_[name])):
+            calls[f"{name}, {way}"] = partial(jax.jit(partial(method, apply_fn)), params, x, y)
+    times = in_turn(calls, settings.rounds, seconds=settings.seconds)
+    return [
+        {
+            "loop": f"{'make_epoch, ' if name in kinds else 'attack: '}{name}",
+            "ms, an iteration": milliseconds(times[f"{name}, epoch"] / n),
+            "outside, ms": milliseconds(times[f"{name}, step"]),
+            "outside / inside": ratio(times[f"{name}, step"], times[f"{name}, epoch"] / n),
+        }
+        for name in (*kinds, *attacks_)
+    ]
