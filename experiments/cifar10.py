@@ -214,19 +214,21 @@ def main() -> None:
         )
     settings = tyro.cli(Settings, default=default, description=__doc__)
     console = parallel.start(settings)
-    rows = run(settings, console)
+    rows = protocol.record(settings.out, run(settings, console))
     which = "images held out of the training set" if settings.holdout else "test images"
+    epochs = {row["method"]: row["epochs"] for row in rows}
     notes = [
         f"Times {settings.width:g} the paper's channels and dense widths; epochs: "
-        + ", ".join(f"{NAMES[n]} {getattr(settings, n).epochs}" for n in settings.methods)
+        + ", ".join(
+            f"{name} {epochs[method]}" for method, name in NAMES.items() if method in epochs
+        )
         + f"; images from {rows[0]['settings']['data']}.",
         f"Fixed is made on a Normal net of seed {settings.fixed_seed}, which itself scores "
         f"{rows[0]['columns']['fixed_source']:.4f} on it at l2 size {rows[0]['eps']:g}.",
         f"PGD: {settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on "
         f"{rows[0]['n_pgd']:,} of the images; not in the paper. Nothing is "
         "clipped to the pixel range.",
-        f"Seeds {', '.join(map(str, settings.seed))}"
-        + (" (mean ± standard deviation)." if len(settings.seed) > 1 else "."),
+        report.seeds(rows, NAMES),
     ]
     title = f"CIFAR-10, {rows[0]['network']}: accuracy on {rows[0]['n']:,} {which}"
     report.tables(console, settings.out, title, rows, NAMES, PAPER, notes)

@@ -222,7 +222,7 @@ def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, default=defaults(sys.argv[1:]), description=__doc__)
     console = parallel.start(settings)
-    rows = run(settings, console)
+    rows = protocol.record(settings.out, run(settings, console))
     which = "images held out of the training set" if settings.holdout else "test images"
     net = {"mlp": "two hidden layers", "lenet": "LeNet"}[settings.network]
     notes = [
@@ -231,9 +231,7 @@ def main() -> None:
         f"PGD: {settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on "
         f"{rows[0]['n_pgd']:,} of the images; not in the paper. Nothing is clipped to the pixel "
         "range.",
-        f"Trained on {60_000 - settings.holdout:,} images; "
-        f"seeds {', '.join(map(str, settings.seed))}"
-        + (" (mean ± standard deviation)." if len(settings.seed) > 1 else "."),
+        f"Trained on {60_000 - settings.holdout:,} images. {report.seeds(rows, NAMES)}",
     ]
     title = f"MNIST, {net}: accuracy on {rows[0]['n']:,} {which}"
     report.tables(console, settings.out, title, rows, NAMES, PAPER[settings.network], notes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,7 +30,14 @@ from jaxadv import attack, evaluate, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Bounds, Params, PerturbFn
 
-__all__ = ["Images", "Net", "Settings", "Task", "in_precision", "run", "train"]
+__all__ = ["Images", "Net", "Settings", "Task", "in_precision", "record", "run", "train"]
+
+_SCORING = (
+    "n_eval",
+    "n_pgd",
+    "pgd_steps",
+    "fixed_seed",
+)  # what settings say of how nets are scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +193,9 @@ def train_settings(method: Method, settings: Settings, task: Task) -> dict[str, 
 
 def row_settings(method: Method, settings: Settings, task: Task, eps: float) -> dict[str, Any]:
     """Return all that a row of the table depends on but its seed, likewise."""
-    scoring = ("n_eval", "n_pgd", "pgd_steps", "fixed_seed")
     return {
         **train_settings(method, settings, task),
-        **{field: getattr(settings, field) for field in scoring},
+        **{field: getattr(settings, field) for field in _SCORING},
         "eps": eps,
         "curve": list(settings.curve),
     }
@@ -353,9 +359,6 @@ def run(
     rows: list[report.Row] = []
     nets: dict[str, Net] = {}
 
-    def place(row: report.Row) -> tuple[str, int, float]:
-        return row["method"], row["seed"], row["eps"]
-
     with training.bars(console) as progress:
         fixed = _make_fixed(settings, task, progress)
         for seed, (name, method) in itertools.product(settings.seed, task.methods.items()):
@@ -397,11 +400,39 @@ def run(
                         "history": net.fitted.history,
                     }
                 rows.append(row)
-                done = {place(row) for row in rows}
                 if parallel.first_process():
-                    report.save_rows(results, rows + [r for r in known if place(r) not in done])
+                    report.save_rows(results, rows + _others(known, rows))
             first = seed == settings.seed[0]
             folder = settings.out / name if first else settings.out / name / f"seed_{seed}"
             if parallel.first_process():
                 report.save_params(folder / "params.safetensors", net.params)
     return rows, nets
+
+
+def record(folder: Path, rows: Sequence[report.Row]) -> list[report.Row]:
+    """Return the rows of a run, and what earlier ones left beside them that was scored alike.
+
+    Args:
+      folder: where results.json is.
+      rows: of the run.
+
+    Returns:
+      These, then the file's rows of other methods, seeds and sizes: those of the same images and
+      attacks, so that a table can be made in several runs.
+    """
+
+    def scoring(row: report.Row) -> list[Any]:
+        return [row["settings"].get(field) for field in ("data", "holdout", *_SCORING)]
+
+    others = _others(report.load_rows(folder / "results.json"), rows)
+    return [*rows, *(row for row in others if scoring(row) == scoring(rows[0]))]
+
+
+def _others(known: Sequence[report.Row], rows: Sequence[report.Row]) -> list[report.Row]:
+    """Return the known rows whose places in the table the others don't take."""
+
+    def place(row: report.Row) -> tuple[str, int, float]:
+        return row["method"], row["seed"], row["eps"]
+
+    taken = set(map(place, rows))
+    return [row for row in known if place(row) not in taken]

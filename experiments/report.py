@@ -41,6 +41,7 @@ __all__ = [
     "save_digits",
     "save_params",
     "save_rows",
+    "seeds",
     "tables",
     "versions",
 ]
@@ -172,6 +173,22 @@ def as_printed(figures: Sequence[float]) -> list[str]:
     """Return published figures with as many digits as they have, three or four."""
     digits = 4 if any(round(figure, 3) != figure for figure in figures) else 3
     return [f"{figure:.{digits}f}" for figure in figures]
+
+
+def seeds(rows: Sequence[Row], names: Mapping[str, str]) -> str:
+    """Return a note of which seeds the rows are of, and which methods' differ."""
+    of = {
+        name: tuple(sorted({row["seed"] for row in rows if row["method"] == method}))
+        for method, name in names.items()
+    }
+    most = max(of.values(), key=len)
+    note = f"Seeds {', '.join(map(str, most))}" + (
+        " (mean ± standard deviation)" if len(most) > 1 else ""
+    )
+    for name, own in of.items():
+        if own and own != most:
+            note += f"; of {name} {', '.join(map(str, own))}"
+    return note + "."
 
 
 def _cells(

@@ -238,7 +238,10 @@ def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
             "seed": 0, "eps": 0.5, "n": len(task.test.y), "device": "cpu x1", "train_seconds": 1.0,
             "versions": {"jax": "0"}, "settings": {"data": task.source},
             "columns": dict.fromkeys([*report.LABELS, "fixed_source"], 0.5), "n_pgd": 10,
+            "epochs": settings.normal.epochs,
         }  # fmt: skip
+        earlier = {**row, "method": "lwa", "epochs": 3}
+        report.save_rows(settings.out / "results.json", [row, earlier])
         return [row], {}
 
     monkeypatch.setattr(protocol, "run", protocol_run)
@@ -250,6 +253,8 @@ def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
     assert {name: method.epochs for name, method in task.methods.items()} == {"normal": 1}
     text = (tmp_path / "results.md").read_text()
     assert "Times 0.0625 the paper's" in text
+    assert "epochs: Normal 1, LWA 3;" in text
+    assert "| LWA | 0.5000 | " in text
     assert "images from a folder of PNG files, crc32" in text
     assert "| paper | 0.878 | 0.582 | 0.486 | 0.416 | 0.282 |  |" in text
     printed = capsys.readouterr().out

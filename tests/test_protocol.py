@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import protocol, recipes, training
+from experiments import protocol, recipes, report, training
 from experiments.models import mlp
 from experiments.recipes import MultiStep
 
@@ -62,6 +62,19 @@ def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, m
     fixed(fixed_seed=7)
     fixed(fixed_seed=7, batch_size=20)
     assert trained == [1000, 7, 7]
+
+
+def test_a_record_has_the_rows_of_earlier_runs_that_were_scored_alike(tmp_path):
+    def row(method, seed=0, eps=1.5, run=1, **scored):
+        settings = {"data": "squares", "holdout": 0, "n_eval": 10, "epochs": run, **scored}
+        return {"method": method, "seed": seed, "eps": eps, "settings": settings}
+
+    others = [row("lwa"), row("normal", seed=1), row("normal", eps=1.0)]
+    elsewhere = [row("dropout", n_eval=9), row("dropout", data="circles"), row("dropout", n_pgd=1)]
+    rows = [row("normal", run=2)]
+    assert protocol.record(tmp_path, rows) == rows
+    report.save_rows(tmp_path / "results.json", [row("normal"), *elsewhere, *others])
+    assert protocol.record(tmp_path, rows) == [*rows, *others]
 
 
 def test_nets_in_another_precision_are_called_so():

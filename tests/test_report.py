@@ -56,6 +56,12 @@ def test_several_seeds_are_a_mean_with_their_standard_deviation():
     assert report.mean_and_spread(ROWS[1:], "pgd") == "0.7500 ± 0.0707"
 
 
+def test_a_note_says_which_methods_seeds_differ():
+    assert report.seeds(ROWS[:2], NAMES) == "Seeds 0."
+    note = "Seeds 0, 1 (mean ± standard deviation); of Normal 0."
+    assert report.seeds(ROWS, NAMES) == report.seeds(ROWS[::-1], NAMES) == note
+
+
 def tables(tmp_path, rows=ROWS, width=80):
     out = io.StringIO()
     report.tables(Console(file=out, width=width), tmp_path, "A title", rows, NAMES, PAPER, ["note"])
