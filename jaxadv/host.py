@@ -24,7 +24,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxadv import inputs
 from jaxadv.types import Bounds, Eps
 
-__all__ = ["Spread", "arrays", "checked", "fetch", "over_batches", "per_example", "spread"]
+__all__ = [
+    "Spread",
+    "arrays",
+    "checked",
+    "fetch",
+    "outside",
+    "over_batches",
+    "per_example",
+    "spread",
+]
 
 
 class Spread(NamedTuple):
@@ -98,6 +107,7 @@ def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
             f"expected arrays, got a tracer: {name} loops over a data set on the host; "
             "under jit, vmap or grad use evaluate.correct or evaluate.measure on a batch"
         )
+    x, y = (a if hasattr(a, "dtype") else np.asarray(a) for a in (x, y))
     inputs.examples(x[:0])
     inputs.labels(y[:0], 0)
     if len(x) != len(y):
@@ -113,28 +123,41 @@ def checked(bounds: Bounds | None, x: Any) -> Bounds | None:
 
     Raises:
       ValueError: if they aren't a pair of the right shape and order, or if x leaves them by more
-        than rounding. (A pixel that is NaN in some example isn't looked at in the others.)
+        than rounding.
     """
-    if bounds is None:
-        return None
-    lo, hi = (
-        np.asarray(bound)[0] for bound in inputs.box(bounds, jnp.zeros((1, *x.shape[1:]), x.dtype))
-    )
-    if len(x):
-        least, greatest = (np.asarray(extreme, lo.dtype) for extreme in (x.min(0), x.max(0)))
-        for extreme, bound, sign, which in ((least, lo, -1, "least"), (greatest, hi, 1, "most")):
-            # Standardised in x's dtype, white is some units in the last place off its bound.
-            size = np.maximum(np.abs(extreme), np.abs(bound))
-            rounding = np.where(np.isfinite(size), 8 * float(jnp.finfo(x.dtype).eps) * size, 0)
-            beyond = sign * (extreme - bound) - rounding
-            if np.any(beyond > 0):
-                worst = np.nanargmax(beyond)
-                raise ValueError(
-                    f"expected x within bounds, got {extreme.flat[worst]:g} where at {which} "
-                    f"{bound.flat[worst]:g} is allowed; scale the examples, and give eps in the "
-                    "same units, or pass the bounds that they have"
-                )
+    stray = "" if bounds is None else outside(bounds, x)
+    if stray:
+        raise ValueError(
+            f"expected x within bounds, got {stray}; scale the examples, and give eps in the same "
+            "units, or pass the bounds that they have"
+        )
     return bounds
+
+
+def outside(bounds: Bounds, x: Any) -> str:
+    """Return what of a data set is outside of the bounds, by more than rounding; "" if nothing is.
+
+    A pixel that is NaN in some example isn't looked at in the others.
+
+    Raises:
+      ValueError: if the bounds aren't a pair of the right shape and order.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)  # which the net sees
+    lo, hi = (
+        np.asarray(bound)[0] for bound in inputs.box(bounds, jnp.zeros((1, *x.shape[1:]), dtype))
+    )
+    if not len(x):
+        return ""
+    least, greatest = (np.asarray(extreme, lo.dtype) for extreme in (x.min(0), x.max(0)))
+    for extreme, bound, sign, which in ((least, lo, -1, "least"), (greatest, hi, 1, "most")):
+        # Standardised in this dtype, white is some units in the last place off its bound.
+        size = np.maximum(np.abs(extreme), np.abs(bound))
+        rounding = np.where(np.isfinite(size), 8 * float(jnp.finfo(dtype).eps) * size, 0)
+        beyond = sign * (extreme - bound) - rounding
+        if np.any(beyond > 0):
+            worst = np.nanargmax(beyond)
+            return f"{extreme.flat[worst]:g} where at {which} {bound.flat[worst]:g} is allowed"
+    return ""
 
 
 def per_example(x: Any, eps: Eps, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

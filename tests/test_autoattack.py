@@ -1,5 +1,6 @@
 """`attack.cascade`, `attack.autoattack` and `evaluate.ensemble`, which run several attacks."""
 
+import functools
 import importlib
 
 import jax
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxadv import attack, evaluate
+from jaxadv import attack, evaluate, perturb
 
 module = importlib.import_module("jaxadv.attack.autoattack")  # not the function of that name
 
@@ -85,6 +86,38 @@ def test_nothing_is_attacked_where_nothing_is_right():
     result = attack.cascade(net, 1.0, x[3:5], y[3:5], ATTACKS, eps=1.0)
     assert not any(stage.tried.any() for stage in result.stages.values())
     np.testing.assert_array_equal(result.r, 0)
+
+
+def test_what_an_attack_refuses_is_said_before_any_runs():
+    x, y = problem()
+    ran = []
+
+    def first(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        jax.debug.callback(lambda: ran.append(1))
+        return x * jnp.inf  # leaves nothing to the next
+
+    attacks = {"first": first, "square": attack.standard("l2")["square"]}
+    with pytest.raises(ValueError, match=r"images x of shape \[B, H, W, C\]"):
+        attack.cascade(net, 1.0, x, y, attacks, eps=1.0, key=KEY)
+    with pytest.raises(ValueError, match="expected a key"):
+        attack.cascade(net, 1.0, x, y, {**attacks, "square": attack.apgd}, eps=1.0)
+    jax.effects_barrier()
+    assert not ran
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+def test_of_no_examples_there_is_nothing_to_attack(norm):
+    def of_pixels(w, x):
+        return x.reshape(x.shape[0], 16) @ w
+
+    x, y = np.zeros((0, 4, 4, 1), np.float32), np.zeros(0, int)
+    attacks = attack.standard(norm)
+    result = evaluate.ensemble(
+        of_pixels, np.ones((16, 3), np.float32), x, y, attacks, eps=1.0, norm=norm, key=KEY
+    )
+    assert result.r.shape == x.shape
+    assert result.outcome.robust.shape == (0,)
+    assert list(result.stages) == list(attacks)
 
 
 @given(st.integers(0, 3000), st.integers(1, 600))
@@ -162,7 +195,10 @@ def test_the_standard_ensemble_has_the_published_attacks_and_budgets():
         assert all(method.keywords["norm"] == norm for method in attacks.values())
         assert attacks["apgd-t"].keywords["n_targets"] == 9
         assert attacks["fab-t"].keywords["n_targets"] == 9
-        assert attack.standard(norm) is attacks
+        assert attack.standard(norm) is attack.standard(norm=norm) is attacks
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            attacks["apgd-ce"] = attack.pgd
+    assert attack.standard() is attack.standard("l2")
     sparse = attack.standard("l1")
     assert list(sparse) == ["apgd-ce", "apgd-t", "fab-t"]
     assert sparse["apgd-ce"].keywords["restarts"] == 5
@@ -220,7 +256,7 @@ def test_autoattack_returns_the_perturbations_of_the_standard_cascade():
 
 def test_the_outcome_is_measured_again_on_the_stored_points():
     x, y = problem()
-    result = evaluate.ensemble(net, 1.0, x, y, ATTACKS, eps=1.0, norm="l1", batch_size=4)
+    result = evaluate.ensemble(net, 1.0, x, y, ATTACKS, eps=3.0, norm="l1", batch_size=4)
     want = evaluate.measure(net, 1.0, x, y, run().r, norm="l1")
     for got, expected in zip(result.outcome, want, strict=True):
         np.testing.assert_array_equal(got, expected)
@@ -229,10 +265,59 @@ def test_the_outcome_is_measured_again_on_the_stored_points():
     assert list(result.stages) == list(ATTACKS)
 
 
-def test_an_attack_that_claims_success_without_having_it_gains_nothing():
+def test_an_attack_that_misleads_nobody_gains_nothing():
     x, y = problem()
     result = evaluate.ensemble(net, 1.0, x, y, {"none": push(0, 0.0)}, eps=1.0)
     np.testing.assert_array_equal(result.outcome.robust, result.outcome.clean)
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps"), [("linf", 2.9), ("l2", np.where(np.arange(N) == 5, 2.9, 3.1)), ("l1", 2.9)]
+)
+def test_success_beyond_the_size_is_an_error_that_names_the_attack(norm, eps):
+    x, y = problem()
+    with pytest.raises(ValueError, match=rf"{norm} size 2\.9 at most, got 3 by 'strong'; pass"):
+        evaluate.ensemble(net, 1.0, x, y, ATTACKS, eps=eps, norm=norm)
+    # Where it isn't kept, it isn't asked either.
+    evaluate.ensemble(net, 1.0, x[6:], y[6:], ATTACKS, eps=eps if norm != "l2" else 2.9, norm=norm)
+
+
+def test_the_norm_of_the_attacks_must_be_given():
+    x, y = problem()
+    attacks = {"fgsm": functools.partial(perturb.loss, norm="linf")}
+    evaluate.ensemble(net, 1.0, x, y, attacks, eps=2.0, norm="linf")
+    with pytest.raises(ValueError, match=r"l2 size 2 at most, got [23]\.\d+ by 'fgsm'"):
+        evaluate.ensemble(net, 1.0, x, y, attacks, eps=2.0)
+
+
+def test_success_outside_of_the_box_is_an_error():
+    x, y = np.array([[2.0, 0.0, 0.0]], np.float32), np.zeros(1, int)
+    bounds = (0.0, np.array([4.0, 2.5, 4.0]))
+    with pytest.raises(ValueError, match=r"x \+ r within bounds, got 3 where at most 2\.5 is"):
+        evaluate.ensemble(net, 1.0, x, y, ATTACKS, eps=9.0, bounds=bounds)
+    found = evaluate.ensemble(net, 1.0, x, y, ATTACKS, eps=9.0, bounds=(0.0, 4.0))
+    assert not found.outcome.robust.any()
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_the_librarys_attacks_keep_their_size_in_every_dtype(dtype, norm):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(20, 50)), dtype)
+    w = jnp.asarray(rng.normal(size=(50, 4)), dtype)
+    y = np.asarray(x @ w).argmax(axis=1)
+    attacks = {"loss": functools.partial(perturb.loss, norm=norm)}
+    attacks["pgd"] = functools.partial(attack.pgd, norm=norm, steps=3)
+    found = evaluate.ensemble(
+        lambda w, x: x @ w,
+        w,
+        x,
+        y,
+        attacks,
+        eps={"l1": 4.0, "l2": 1.0, "linf": 0.2}[norm],
+        norm=norm,
+    )
+    assert 0 < found.outcome.robust.sum() < 20
 
 
 @pytest.mark.parametrize("n_right", [0, 1, 7, 40])

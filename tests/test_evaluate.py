@@ -594,6 +594,24 @@ def test_standardised_black_and_white_lie_in_standardised_bounds(mean, std, dtyp
         evaluate.perturbations(linear, w, x * 1.25, y, perturb.loss, **of)
 
 
+def test_float64_images_lie_in_their_bounds_to_float32():
+    # Made in float32, white is half a unit in its last place off; the net sees float32 too.
+    white = np.float32(1.1) - np.float32(0.1)
+    x, y = np.full((2, 3), np.float64(white) + 5e-8), np.zeros(2, int)
+    w = np.eye(3, dtype=np.float32)
+    r = evaluate.perturbations(linear, w, x, y, perturb.loss, eps=0.1, bounds=(0.0, 1.0))
+    assert r.dtype == np.float32
+    with pytest.raises(ValueError, match="within bounds"):
+        evaluate.perturbations(linear, w, x + 1e-5, y, perturb.loss, eps=0.1, bounds=(0.0, 1.0))
+
+
+def test_lists_are_data_sets_too():
+    x, y = [[2.0, 1.0], [0.0, 3.0]], [0, 0]
+    np.testing.assert_array_equal(evaluate.clean(identity, None, x, y), [True, False])
+    with pytest.raises(TypeError, match="expected integer labels"):
+        evaluate.clean(identity, None, x, [0.0, 1.0])
+
+
 def test_an_empty_data_set_and_one_with_a_nan_lie_in_any_bounds():
     w = jnp.eye(2)
     for x in (np.zeros((0, 2), np.float32), np.array([[np.nan, 0.5]], np.float32)):

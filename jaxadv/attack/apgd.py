@@ -14,6 +14,7 @@ and its gradient doesn't die), `dlr`, which doesn't change when the logits are s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -451,7 +452,7 @@ def _climb_l1(
     first: jax.Array | int,
 ) -> tuple[jax.Array, search.Best]:
     """Ascend by sparse steps; return the highest point and the best."""
-    size = r[0].size
+    size = math.prod(r.shape[1:])
     every = max(int(0.04 * steps), 1)
 
     def nonzeros(r: jax.Array) -> jax.Array:
@@ -506,7 +507,7 @@ def _l1_ball(
         start = x.astype(lo.dtype)
         r = r.astype(lo.dtype)
         room = jnp.maximum(jnp.where(r > 0, hi - start, start - lo), 0)
-        magnitude = jnp.abs(r).reshape(r.shape[0], -1)
+        magnitude = jnp.abs(r).reshape(r.shape[0], math.prod(r.shape[1:]))
         room = room.reshape(magnitude.shape)
 
         def cut(amount: jax.Array) -> jax.Array:

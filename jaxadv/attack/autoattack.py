@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from functools import cache, partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +60,6 @@ class Cascade(NamedTuple):
     stages: dict[str, Stage]
 
 
-@cache
 def standard(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
     """The attacks of the standard ensemble with their published budgets.
 
@@ -70,8 +70,9 @@ def standard(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
       norm: `"l1"`, `"l2"` or `"linf"`.
 
     Returns:
-      Attacks by name; the same objects for each call, so that they are compiled once. There is no
-      `square` for l1.
+      Attacks by name, not to be changed (`dict` makes a copy that can be); the same objects for
+      each call, so that they are compiled once. For l1 there are three: the published l1
+      ensemble (2021) has Square too.
 
     Raises:
       ValueError: if the norm is unknown.
@@ -87,6 +88,11 @@ def standard(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
       image classifiers", 2021.
     """
     norms.dual(norm)  # known?
+    return _standard(norm)
+
+
+@cache
+def _standard(norm: Norm) -> Mapping[str, PerturbFn]:
     sparse = norm == "l1"
     n_targets = 5 if sparse else 9
     attacks: dict[str, PerturbFn] = {
@@ -96,7 +102,7 @@ def standard(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
     }
     if not sparse:
         attacks["square"] = partial(square, norm=norm)
-    return attacks
+    return MappingProxyType(attacks)  # shared by all callers
 
 
 def autoattack(
@@ -205,11 +211,15 @@ def cascade(
     clean = np.asarray(host.over_batches(partial(_right, apply_fn, params), (x, y), batch_size))
     robust, worst = clean.copy(), np.zeros(x.shape, x.dtype)
     on = host.spread(x)
+    whole = max(1, min(batch_size, len(y)))
+    some = on.take((x, y, sizes, keys), np.arange(len(y))[: on.multiple(whole)])
+    for method in attacks.values():  # what one of them refuses is said before any of them runs
+        jax.eval_shape(partial(_attack, apply_fn, method), params, bounds, *some)
     stages = {}
     for number, (name, method) in enumerate(attacks.items()):
         start, tried = time.perf_counter(), robust.copy()
         own = None if keys is None else _own(keys, number)
-        for rows, size in _batches(np.flatnonzero(tried), min(batch_size, len(y))):
+        for rows, size in _batches(np.flatnonzero(tried), whole):
             filled = np.resize(rows, on.multiple(size))  # repeated; what is too much is dropped
             batch = on.take((x, y, sizes, own), filled)
             r, fooled = host.fetch(_attack(apply_fn, method, params, bounds, *batch))

@@ -266,7 +266,7 @@ def _to_plane(
     Returns:
       d, of w's shape and dtype.
     """
-    shape, w = w.shape, w.reshape(w.shape[0], -1)
+    shape, w = w.shape, w.reshape(w.shape[0], math.prod(w.shape[1:]))
     lower, upper = lower.reshape(w.shape), upper.reshape(w.shape)
     # From here on in magnitudes: an entry gains |w| for each unit of its way, at most to the wall.
     size = jnp.abs(w)

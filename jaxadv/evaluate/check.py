@@ -313,8 +313,9 @@ def _gradient_kind(
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(loss_fn(inputs.apply(apply_fn, params, x), y))
 
-    g = jax.grad(total)(x).reshape(len(x), -1)
-    return jnp.all(g == 0, axis=1), ~jnp.all(jnp.isfinite(g), axis=1)
+    g = jax.grad(total)(x)
+    of_example = tuple(range(1, g.ndim))
+    return jnp.all(g == 0, axis=of_example), ~jnp.all(jnp.isfinite(g), axis=of_example)
 
 
 def _nearest_other(

@@ -7,10 +7,11 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import attack
+from jaxadv import attack, host
 from jaxadv.evaluate.masks import Outcome, outcome
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
@@ -56,7 +57,7 @@ def ensemble(
       y: integer labels, `[n]`.
       attacks: by name, in order; `attack.standard(norm)` for AutoAttack's.
       eps: the size, a scalar or `[n]`.
-      norm: the norm that sizes are measured in.
+      norm: the norm of the attacks, in which none may exceed eps.
       key: one key, or one per example, `[n]`; None for methods that draw nothing.
       bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
       batch_size: how many go through the net at a time.
@@ -66,7 +67,8 @@ def ensemble(
 
     Raises:
       TypeError: as the attacks; and under a trace.
-      ValueError: as the attacks; if there are none; if the norm is unknown; if x leaves the bounds.
+      ValueError: as the attacks; if there are none; if the norm is unknown; if x leaves the bounds;
+        if what misled the net is larger than eps or leaves the bounds, by more than rounding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,7 +83,30 @@ def ensemble(
         apply_fn, params, x, y, attacks, eps=eps, key=key, bounds=bounds, batch_size=batch_size
     )
     measured = outcome(apply_fn, params, x, y, found.r, norm=norm, batch_size=batch_size)
+    _check(found, measured.norm, x, eps, norm, bounds)
     return Ensemble(measured, found.r, found.stages)
+
+
+def _check(found: attack.Cascade, sizes: Any, x: Any, eps: Eps, norm: Norm, bounds: Any) -> None:
+    """Raise if an attack had more than its budget; more than its box."""
+    # Entries are rounded to x's dtype, their sum to float32.
+    rounding = max(1e-5, float(jnp.finfo(found.r.dtype).eps))
+    allowed = np.broadcast_to(np.maximum(np.asarray(eps, np.float64), 0), sizes.shape)
+    excess = sizes - allowed * (1 + rounding)
+    if np.any(excess > 0):
+        worst = int(np.nanargmax(excess))
+        name = next(name for name, stage in found.stages.items() if stage.fooled[worst])
+        raise ValueError(
+            f"expected perturbations of {norm} size {allowed[worst]:g} at most, got "
+            f"{sizes[worst]:g} by {name!r}; pass the norm that the attacks have, or project what "
+            "an attack of your own returns, by jaxadv.norms.project"
+        )
+    stray = "" if bounds is None else host.outside(bounds, x + found.r)
+    if stray:
+        raise ValueError(
+            f"expected attacks that keep x + r within bounds, got {stray}; confine what an attack "
+            "of your own returns, by jaxadv.norms.confine"
+        )
 
 
 def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
