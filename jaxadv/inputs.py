@@ -89,22 +89,28 @@ def labels(y: Any, n: int) -> jax.Array:
             f"expected as many labels as examples, got {y.shape[0]} labels for {n} examples; "
             "pass the labels of this very batch"
         )
-    if y.dtype.itemsize > 4:  # a label of 2^32 is no class, and int32 would make it class 0
-        y = y.clip(-1, 2**31 - 1)
-    return jnp.asarray(y).astype(jnp.int32)
+    return jnp.asarray(_as_classes(y)).astype(jnp.int32)
 
 
-def paired(x: jax.Array, y: jax.Array) -> None:
+def paired(x: jax.Array, y: Any) -> jax.Array:
     """Check that labels of any kind (soft ones too) are as many as the examples.
 
     Raises:
       ValueError: if they are not.
     """
+    y = y if isinstance(y, jax.Array) else np.asarray(y)
     if y.shape[:1] != x.shape[:1]:
         raise ValueError(
             f"expected as many labels as examples, got y of shape {y.shape} for {x.shape[0]} "
             "examples; pass the labels of this very batch"
         )
+    return jnp.asarray(_as_classes(y) if jnp.issubdtype(y.dtype, jnp.integer) else y)
+
+
+def _as_classes(y: Any) -> Any:
+    """Return integers that stay what they are in int32, or no class at all."""
+    # A label of 2^32 is no class, and int32 would make it class 0.
+    return y.clip(-1, 2**31 - 1) if y.dtype.itemsize > 4 else y
 
 
 def apply(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:

@@ -428,7 +428,7 @@ def _constant_perturbation(
 
 def _mean_loss(loss_fn: LossFn, logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     logits = inputs.logits_of(logits, x.shape[0])
-    inputs.paired(x, y)
+    y = inputs.paired(x, y)
     losses = loss_fn(logits.astype(inputs.wide(logits.dtype)), y)
     if losses.shape != logits.shape[:1]:
         raise ValueError(

@@ -147,6 +147,12 @@ def test_labels_beyond_int32_do_not_wrap_into_a_class(x64):
     assert not np.isin(got, np.arange(K)).any()
 
 
+@pytest.mark.parametrize("fn", [attack.pgd, attack.apgd, perturb.loss])
+def test_a_numpy_label_beyond_int32_is_no_class(fn):
+    r = fn(net, W, X, np.int64([2**32, 0, 2**32 + 1, -(2**32)]), eps=1.0, key=KEY)
+    assert jnp.any(r != 0, axis=1).tolist() == [False, True, False, False]
+
+
 # Logits
 
 

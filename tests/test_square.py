@@ -180,6 +180,16 @@ def test_success_comes_before_loss():
     assert (np.asarray(split(None, r)).argmax(axis=1) == y).sum() > B / 2
 
 
+def test_logits_of_inf_fool_nobody():
+    def broken(params, x):  # overflows everywhere but at the origin
+        total = jnp.sum(jnp.abs(x), axis=(1, 2, 3))
+        return jnp.stack([jnp.ones_like(total), jnp.where(total > 0, jnp.inf, 0)], axis=1)
+
+    x, y = np.zeros((B, S, S, C), np.float32), np.zeros(B, int)
+    r = square(broken, None, x, y, eps=1.0, norm="linf", steps=1, key=KEYS)
+    np.testing.assert_array_equal(r, 0)
+
+
 def test_logits_of_nan_fool_nobody():
     def broken(params, x):  # NaN everywhere but at the origin
         total = jnp.sum(jnp.abs(x), axis=(1, 2, 3))

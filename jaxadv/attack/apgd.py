@@ -236,8 +236,8 @@ def _checked(
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}; 100 is the published number")
     norms.dual(norm)  # known?
-    x, y = inputs.examples(x), jnp.asarray(y)
-    inputs.paired(x, y)
+    x = inputs.examples(x)
+    y = inputs.paired(x, y)
     if bounds is not None:
         inputs.box(bounds, x)  # now, while they are numbers
     return x, y, inputs.radius(eps, x)

@@ -96,8 +96,8 @@ def pgd(
     """
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}; one step is perturb.loss")
-    x, y = inputs.examples(x), jnp.asarray(y)
-    inputs.paired(x, y)
+    x = inputs.examples(x)
+    y = inputs.paired(x, y)
     eps = inputs.radius(eps, x)
     step_size = 2.5 * eps / steps if step_size is None else inputs.radius(step_size, x)
     if bounds is not None:

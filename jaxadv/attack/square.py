@@ -288,7 +288,8 @@ def _run(
             is_y = jax.nn.one_hot(y, z.shape[1], dtype=bool)
             others = jnp.max(jnp.where(is_y, -jnp.inf, z), axis=1)
             loss = jnp.sum(jnp.where(is_y, z, 0), axis=1) - others
-        return loss, hit & ~jnp.isnan(loss)  # NaN logits fool nobody
+        sound = ~jnp.isnan(loss) & jnp.all(logits < jnp.inf, axis=1)
+        return jnp.where(sound, loss, jnp.inf), hit & sound  # what overflows fools nobody
 
     def keys_of(step: jax.Array) -> jax.Array:
         return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
