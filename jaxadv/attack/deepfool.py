@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, norms, perturb
+from jaxadv import inputs, loops, norms, perturb
 from jaxadv.attack import search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -101,32 +101,6 @@ def deepfool(
     return _run(apply_fn, norm, steps, output, params, x, y, eps, overshoot, bounds)
 
 
-def _logit_step(
-    apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array, norm: Norm
-) -> jax.Array:
-    """Return the least step onto the nearest linearised boundary between two logits."""
-    logits, pull = jacobian.pullback(apply_fn, params, x)
-    n_classes = logits.shape[1]
-    y = jnp.clip(y, 0, n_classes - 1)
-    z = jacobian.below_largest(logits)
-    z_y = jnp.take_along_axis(z, y[:, None], axis=1)
-    at_y = jax.nn.one_hot(y, n_classes)
-
-    def distances(j: jax.Array) -> jacobian.Nearest:  # to classes [B, J]
-        rows = jax.nn.one_hot(j, n_classes) - at_y[:, None]
-        d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, J, ...]
-        slope = norms.norm(d.reshape(j.size, *x.shape[1:]), norms.dual(norm)).reshape(j.shape)
-        reachable = (slope != 0) & ~jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
-        behind = jnp.abs(z_y - jnp.take_along_axis(z, j, axis=1)).astype(slope.dtype)
-        size = jnp.where(reachable, behind / jnp.where(reachable, slope, 1), jnp.inf)
-        return jacobian.Nearest(size, size, d, reachable)
-
-    best = jacobian.nearest(distances, x, jacobian.other_classes(y, n_classes))
-    size = jnp.where(best.reachable, best.distance, 0)
-    direction = norms.steepest(best.d.astype(size.dtype), norm)
-    return inputs.batched(size, x) * direction
-
-
 def _probability_step(
     apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array, norm: Norm
 ) -> jax.Array:
@@ -139,7 +113,7 @@ def _probability_step(
     return jnp.where(inputs.batched(size <= longest, x), r, capped)
 
 
-_STEPS = {"logits": _logit_step, "probabilities": _probability_step}
+_STEPS = {"logits": search.to_boundary, "probabilities": _probability_step}
 
 
 @partial(jax.jit, static_argnums=range(4))

@@ -4,7 +4,8 @@ A budget attack answers whether some r of size eps misleads the net; this one as
 be, for each example by itself, in one run. Steps climb the lead of the likeliest wrong class; after
 each, r is projected onto a ball whose radius grows while r doesn't mislead the net and shrinks when
 it does, by a share that anneals (Pintor et al., 2021). For l2 that is close to the decoupled
-direction and norm attack of Rony et al. (2019). What is found is then scaled down to the boundary.
+direction and norm attack of Rony et al. (2019). A class that is less likely may be nearer: one step
+of DeepFool from x is tried as well. The least that is found is then scaled down to the boundary.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ __all__ = ["fmn"]
 # length of a step relative to the first.
 _BREATH = 0.05, 0.001
 _STEP = 1.0, 0.01
+_CLASSES = 10  # the likeliest ones, to whose linearised boundaries one step is tried as well
+_PAST = 1.001  # how far: a boundary that isn't quite straight is crossed too
 
 
 class _State(NamedTuple):
@@ -62,7 +65,8 @@ def fmn(
       eps: None for the least r. With a size, a scalar or `[B]`: where the least r is larger, the
         nearest point of the ball of that radius, so that sizes never exceed eps.
       norm: the norm that is minimal: `"l1"`, `"l2"` or `"linf"`.
-      steps: number of steps, at least 1; each a forward and a backward pass.
+      steps: number of steps, at least 1; each a forward and a backward pass. The step of DeepFool
+        takes ten backward passes more, at most.
       step_size: the l2 length of the first step, in units of x. None for the published 1, or 10 for
         linf, which suit images in [0, 1].
       targeted: y are the classes to reach instead of those to leave.
@@ -152,10 +156,15 @@ def _run(
         moved = state.r.astype(g.dtype) + step_size * length * norms.steepest(g, "l2")
         return state._replace(r=search.ball(x, radius, norm, bounds)(moved), radius=radius)
 
-    nowhere = jnp.full(x.shape[0], jnp.inf, inputs.wide(x.dtype))
-    state = _State(jnp.zeros_like(x), nowhere, jnp.zeros_like(x), nowhere)
-    state = lax.fori_loop(0, steps, step, state)
+    zero, nowhere = jnp.zeros_like(x), jnp.full(x.shape[0], jnp.inf, inputs.wide(x.dtype))
+    # What is where it should be at x needs no perturbation, however the loop rounds.
+    start = _State(zero, nowhere, zero, jnp.where(clear(*problem.value(zero)), 0, nowhere))
+    state = lax.fori_loop(0, steps, step, start)
     state = kept(state, clear(*problem.value(state.r)))
+    if not targeted:  # the boundary of another class than the likeliest may be nearer
+        ahead = _PAST * search.to_boundary(apply_fn, params, x, y, norm, _CLASSES)
+        r = ahead.astype(x.dtype) if bounds is None else norms.confine(x, ahead, bounds)
+        state = kept(state._replace(r=r), clear(*problem.value(r)))
     found = jnp.isfinite(state.least_size)
     r = search.shrunk(lambda r: clear(*problem.value(r)), state.least, found)
     return problem.answer(search.within(r, eps, norm))

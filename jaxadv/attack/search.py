@@ -6,8 +6,7 @@ instead of labels to be left, nets that draw random numbers. A `Best` is the mos
 perturbation of each example so far. `restarted` repeats an attack from other points.
 
 `pgd` and `apgd` are written on these. For the attacks that look for the least perturbation
-instead (`deepfool`, `fmn`, `fab`): `lead`, `clearly`,
-`shrunk` and `within`.
+instead (`deepfool`, `fmn`): `lead`, `clearly`, `to_boundary`, `shrunk` and `within`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxadv import inputs, jacobian, loops, norms
-from jaxadv.types import Bounds, LossFn, Norm, Params
+from jaxadv.types import ApplyFn, Bounds, LossFn, Norm, Params
 
 __all__ = [
     "Best",
@@ -34,6 +33,7 @@ __all__ = [
     "restarted",
     "shrunk",
     "streams",
+    "to_boundary",
     "within",
 ]
 
@@ -241,6 +241,53 @@ def clearly(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return success & (loss >= least)
 
     return clear
+
+
+def to_boundary(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    norm: Norm,
+    candidates: int | None = None,
+) -> jax.Array:
+    """Return the least step onto the nearest linearised boundary between two logits.
+
+    Args:
+      apply_fn: `(params, x) -> logits`.
+      params: its parameters.
+      x: `[B, ...]`.
+      y: labels, `[B]`.
+      norm: of the step.
+      candidates: consider only this many classes, the likeliest besides y; all if None. Each costs
+        a backward pass.
+
+    Returns:
+      The step, of x's shape, in the dtype of norms; 0 where no boundary can be seen.
+    """
+    logits, pull = jacobian.pullback(apply_fn, params, x)
+    n_classes = logits.shape[1]
+    y = jnp.clip(y, 0, n_classes - 1)
+    z = jacobian.below_largest(logits)
+    z_y = jnp.take_along_axis(z, y[:, None], axis=1)
+    at_y = jax.nn.one_hot(y, n_classes)
+
+    def distances(j: jax.Array) -> jacobian.Nearest:  # to classes [B, J]
+        rows = jax.nn.one_hot(j, n_classes) - at_y[:, None]
+        d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, J, ...]
+        slope = norms.norm(d.reshape(j.size, *x.shape[1:]), norms.dual(norm)).reshape(j.shape)
+        reachable = (slope != 0) & ~jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
+        behind = jnp.abs(z_y - jnp.take_along_axis(z, j, axis=1)).astype(slope.dtype)
+        size = jnp.where(reachable, behind / jnp.where(reachable, slope, 1), jnp.inf)
+        return jacobian.Nearest(size, size, d, reachable)
+
+    classes = jacobian.other_classes(y, n_classes)
+    if candidates is not None and candidates < n_classes - 1:
+        classes = lax.top_k(jnp.where(at_y == 1, -jnp.inf, z), candidates)[1]
+    best = jacobian.nearest(distances, x, classes)
+    size = jnp.where(best.reachable, best.distance, 0)
+    direction = norms.steepest(best.d.astype(size.dtype), norm)
+    return inputs.batched(size, x) * direction
 
 
 def shrunk(succeeds: Callable[[jax.Array], jax.Array], r: jax.Array, found: jax.Array) -> jax.Array:
