@@ -6,9 +6,11 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxadv import evaluate
+from experiments import models
+from jaxadv import evaluate, objectives, train
 
 check = importlib.import_module("jaxadv.evaluate.check")  # not the function of that name
 
@@ -73,14 +75,40 @@ def gradients(net):
 
 def test_a_healthy_net_raises_no_flag():
     x, y, w = data()
-    report = evaluate.check(linear, w, x, y, eps=3.0, key=KEY, steps=10, source=(linear, w))
+    rng = np.random.default_rng(3)
+    other = w + 0.2 * rng.normal(size=w.shape).astype(np.float32)
+    report = evaluate.check(linear, w, x, y, eps=3.0, key=KEY, steps=10, source=(linear, other))
     assert report.flags == ()
     figures = report.figures
     assert figures["clean"] == 1
+    for loss in ("ce", "margin", "dlr"):
+        for kind in ("zero", "non-finite"):
+            assert figures[f"{loss} {kind} gradients"] == 0
     # The budget is about the median distance.
     assert 0.3 < figures["pgd"] <= figures["one step"] < 0.7
     assert figures["black box"] == figures["transfer"] == 0
     np.testing.assert_allclose(figures["fmn, median size"], figures["fab, median size"], rtol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ["dense", "convolutions"])
+def test_a_healthy_net_with_hidden_layers_raises_no_flag(kind, dtype):
+    x, y, _ = data()
+    blocks = ((8,),) if kind == "convolutions" else ()
+    net = models.Classifier(
+        (32,), blocks=blocks, size=3, padding=1, classes=K, dtype=jnp.dtype(dtype)
+    )
+    apply_fn = models.function(net)
+    tx = optax.adam(3e-3)
+    step = train.make_step(objectives.natural(apply_fn), tx)
+    state = train.init(models.init(net, KEY, x), tx, key=KEY)
+    for _ in range(60):
+        state, _ = step(state, (x, y))
+    report = evaluate.check(apply_fn, state.params, x, y, eps=1.4, key=KEY, steps=20)
+    assert report.flags == ()
+    assert report.figures["clean"] > 0.95
+    assert 0.1 < report.figures["pgd"] < 1
 
 
 @pytest.mark.slow
@@ -97,6 +125,30 @@ def test_a_very_confident_net_raises_no_flag_and_its_lost_gradients_are_counted(
     assert report.flags == ()
     assert report.figures["ce zero gradients"] > 0.9
     assert report.figures["margin zero gradients"] == 0
+
+
+def test_a_check_is_compiled_once_for_all_sizes():
+    x, y, w = data()
+    traced = []
+
+    def net(w, x):
+        traced.append(1)
+        return linear(w, x)
+
+    evaluate.check(net, w, x, y, eps=3.0, key=KEY, steps=2)
+    first = len(traced)
+    traced.clear()
+    evaluate.check(net, w, x, y, eps=2.0, key=KEY, steps=2)
+    # Its outputs are looked at without compiling: twice for all, once for each of eight rows.
+    assert len(traced) == 10 < first
+
+
+def test_of_a_net_that_has_nothing_right_there_are_no_figures_of_attacks():
+    x, y, w = data()
+    report = evaluate.check(linear, w, x, (y + 1) % K, eps=3.0, key=KEY)
+    assert report.flags == ()
+    assert report.figures["clean"] == 0
+    assert "pgd" not in report.figures
 
 
 # What is seen in the net's outputs and gradients

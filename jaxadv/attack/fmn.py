@@ -75,7 +75,8 @@ def fmn(
 
     Returns:
       r, of x's shape and dtype: exactly 0 where x is misclassified already, and where nothing that
-      misleads the net was found. Rows are 0 or NaN as in `perturb`.
+      misleads the net was found. Rows are 0 or NaN as in `perturb`. It ends on the boundary: a net
+      that computes in bfloat16 may round it back in another program, and 1.01 r is on the far side.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
