@@ -125,7 +125,8 @@ def figures_of(rows: Sequence[report.Row], method: str, norm: str, eps: float) -
     Returns:
       PGD-100x10, AutoAttack and the difference between one step's robust accuracy and AutoAttack's
       on the same images, the most that AutoAttack has been run on; empty where an attack hasn't.
-      PGD that has been run on other images alone says on how many.
+      PGD that has been run on other images alone says on how many, and what AutoAttack leaves of
+      these.
     """
     here = [
         row
@@ -141,7 +142,9 @@ def figures_of(rows: Sequence[report.Row], method: str, norm: str, eps: float) -
     cells = ["" if figure is None else f"{figure:.4f}" for figure in (pgd, worst)]
     others = {row["n"]: row["columns"]["robust"] for row in here if row["attack"] == "pgd-100x10"}
     if pgd is None and others:
-        cells[0] = f"{others[max(others)]:.4f} (of {max(others):,})"
+        n = max(others)
+        beside = [f" AutoAttack {row['columns']['robust']:.4f}" for row in full if row["n"] == n]
+        cells[0] = f"{others[n]:.4f} ({','.join([f'of {n:,}', *beside])})"
     return [*cells, difference]
 
 
@@ -179,9 +182,13 @@ def tables(rows: Sequence[report.Row]) -> list[str]:
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-        for row in here:
-            if row["attack"] == "check" and row["flags"]:
-                lines.append(f"- {row['method'].split('/')[1]}: {'; '.join(row['flags'].values())}")
+        checks = {row["method"]: row["flags"] for row in here if row["attack"] == "check"}
+        unchecked = [row["method"].split("/")[1] for row in ranked if row["method"] not in checks]
+        for method, flags in checks.items():
+            doubts = "; ".join(flags.values()) or "nothing to doubt was found"
+            lines.append(f"- {method.split('/')[1]}: {doubts}")
+        if unchecked:
+            lines.append(f"- not checked: {', '.join(unchecked)}")
         lines.append("")
     return lines
 

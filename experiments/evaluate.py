@@ -59,6 +59,9 @@ LABELS = {
     "standard": "AutoAttack",
 }
 
+_PROBLEM = ("data", "subtract", "divide", "crop", "box", "n", "norm", "eps")
+"""What of a row says which table it belongs to."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings(parallel.Devices):
@@ -208,11 +211,13 @@ def load(settings: Settings) -> Problem:
         "box": settings.box,
         "n": len(chosen),
     }
+    if ":" in settings.net:  # what a function does, no weights tell
+        identity["answers"] = digest(apply_fn(params, x[:8]))
     return Problem(apply_fn, params, x, np.asarray(labels[chosen]), bounds, identity)
 
 
 def _short_name(settings: Settings) -> str:
-    path = Path(settings.net)
+    path = Path(settings.net).resolve()
     return settings.net if ":" in settings.net else f"{path.parents[1].name}/{path.parent.name}"
 
 
@@ -258,7 +263,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                 row = {**identity, **_row(problem, blocks, settings)}
 
             def place(row: report.Row) -> list[Any]:
-                return [row[k] for k in ("method", "data", "attack", "norm", "eps", "n", "seed")]
+                return [row[k] for k in ("method", "attack", "seed", *_PROBLEM)]
 
             kept = [old for old in rows if place(old) != place(row)]
             report.save_rows(results, [*kept, row])
@@ -356,11 +361,11 @@ def tables(rows: Sequence[report.Row]) -> list[str]:
     lines: list[str] = []
 
     def place(row: report.Row) -> tuple[Any, ...]:
-        return row["data"], row["norm"], row["eps"], row["box"], row["n"]
+        return tuple(row[k] for k in _PROBLEM)
 
     for key in dict.fromkeys(map(place, rows)):
         here = [row for row in rows if place(row) == key]
-        source, norm, eps, box, n = key
+        source, subtract, divide, crop, box, n, norm, eps = key
         lines += [f"# {source}: {norm} size {eps:g}, {n:,} images", ""]
         attacked = [row for row in here if row["attack"] != "check"]
         shown = [name for name in LABELS if any(row["attack"] == name for row in attacked)]
@@ -373,7 +378,10 @@ def tables(rows: Sequence[report.Row]) -> list[str]:
             lines.append(f"| {method} | {clean:.4f} | " + " | ".join(cells) + " |")
         lines += [
             "",
-            "Perturbed images " + ("stay" if box else "don't stay") + " in the pixel range.",
+            f"Inputs are (pixels - {subtract:g}) / {divide:g}"
+            + (f", of the middle {crop}x{crop}. " if crop else ". ")
+            + ("Perturbed images stay in" if box else "Perturbed images may leave")
+            + f" the range of pixels, 0 to {divide:g}.",
             "",
         ]
         for row in here:

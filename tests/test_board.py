@@ -51,6 +51,9 @@ def test_pgd_on_other_images_says_on_how_many():
     here = [r for r in ROWS if r["attack"] != "pgd-100x10"]
     found = board.figures_of([*here, few, fewer], "mnist_mlp/lwa", "l2", 1.5)
     assert found == ["0.6000 (of 10)", "0.7500", "0.1500"]
+    same = row("mnist_mlp/lwa", "standard", 0.55, n=10)
+    found = board.figures_of([*here, few, same], "mnist_mlp/lwa", "l2", 1.5)
+    assert found[0] == "0.6000 (of 10, AutoAttack 0.5500)"
     assert board.figures_of([*ROWS, few], "mnist_mlp/lwa", "l2", 1.5)[0] == "0.8000"
 
 
@@ -64,7 +67,11 @@ def test_the_most_robust_net_comes_first_and_flags_are_told():
     assert [line for line in lines if line.startswith("##")] == [
         "## mnist_mlp: l2 size 1.5", "## mnist_mlp: l2 size 2",
     ]  # fmt: skip
-    assert "- lwa: far off; more helps" in lines
+    assert [line for line in lines if line.startswith("- ")] == [
+        "- lwa: far off; more helps", "- not checked: normal", "- not checked: lwa",
+    ]  # fmt: skip
+    checked = [*ROWS, row("mnist_mlp/normal", "check", 0.0, flags={})]
+    assert "- normal: nothing to doubt was found" in board.tables(checked)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`experiments/evaluate.py`: robust accuracy of saved weights and of functions of one's own."""
 
 import dataclasses
+import importlib
 import io
 import json
 from pathlib import Path
@@ -187,7 +188,30 @@ def test_other_nets_and_sizes_stay_in_the_record_and_the_table_has_them_all(fold
     )
     assert first.count("1.0000 [") == 2
     assert "1.0000 ± 0.0000" in second
-    assert "Perturbed images stay in the pixel range." in text
+    want = "Inputs are (pixels - 0) / 255. Perturbed images stay in the range of pixels, 0 to 255."
+    assert text.count(want) == 2
+
+
+def test_rows_of_other_inputs_stand_beside_each_other(folder):
+    run(folder, attacks=("pgd",))
+    run(folder, attacks=("pgd",), box=False)
+    rows = run(folder, attacks=("pgd",), crop=4, subtract=51.0)
+    assert [(row["box"], row["crop"], row["subtract"]) for row in rows] == [
+        (True, None, 0), (False, None, 0), (True, 4, 51),
+    ]  # fmt: skip
+    text = "\n".join(evaluate.tables(rows))
+    assert text.count("# a folder of PNG") == 3
+    assert "(pixels - 0) / 255. Perturbed images may leave the range" in text
+    assert "(pixels - 51) / 255, of the middle 4x4. Perturbed images stay" in text
+
+
+def test_a_function_that_answers_otherwise_is_evaluated_anew(folder, monkeypatch):
+    (before,) = run(folder, attacks=("pgd",))
+    apply_fn = evaluate.load_net(evaluate.Settings("brightness:apply_fn"))[0]
+    module = importlib.import_module("brightness")
+    monkeypatch.setattr(module, "apply_fn", lambda params, x: -apply_fn(params, x))
+    (after,) = run(folder, attacks=("pgd",))
+    assert (before["columns"]["clean"], after["columns"]["clean"]) == (1, 0)
 
 
 @pytest.mark.slow
@@ -200,6 +224,13 @@ def test_flags_are_reported_with_the_table(folder):
     rows = run(folder, net="rounded:apply_fn", attacks=("check", "pgd"))
     assert "zero gradients" in rows[0]["flags"]
     assert "gradient of exactly 0" in "\n".join(evaluate.tables(rows))
+
+
+def test_a_net_is_called_by_the_folder_of_its_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for net in ("params.safetensors", str(tmp_path / "params.safetensors")):
+        name = evaluate._short_name(evaluate.Settings(net))
+        assert name == f"{tmp_path.parent.name}/{tmp_path.name}"
 
 
 # Errors
