@@ -56,7 +56,13 @@ def _home(app, module, name):
     return module if module == "jaxadv.types" else None
 
 
+def _records(app, docname, source):
+    """Let links to the records, as the repository has them, lead to the site's copy."""
+    source[0] = source[0].replace("](../experiments/results/", "](results/")
+
+
 def setup(app):
     """Sphinx calls this."""
+    app.connect("source-read", _records)
     app.connect("viewcode-follow-imported", _home)
     app.connect("autodoc-skip-member", _skip)

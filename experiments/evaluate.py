@@ -74,14 +74,15 @@ class Settings(parallel.Devices):
     weights: Path | None = None
     """Parameters for a function of one's own."""
     data: str = "mnist"
-    """`mnist`, `cifar10`, or a folder with test/CLASS/*.png or jpg."""
+    """`mnist`, `cifar10`, or a folder with {train,test}/CLASS/*.png or jpg; test is evaluated."""
     subtract: float | None = None
-    """Images are (pixels - subtract) / divide: 0 and 256 for mnist, 117 and 256 for cifar10, 0 and
-    255 for a folder."""
+    """Inputs are (pixels - subtract) / divide: 0 and 256 for mnist, 117 and 256 for cifar10, 0 and
+    255 for a folder. What train.py has made takes 0 and 255 of everything."""
     divide: float | None = None
     """See subtract. The box is where pixels from 0 to this end up."""
     crop: int | None = None
-    """Side of the part of the images' middle that is used; 28 for cifar10, else all."""
+    """Side of the part of the images' middle that is used; 28 for cifar10, else all. What train.py
+    has made of cifar10 takes 32."""
     attacks: tuple[AttackName, ...] = ("one-step", "pgd-100x10", "standard")
     """What to run."""
     eps: tuple[float, ...] = (1.5,)

@@ -295,8 +295,7 @@ def nearest(
       distances: from classes `[B, J]` to their distances, by J backward passes.
       x: what the passes go back to, `[B, ...]`.
       classes: `[B, J]`.
-      chunk: for how many of them at once. None: all; on CPU so few that what their passes compute
-        has a place in a cache.
+      chunk: for how many of them at once. None: all; on CPU as many as fit in the cache.
     """
     n_chunks = math.ceil(classes.shape[1] / (chunk or _at_once(distances, classes)))
     size = math.ceil(classes.shape[1] / n_chunks)

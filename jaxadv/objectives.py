@@ -98,7 +98,7 @@ def natural(
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: when called, if labels are no integers and `loss_fn` is left at cross-entropy.
+      TypeError: when called, if labels aren't integers and `loss_fn` is left at cross-entropy.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:
@@ -148,7 +148,7 @@ def adversarial(
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: when called, if labels are no integers and `loss_fn` is left at cross-entropy.
+      TypeError: when called, if labels aren't integers and `loss_fn` is left at cross-entropy.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:
@@ -211,7 +211,7 @@ def mixed(
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: when called, if labels are no integers and `loss_fn` is left at cross-entropy.
+      TypeError: when called, if labels aren't integers and `loss_fn` is left at cross-entropy.
       ValueError: if `weight` is outside [0, 1]; when called, if `loss_fn` doesn't return one loss
         per example.
 
@@ -278,7 +278,7 @@ def virtual(
       An `Objective`; its aux is `Aux`, with the accuracy at the perturbed inputs.
 
     Raises:
-      TypeError: when called, if labels are no integers and `loss_fn` is left at cross-entropy.
+      TypeError: when called, if labels aren't integers and `loss_fn` is left at cross-entropy.
       ValueError: if `weight` is negative; when called, if `loss_fn` doesn't return one loss per
         example.
 
@@ -350,7 +350,7 @@ def representation(
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: when called, if labels are no integers and `loss_fn` is left at cross-entropy.
+      TypeError: when called, if labels aren't integers and `loss_fn` is left at cross-entropy.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:

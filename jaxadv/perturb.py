@@ -73,8 +73,8 @@ def alpha(
       candidates: consider only this many classes, the likeliest besides y; one backward pass each.
         r may then be larger than the least. None: all K - 1, as in the paper.
       chunk: for how many classes at once to go back through the net; the memory is that of so many
-        times x and of the backward pass, and r is the same. None: all at once; on CPU so few that
-        what they compute has a place in a cache.
+        times x and of the backward pass, and r is the same. None: all at once; on CPU as many as
+        fit in the cache.
       key: ignored; this method draws nothing.
       bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
 

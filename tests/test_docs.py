@@ -96,6 +96,12 @@ def test_what_is_printed_on_a_page_runs(page):
         assert r.shape == names["x"].shape
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_a_pages_links_lead_somewhere_in_the_repository_too(page):
+    targets = re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text())
+    assert [target for target in targets if not (DOCS / target).exists()] == []
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.stem)
 def test_an_example_is_short_and_shown(example):
     lines = example.read_text().splitlines()

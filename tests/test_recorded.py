@@ -1,0 +1,49 @@
+"""What must hold of the library's attacks on trained nets, here those of the records."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import data, models, report
+from jaxadv import attack, evaluate, perturb
+
+RESULTS = Path(report.__file__).parent / "results"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("record", ["mnist_mlp", "mnist_lenet"])
+def test_trained_nets_hardly_feel_the_batch_size(record):
+    params = report.load_params(RESULTS / record / "lwa" / "params.safetensors")
+    apply_fn = models.function(models.recognised(params))
+    images = data.mnist()
+    n = 500
+    x, y = data.scale_mnist(images.test_images[:n]), images.test_labels[:n]
+    kwargs = {"eps": 1.5, "key": jax.random.key(0), "bounds": (0.0, 1.0)}
+    for method in (perturb.loss, perturb.alpha):
+        many, few = (
+            evaluate.perturbations(apply_fn, params, x, y, method, **kwargs, batch_size=size)
+            for size in (n, 77)
+        )
+        apart = np.linalg.norm((many - few).reshape(n, -1), axis=1)
+        size = np.linalg.norm(many.reshape(n, -1), axis=1)
+        # Sums of a few hundred products in another order; a tie of two classes may turn over.
+        assert np.quantile(apart / size, 0.998) < 1e-5, method
+    iterated = {
+        "pgd": partial(attack.pgd, steps=10, random_start=True),
+        "apgd": partial(attack.apgd, steps=10),
+        "apgd_targeted": partial(attack.apgd_targeted, steps=5, n_targets=2),
+        "fab": partial(attack.fab, steps=5, n_targets=2),
+        "square": partial(attack.square, steps=50),
+        "deepfool": attack.deepfool,
+        "fmn": partial(attack.fmn, steps=20),
+    }
+    for name, method in iterated.items():
+        many, few = (
+            evaluate.robust(apply_fn, params, x, y, method, **kwargs, batch_size=size).robust
+            for size in (n, 77)
+        )
+        assert 0 < many.sum() < n
+        assert (many != few).mean() <= 0.002, name
