@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
@@ -213,7 +214,7 @@ def load(settings: Settings) -> Problem:
         "n": len(chosen),
     }
     if ":" in settings.net:  # what a function does, no weights tell
-        identity["answers"] = digest(apply_fn(params, x[:8]))
+        identity["answers"] = digest(apply_fn(params, jnp.asarray(x[:8])))
     return Problem(apply_fn, params, x, np.asarray(labels[chosen]), bounds, identity)
 
 

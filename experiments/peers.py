@@ -2,9 +2,10 @@
 
     pip install -e ".[bench]"
 
-`torch_net` builds a net of `experiments.models` in PyTorch from its parameters. `training` has a
-training step on it written by hand, as one would without a library; `attacks` what Foolbox,
-torchattacks, CleverHans and ART make of it. `reference`, `benchmark` and `features` use them.
+`torch_net` builds a net of `experiments.models` in PyTorch from its parameters, `params_of` goes
+the other way. `training` has a training step on it written by hand, as one would without a library;
+`attacks` what Foolbox, torchattacks, CleverHans and ART make of it. `reference`, `benchmarks`,
+`features` and `known` use them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import importlib.util
 import io
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any, Literal
@@ -20,7 +22,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Task", "attacks", "fixed_net", "images", "need", "torch_net", "training", "versions"]
+__all__ = [
+    "Task",
+    "attacks",
+    "fixed_net",
+    "images",
+    "need",
+    "params_of",
+    "torch_net",
+    "training",
+    "versions",
+]
 
 PACKAGES = ("torch", "foolbox", "torchattacks", "cleverhans", "adversarial-robustness-toolbox")
 
@@ -85,6 +97,47 @@ def torch_net(params: Mapping[str, Any]) -> Any:
             return torch.addmm(bias, x, kernel)
 
     return Net()
+
+
+def params_of(state: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
+    """Return the parameters of a net of `experiments.models` from those of one in PyTorch.
+
+    Args:
+      state: the arrays of a `state_dict`, in the order of the layers: `NAME.weight` and `NAME.bias`
+        of 3x3 convolutions, each ended by a 2x2 max pool, then of dense layers.
+
+    Raises:
+      ValueError: if the first dense layer isn't one for square images.
+    """
+    names = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
+    convs = [name for name in names if state[f"{name}.weight"].ndim == 4]
+    dense = [name for name in names if state[f"{name}.weight"].ndim == 2]
+    layers = {}
+    for i, name in enumerate(convs):
+        layers[f"convs_{i}_0"] = (
+            state[f"{name}.weight"].transpose(2, 3, 1, 0),
+            state[f"{name}.bias"],
+        )
+    for i, name in enumerate(dense):
+        kernel = state[f"{name}.weight"].T
+        if i == 0 and convs:  # PyTorch flattens channels first
+            channels = state[f"{convs[-1]}.bias"].size
+            side = math.isqrt(len(kernel) // channels)
+            if side * side * channels != len(kernel):
+                raise ValueError(
+                    f"expected a dense layer after {channels} square channels, got {name} of "
+                    f"{len(kernel)} inputs; pass the state of a net for square images"
+                )
+            kernel = kernel.reshape(channels, side, side, -1).transpose(1, 2, 0, 3)
+            kernel = kernel.reshape(side * side * channels, -1)
+        label = "logits" if i == len(dense) - 1 else f"hidden_{i}"
+        layers[label] = kernel, state[f"{name}.bias"]
+    return {
+        "params": {
+            label: {"kernel": np.ascontiguousarray(kernel), "bias": np.array(bias)}
+            for label, (kernel, bias) in layers.items()
+        }
+    }
 
 
 def fixed_net(params: Mapping[str, Any]) -> Any:
