@@ -131,7 +131,8 @@ def apgd(
         labels (soft targets) the best point is that of greatest loss.
       eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
-      steps: number of steps, at least 1; each a forward and a backward pass.
+      steps: number of steps, at least 1 (in l1 at least 3 are made, one in each of three balls);
+        each a forward and a backward pass.
       loss_fn: `(logits, labels) -> [B]`, which is raised (lowered if `targeted`): the default,
         `jacobian.margin`, is cross-entropy's margin form; `dlr` is the other published one.
       targeted: y are the classes to reach instead of those to leave.

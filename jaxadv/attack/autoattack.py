@@ -24,10 +24,13 @@ from numpy.typing import NDArray
 from jaxadv import host, inputs, norms
 from jaxadv.attack.apgd import apgd, apgd_targeted
 from jaxadv.attack.fab import fab
+from jaxadv.attack.search import fold
 from jaxadv.attack.square import square
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
 __all__ = ["Cascade", "Stage", "autoattack", "cascade", "standard"]
+
+_own = jax.jit(fold)  # each attack's own keys
 
 
 class Stage(NamedTuple):
@@ -238,11 +241,6 @@ def _batches(rows: NDArray[np.intp], batch_size: int) -> list[tuple[NDArray[np.i
     size = small if rest <= batch_size - small else batch_size
     batches = [(rows[at : at + batch_size], batch_size) for at in range(0, cut, batch_size)]
     return batches + [(rows[at : at + size], size) for at in range(cut, len(rows), size)]
-
-
-@jax.jit
-def _own(keys: jax.Array, number: int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -54,7 +54,7 @@ def deepfool(
       eps: None for the least r found. With a size, a scalar or `[B]`: where that r is larger, the
         nearest point of the ball of that radius, so that sizes never exceed eps.
       norm: the norm that is minimal: `"l1"`, `"l2"` or `"linf"`.
-      steps: number of steps at most, at least 1; each a forward and K - 1 backward passes.
+      steps: number of steps at most, at least 1; each three forward and K - 1 backward passes.
       overshoot: by how much r is lengthened to cross the boundary, at least 0.
       output: what is linearised: `"logits"`, or `"probabilities"` for Adv_Alpha repeated.
       key: ignored; this method draws nothing.

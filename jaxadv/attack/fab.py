@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxadv import inputs, jacobian, loops, norms
+from jaxadv.attack import search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["fab"]
@@ -225,8 +226,7 @@ def _run(
         if keys is not None:
             reach = jnp.where(restart > 0, best.size if eps is None else eps, 0)
             reach = jnp.where(jnp.isfinite(reach), reach / 2, 0)
-            own = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-            r = inside(norms.sample(own, x, reach, norm))
+            r = inside(norms.sample(search.fold(keys, i), x, reach, norm))
         _, r, best = lax.while_loop(
             lambda carry: (carry[0] < steps) & jnp.any(active(carry[2])), step, (zero, r, best)
         )
