@@ -18,8 +18,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -33,10 +33,9 @@ from rich.console import Console
 from experiments import data, evaluate, models, peers, report
 from jaxadv import attack
 from jaxadv import evaluate as measure
-from jaxadv.types import Params, PerturbFn
+from jaxadv.types import ApplyFn, Bounds, Eps, Params, PerturbFn
 
 BOX = (0.0, 1.0)
-ANY = 28.0  # the l2 size of the box: no perturbation within it is larger
 
 
 class Published(NamedTuple):
@@ -92,6 +91,34 @@ def load(path: Path) -> Params:
     return peers.params_of({name: tensor.numpy() for name, tensor in state.items()})
 
 
+@cache
+def minimal(steps: int) -> Mapping[str, PerturbFn]:
+    """Return the attacks; the same objects each time, so that they are compiled once."""
+
+    def of_any_size(method: Callable[..., jax.Array]) -> PerturbFn:
+        def least(
+            apply_fn: ApplyFn,
+            params: Params,
+            x: jax.Array,
+            y: jax.Array,
+            /,
+            *,
+            eps: Eps,
+            key: jax.Array | None = None,
+            bounds: Bounds | None = None,
+        ) -> jax.Array:
+            return method(apply_fn, params, x, y, bounds=bounds)
+
+        return least
+
+    methods: dict[str, Callable[..., jax.Array]] = {
+        "FMN": partial(attack.fmn, steps=steps),
+        "FAB, targeted": attack.fab,
+        "DeepFool": attack.deepfool,
+    }
+    return {name: of_any_size(method) for name, method in methods.items()}
+
+
 def run(settings: Settings, console: Console) -> list[report.Row]:
     """Attack and check both nets; return a row for each."""
     mnist = data.mnist()
@@ -107,19 +134,17 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         x, y = pixels[chosen], labels[chosen]
         key = jax.random.key(settings.seed)
         medians, seconds = {}, {}
-        minimal: dict[str, PerturbFn] = {
-            "FMN": partial(attack.fmn, steps=settings.steps),
-            "FAB, targeted": attack.fab,
-            "DeepFool": attack.deepfool,
-        }
-        for attack_name, method in minimal.items():
+        least = np.full(len(y), np.inf)
+        for attack_name, method in minimal(settings.steps).items():
             start = time.perf_counter()
-            r = measure.perturbations(apply_fn, params, x, y, method, eps=ANY, bounds=BOX)
+            r = measure.perturbations(apply_fn, params, x, y, method, eps=0.0, bounds=BOX)
             outcome = measure.outcome(apply_fn, params, x, y, r)
             size = np.where(outcome.robust, np.inf, outcome.norm)
+            least = np.minimum(least, size)
             medians[attack_name] = float(np.median(size))
             seconds[attack_name] = round(time.perf_counter() - start, 1)
             console.print(f"{name}, {attack_name}: {medians[attack_name]:.3f}")
+        medians["the best"] = float(np.median(least))
         few = slice(settings.n_check)
         found = measure.check(
             apply_fn, params, x[few], y[few], eps=settings.check_eps, key=key, bounds=BOX
@@ -163,7 +188,7 @@ def as_markdown(rows: list[report.Row]) -> str:
         "# Least perturbations of advertorch's nets",
         "",
         "Accuracy on the 10,000 test images, and the l2 size that misleads the net about half of "
-        f"{rows[0]['n']:,} images that it has right.",
+        f"{rows[0]['n']:,} images that it has right, by each attack and by the best.",
         "",
         "| " + " | ".join(headings) + " |",
         "|---" * len(headings) + "|",

@@ -55,7 +55,8 @@ def test_both_nets_are_attacked_and_checked(tmp_path, monkeypatch):
     assert [(row["net"], row["n"]) for row in rows] == [("clntrained", 12), ("advtrained", 12)]
     for row in rows:
         assert row["network"] == "conv3-conv5-6"
-        assert all(0 < median < known.ANY for median in row["median l2"].values())
+        *medians, least = row["median l2"].values()
+        assert 0 < least <= min(medians) < 28
     text = (tmp_path / "results.md").read_text()
     assert f"| advtrained | 0.9864 | {rows[1]['clean']:.4f} | 1.872 | 3.04 |" in text
     assert text.count("\n- ") == 2
