@@ -227,7 +227,7 @@ def main() -> None:
     net = {"mlp": "two hidden layers", "lenet": "LeNet"}[settings.network]
     notes = [
         f"Fixed is made on a Normal net of seed {settings.fixed_seed}, which itself scores "
-        f"{rows[0]['columns']['fixed_source']:.4f} on it.",
+        f"{report.fixed_source(rows)} on it.",
         f"PGD: {settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on "
         f"{rows[0]['n_pgd']:,} of the images; not in the paper. Nothing is clipped to the pixel "
         "range.",

@@ -33,6 +33,7 @@ __all__ = [
     "as_printed",
     "cores",
     "device",
+    "fixed_source",
     "grouped_tables",
     "load_params",
     "load_rows",
@@ -189,6 +190,14 @@ def seeds(rows: Sequence[Row], names: Mapping[str, str]) -> str:
         if own and own != most:
             note += f"; of {name} {', '.join(map(str, own))}"
     return note + "."
+
+
+def fixed_source(rows: Sequence[Row]) -> str:
+    """Return what the Fixed set's own net scores on it; once for each such net, in several runs."""
+    of_one_size = [row for row in rows if row["eps"] == rows[0]["eps"]]
+    return " or ".join(
+        dict.fromkeys(f"{row['columns']['fixed_source']:.4f}" for row in of_one_size)
+    )
 
 
 def _cells(

@@ -62,6 +62,14 @@ def test_a_note_says_which_methods_seeds_differ():
     assert report.seeds(ROWS, NAMES) == report.seeds(ROWS[::-1], NAMES) == note
 
 
+def test_a_note_names_the_figure_of_each_net_that_a_fixed_set_was_made_on():
+    def of(eps, value):
+        return {"eps": eps, "columns": {"fixed_source": value}}
+
+    rows = [of(1.5, 0.2), of(1.5, 0.25), of(1.5, 0.2), of(1.0, 0.4)]
+    assert report.fixed_source(rows) == "0.2000 or 0.2500"
+
+
 def tables(tmp_path, rows=ROWS, width=80):
     out = io.StringIO()
     report.tables(Console(file=out, width=width), tmp_path, "A title", rows, NAMES, PAPER, ["note"])
