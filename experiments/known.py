@@ -6,8 +6,8 @@
 
 advertorch ships a LeNet trained on MNIST as it is and one trained against PGD in linf, with the
 median l2 sizes that attacks need for half of the images: by DDN and by FAB 1.388 and 1.423 for the
-first, 1.872 and 3.04 for the second. That the last two are so far apart is FAB's fault, which the
-net's gradients mislead; `evaluate.check` should say so.
+first, 1.872 and 3.04 for the second. That the last two are so far apart shows that the
+second net's gradients mislead attacks; `evaluate.check` should say so.
 
 Reads mnist_lenet5_clntrained.pt and mnist_lenet5_advtrained.pt with PyTorch. Writes results.json
 and results.md to --out.
@@ -33,7 +33,7 @@ from rich.console import Console
 from experiments import data, evaluate, models, peers, report
 from jaxadv import attack
 from jaxadv import evaluate as measure
-from jaxadv.types import ApplyFn, Bounds, Eps, Params, PerturbFn
+from jaxadv.types import Bounds, Params, PerturbFn
 
 BOX = (0.0, 1.0)
 
@@ -96,18 +96,8 @@ def minimal(steps: int) -> Mapping[str, PerturbFn]:
     """Return the attacks; the same objects each time, so that they are compiled once."""
 
     def of_any_size(method: Callable[..., jax.Array]) -> PerturbFn:
-        def least(
-            apply_fn: ApplyFn,
-            params: Params,
-            x: jax.Array,
-            y: jax.Array,
-            /,
-            *,
-            eps: Eps,
-            key: jax.Array | None = None,
-            bounds: Bounds | None = None,
-        ) -> jax.Array:
-            return method(apply_fn, params, x, y, bounds=bounds)
+        def least(*problem: Any, bounds: Bounds | None = None, **_: Any) -> jax.Array:
+            return method(*problem, bounds=bounds)  # with a size, FAB ends at the first that fits
 
         return least
 

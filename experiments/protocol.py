@@ -32,12 +32,8 @@ from jaxadv.types import ApplyFn, Bounds, Params, PerturbFn
 
 __all__ = ["Images", "Net", "Settings", "Task", "in_precision", "record", "run", "train"]
 
-_SCORING = (
-    "n_eval",
-    "n_pgd",
-    "pgd_steps",
-    "fixed_seed",
-)  # what settings say of how nets are scored
+# What settings say of how nets are scored.
+_SCORING = ("n_eval", "n_pgd", "pgd_steps", "fixed_seed")
 
 
 @dataclasses.dataclass(frozen=True)
