@@ -71,7 +71,7 @@ class Settings(parallel.Devices):
     net: Annotated[str, tyro.conf.Positional]
     """A file of weights, or `module:function`."""
     name: str = ""
-    """What to call the net in the table; by default its file's folder, or the function."""
+    """What to call the net in the table; by default the function, and the weights' place."""
     weights: Path | None = None
     """Parameters for a function of one's own."""
     data: str = "mnist"
@@ -125,12 +125,18 @@ class _Scale(NamedTuple):
 
 @cache
 def methods(name: AttackName, norm: Norm) -> Mapping[str, PerturbFn]:
-    """Return an attack's parts by name; the same objects each time."""
+    """Return an attack's parts by name; the same objects each time.
+
+    Raises:
+      ValueError: if the attack isn't made for the norm.
+    """
     standard = attack.standard(norm)
     if name == "standard":
         return standard
     if name in standard:
         return {name: standard[name]}
+    if name == "square":
+        raise ValueError("expected norm l2 or linf for square, got l1; leave it out")
     known: dict[str, PerturbFn] = {
         "one-step": partial(perturb.loss, norm=norm),
         "alpha": partial(perturb.alpha, norm=norm),
@@ -171,8 +177,12 @@ def load(settings: Settings) -> Problem:
     """Return the net and the images.
 
     Raises:
-      ValueError: as `load_net`; if the crop is larger than the images.
+      ValueError: as `load_net`; if a number of images is less than 1, or the crop larger than the
+        images.
     """
+    for what in ("n", "block", "batch_size"):
+        if (count := getattr(settings, what)) < 1:
+            raise ValueError(f"expected {what} of at least 1, got {count}")
     apply_fn, params, network = load_net(settings)
     if settings.data == "mnist":
         images, source, usual = data.mnist(), "mnist", _Scale(0, 256)
@@ -219,8 +229,15 @@ def load(settings: Settings) -> Problem:
 
 
 def _short_name(settings: Settings) -> str:
-    path = Path(settings.net).resolve()
-    return settings.net if ":" in settings.net else f"{path.parents[1].name}/{path.parent.name}"
+    """Return what a net is called: its function, and where its weights lie."""
+
+    def place(path: Path) -> str:
+        *_, group, folder, name = "", *path.resolve().with_suffix("").parts
+        return f"{group}/{folder}" + ("" if name == "params" else f"/{name}")
+
+    if ":" not in settings.net:
+        return place(Path(settings.net))
+    return settings.net + ("" if settings.weights is None else f", {place(settings.weights)}")
 
 
 def digest(params: Params) -> str:
@@ -232,8 +249,19 @@ def digest(params: Params) -> str:
 
 
 def run(settings: Settings, console: Console) -> list[report.Row]:
-    """Attack in every way that is asked for; return the rows of these and of earlier runs."""
+    """Attack in every way that is asked for; return the rows of these and of earlier runs.
+
+    Raises:
+      ValueError: as `load`; if an attack isn't made for the norm, or if the devices don't divide
+        the blocks.
+    """
     problem = load(settings)
+    starts = range(0, len(problem.y), settings.block)
+    sizes = dict.fromkeys(len(problem.y[start:][: settings.block]) for start in starts)
+    parallel.mesh(settings, *sizes)
+    for name in settings.attacks:
+        if name != "check":
+            methods(name, settings.norm)
     settings.out.mkdir(parents=True, exist_ok=True)
     results = settings.out / "results.json"
     with training.bars(console) as progress:
@@ -253,12 +281,11 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             if name == "check":
                 row = {**identity, **check(settings, problem, eps)}
             else:
-                n_blocks = -(-len(problem.y) // settings.block)
                 bar = progress.add_task(
-                    f"{identity['method']}: {name}, {eps:g}", total=n_blocks, note=""
+                    f"{identity['method']}: {name}, {eps:g}", total=len(starts), note=""
                 )
                 blocks = []
-                for start in range(0, len(problem.y), settings.block):
+                for start in starts:
                     blocks.append(_block(settings, problem, identity, start))
                     standing = np.concatenate([block["robust"] for block in blocks])
                     progress.update(bar, advance=1, note=f"robust {standing.mean():.4f}")
@@ -371,7 +398,8 @@ def tables(rows: Sequence[report.Row]) -> list[str]:
         lines += [f"# {source}: {norm} size {eps:g}, {n:,} images", ""]
         attacked = [row for row in here if row["attack"] != "check"]
         shown = [name for name in LABELS if any(row["attack"] == name for row in attacked)]
-        lines.append("| Net | Clean | " + " | ".join(LABELS[name] for name in shown) + " |")
+        labels = LABELS | ({"standard": "APGD and FAB-T"} if norm == "l1" else {})  # no Square
+        lines.append("| Net | Clean | " + " | ".join(labels[name] for name in shown) + " |")
         lines.append("|---|---|" + "---|" * len(shown))
         for method in dict.fromkeys(row["method"] for row in attacked):
             own = [row for row in attacked if row["method"] == method]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from experiments import parallel
@@ -107,10 +108,18 @@ def load_rows(path: Path) -> list[Row]:
 
 
 def save_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows, whole or not at all."""
+    """Write the rows, whole or not at all; what isn't finite, which JSON has not, as null."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(rows, indent=1) + "\n")
+    unfinished.write_text(json.dumps(_finite(rows), indent=1, allow_nan=False) + "\n")
     os.replace(unfinished, path)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def save_params(path: Path, params: Any, made: Mapping[str, Any] | None = None) -> None:
@@ -137,14 +146,22 @@ def load_params(path: Path) -> Params:
 
     Raises:
       FileNotFoundError: if there is no such file.
+      ValueError: if it isn't a whole file of safetensors.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"expected a file of weights, got {path}, which isn't there; "
             "name a .safetensors file, or module:function"
         )
+    try:
+        arrays = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"expected safetensors in {path}, got {error}; write it again, e.g. with "
+            "safetensors.flax.save_file"
+        ) from error
     params: dict[str, Any] = {}
-    for name, array in load_file(path).items():
+    for name, array in arrays.items():
         *folders, leaf = name.split("/")
         inner = params
         for folder in folders:

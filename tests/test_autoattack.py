@@ -202,7 +202,8 @@ def test_the_standard_ensemble_has_the_published_attacks_and_budgets():
     sparse = attack.standard("l1")
     assert list(sparse) == ["apgd-ce", "apgd-t", "fab-t"]
     assert sparse["apgd-ce"].keywords["restarts"] == 5
-    assert sparse["apgd-t"].keywords["n_targets"] == sparse["fab-t"].keywords["n_targets"] == 5
+    assert sparse["apgd-t"].keywords["n_targets"] == 5
+    assert sparse["fab-t"].keywords["n_targets"] == 9  # the authors' code lowers APGD's alone
     with pytest.raises(ValueError, match="expected norm to be one of"):
         attack.standard("l3")
 
@@ -280,6 +281,16 @@ def test_success_beyond_the_size_is_an_error_that_names_the_attack(norm, eps):
         evaluate.ensemble(net, 1.0, x, y, ATTACKS, eps=eps, norm=norm)
     # Where it isn't kept, it isn't asked either.
     evaluate.ensemble(net, 1.0, x[6:], y[6:], ATTACKS, eps=eps if norm != "l2" else 2.9, norm=norm)
+
+
+def test_nan_is_no_success():
+    x, y = problem()
+
+    def broken(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.full_like(x, jnp.nan)
+
+    with pytest.raises(ValueError, match="l2 size 9 at most, got nan by 'broken'"):
+        evaluate.ensemble(net, 1.0, x, y, {"broken": broken}, eps=9.0)
 
 
 def test_the_norm_of_the_attacks_must_be_given():

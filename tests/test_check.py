@@ -159,6 +159,36 @@ def test_probabilities_are_told_from_logits():
     assert outputs(lambda w, x: jax.nn.log_softmax(linear(w, x))) == set()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rounded_probabilities_are_probabilities(dtype):
+    # Not so far apart that the largest is 1 and the others are lost in rounding.
+    assert outputs(lambda w, x: jax.nn.softmax(linear(w, 0.2 * x).astype(dtype))) == {
+        "probabilities"
+    }
+
+
+def test_one_broken_example_hides_nothing_of_the_others():
+    def net(w, x):  # NaN in a batch that has a row 20, which isn't among those looked at alone
+        return jax.nn.softmax(linear(w, x)).at[20].set(jnp.nan)
+
+    assert outputs(net) == {"probabilities"}
+    x, _, w = data()
+    want = check._nearest_other(linear, w, x, "l2", N)
+    assert np.isfinite(want).all()
+    x = x.copy()
+    x[20] = np.nan
+    got = check._nearest_other(linear, w, x, "l2", N)
+    np.testing.assert_array_equal(np.isinf(got), np.arange(N) == 20)
+    assert (np.delete(got, 20) >= np.delete(want, 20)).all()
+
+
+def test_a_row_that_is_lost_in_its_batch_alone_is_noticed():
+    def alone_nan(w, x):
+        return linear(w, x) * jnp.where(len(x) > 1, 1.0, jnp.nan)
+
+    assert outputs(alone_nan) == {"interacting rows"}
+
+
 def test_an_answer_that_changes_from_call_to_call_is_noticed():
     rng = np.random.default_rng(1)
     assert outputs(lambda w, x: linear(w, x) + rng.normal()) == {"random"}
@@ -232,6 +262,12 @@ def test_a_loss_that_bends_where_one_step_looks_is_noticed():
 def test_minimal_attacks_that_disagree_are_noticed():
     # Linearising a saturated net gives distances that are far too long.
     assert "disagreement" in names(lambda w, x: 3 * jnp.tanh(linear(w, x) / 3))
+
+
+def test_of_no_example_there_is_nothing_to_say():
+    x, y, w = data()
+    with pytest.raises(ValueError, match="expected at least one example, got none"):
+        evaluate.check(linear, w, x[:0], y[:0], eps=1.0, key=KEY)
 
 
 def test_a_tracer_is_refused_and_a_key_is_wanted():

@@ -233,6 +233,18 @@ def test_a_net_is_called_by_the_folder_of_its_weights(tmp_path, monkeypatch):
         assert name == f"{tmp_path.parent.name}/{tmp_path.name}"
 
 
+def test_nets_of_one_folder_stand_beside_each_other(folder, tmp_path):
+    for at in (0.2, 0.5):
+        report.save_params(tmp_path / "run" / f"at{at}.safetensors", {"at": jnp.asarray(at)})
+        rows = run(folder, weights=tmp_path / "run" / f"at{at}.safetensors", attacks=("one-step",))
+    place = f"{tmp_path.name}/run"
+    assert [row["method"] for row in rows] == [
+        f"brightness:apply_fn, {place}/at0.2", f"brightness:apply_fn, {place}/at0.5",
+    ]  # fmt: skip
+    name = evaluate._short_name(evaluate.Settings("run/epoch3.safetensors"))
+    assert name == f"{place}/epoch3"
+
+
 # Errors
 
 
@@ -248,6 +260,23 @@ def test_errors_name_what_is_wrong(folder, tmp_path):
         evaluate.load(evaluate.Settings(str(tmp_path / "other.safetensors")))
     with pytest.raises(ValueError, match="a crop of at most 8, got 9; images are 8x8"):
         evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder), crop=9))
+    for name, count in (("n", 0), ("n", -1), ("block", 0), ("batch_size", 0)):
+        with pytest.raises(ValueError, match=f"expected {name} of at least 1, got {count}"):
+            evaluate.load(evaluate.Settings("brightness:apply_fn", **{name: count}))
+
+
+def test_what_can_not_run_is_said_before_anything_runs(folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "_block", pytest.fail)
+    with pytest.raises(ValueError, match="expected norm l2 or linf for square, got l1; leave it"):
+        run(folder, attacks=("one-step", "square"), norm="l1")
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="devices that divides 5, 2"):
+        run(folder, devices=2)  # 12 images in blocks of 5
+
+
+def test_an_ensemble_without_square_isnt_called_autoattack(folder):
+    rows = run(folder, attacks=("standard",), norm="l1")
+    assert "| Net | Clean | APGD and FAB-T |" in evaluate.tables(rows)
 
 
 def test_each_member_of_the_ensemble_can_run_alone():

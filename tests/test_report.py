@@ -39,6 +39,14 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
+def test_what_is_not_finite_is_null_which_json_has(tmp_path):
+    path = tmp_path / "results.json"
+    report.save_rows(path, [{"loss": [1.0, float("nan")], "sizes": {"fmn": np.inf, "n": 3}}])
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == [
+        {"loss": [1.0, None], "sizes": {"fmn": None, "n": 3}}
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("[{", "expected JSON in .*results.json"), ("{}", "expected a list of rows")],
@@ -148,6 +156,14 @@ def test_weights_are_named_by_their_paths(tmp_path):
     stored = load_file(tmp_path / "lwa" / "params.safetensors")
     assert list(stored) == ["params/hidden_0/kernel"]
     np.testing.assert_array_equal(stored["params/hidden_0/kernel"], np.arange(6.0).reshape(2, 3))
+
+
+def test_a_broken_file_of_weights_is_an_error_naming_it_and_the_cure(tmp_path):
+    path = tmp_path / "params.safetensors"
+    report.save_params(path, {"w": jnp.ones(20)})
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"safetensors in .*params\.safetensors, got .*write it"):
+        report.load_params(path)
 
 
 def test_weights_say_how_they_were_made_if_they_were_told(tmp_path):

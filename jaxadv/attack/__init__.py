@@ -2,7 +2,8 @@
 
 They compile their own loop: `apply_fn`, the norm and the number of steps are static, so that there
 is one compilation for each `apply_fn` object (pass the same object again), and under a caller's
-`jax.jit` the loop is inlined.
+`jax.jit` the loop is inlined. Their r is meant as a constant, as `objectives` take it: reverse-mode
+derivatives of r don't pass through loops whose end isn't known beforehand.
 
 In a ball of radius eps:
 

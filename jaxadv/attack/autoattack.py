@@ -67,7 +67,7 @@ def standard(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
     """The attacks of the standard ensemble with their published budgets.
 
     `apgd-ce`: 100 steps (l1: 5 restarts). `apgd-t`: 100 steps for each of 9 targets (l1: 5).
-    `fab-t`: likewise. `square`: 5000 queries.
+    `fab-t`: 100 steps for each of 9 targets. `square`: 5000 queries.
 
     Args:
       norm: `"l1"`, `"l2"` or `"linf"`.
@@ -97,11 +97,10 @@ def standard(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
 @cache
 def _standard(norm: Norm) -> Mapping[str, PerturbFn]:
     sparse = norm == "l1"
-    n_targets = 5 if sparse else 9
     attacks: dict[str, PerturbFn] = {
         "apgd-ce": partial(apgd, norm=norm, restarts=5 if sparse else 1),
-        "apgd-t": partial(apgd_targeted, norm=norm, n_targets=n_targets),
-        "fab-t": partial(fab, norm=norm, n_targets=n_targets),
+        "apgd-t": partial(apgd_targeted, norm=norm, n_targets=5 if sparse else 9),
+        "fab-t": partial(fab, norm=norm, n_targets=9),
     }
     if not sparse:
         attacks["square"] = partial(square, norm=norm)

@@ -113,7 +113,7 @@ def check(
 
     Raises:
       TypeError: as the attacks; and under a trace.
-      ValueError: as the attacks; if x leaves the bounds.
+      ValueError: as the attacks; if there are no examples; if x leaves the bounds.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -129,6 +129,8 @@ def check(
       "On Evaluating Adversarial Robustness", 2019; the checks of Croce and Hein's AutoAttack.
     """
     x, y = host.arrays("evaluate.check", x, y, (params, eps, key, bounds))
+    if len(y) == 0:
+        raise ValueError("expected at least one example, got none; pass some hundred")
     eps = host.per_example(x, eps, None)[0]
     keys = inputs.keys(key, len(y), "an attack of the check")
     figures: dict[str, float] = {}
@@ -231,24 +233,25 @@ def _look_at_outputs(
 ) -> None:
     x = jnp.asarray(x)
     # Not compiled, so that a net that draws random numbers behind JAX's back draws them anew.
-    logits, again = (
-        np.asarray(host.fetch(inputs.apply(apply_fn, params, x)), np.float64) for _ in range(2)
-    )
+    first, second = (host.fetch(inputs.apply(apply_fn, params, x)) for _ in range(2))
+    logits, again = (np.asarray(outputs, np.float64) for outputs in (first, second))
     alone = np.concatenate(
         [host.fetch(inputs.apply(apply_fn, params, x[i : i + 1])) for i in range(min(8, len(x)))]
     )
     scale = max(np.abs(logits, where=np.isfinite(logits), out=np.zeros_like(logits)).max(), 1e-30)
 
     def apart(a: NDArray[Any], b: NDArray[Any]) -> float:
-        both = np.isfinite(a) & np.isfinite(b)
+        both = np.isfinite(a)
+        if np.any(both != np.isfinite(b)):
+            return np.inf
         return float(np.max(np.abs(np.where(both, a, 0) - np.where(both, b, 0))) / scale)
 
     figures["call to call"] = apart(logits, again)
     figures["alone or in a batch"] = apart(logits[: len(alone)], alone)
-    total = logits.sum(axis=1)
-    probabilities = bool(
-        (logits >= 0).all() and (logits <= 1).all() and (np.abs(total - 1) < 1e-3).all()
-    )
+    sound = logits[np.isfinite(logits).all(axis=1)]
+    rounding = max(1e-3, 2 * float(jnp.finfo(first.dtype).eps))  # of a sum of rounded entries
+    sums = np.abs(sound.sum(axis=1) - 1) < rounding
+    probabilities = bool(len(sound) and (sound >= 0).all() and (sound <= 1).all() and sums.all())
     flag(
         "probabilities", probabilities,
         "the outputs are in [0, 1] and sum to 1: probabilities, whose gradients vanish where the "
@@ -345,7 +348,8 @@ def _nearest_other(
 
     def distance(i: jax.Array) -> jax.Array:
         sizes = norms.norm(x - x[i][None], norm)
-        return jnp.min(jnp.where(answers == answers[i], jnp.inf, sizes))
+        other = (answers != answers[i]) & jnp.isfinite(sizes)
+        return jnp.min(jnp.where(other, sizes, jnp.inf))
 
     return np.asarray(host.fetch(jax.lax.map(distance, jnp.arange(len(x)))))
 

@@ -93,8 +93,8 @@ def _check(found: attack.Cascade, sizes: Any, x: Any, eps: Eps, norm: Norm, boun
     rounding = max(1e-5, float(jnp.finfo(found.r.dtype).eps))
     allowed = np.broadcast_to(np.maximum(np.asarray(eps, np.float64), 0), sizes.shape)
     excess = sizes - allowed * (1 + rounding)
-    if np.any(excess > 0):
-        worst = int(np.nanargmax(excess))
+    if not np.all(excess <= 0):  # nor NaN
+        worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
         name = next(name for name, stage in found.stages.items() if stage.fooled[worst])
         raise ValueError(
             f"expected perturbations of {norm} size {allowed[worst]:g} at most, got "

@@ -319,7 +319,7 @@ def perturbations(
         rounding.
 
     Returns:
-      r, `[n, ...]`, of x's dtype, on the host.
+      r, `[n, ...]`, of x's dtype (float32 of float64, without x64), on the host.
 
     Raises:
       TypeError: as the method; and under a trace.
