@@ -208,10 +208,6 @@ def box(bounds: Bounds, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise ValueError(f"expected bounds=(lo, hi), got {bounds!r}; pass a pair, e.g. (0.0, 1.0)")
-    if all(isinstance(b, int | float | np.ndarray | np.generic) for b in bounds) and not np.all(
-        np.less_equal(bounds[0], bounds[1])
-    ):
-        raise ValueError(f"expected bounds (lo, hi) with lo <= hi, got {bounds!r}; swap them")
     try:
         lo, hi = (
             jnp.broadcast_to(jnp.asarray(b).astype(x.dtype), x.shape).astype(wide(x.dtype))
@@ -222,6 +218,10 @@ def box(bounds: Bounds, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             f"expected bounds that broadcast to x of shape {x.shape}, got shapes "
             f"{np.shape(bounds[0])} and {np.shape(bounds[1])}; pass numbers or arrays like x"
         ) from error
+    if all(isinstance(b, int | float | np.ndarray | np.generic) for b in bounds) and not np.all(
+        np.less_equal(bounds[0], bounds[1])
+    ):
+        raise ValueError(f"expected bounds (lo, hi) with lo <= hi, got {bounds!r}; swap them")
     return lo, hi
 
 

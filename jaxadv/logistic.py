@@ -56,7 +56,7 @@ def logits(w: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _margins(w: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Check a data set of signed labels; return the labels in x's dtype and y w.x, `[B]`."""
+    """Check a data set of signed labels; return them in x's dtype, and y w.x, `[B]`, in norms'."""
     x, w, y = inputs.examples(x), jnp.asarray(w), jnp.asarray(y)
     if x.ndim != 2 or w.shape != x.shape[1:] or y.shape != x.shape[:1]:
         raise ValueError(
@@ -67,8 +67,8 @@ def _margins(w: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.A
         raise ValueError(
             "expected labels -1 and +1, got other values; labels 0 and 1 become these by 2 * y - 1"
         )
-    y = y.astype(x.dtype)
-    return y, y * (x @ w)
+    wide = inputs.wide(jnp.result_type(x, w))
+    return y.astype(x.dtype), y.astype(wide) * (x.astype(wide) @ w.astype(wide))
 
 
 def adversary(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> jax.Array:

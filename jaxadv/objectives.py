@@ -19,6 +19,9 @@ there is a model state (anything but None), `apply_fn` gets `(params, model_stat
 argument: the parameters and the running statistics together.
 
 `eps` is a number, an optax schedule of the step, or `Relative` to the size of the input.
+
+With the default loss, a label outside of 0 to K - 1 makes the loss NaN, so that it is seen; its
+example has no part in the gradient, and counts as wrong.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ __all__ = ["Aux", "Relative", "adversarial", "mixed", "natural", "representation
 def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
     # The versions of optax differ in what they raise for labels that are no integers.
     labels = inputs.labels(y, logits.shape[0])
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    # To which -1 would be the last class.
+    return jnp.where((labels >= 0) & (labels < logits.shape[1]), losses, jnp.nan)
 
 
 class Relative(NamedTuple):
@@ -441,7 +446,7 @@ def _mean_loss(loss_fn: LossFn, logits: jax.Array, x: jax.Array, y: jax.Array) -
 def _aux(
     logits: jax.Array, y: jax.Array, r: jax.Array | None = None, size: jax.Array | None = None
 ) -> Aux:
-    labels = y if jnp.issubdtype(y.dtype, jnp.integer) else jnp.argmax(y, axis=-1)
+    labels = y if y.ndim == 1 else jnp.argmax(y, axis=-1)
     # A NaN would be the largest logit, and a net that has diverged would be right about class 0.
     right = (jnp.argmax(logits, axis=-1) == labels) & jnp.all(logits < jnp.inf, axis=-1)
     accuracy = jnp.mean(right.astype(jnp.float32))

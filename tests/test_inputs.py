@@ -295,6 +295,13 @@ def test_bounds_broadcast_to_x(name, shape):
         traced(WITH_BOUNDS[name], (np.zeros(shape), 1.0))
 
 
+def test_bounds_of_unlike_shapes_are_named():
+    with raises(
+        ValueError, "bounds that broadcast to x", f"got shapes ({D},) and ({D + 1},)", "like x"
+    ):
+        inputs.box((np.zeros(D), np.ones(D + 1)), jnp.asarray(X))
+
+
 def test_bounds_of_one_example_broadcast_to_the_batch():
     lo, hi = inputs.box((np.zeros(D), np.ones((1, 1))), jnp.asarray(X))
     assert lo.shape == hi.shape == (B, D)

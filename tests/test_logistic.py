@@ -111,6 +111,16 @@ def test_without_a_ball_it_is_logistic_regression():
     assert not np.any(logistic.adversary(w, x, y, eps=0.0, norm="l2"))
 
 
+def test_in_bfloat16_the_loss_is_computed_in_float32():
+    w, x, y = draw()
+    w, x = (jnp.asarray(a, jnp.bfloat16) for a in (w, x))
+    got = logistic.loss(w, x, y, eps=EPS, norm="l2")
+    assert got.dtype == jnp.float32
+    wide = (np.asarray(a, np.float32) for a in (w, x))
+    np.testing.assert_allclose(got, exact(*wide, y, EPS, "l2"), rtol=RTOL)
+    assert logistic.adversary(w, x, y, eps=EPS, norm="l2").dtype == jnp.bfloat16
+
+
 def test_the_objective_is_the_mean_of_the_loss():
     w, x, y = draw()
     got = logistic.objective(w, x, y, eps=EPS, norm="l2")

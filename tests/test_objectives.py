@@ -667,6 +667,39 @@ def test_one_hot_labels_for_the_default_loss_raise(name):
         trace(every_objective()[name], batch=(x, np.eye(K, dtype=np.float32)[y]))
 
 
+@every_factory
+@pytest.mark.parametrize("label", [-1, K])
+def test_a_label_out_of_range_is_seen_and_teaches_nothing(name, label):
+    x, y = BATCH
+    bad = np.where(np.arange(B) == 2, label, y)
+    objective = every_objective()[name] if name != "virtual" else None
+    if objective is None:  # whose divergence has no use for labels, and is the same for any
+        objective = objectives.virtual(mlp, perturb.loss, eps=0.5, weight=0.0)
+    differentiated = jax.jit(
+        jax.value_and_grad(partial(objective, key=KEY, step=jnp.int32(0)), has_aux=True)
+    )
+    (loss, (_, aux)), grad = differentiated(PARAMS, None, (x, bad))
+    assert np.isnan(loss)
+    rest = np.arange(B) != 2
+    _, want = differentiated(PARAMS, None, (x[rest], y[rest]))
+    close(grad, jax.tree.map(lambda leaf: leaf * (B - 1) / B, want))
+    (_, (_, sound)), _ = differentiated(PARAMS, None, (x, y))
+    assert aux.accuracy <= sound.accuracy
+
+
+def test_float_labels_of_a_loss_of_ones_own_are_compared_as_they_are():
+    x, y = BATCH
+
+    def loss_fn(logits, y):
+        return jnp.sum(logits, axis=1) * y
+
+    objective = objectives.natural(mlp, loss_fn=loss_fn)
+    _, (_, aux) = objective(PARAMS, None, (x, y.astype(np.float32)), key=KEY, step=jnp.int32(0))
+    _, (_, want) = objectives.natural(mlp)(PARAMS, None, (x, y), key=KEY, step=jnp.int32(0))
+    assert 0 < want.accuracy < 1
+    assert aux.accuracy == want.accuracy
+
+
 def test_soft_labels_train_against_pgd_on_a_soft_loss():
     x, y = BATCH
     soft = 0.9 * np.eye(K, dtype=np.float32)[y] + np.float32(0.1 / K)
