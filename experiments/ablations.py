@@ -141,19 +141,20 @@ def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, description=__doc__)
     console = parallel.start(settings)
-    rows = run(settings, console)
+    rows = protocol.record(settings.out, run(settings, console))
     which = "held-out images" if settings.holdout else "test images"
     title = f"MNIST, 500x500: accuracy on {rows[0]['n']:,} {which}"
     notes = [
-        f"All nets took {settings.epochs} epochs; seeds {', '.join(map(str, settings.seed))}"
-        + (" (mean ± standard deviation)." if len(settings.seed) > 1 else "."),
+        f"Epochs: {', '.join(str(n) for n in sorted({row['epochs'] for row in rows}))}. "
+        + report.seeds(rows, {row["method"]: row["method"] for row in rows}),
         f"Fixed is made on a Normal net of seed {settings.fixed_seed}; PGD: {settings.pgd_steps} "
         f"steps of l2 PGD on the margin loss, from x, on {rows[0]['n_pgd']:,} of the images. "
         "Nothing is clipped to the pixel range.",
         "LWA_Rep: size .12 of ||h||, rising over the first half of the epochs, at half the rate. "
         "Miyato: weight 1, one power iteration.",
     ]
-    report.grouped_tables(console, settings.out, title, rows, settings.groups, notes)
+    groups = [group for group in GROUPS if any(group in row["groups"] for row in rows)]
+    report.grouped_tables(console, settings.out, title, rows, groups, notes)
 
 
 if __name__ == "__main__":

@@ -185,6 +185,7 @@ def make_task(settings: Settings) -> protocol.Task:
         source=source,
         augment=crop_and_mirror,
         box=tuple(_scale(jnp.array([0, 255], jnp.uint8)).tolist()),
+        stored=jnp.float16,  # half as large: 4 MB at a quarter of the width
     )
 
 

@@ -536,6 +536,11 @@ def _decoded(path: Path, mode: str | None) -> Any:
     try:
         with Image.open(path) as image:
             image.load()
+            if image.mode[0] in "IF":  # which Pillow would clip to bytes, not scale
+                raise ValueError(
+                    f"expected 8 bits for each pixel and colour in {path}, got mode {image.mode}; "
+                    "scale the images to bytes"
+                )
             return image.convert(mode) if mode else image.copy()
     except (OSError, SyntaxError) as error:  # Pillow raises both for files that are no images
         raise ValueError(

@@ -40,10 +40,11 @@ from experiments import data, models, parallel, report, training
 from jaxadv import attack, evaluate, perturb
 from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
-AttackName = Literal[
+Attack = Literal[
     "one-step", "alpha", "deepfool", "fmn", "pgd", "pgd-100x10", "apgd-ce", "apgd-t", "fab-t",
-    "square", "standard", "check",
+    "square", "standard",
 ]  # fmt: skip
+AttackName = Attack | Literal["check"]
 
 LABELS = {
     "clean": "Clean",
@@ -75,10 +76,11 @@ class Settings(parallel.Devices):
     weights: Path | None = None
     """Parameters for a function of one's own."""
     data: str = "mnist"
-    """`mnist`, `cifar10`, or a folder with {train,test}/CLASS/*.png or jpg; test is evaluated."""
+    """`mnist`, `cifar10`, `tfds:NAME`, or a folder with {train,test}/CLASS/*.png or jpg; test is
+    evaluated."""
     subtract: float | None = None
     """Inputs are (pixels - subtract) / divide: 0 and 256 for mnist, 117 and 256 for cifar10, 0 and
-    255 for a folder. What train.py has made takes 0 and 255 of everything."""
+    255 for others. What train.py has made takes 0 and 255 of everything."""
     divide: float | None = None
     """See subtract. The box is where pixels from 0 to this end up."""
     crop: int | None = None
@@ -124,7 +126,7 @@ class _Scale(NamedTuple):
 
 
 @cache
-def methods(name: AttackName, norm: Norm) -> Mapping[str, PerturbFn]:
+def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
     """Return an attack's parts by name; the same objects each time.
 
     Raises:
@@ -157,7 +159,7 @@ def load_net(settings: Settings) -> tuple[ApplyFn, Params, str]:
         this folder.
     """
     if ":" not in settings.net:
-        params = report.load_params(Path(settings.net))
+        params = report.load_params(Path(settings.net), jnp.float32)
         net = models.recognised(params)
         return models.function(net), params, models.describe(net)
     module_name, function_name = settings.net.split(":", 1)
@@ -188,6 +190,9 @@ def load(settings: Settings) -> Problem:
         images, source, usual = data.mnist(), "mnist", _Scale(0, 256)
     elif settings.data == "cifar10":
         images, source, usual = data.cifar10(), "cifar10", _Scale(117, 256, crop=28)
+    elif settings.data.startswith("tfds:"):
+        images = data.from_tfds(settings.data.removeprefix("tfds:"))
+        source, usual = settings.data, _Scale(0, 255)
     else:
         images = data.image_folder(settings.data)
         source, usual = data.describe(settings.data, images), _Scale(0, 255)

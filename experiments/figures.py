@@ -23,7 +23,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from experiments import report
+from experiments import protocol, report
 from experiments.recipes import NAMES
 
 __all__ = ["draw", "draw_history"]
@@ -66,13 +66,17 @@ def draw(folder: Path) -> list[Path]:
         raise FileNotFoundError(
             f"expected rows in {folder / 'results.json'}, got none; run it first"
         )
+    if "curves" in rows[0]:  # the last run's, and what else its table has
+        rows = protocol.record(folder, rows[:1])
     plots: dict[str, Callable[[list[report.Row]], Any]] = {}
+    watched: list[report.Row] = []
     if "groups" in rows[0]:
         plots["ablations.png"] = plot_groups
     elif "curves" in rows[0]:
         plots["accuracy_vs_eps.png"] = plot_curves
-        if "validation" in rows[0]["history"][0]:  # which Table 1's record is too old to have
-            plots["learning_curves.png"] = plot_learning
+        watched = _watched_alike(rows)
+        if watched and "validation" in watched[0]["history"][0]:  # Table 1's record is too old
+            plots["learning_curves.png"] = lambda _: plot_learning(watched)
     if rows[0]["experiment"] == "benchmark":
         parts = {row["part"] for row in rows}
         plots |= {
@@ -83,11 +87,10 @@ def draw(folder: Path) -> list[Path]:
     if rows[0]["experiment"] == "logistic":
         plots["appendix_a.png"] = plot_appendix_a
     if rows[0]["experiment"] == "mnist_lenet":
-        methods = {row["method"] for row in rows}
-        if "normal" in methods:
+        if "normal" in _methods(rows):
             plots["figure_1.png"] = plot_figure_1
-        if methods >= {"normal", "lwa"}:
-            plots["figure_2.png"] = plot_figure_2
+        if {"normal", "lwa"} <= set(_methods(watched)):
+            plots["figure_2.png"] = lambda _: plot_figure_2(watched)
     written = []
     for name, plot in plots.items():
         written.append(_save(plot(rows), folder / name))
@@ -375,13 +378,19 @@ def _watched(rows: Sequence[report.Row]) -> str:
     return f"{sizes.pop():g}"
 
 
+def _watched_alike(rows: Sequence[report.Row]) -> list[report.Row]:
+    """Rows whose nets were watched at the size that the last run's ended with."""
+    size = rows[0]["history"][-1].get("watched_eps")
+    return [row for row in rows if {e.get("watched_eps") for e in row["history"]} == {size}]
+
+
 def _methods(rows: Sequence[report.Row]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
 def _of(rows: Sequence[report.Row], method: str) -> list[report.Row]:
     """One row for each seed of a method: curves and history don't depend on the table's size."""
-    return [row for row in rows if row["method"] == method and row["eps"] == rows[0]["eps"]]
+    return list({row["seed"]: row for row in reversed(rows) if row["method"] == method}.values())
 
 
 def _curve(rows: Sequence[report.Row], method: str, column: str) -> tuple[Any, Any]:

@@ -197,6 +197,7 @@ def accuracy(settings: Settings) -> Figure:
     for index, net in enumerate(nets):
         problem = recorded(net, settings.n)
         x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
+        clean = problem.apply_fn(problem.params, x).argmax(-1) == y
         methods: Mapping[str, tuple[PerturbFn, str]] = {
             "one step": (perturb.loss, "--"),
             "PGD, 40 steps": (partial(attack.pgd, steps=40), "-"),
@@ -206,7 +207,8 @@ def accuracy(settings: Settings) -> Figure:
             left = []
             for eps in sizes:
                 at = x + perturbed(problem.params, x, y, eps=eps)
-                left.append(float((problem.apply_fn(problem.params, at).argmax(-1) == y).mean()))
+                right = clean & (problem.apply_fn(problem.params, at).argmax(-1) == y)
+                left.append(float(right.mean()))
             panel.plot(sizes, left, style, color=COLOURS[index], label=f"{method_of(net)}: {name}")
         ensemble = net, "l2", "standard", settings.n  # of the same images
         points = {

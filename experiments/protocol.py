@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import Progress
 
@@ -103,6 +104,7 @@ class Task(NamedTuple):
       augment: `(key, x) -> x`, from a batch of training images to what the net is trained on.
       extra: what else a method's rows say.
       box: the range of pixels, scaled.
+      stored: what weights are rounded to, before they are scored, and written as.
       mesh: the devices that batches are spread over; None for one.
     """
 
@@ -118,6 +120,7 @@ class Task(NamedTuple):
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     extra: Callable[[str], dict[str, Any]] = lambda name: {}
     box: Bounds = (0.0, 1.0)
+    stored: DTypeLike = jnp.float32
     mesh: Mesh | None = None
 
 
@@ -169,7 +172,12 @@ def train(
         watch=watch,
         mesh=task.mesh,
     )
-    return Net(apply_fn, recipes.result(method, fitted.state), fitted)
+    return Net(apply_fn, _as_stored(recipes.result(method, fitted.state), task), fitted)
+
+
+def _as_stored(params: Params, task: Task) -> Params:
+    """Return weights as their file will give them back: what is scored is what is kept."""
+    return jax.tree.map(lambda leaf: leaf.astype(task.stored).astype(leaf.dtype), params)
 
 
 def train_settings(method: Method, settings: Settings, task: Task) -> dict[str, Any]:
@@ -194,6 +202,7 @@ def row_settings(method: Method, settings: Settings, task: Task, eps: float) -> 
         **{field: getattr(settings, field) for field in _SCORING},
         "eps": eps,
         "curve": list(settings.curve),
+        "weights": jnp.dtype(task.stored).name,
     }
 
 
@@ -308,11 +317,11 @@ def _fixed_net(settings: Settings, task: Task, progress: Progress) -> tuple[Appl
     path = settings.out / "fixed" / "params.safetensors"
     made = {"seed": settings.fixed_seed, **train_settings(task.normal, settings, task)}
     if report.made(path) == made:
-        params = parallel.replicate(task.mesh, report.load_params(path))
-        return function(task.make_net(task.normal)), params
+        params = _as_stored(report.load_params(path, jnp.float32), task)
+        return function(task.make_net(task.normal)), parallel.replicate(task.mesh, params)
     net = train("normal", task.normal, settings.fixed_seed, settings, task, progress)
     if parallel.first_process():
-        report.save_params(path, net.params, made)
+        report.save_params(path, net.params, task.stored, made=made)
     return net.apply_fn, net.params
 
 
@@ -401,7 +410,7 @@ def run(
             first = seed == settings.seed[0]
             folder = settings.out / name if first else settings.out / name / f"seed_{seed}"
             if parallel.first_process():
-                report.save_params(folder / "params.safetensors", net.params)
+                report.save_params(folder / "params.safetensors", net.params, task.stored)
     return rows, nets
 
 
@@ -414,14 +423,23 @@ def record(folder: Path, rows: Sequence[report.Row]) -> list[report.Row]:
 
     Returns:
       These, then the file's rows of other methods, seeds and sizes: those of the same images and
-      attacks, so that a table can be made in several runs.
+      attacks, so that a table can be made in several runs; and of one method those that were
+      trained as its first, since a table has their mean.
     """
 
     def scoring(row: report.Row) -> list[Any]:
         return [row["settings"].get(field) for field in ("data", "holdout", *_SCORING)]
 
-    others = _others(report.load_rows(folder / "results.json"), rows)
-    return [*rows, *(row for row in others if scoring(row) == scoring(rows[0]))]
+    def training(row: report.Row) -> dict[str, Any]:
+        of_size = ("eps", "curve")
+        return {key: value for key, value in row["settings"].items() if key not in of_size}
+
+    kept = list(rows)
+    for row in _others(report.load_rows(folder / "results.json"), rows):
+        first = next((other for other in kept if other["method"] == row["method"]), row)
+        if scoring(row) == scoring(rows[0]) and training(row) == training(first):
+            kept.append(row)
+    return kept
 
 
 def _others(known: Sequence[report.Row], rows: Sequence[report.Row]) -> list[report.Row]:

@@ -148,11 +148,20 @@ def split_of(method: Method) -> dict[str, int]:
 def make_objective(
     net: Classifier, method: Method, epoch_steps: int, box: Bounds = (0.0, 1.0)
 ) -> Objective:
-    """Return what a method minimises."""
+    """Return what a method minimises.
+
+    Raises:
+      ValueError: if the size of the perturbations would rise for longer than the training.
+    """
     apply_fn = function(net)
     train_fn = train_function(net) if net.dropout else None
     if not isinstance(method, Adversarial):
         return objectives.natural(apply_fn, train_fn=train_fn)
+    if method.warmup > method.epochs:
+        raise ValueError(
+            f"expected at most {method.epochs} epochs of rising size, all there are, got warmup = "
+            f"{method.warmup}; lower it, or train longer"
+        )
     eps: float | Schedule = method.eps
     if method.warmup:
         eps = optax.linear_schedule(0, method.eps, method.warmup * epoch_steps)
@@ -352,8 +361,14 @@ def optimiser(
       lr_warmup: epochs over which the rate rises from 0.
 
     Raises:
-      ValueError: if the rate would rise for the whole of the training, or longer.
+      ValueError: if an epoch has no step; if the rate would rise for the whole of the training, or
+        longer.
     """
+    if epoch_steps < 1:
+        raise ValueError(
+            "expected at least one step in an epoch, got fewer training images than a batch has; "
+            "choose a smaller --batch-size"
+        )
     if lr_warmup >= method.epochs:
         raise ValueError(
             f"expected fewer epochs of rising rate than {method.epochs}, the epochs in all, got "

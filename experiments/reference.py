@@ -1,7 +1,7 @@
 r"""AutoAttack as its authors published it, on the same nets and images: a check from outside.
 
     python -m venv reference
-    reference/bin/pip install -e . -c constraints.txt torch
+    reference/bin/pip install -e '.[experiments]' -c constraints.txt torch
     reference/bin/pip install \
         "git+https://github.com/fra31/auto-attack@a39220048b3c9f2cca9a4d3a54604793c68eca7e"
     reference/bin/python experiments/reference.py \

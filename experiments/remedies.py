@@ -109,7 +109,8 @@ def run(settings: Settings, console: Console) -> tuple[list[report.Row], list[re
     )
     rows, _ = protocol.run(settings, task, console)
     attacked: list[report.Row] = []
-    for row in rows:
+    # What chooses settings on held-out images leaves the test images alone.
+    for row in [] if settings.holdout else rows:
         folder = settings.out / row["method"]
         if row["seed"] != settings.seed[0]:
             folder /= f"seed_{row['seed']}"
@@ -158,17 +159,21 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     console = parallel.start(settings)
     rows, attacked = run(settings, console)
+    rows = protocol.record(settings.out, rows)
     first = rows[0]
+    in_box = f"the first {settings.n_autoattack:,} test images"
+    if settings.holdout:
+        in_box = "nothing, since images are held out, and the test images are kept for the end"
     lines = [
         "# LeNet on MNIST: one step, and what keeps it honest",
         "",
         *table(rows, attacked),
         "",
-        f"Seeds {', '.join(map(str, settings.seed))}. Clean, Adv_Loss: {first['n']:,} images; PGD: "
+        f"{report.seeds(rows, NAMES)} Clean, Adv_Loss: {first['n']:,} images; PGD: "
         f"{settings.pgd_steps} steps on {first['n_pgd']:,}; neither is kept in the pixel range. In "
-        f"the box: the first {settings.n_autoattack:,} test images. {settings.epochs} epochs, "
-        f"training size {settings.train_eps:g}, weight of the alignment {settings.alignment:g}; on "
-        f"{first['device']}, jax {first['versions']['jax']}.",
+        f"the box: {in_box}. {settings.epochs} epochs, training size {settings.train_eps:g}, "
+        f"weight of the alignment {settings.alignment:g}; on {first['device']}, jax "
+        f"{first['versions']['jax']}.",
         "",
     ]
     (settings.out / "results.md").write_text("\n".join(lines))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -122,18 +123,25 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def save_params(path: Path, params: Any, made: Mapping[str, Any] | None = None) -> None:
+def save_params(
+    path: Path,
+    params: Any,
+    dtype: DTypeLike | None = None,
+    *,
+    made: Mapping[str, Any] | None = None,
+) -> None:
     """Write parameters as safetensors, named by their paths joined by "/".
 
     Args:
       path: of the file.
       params: a pytree.
+      dtype: what arrays are rounded to; None for their own.
       made: how they were made, which `made` gives back: what JSON can hold.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     named = {
-        jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf)
+        jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf, dtype)
         for keys, leaf in leaves
     }
     unfinished = path.with_suffix(".unfinished")
@@ -141,8 +149,12 @@ def save_params(path: Path, params: Any, made: Mapping[str, Any] | None = None) 
     os.replace(unfinished, path)
 
 
-def load_params(path: Path) -> Params:
+def load_params(path: Path, dtype: DTypeLike | None = None) -> Params:
     """Return the arrays of a safetensors file, nested by the parts of their names.
+
+    Args:
+      path: of the file.
+      dtype: what they are turned into; None for what they are written as.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -166,7 +178,7 @@ def load_params(path: Path) -> Params:
         inner = params
         for folder in folders:
             inner = inner.setdefault(folder, {})
-        inner[leaf] = jnp.asarray(array)
+        inner[leaf] = jnp.asarray(array, dtype)
     return params
 
 

@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import importlib
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,7 +72,7 @@ class Settings(parallel.Settings):
     steps: int = 5
     """Of the adversary in training, each of 2.5 eps / steps; 1 is the paper's Adv_Loss."""
     eps_warmup: int = 2
-    """Epochs over which the adversary's size rises from 0."""
+    """Epochs over which the adversary's size rises from 0; at most all but the last."""
     weight: float = 6.0
     """Of the divergence, for trades."""
     epochs: int = 30
@@ -96,7 +97,7 @@ class Settings(parallel.Settings):
     """Of everything random."""
     n_eval: int = 1000
     """How many test images are attacked."""
-    attacks: tuple[evaluation.AttackName, ...] = ("one-step", "pgd-100x10", "standard")
+    attacks: tuple[evaluation.Attack, ...] = ("one-step", "pgd-100x10", "standard")
     """By what, at the end."""
     out: Path = Path("runs/train")
     """Where everything goes."""
@@ -148,8 +149,8 @@ def make_objective(settings: Settings, net: nn.Module, epoch_steps: int) -> Obje
     if settings.method == "normal":
         return objectives.natural(apply_fn, train_fn=train_fn)
     size = settings.eps if settings.train_eps is None else settings.train_eps
-    if settings.eps_warmup:
-        eps: Any = optax.linear_schedule(0.0, size, settings.eps_warmup * epoch_steps)
+    if warmup := min(settings.eps_warmup, settings.epochs - 1):
+        eps: Any = optax.linear_schedule(0.0, size, warmup * epoch_steps)
     else:
         eps = size
     common: dict[str, Any] = {"eps": eps, "train_fn": train_fn, "bounds": (0.0, 1.0)}
@@ -198,8 +199,10 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
 
     Raises:
       ValueError: if there are fewer images than a batch has, or no epochs; if the net isn't for
-        images of this size, or has variables that aren't parameters.
+        images of this size, or has variables that aren't parameters; if an attack isn't made for
+        the norm.
     """
+    attacks = {name: evaluation.methods(name, settings.norm) for name in settings.attacks}
     images = load(settings)
     if settings.epochs < 1 or len(images.train_labels) < settings.batch_size:
         raise ValueError(
@@ -283,34 +286,42 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         advice = untaught(fitted.history[-1]["test"], y, settings)
         if advice:
             console.print(advice, style="bold")
-        rows = []
-        for name in settings.attacks:
-            clean, robust = attacked(
-                name, settings, apply_fn, params, x, y, attack_key, mesh, progress
-            )
-            rows.append(
-                {
-                    "experiment": "train",
-                    "settings": kept,
-                    "attack": name,
+        rows: list[report.Row] = []
+        results = settings.out / "results.json"
+        known = report.load_rows(results)
+        for name, parts in attacks.items():
+            identity = {
+                "experiment": "train",
+                "settings": kept,
+                "attack": name,
+                "n": len(y),
+                "versions": report.versions(),
+                "device": report.device(),
+            }
+            row = next((old for old in known if identity.items() <= old.items()), None)
+            if row is None:
+                clean, robust = attacked(
+                    name, parts, settings, apply_fn, params, x, y, attack_key, mesh, progress
+                )
+                row = {
+                    **identity,
                     "columns": {
                         "clean": evaluate.accuracy(clean),
                         "robust": evaluate.accuracy(robust),
                     },
                     "interval": list(evaluate.interval(robust)),
-                    "n": len(y),
                     "train_seconds": round(fitted.seconds, 1),
-                    "versions": report.versions(),
-                    "device": report.device(),
                 }
-            )
-    if parallel.first_process():
-        report.save_rows(settings.out / "results.json", rows)
+                known = [row, *(old for old in known if old["attack"] != name)]
+                if parallel.first_process():
+                    report.save_rows(results, known)
+            rows.append(row)
     return rows
 
 
 def attacked(
-    name: evaluation.AttackName,
+    name: str,
+    parts: Mapping[str, PerturbFn],
     settings: Settings,
     apply_fn: ApplyFn,
     params: Params,
@@ -330,7 +341,7 @@ def attacked(
         part = slice(start, start + block)
         x_part, y_part = parallel.spread(mesh, (x[part], y[part]))
         found = evaluate.ensemble(
-            apply_fn, params, x_part, y_part, evaluation.methods(name, settings.norm),
+            apply_fn, params, x_part, y_part, parts,
             eps=settings.eps, norm=settings.norm, key=keys[part], bounds=(0.0, 1.0),
             batch_size=block,
         )  # fmt: skip

@@ -454,6 +454,8 @@ def broken(place, how):
         (place / "train" / "b" / "0.png").write_text("hello")
     elif how == "size":
         Image.new("RGB", (4, 4)).save(place / "train" / "b" / "2.png")
+    elif how == "16 bits":
+        Image.fromarray(np.full((4, 5), 4096, np.uint16)).save(place / "train" / "b" / "0.png")
     elif how == "suffix":
         (place / "train" / "b" / "notes.txt").write_text("hello")
 
@@ -469,6 +471,7 @@ def broken(place, how):
         ("altered", ValueError, r"expected an image in .*test.a.1\.png.*replace or remove it"),
         ("no image", ValueError, r"expected an image in .*train.b.0\.png.*replace or remove it"),
         ("size", ValueError, r"images of one size, 5x4 as .*0\.png has, got 4x4 in .*b.2\.png"),
+        ("16 bits", ValueError, r"expected 8 bits .* in .*train.b.0\.png, got mode I;16; scale"),
         ("suffix", ValueError, r"expected PNG or JPEG images, got .*notes\.txt; convert or"),
     ],
 )

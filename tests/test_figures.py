@@ -96,6 +96,18 @@ def test_histories_at_different_sizes_arent_mixed():
         figures.plot_learning([row("cifar10", "lwa"), other])
 
 
+def test_a_folder_of_several_runs_has_the_figures_of_what_goes_together(tmp_path):
+    plain = {"accuracy_vs_eps.png", "learning_curves.png"}
+    watched = [{**epoch, "watched_eps": 0.5} for epoch in row("mnist_lenet", "lwa")["history"]]
+    last = row("mnist_lenet", "normal")
+    at_other_size = row("mnist_lenet", "lwa", history=watched) | {"eps": 0.5}
+    assert drawn(tmp_path, [last, at_other_size]) == {*plain, "figure_1.png"}
+    # Of a method's seeds, those that were trained alike.
+    longer = row("mnist_lenet", "normal", seed=1, settings={"holdout": 0, "epochs": 3})
+    longer["history"] = [*longer["history"], longer["history"][0]]
+    assert drawn(tmp_path, [longer, last]) == {*plain, "figure_1.png"}
+
+
 def test_seeds_are_averaged_and_a_second_size_isnt_another_net():
     first = row("cifar10", "lwa")
     second = row("cifar10", "lwa", seed=1)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,12 +70,41 @@ def test_a_record_has_the_rows_of_earlier_runs_that_were_scored_alike(tmp_path):
         settings = {"data": "squares", "holdout": 0, "n_eval": 10, "epochs": run, **scored}
         return {"method": method, "seed": seed, "eps": eps, "settings": settings}
 
-    others = [row("lwa"), row("normal", seed=1), row("normal", eps=1.0)]
+    others = [row("lwa", run=2), row("normal", seed=1), row("normal", eps=1.0)]
     elsewhere = [row("dropout", n_eval=9), row("dropout", data="circles"), row("dropout", n_pgd=1)]
-    rows = [row("normal", run=2)]
+    # A table has the mean of a method's seeds.
+    otherwise = [row("normal", seed=2, run=2), row("lwa", seed=1)]
+    rows = [row("normal")]
     assert protocol.record(tmp_path, rows) == rows
-    report.save_rows(tmp_path / "results.json", [row("normal"), *elsewhere, *others])
+    known = [row("normal", run=3), *elsewhere, *others, *otherwise]
+    report.save_rows(tmp_path / "results.json", known)
     assert protocol.record(tmp_path, rows) == [*rows, *others]
+
+
+def test_what_is_scored_is_what_is_stored(tmp_path):
+    x, y = jax.random.uniform(jax.random.key(2), (40, 6, 6, 1)), jnp.arange(40) % 10
+    images = protocol.Images(x, y)
+    method = recipes.Method((6, 5), 1, 0.1)
+    task = protocol.Task(
+        "test", {"normal": method}, method, {}, lambda _: NET, lambda _: "6x5", images, images,
+        "squares", stored=jnp.float16,
+    )  # fmt: skip
+    settings = protocol.Settings(out=tmp_path, batch_size=10, eval_batch=20, pgd_steps=2)
+    (row,), nets = protocol.run(settings, task, Console(file=io.StringIO()))
+    assert row["settings"]["weights"] == "float16"
+    for name in ("normal", "fixed"):
+        path = tmp_path / name / "params.safetensors"
+        stored = jax.tree.leaves(report.load_params(path))
+        assert {leaf.dtype for leaf in stored} == {jnp.dtype(jnp.float16)}
+    chex.assert_trees_all_equal(
+        nets["normal"].params,
+        report.load_params(tmp_path / "normal" / "params.safetensors", jnp.float32),
+        strict=True,
+    )
+    # And the Fixed set is the same where its net is read.
+    with training.bars(Console(file=io.StringIO())) as progress:
+        read = protocol._make_fixed(settings, task, progress)[1.5]
+    assert read.accuracy == row["columns"]["fixed_source"]
 
 
 def test_nets_in_another_precision_are_called_so():

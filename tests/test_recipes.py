@@ -228,6 +228,17 @@ def test_where_the_input_has_no_gradient_those_of_the_parameters_are_finite():
     assert np.isfinite(c)
 
 
+def test_a_size_that_rises_for_longer_than_the_training_is_refused():
+    method = MultiStep((6, 5), 2, 0.1, eps=0.7, warmup=3)
+    with pytest.raises(ValueError, match=r"at most 2 epochs of rising size.*got warmup = 3; lower"):
+        recipes.make_objective(NET, method, 10, BOX)
+
+
+def test_an_epoch_without_a_step_is_refused():
+    with pytest.raises(ValueError, match=r"at least one step in an epoch.*smaller --batch-size"):
+        recipes.optimiser(recipes.Method((6, 5), 2, 0.1), 0)
+
+
 @pytest.mark.parametrize("changes", [{"objective": "mixed"}, {"adversary": "alpha"}])
 def test_one_step_of_another_kind_is_refused(changes):
     method = OneStep((6, 5), 1, 0.1, eps=0.7, **changes)

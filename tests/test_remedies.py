@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 from rich.console import Console
 
-from experiments import remedies
+from experiments import mnist, protocol, remedies
 from experiments.recipes import MultiStep, OneStep
 
 
@@ -57,15 +57,29 @@ def test_what_autoattack_is_not_run_with_is_refused(tmp_path):
         remedies.run(settings, Console(file=io.StringIO()))
 
 
+def test_images_held_out_leave_the_test_images_alone(tmp_path, monkeypatch):
+    rows = [trained("four", 0, 0.8)]
+    monkeypatch.setattr(remedies.protocol, "run", lambda *_: (rows, {}))
+    monkeypatch.setattr(remedies.evaluate, "run", pytest.fail)
+    settings = remedies.Settings(out=tmp_path, holdout=59_000)
+    assert remedies.run(settings, Console(file=io.StringIO())) == (rows, [])
+
+
 @pytest.mark.slow
 def test_each_way_is_trained_attacked_and_set_beside_the_others(tmp_path, monkeypatch):
     few = {"widths": (5,), "epochs": 1, "lr": 0.05, "eps": 1.0}
     made = {"from_x": OneStep(**few), "four": MultiStep(**few)}
     monkeypatch.setattr(remedies, "methods", lambda settings: made)
+    make_task = mnist.make_task
+
+    def make_small(settings):
+        task = make_task(settings)
+        return task._replace(train=protocol.Images(*(part[:200] for part in task.train)))
+
+    monkeypatch.setattr(mnist, "make_task", make_small)
     settings = remedies.Settings(
-        out=tmp_path, holdout=59_800, n_eval=40, n_pgd=20, pgd_steps=2, curve=(0.0, 1.0),
-        epochs=1, n_autoattack=4,
-    )  # fmt: skip
+        out=tmp_path, n_eval=40, n_pgd=20, pgd_steps=2, curve=(0.0, 1.0), epochs=1, n_autoattack=4
+    )
     rows, attacked = remedies.run(settings, Console(file=io.StringIO()))
     assert [row["method"] for row in rows] == ["from_x", "four"]
     assert len(attacked) == 4

@@ -168,7 +168,7 @@ def test_a_broken_file_of_weights_is_an_error_naming_it_and_the_cure(tmp_path):
 
 def test_weights_say_how_they_were_made_if_they_were_told(tmp_path):
     told, untold = tmp_path / "told.safetensors", tmp_path / "untold.safetensors"
-    report.save_params(told, {"w": jnp.ones(2)}, {"seed": 3, "widths": [4, 5]})
+    report.save_params(told, {"w": jnp.ones(2)}, made={"seed": 3, "widths": [4, 5]})
     report.save_params(untold, {"w": jnp.ones(2)})
     assert report.made(told) == {"seed": 3, "widths": [4, 5]}
     assert report.made(untold) is None

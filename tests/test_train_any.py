@@ -18,7 +18,7 @@ from flax import linen as nn
 from PIL import Image
 from rich.console import Console
 
-from experiments import data, evaluate, models, recipes, train, training
+from experiments import data, evaluate, models, recipes, report, train, training
 
 SIDE = 12
 
@@ -156,8 +156,8 @@ def test_images_attacked_by_blocks_fare_as_they_do_together(folder, trained, tmp
         keys.append([])
         with training.bars(Console(file=io.StringIO())) as progress:
             clean, robust = train.attacked(
-                "square", own, problem.apply_fn, problem.params, problem.x, problem.y,
-                jax.random.key(1), None, progress,
+                "square", evaluate.methods("square", "l2"), own, problem.apply_fn, problem.params,
+                problem.x, problem.y, jax.random.key(1), None, progress,
             )  # fmt: skip
             assert progress.tasks[0].completed == 20
         assert clean.all()
@@ -166,6 +166,38 @@ def test_images_attacked_by_blocks_fare_as_they_do_together(folder, trained, tmp
     np.testing.assert_array_equal(*fared)
     assert [len(of_run) for of_run in keys] == [3, 1]
     np.testing.assert_array_equal(*map(np.concatenate, keys))  # each image keeps its own
+
+
+def test_the_size_rises_for_all_epochs_but_the_last_at_most(folder, tmp_path):
+    for epochs, want in ((1, 0.5), (2, 0.25)):
+        own = settings(folder, tmp_path, epochs=epochs, eps_warmup=5, method="lwa", shift=0)
+        net = train.make_net(own, 2)
+        x, y = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
+        params = net.init(jax.random.key(0), x)
+        _, (_, aux) = train.make_objective(own, net, 4)(
+            params, None, (x, y), key=jax.random.key(1), step=jnp.int32(2)
+        )
+        np.testing.assert_allclose(aux.eps, want, rtol=1e-6)
+
+
+def test_an_attack_that_has_run_isnt_run_again(folder, trained, tmp_path, monkeypatch):
+    out, rows = trained
+    shutil.copytree(out, tmp_path / "again")
+    ran = []
+    attacked = train.attacked
+    monkeypatch.setattr(train, "attacked", lambda name, *a: ran.append(name) or attacked(name, *a))
+    assert run(folder, tmp_path / "again") == rows
+    more = run(folder, tmp_path / "again", attacks=("fmn", "pgd"))
+    assert ran == ["fmn"]
+    assert more[1] == rows[1]
+    kept = {row["attack"] for row in report.load_rows(tmp_path / "again" / "results.json")}
+    assert kept == {"one-step", "pgd", "fmn"}
+
+
+def test_an_attack_that_the_norm_hasnt_is_an_error_before_training(folder, tmp_path):
+    with pytest.raises(ValueError, match="expected norm l2 or linf for square, got l1"):
+        run(folder, tmp_path, norm="l1", attacks=("pgd", "square"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_goes_on_where_it_was(folder, trained, tmp_path):
