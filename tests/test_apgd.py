@@ -1,6 +1,7 @@
 """`jaxadv.attack.apgd`, `apgd_targeted` and `dlr`; the contract of all is in test_search."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,10 @@ import pytest
 
 from jaxadv import attack, jacobian, norms
 from jaxadv.attack import search
-from jaxadv.attack.apgd import _l1_ball, _targeted_dlr, _windows
+from jaxadv.attack.apgd import _targeted_dlr, _windows
+from jaxadv.attack.boxed import ball
+
+apgd_module = importlib.import_module("jaxadv.attack.apgd")  # not the function of that name
 
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
@@ -272,7 +276,7 @@ def test_the_nearest_point_of_the_l1_ball_and_the_box():
     x[:, 0] = 1  # on a face
     r = (2 * rng.normal(size=(n, D))).astype(np.float32)
     eps = np.linspace(0, 5, n).astype(np.float32)
-    got = np.asarray(_l1_ball(x, jnp.asarray(eps), (-1.0, 1.0))(r))
+    got = np.asarray(ball(x, jnp.asarray(eps), "l1", (-1.0, 1.0))(r))
     want = [dykstra(*map(np.float64, (r[i], x[i], eps[i])), -1, 1) for i in range(n)]
     np.testing.assert_allclose(got, want, atol=2e-5)  # Dykstra's own precision
     assert (np.abs(got.astype(np.float64)).sum(axis=1) <= eps * (1 + 1e-6)).all()
@@ -284,7 +288,7 @@ def test_the_nearest_point_of_the_l1_ball_and_the_box():
 
 def test_a_point_inside_the_l1_ball_and_the_box_stays_where_it_is():
     x, r = np.full((1, 4), 0.5, np.float32), np.array([[0.25, -0.5, 0, 0.125]], np.float32)
-    got = _l1_ball(x, jnp.array([1.0]), (0.0, 1.0))(r)
+    got = ball(x, jnp.array([1.0]), "l1", (0.0, 1.0))(r)
     np.testing.assert_array_equal(got, r)
 
 
@@ -313,6 +317,28 @@ def test_in_many_dimensions_the_sparse_steps_end_in_one_entry():
     r = apgd(lambda w, x: x @ w, w, x, y, eps=1.0, norm="l1", steps=20, key=KEYS)
     away = (w.T[1 - y] - w.T[y]).astype(np.float64)
     np.testing.assert_allclose((away * r).sum(axis=1), np.abs(away).max(axis=1), rtol=1e-5)
+
+
+def test_in_l1_the_start_is_the_nearest_point_to_normal_noise(monkeypatch):
+    begun = []
+    climb = apgd_module._climb_l1
+
+    def watched(problem, r, *args):
+        jax.debug.callback(lambda r: begun.append(np.asarray(r)), r)
+        return climb(problem, r, *args)
+
+    monkeypatch.setattr(apgd_module, "_climb_l1", watched)
+    w, x = np.ones((200, 2), np.float32), np.full((B, 200), 0.5, np.float32)
+    attack.apgd(
+        lambda w, x: x @ w, w, x, np.zeros(B, int), eps=2.0, norm="l1", steps=3, key=KEYS,
+        bounds=(0.0, 1.0),
+    )  # fmt: skip
+    jax.effects_barrier()
+    start = begun[0]
+    # The whole radius of three balls, in few entries; cut by the box, noise of all entries hasn't.
+    np.testing.assert_allclose(np.abs(start).sum(axis=1), 6, rtol=1e-5)
+    assert (np.count_nonzero(start, axis=1) < 60).all()
+    assert len(np.unique(start, axis=0)) == B
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])

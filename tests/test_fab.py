@@ -14,7 +14,8 @@ import pytest
 from scipy import optimize
 
 from jaxadv import attack
-from jaxadv.attack.fab import _to_plane, fab
+from jaxadv.attack.boxed import to_plane as in_box
+from jaxadv.attack.fab import fab
 
 NORMS = ("l1", "l2", "linf")
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
@@ -25,7 +26,7 @@ HUGE = (-100.0, 100.0)  # the program of a box, for walls that are never met
 
 every_norm = pytest.mark.parametrize("norm", NORMS)
 boxes = pytest.mark.parametrize("bounds", [None, BOX], ids=["free", "box"])
-to_plane = jax.jit(_to_plane, static_argnums=4)
+to_plane = jax.jit(in_box, static_argnums=4)
 
 
 passes = []  # the points at which `net` was evaluated

@@ -135,6 +135,55 @@ def test_r_is_0_where_x_is_misclassified_by_no_more_than_rounding(fn):
     np.testing.assert_array_equal(r, 0)
 
 
+@pytest.mark.parametrize("fn", [fmn, deepfool], ids=["fmn", "deepfool"])
+def test_in_l1_the_way_leads_along_the_walls_of_the_box(fn):
+    rng = np.random.default_rng(0)
+    n, room = 20, 0.1
+    w = rng.normal(size=(n, 2)).astype(np.float32)
+    x = np.full((B, n), 1 - room, np.float32)
+    y = rng.integers(2, size=B)
+    away = (w.T[1] - w.T[0]).astype(np.float64)
+    best = np.sort(np.abs(away))[::-1]
+    # So far from x that the best entries go to their walls, and another a part of its way.
+    entries = np.linspace(0.5, 8, B)
+    most = np.concatenate([[0], room * np.cumsum(best)])
+    gap = np.interp(entries, np.arange(n + 1), most)
+    b = np.where(y == 0, -gap, gap) - x.astype(np.float64) @ away
+
+    def net(w, x):  # the last entry moves the boundary, and can't be moved itself
+        s = x[:, :-1] @ (w[:, 1] - w[:, 0]) + x[:, -1]
+        return jnp.stack([jnp.zeros_like(s), s], axis=1)
+
+    def beside(entries):
+        return np.concatenate([entries, b[:, None]], axis=1).astype(np.float32)
+
+    at = beside(x)
+    bounds = beside(np.full((B, n), 0.8)), beside(np.full((B, n), 1.0))
+    r = np.asarray(fn(net, w, at, y, norm="l1", bounds=bounds))
+    assert (np.asarray(net(w, at + r)).argmax(axis=1) != y).all()
+    # The bisection's thousandth, and FMN's, at most, of the way to the boundary.
+    np.testing.assert_allclose(length(r, "l1"), room * entries, rtol=0.01)
+
+
+@pytest.mark.parametrize("fn", [fmn, deepfool], ids=["fmn", "deepfool"])
+def test_a_boundary_behind_which_the_net_is_hardly_surer_is_found(fn):
+    def net(w, x):  # 100 ahead at x, and never more than 5e-3 behind
+        s = jnp.sum(x, axis=1)
+        ahead = -100 + 10 * s
+        return jnp.stack([jnp.zeros_like(s), jnp.minimum(ahead, 5e-3)], axis=1)
+
+    x = np.zeros((1, 2), np.float32)
+    r = np.asarray(fn(net, 0.0, x, np.array([0]), norm="l2"))
+    assert int(net(0.0, x + r).argmax()) == 1
+    np.testing.assert_allclose(length(r, "l2"), 10 / np.sqrt(2), rtol=0.03)
+
+
+@every_norm
+def test_deepfool_crosses_without_an_overshoot(norm):
+    params, x, y = problem(4)
+    assert_least(deepfool(linear, params, x, y, norm=norm, overshoot=0.0), params, x, y, norm)
+
+
 def test_it_is_found_whichever_class_wins_a_tie():
     # On the hyperplane itself, argmax answers class 0, and rounding never leaves it.
     x, y = np.array([[1.0, 0], [-1, 0]], np.float32), np.array([0, 1])

@@ -147,6 +147,20 @@ def test_on_a_linear_net_the_loss_reaches_minus_the_margin_plus_eps_times_the_du
     np.testing.assert_allclose(length(r, norm), eps, rtol=1e-6)
 
 
+def test_in_l1_it_goes_on_where_the_box_stops_an_entry():
+    rng = np.random.default_rng(0)
+    n, room, eps = 20, 0.1, 1.0
+    w = rng.normal(size=(n, 2)).astype(np.float32)
+    x = np.full((B, n), 1 - room, np.float32)
+    y = (x @ w).argmax(axis=1)
+    r = pgd(lambda w, x: x @ w, w, x, y, eps=eps, norm="l1", steps=200, bounds=(0.8, 1.0))
+    away = (w.T[1 - y] - w.T[y]).astype(np.float64)
+    # The ten best entries, each as far as its wall, are the radius.
+    want = room * np.sort(np.abs(away), axis=1)[:, -10:].sum(axis=1)
+    np.testing.assert_allclose((away * r).sum(axis=1), want, rtol=0.01)
+    assert (length(r, "l1") <= eps * (1 + 1e-6)).all()
+
+
 @every_norm
 def test_a_targeted_attack_lowers_the_loss_of_its_target_to_the_closed_form(norm):
     params, x, y = linear_problem()

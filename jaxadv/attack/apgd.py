@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from jaxadv import inputs, jacobian, loops, norms
-from jaxadv.attack import search
+from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
 __all__ = ["apgd", "apgd_targeted", "dlr"]
@@ -328,11 +328,12 @@ def _ascend(
     phases = _PHASES[norm]
     counts = [max(1, round(share * steps)) for _, share in phases[:-1]]
     counts.append(max(1, steps - sum(counts)))
-    r = norms.sample(starts, x, phases[0][0] * eps, norm)
+    if norm == "l1":  # whose ball is all corners: of the nearest point most entries are 0
+        r = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], eps.dtype))(starts)
+    else:
+        r = norms.sample(starts, x, phases[0][0] * eps, norm)
     for (factor, _), n in zip(phases, counts, strict=True):
-        inside = (_l1_ball if norm == "l1" else partial(search.ball, norm=norm))(
-            x, factor * eps, bounds=bounds
-        )
+        inside = boxed.ball(x, factor * eps, norm, bounds)
         r, best = climb(problem, inside(r), factor * eps, n, inside, first)
         first = first + n + 1
     return best
@@ -485,48 +486,5 @@ def _climb_l1(
 
     state = _begin(problem, r, eps, first)
     support = nonzeros(r)
-    # From a random point every entry is in use; later phases begin at what the last one left.
-    share = jnp.where(support < size / 2, support / size / 1.5, 0.2).astype(eps.dtype)
-    state = lax.fori_loop(0, steps, step, (state, share, support))[0]
+    state = lax.fori_loop(0, steps, step, (state, support / size / 1.5, support))[0]
     return state.highest_r, state.best
-
-
-def _l1_ball(
-    x: jax.Array, eps: jax.Array, bounds: Bounds | None
-) -> Callable[[jax.Array], jax.Array]:
-    """Return the projection onto the intersection of the l1 ball and the box.
-
-    Doing one after the other isn't that, and wastes most of the ball's radius near the box's faces
-    (Croce and Hein, 2021). The nearest point lowers all magnitudes by the same amount, then cuts
-    them at the box: the amount is found by bisection.
-    """
-    if bounds is None:
-        return search.ball(x, eps, "l1", None)
-    lo, hi = inputs.box(bounds, x)
-
-    def inside(r: jax.Array) -> jax.Array:
-        start = x.astype(lo.dtype)
-        r = r.astype(lo.dtype)
-        room = jnp.maximum(jnp.where(r > 0, hi - start, start - lo), 0)
-        magnitude = jnp.abs(r).reshape(r.shape[0], math.prod(r.shape[1:]))
-        room = room.reshape(magnitude.shape)
-
-        def cut(amount: jax.Array) -> jax.Array:
-            return jnp.clip(magnitude - amount[:, None], 0, room)
-
-        def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            low, high = ends
-            middle = (low + high) / 2
-            outside = jnp.sum(cut(middle), axis=1) > eps
-            return jnp.where(outside, middle, low), jnp.where(outside, high, middle)
-
-        fits = jnp.sum(cut(jnp.zeros_like(eps)), axis=1) <= eps
-        ends = jnp.zeros_like(eps), jnp.max(magnitude, axis=1)
-        amount = jnp.where(fits, 0, lax.fori_loop(0, 30, halve, ends)[1])
-        nearest = cut(amount)
-        # Rounding may leave it a hair outside; shrinking moves no entry out of the box.
-        size = jnp.sum(nearest, axis=1)
-        nearest *= jnp.where(size > eps, eps / jnp.where(size > 0, size, 1), 1)[:, None]
-        return norms.confine(x, jnp.sign(r) * nearest.reshape(r.shape), bounds)
-
-    return inside

@@ -10,7 +10,7 @@ it's the final bisection that makes the answer small.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from jaxadv.attack import search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["deepfool"]
+
+_CROSSING = 2e-4  # what `search.clearly` takes for a crossing, and as much again
 
 
 def deepfool(
@@ -55,7 +57,8 @@ def deepfool(
         nearest point of the ball of that radius, so that sizes never exceed eps.
       norm: the norm that is minimal: `"l1"`, `"l2"` or `"linf"`.
       steps: number of steps at most, at least 1; each three forward and K - 1 backward passes.
-      overshoot: by how much r is lengthened to cross the boundary, at least 0.
+      overshoot: by how much r is lengthened to cross the boundary, at least 0; below 2e-4 it is
+        that, or rounding would decide whether r has crossed.
       output: what is linearised: `"logits"`, or `"probabilities"` for Adv_Alpha repeated.
       key: ignored; this method draws nothing.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
@@ -98,13 +101,19 @@ def deepfool(
         eps = inputs.radius(eps, x)
     if bounds is not None:
         inputs.box(bounds, x)  # now, while they are numbers
+    overshoot = max(overshoot, _CROSSING)
     return _run(apply_fn, norm, steps, output, params, x, y, eps, overshoot, bounds)
 
 
 def _probability_step(
-    apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array, norm: Norm
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    norm: Norm,
+    bounds: Bounds | None,
 ) -> jax.Array:
-    """Return Adv_Alpha's step, at most a thousand times as long as x is large."""
+    """Return Adv_Alpha's step, at most a thousand times as long as x is large; it has no box."""
     r = perturb.alpha(apply_fn, params, x, y, norm=norm).astype(inputs.wide(x.dtype))
     unit = perturb.alpha(apply_fn, params, x, y, norm=norm, eps=1.0).astype(r.dtype)
     longest = 1000 * (1 + norms.norm(x, norm))
@@ -114,6 +123,14 @@ def _probability_step(
 
 
 _STEPS = {"logits": search.to_boundary, "probabilities": _probability_step}
+
+
+class _State(NamedTuple):
+    i: jax.Array
+    r: jax.Array  # the sum of the steps, in the dtype of norms
+    end: jax.Array  # where the last step led
+    done: jax.Array  # [B]; whether that is on the far side by more than rounding
+    barely: jax.Array  # the first that was there by however little; 0 before
 
 
 @partial(jax.jit, static_argnums=range(4))
@@ -136,28 +153,37 @@ def _run(
     def inside(r: jax.Array) -> jax.Array:
         return r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
 
-    def crossed(r: jax.Array) -> jax.Array:
-        return clear(*problem.value(r)) | ~problem.posed
+    def crossed(r: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return whether r is on the far side by more than rounding, and whether at all."""
+        success, loss = problem.value(r)
+        return clear(success, loss) | ~problem.posed, success
 
-    def more(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Any:
-        return (carry[0] < steps) & ~jnp.all(carry[3])
+    def more(state: _State) -> Any:
+        return (state.i < steps) & ~jnp.all(state.done)
 
     @loops.body
-    def step(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Any:
-        i, r, end, done = carry
+    def step(state: _State) -> _State:
+        r = state.r
         at = inside(r)
-        moved = at.astype(r.dtype) + _STEPS[output](apply_fn, params, x + at, y, norm)
+        moved = at.astype(r.dtype) + _STEPS[output](apply_fn, params, x + at, y, norm, bounds)
         near, far = inside(moved), inside(over * moved)
+        (hit_near, barely_near), (hit, barely) = crossed(near), crossed(far)
         # Where the boundary is curved, further on may be back on this side.
-        hit = crossed(far)
         point = jnp.where(inputs.batched(hit, r), far, near)
-        stay = inputs.batched(done, r)
-        end = jnp.where(stay, end, point)
-        return i + 1, jnp.where(stay, r, moved), end, done | hit | crossed(near)
+        stay = inputs.batched(state.done, r)
+        first = inputs.batched((barely | barely_near) & ~jnp.any(state.barely != 0, axis=pixels), r)
+        over_it = jnp.where(inputs.batched(barely, r), far, near)
+        return _State(
+            state.i + 1,
+            jnp.where(stay, r, moved),
+            jnp.where(stay, state.end, point),
+            state.done | hit | hit_near,
+            jnp.where(first, over_it, state.barely),
+        )
 
-    end = jnp.zeros_like(x)
-    carry = (jnp.int32(0), end.astype(over.dtype), end, crossed(end))
-    _, _, end, done = lax.while_loop(more, step, carry)
-    r = search.shrunk(crossed, end, done)
-    r = jnp.where(inputs.batched(done, r), r, 0)
+    zero, pixels = jnp.zeros_like(x), tuple(range(1, x.ndim))
+    start = _State(jnp.int32(0), zero.astype(over.dtype), zero, crossed(zero)[0], zero)
+    state = lax.while_loop(more, step, start)
+    r = search.shrunk(lambda r: crossed(r)[0], state.end, state.done)
+    r = jnp.where(inputs.batched(state.done, r), r, state.barely)
     return problem.answer(search.within(r, eps, norm))

@@ -13,7 +13,7 @@ whether the point itself is misclassified; where it is, the plane is the one fou
 the boundary than the point that the step sets out from. (The published attack spends a second
 forward pass on this; over as many steps, what it finds is no smaller.)
 
-In a box, the least way to a plane is a small optimisation problem of its own, see `_to_plane`.
+In a box, the least way to a plane is a small optimisation problem of its own, see `boxed.to_plane`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxadv import inputs, jacobian, loops, norms
-from jaxadv.attack import search
+from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["fab"]
@@ -162,9 +162,7 @@ def _run(
     z_targets, targets = lax.top_k(jnp.where(is_y, -jnp.inf, clean), n_classes)
     n_targets = jnp.minimum(n_targets, n_classes - 1)
     if bounds is not None:
-        lo, hi = inputs.box(bounds, x)
-        start = x.astype(lo.dtype)
-        lower, upper = jnp.minimum(lo - start, 0), jnp.maximum(hi - start, 0)
+        lower, upper = boxed.room(x, bounds)
 
     def wanted(best: _Best) -> jax.Array:
         # A row that is done stays as it is, or it would depend on how long the others take.
@@ -176,7 +174,7 @@ def _run(
     def to_plane(w: jax.Array, c: jax.Array, r: jax.Array) -> jax.Array:
         """Return the least d with <w, d> = c for which x + r + d is in the box."""
         if bounds is not None:
-            return _to_plane(w, c, lower - r, upper - r, norm)
+            return boxed.to_plane(w, c, lower - r, upper - r, norm)
         size = norms.norm(w, norms.dual(norm))
         far = c / jnp.where(size == 0, jnp.inf, size)  # without a gradient, no way at all
         return inputs.batched(far, w) * norms.steepest(w, norm)
@@ -244,80 +242,3 @@ def _run(
     if eps is not None:
         r = inside(norms.project(r, eps, norm))
     return jnp.where(inputs.batched(sound, x), r, jnp.nan)
-
-
-def _to_plane(
-    w: jax.Array, c: jax.Array, lower: jax.Array, upper: jax.Array, norm: Norm
-) -> jax.Array:
-    r"""The least d with <w, d> = c in a box around 0; where there is none, the nearest corner.
-
-    In l2 and linf, :math:`d = \mathrm{clip}(t u, lower, upper)` with u the direction of steepest
-    ascent toward the plane; <w, d> rises with t, piecewise linear and concave. Newton's method from
-    0 never passes the root of such a function, since each piece's line lies above all of it, and
-    ends there after a few pieces. In l1 the entries of largest :math:`|w|` are used up first.
-
-    Args:
-      w: `[B, ...]`, the plane's normal, float32 or wider.
-      c: `[B]`.
-      lower: of w's shape, at most 0.
-      upper: of w's shape, at least 0.
-      norm: the norm of d that is least.
-
-    Returns:
-      d, of w's shape and dtype.
-    """
-    shape, w = w.shape, w.reshape(w.shape[0], math.prod(w.shape[1:]))
-    lower, upper = lower.reshape(w.shape), upper.reshape(w.shape)
-    # From here on in magnitudes: an entry gains |w| for each unit of its way, at most to the wall.
-    size = jnp.abs(w)
-    largest = jnp.max(size, axis=1)
-    scale = jnp.where(largest > 0, largest, 1)
-    gain, goal = size / scale[:, None], jnp.abs(c) / scale
-    heading = jnp.where((c < 0)[:, None], -1, 1) * jnp.sign(w)
-    room = jnp.where(heading > 0, upper, -lower)
-    if norm == "l1":
-        way = _greatest_first(gain, goal, room)
-    else:
-        way = _together(gain, goal, room, gain if norm == "l2" else jnp.ones_like(gain))
-    return (heading * way).reshape(shape)
-
-
-def _together(gain: jax.Array, goal: jax.Array, room: jax.Array, pace: jax.Array) -> jax.Array:
-    """Return min(t pace, room), `[B, D]`, with the t at which its sum of gains reaches the goal."""
-    endless = jnp.finfo(gain.dtype).max
-
-    def newton(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        _, t = carry
-        free = t[:, None] * pace < room
-        rest = goal - jnp.sum(jnp.where(free, 0, gain * room), axis=1)
-        slope = jnp.sum(jnp.where(free, gain * pace, 0), axis=1)
-        # With all entries at the wall, any larger t will do.
-        return t, jnp.clip(rest / jnp.where(slope > 0, slope, 1), t, endless)
-
-    start = jnp.zeros_like(goal)
-    _, t = lax.while_loop(lambda ts: jnp.any(ts[1] > ts[0]), newton, newton((start, start)))
-    return jnp.minimum(t[:, None] * pace, room)
-
-
-def _greatest_first(gain: jax.Array, goal: jax.Array, room: jax.Array) -> jax.Array:
-    """Return the least total way, `[B, D]`, of which the sum of gains reaches the goal."""
-    # An entry that reaches the goal alone needs no more room, were it endless.
-    room = jnp.where(gain > 0, jnp.minimum(room, goal[:, None] / jnp.where(gain > 0, gain, 1)), 0)
-
-    def gained(where: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(where, gain * room, 0), axis=1)
-
-    def halve(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = carry
-        middle = (low + high) / 2
-        enough = gained(gain >= middle[:, None]) >= goal
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    # The last ones used differ by 2^-15 of the greatest gain; to share what is left among them
-    # costs next to nothing, and to sort all would cost more than the net.
-    low, high = lax.fori_loop(0, 16, halve, (jnp.zeros_like(goal), jnp.full_like(goal, 2)))
-    used_up = gain >= high[:, None]
-    last = (gain >= low[:, None]) & ~used_up
-    left, worth = goal - gained(used_up), gained(last)
-    share = jnp.clip(left / jnp.where(worth > 0, worth, 1), 0, 1)
-    return jnp.where(used_up, room, jnp.where(last, share[:, None] * room, 0))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxadv import inputs, loops, norms
-from jaxadv.attack import search
+from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["fmn"]
@@ -31,11 +31,24 @@ _CLASSES = 10  # the likeliest ones, to whose linearised boundaries one step is 
 _PAST = 1.001  # how far: a boundary that isn't quite straight is crossed too
 
 
+class _Least(NamedTuple):
+    """The smallest r that succeeds so far, of each example."""
+
+    r: jax.Array  # [B, ...]; 0 before one is found
+    size: jax.Array  # [B]; inf before one is found
+
+    def with_point(self, r: jax.Array, size: jax.Array, success: jax.Array) -> _Least:
+        less = success & (size < self.size)
+        return _Least(
+            jnp.where(inputs.batched(less, r), r, self.r), jnp.where(less, size, self.size)
+        )
+
+
 class _State(NamedTuple):
     r: jax.Array
     radius: jax.Array
-    least: jax.Array  # the smallest r that succeeds
-    least_size: jax.Array  # inf before one is found
+    least: _Least  # by more than rounding
+    barely: _Least  # by however little
 
 
 def fmn(
@@ -130,19 +143,18 @@ def _run(
     problem = search.Problem(apply_fn, params, x, y, search.lead, targeted=targeted)
     clear = search.clearly(problem)
 
-    def kept(state: _State, success: jax.Array) -> _State:
+    def kept(state: _State, success: jax.Array, loss: jax.Array) -> _State:
         size = norms.norm(state.r, norm)
-        less = success & (size < state.least_size)
         return state._replace(
-            least=jnp.where(inputs.batched(less, x), state.r, state.least),
-            least_size=jnp.where(less, size, state.least_size),
+            least=state.least.with_point(state.r, size, clear(success, loss)),
+            barely=state.barely.with_point(state.r, size, success),
         )
 
     @loops.body
     def step(i: jax.Array, state: _State) -> _State:
         success, loss, g = problem.gradient(state.r)
+        state = kept(state, success, loss)
         success = clear(success, loss)
-        state = kept(state, success)
         anneal = (1 + jnp.cos(jnp.pi * i.astype(g.dtype) / steps)) / 2
         breath, length = (end + (start - end) * anneal for start, end in (_BREATH, _STEP))
         slope = norms.norm(g, norms.dual(norm))
@@ -150,22 +162,24 @@ def _run(
         # A little past where the boundary would be if the net were linear, until it has been
         # crossed once; on it, rounding might never let r cross.
         away = norms.norm(state.r, norm) + jnp.abs(loss) / jnp.where(flat, 1, slope)
-        crossed = jnp.isfinite(state.least_size)
+        crossed = jnp.isfinite(state.least.size)
         outward = jnp.where(crossed, state.radius, away) * (1 + breath)
-        inward = jnp.minimum(state.radius * (1 - breath), state.least_size)
+        inward = jnp.minimum(state.radius * (1 - breath), state.least.size)
         radius = jnp.where(success, inward, outward)
         moved = state.r.astype(g.dtype) + step_size * length * norms.steepest(g, "l2")
-        return state._replace(r=search.ball(x, radius, norm, bounds)(moved), radius=radius)
+        return state._replace(r=boxed.ball(x, radius, norm, bounds)(moved), radius=radius)
 
     zero, nowhere = jnp.zeros_like(x), jnp.full(x.shape[0], jnp.inf, inputs.wide(x.dtype))
     # What is where it should be at x needs no perturbation, however the loop rounds.
-    start = _State(zero, nowhere, zero, jnp.where(clear(*problem.value(zero)), 0, nowhere))
-    state = lax.fori_loop(0, steps, step, start)
-    state = kept(state, clear(*problem.value(state.r)))
+    none = _Least(zero, nowhere)
+    there = none._replace(size=jnp.where(clear(*problem.value(zero)), 0, nowhere))
+    state = lax.fori_loop(0, steps, step, _State(zero, nowhere, there, none))
+    state = kept(state, *problem.value(state.r))
     if not targeted:  # the boundary of another class than the likeliest may be nearer
-        ahead = _PAST * search.to_boundary(apply_fn, params, x, y, norm, _CLASSES)
+        ahead = _PAST * search.to_boundary(apply_fn, params, x, y, norm, bounds, _CLASSES)
         r = ahead.astype(x.dtype) if bounds is None else norms.confine(x, ahead, bounds)
-        state = kept(state._replace(r=r), clear(*problem.value(r)))
-    found = jnp.isfinite(state.least_size)
-    r = search.shrunk(lambda r: clear(*problem.value(r)), state.least, found)
+        state = kept(state._replace(r=r), *problem.value(r))
+    found = jnp.isfinite(state.least.size)
+    r = search.shrunk(lambda r: clear(*problem.value(r)), state.least.r, found)
+    r = jnp.where(inputs.batched(found, r), r, state.barely.r)
     return problem.answer(search.within(r, eps, norm))

@@ -16,7 +16,7 @@ import optax
 from jax import lax
 
 from jaxadv import inputs, jacobian, loops, norms
-from jaxadv.attack import search
+from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
 __all__ = ["pgd", "virtual"]
@@ -204,7 +204,7 @@ def _run(
     problem = search.Problem(
         apply_fn, params, x, y, loss_fn, targeted=targeted, samples=samples, keys=draws
     )
-    inside = search.ball(x, eps, norm, bounds)
+    inside, free = boxed.ball(x, eps, norm, bounds), boxed.free(x, norm, bounds)
 
     def run(restart: jax.Array | int) -> search.Best:
         @loops.body
@@ -214,7 +214,7 @@ def _run(
             r, best = carry
             success, loss, g = problem.gradient(r, first + i)
             best = best.with_point(r, success, loss)
-            direction = norms.steepest(g, norm)
+            direction = norms.steepest(free(g, r), norm)
             # Each step in the dtype of norms: a bfloat16 r would swallow small ones.
             moved = r.astype(direction.dtype) + inputs.batched(step_size, x) * direction
             return inside(moved), best

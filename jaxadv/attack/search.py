@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxadv import inputs, jacobian, loops, norms
+from jaxadv.attack import boxed
 from jaxadv.types import ApplyFn, Bounds, LossFn, Norm, Params
 
 __all__ = [
     "Best",
     "Problem",
-    "ball",
     "clearly",
     "fold",
     "keys",
@@ -152,18 +152,6 @@ class Problem:
         return jnp.where(inputs.batched(inputs.finite(self.x, self.clean), r), r, jnp.nan)
 
 
-def ball(
-    x: jax.Array, eps: jax.Array, norm: Norm, bounds: Bounds | None
-) -> Callable[[jax.Array], jax.Array]:
-    """Return the function that takes r into the ball and the box, and to x's dtype."""
-
-    def inside(r: jax.Array) -> jax.Array:
-        r = norms.project(r, eps, norm)
-        return r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
-
-    return inside
-
-
 def restarted(run: Callable[[jax.Array | int], Best], restarts: int, initial: Best) -> Best:
     """Return the best of several runs; an example that has been fooled is left as it is.
 
@@ -249,9 +237,13 @@ def to_boundary(
     x: jax.Array,
     y: jax.Array,
     norm: Norm,
+    bounds: Bounds | None,
     candidates: int | None = None,
 ) -> jax.Array:
     """Return the least step onto the nearest linearised boundary between two logits.
+
+    Nearest without the box. In l1, whose step has one entry that a wall may stop altogether, the
+    step is the least inside the box to a thousandth beyond it.
 
     Args:
       apply_fn: `(params, x) -> logits`.
@@ -259,6 +251,7 @@ def to_boundary(
       x: `[B, ...]`.
       y: labels, `[B]`.
       norm: of the step.
+      bounds: the box; None for no box.
       candidates: consider only this many classes, the likeliest besides y; all if None. Each costs
         a backward pass.
 
@@ -286,8 +279,12 @@ def to_boundary(
         classes = lax.top_k(jnp.where(at_y == 1, -jnp.inf, z), candidates)[1]
     best = jacobian.nearest(distances, x, classes)
     size = jnp.where(best.reachable, best.distance, 0)
-    direction = norms.steepest(best.d.astype(size.dtype), norm)
-    return inputs.batched(size, x) * direction
+    d = best.d.astype(size.dtype)
+    if norm == "l1" and bounds is not None:
+        # A thousandth past it: to lengthen the step moves none of its entries that are at a wall.
+        gap = 1.001 * size * norms.norm(d, norms.dual(norm))
+        return boxed.to_plane(d, gap, *boxed.room(x, bounds), norm)
+    return inputs.batched(size, x) * norms.steepest(d, norm)
 
 
 def shrunk(succeeds: Callable[[jax.Array], jax.Array], r: jax.Array, found: jax.Array) -> jax.Array:
