@@ -312,7 +312,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                     "interval": list(evaluate.interval(robust)),
                     "train_seconds": round(fitted.seconds, 1),
                 }
-                known = [row, *(old for old in known if old["attack"] != name)]
+                known = [*(old for old in known if old["attack"] != name), row]
                 if parallel.first_process():
                     report.save_rows(results, known)
             rows.append(row)
