@@ -197,12 +197,13 @@ def train_settings(method: Method, settings: Settings, task: Task) -> dict[str, 
 
 def row_settings(method: Method, settings: Settings, task: Task, eps: float) -> dict[str, Any]:
     """Return all that a row of the table depends on but its seed, likewise."""
+    stored = jnp.dtype(task.stored).name
     return {
         **train_settings(method, settings, task),
         **{field: getattr(settings, field) for field in _SCORING},
         "eps": eps,
         "curve": list(settings.curve),
-        "weights": jnp.dtype(task.stored).name,
+        **({"weights": stored} if stored != "float32" else {}),  # as rows have always been
     }
 
 

@@ -161,6 +161,10 @@ def main() -> None:
     rows, attacked = run(settings, console)
     rows = protocol.record(settings.out, rows)
     first = rows[0]
+
+    def of(field: str) -> str:
+        return " or ".join(f"{n:g}" for n in sorted({row["settings"][field] for row in rows}))
+
     in_box = f"the first {settings.n_autoattack:,} test images"
     if settings.holdout:
         in_box = "nothing, since images are held out, and the test images are kept for the end"
@@ -171,7 +175,7 @@ def main() -> None:
         "",
         f"{report.seeds(rows, NAMES)} Clean, Adv_Loss: {first['n']:,} images; PGD: "
         f"{settings.pgd_steps} steps on {first['n_pgd']:,}; neither is kept in the pixel range. In "
-        f"the box: {in_box}. {settings.epochs} epochs, training size {settings.train_eps:g}, "
+        f"the box: {in_box}. {of('epochs')} epochs, training size {of('train_eps')}, "
         f"weight of the alignment {settings.alignment:g}; on {first['device']}, jax "
         f"{first['versions']['jax']}.",
         "",

@@ -149,8 +149,8 @@ def make_objective(settings: Settings, net: nn.Module, epoch_steps: int) -> Obje
     if settings.method == "normal":
         return objectives.natural(apply_fn, train_fn=train_fn)
     size = settings.eps if settings.train_eps is None else settings.train_eps
-    if warmup := min(settings.eps_warmup, settings.epochs - 1):
-        eps: Any = optax.linear_schedule(0.0, size, warmup * epoch_steps)
+    if settings.eps_warmup:
+        eps: Any = optax.linear_schedule(0.0, size, settings.eps_warmup * epoch_steps)
     else:
         eps = size
     common: dict[str, Any] = {"eps": eps, "train_fn": train_fn, "bounds": (0.0, 1.0)}
@@ -233,7 +233,12 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     mesh = parallel.mesh(settings, settings.batch_size, len(y))
     watched_x, watched_y = parallel.spread(mesh, (x, y))
     epoch_steps = len(images.train_labels) // settings.batch_size
-    lr_warmup = min(settings.lr_warmup, settings.epochs - 1)
+    longest = settings.epochs - 1
+    settings = dataclasses.replace(
+        settings,
+        lr_warmup=min(settings.lr_warmup, longest),
+        eps_warmup=min(settings.eps_warmup, longest),
+    )
     recipe = recipes.Robust((), settings.epochs, settings.lr, average=settings.average)
 
     def trained(state: TrainState) -> Params:
@@ -255,7 +260,6 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         for key, value in dataclasses.asdict(settings).items()
         if key not in ("attacks", "out", *(f.name for f in dataclasses.fields(parallel.Settings)))
     }
-    kept["lr_warmup"] = str(lr_warmup)
     kept["images"] = data.fingerprint(images)
     with training.bars(console) as progress:
         fitted = training.fit(
@@ -265,7 +269,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                 epoch_steps,
                 momentum=settings.momentum,
                 weight_decay=settings.weight_decay,
-                lr_warmup=lr_warmup,
+                lr_warmup=settings.lr_warmup,
             ),
             params,
             (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)),
@@ -288,7 +292,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             console.print(advice, style="bold")
         rows: list[report.Row] = []
         results = settings.out / "results.json"
-        known = report.load_rows(results)
+        # Several processes have to agree on what they run.
+        known = report.load_rows(results) if jax.process_count() == 1 else []
         for name, parts in attacks.items():
             identity = {
                 "experiment": "train",

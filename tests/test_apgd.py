@@ -324,7 +324,7 @@ def test_in_l1_the_start_is_the_nearest_point_to_normal_noise(monkeypatch):
     climb = apgd_module._climb_l1
 
     def watched(problem, r, *args):
-        jax.debug.callback(lambda r: begun.append(np.asarray(r)), r)
+        jax.debug.callback(lambda r: begun.append(np.asarray(r)), r, ordered=True)
         return climb(problem, r, *args)
 
     monkeypatch.setattr(apgd_module, "_climb_l1", watched)

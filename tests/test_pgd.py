@@ -147,18 +147,32 @@ def test_on_a_linear_net_the_loss_reaches_minus_the_margin_plus_eps_times_the_du
     np.testing.assert_allclose(length(r, norm), eps, rtol=1e-6)
 
 
-def test_in_l1_it_goes_on_where_the_box_stops_an_entry():
+@pytest.mark.parametrize(
+    ("box", "dtype"),
+    [((0.8, 1.0), np.float32), ((-1.0, 0.2), np.float32), ((0.0, 1.0), jnp.bfloat16)],
+    ids=["symmetric", "rounded walls", "bfloat16"],
+)
+def test_in_l1_it_goes_on_where_the_box_stops_an_entry(box, dtype):
     rng = np.random.default_rng(0)
-    n, room, eps = 20, 0.1, 1.0
+    n, lo, hi = 20, *box
     w = rng.normal(size=(n, 2)).astype(np.float32)
-    x = np.full((B, n), 1 - room, np.float32)
-    y = (x @ w).argmax(axis=1)
-    r = pgd(lambda w, x: x @ w, w, x, y, eps=eps, norm="l1", steps=200, bounds=(0.8, 1.0))
+    x = jnp.asarray(rng.uniform(*box, (B, n)), dtype)
+    y = np.asarray(x.astype(jnp.float32) @ w).argmax(axis=1)
     away = (w.T[1 - y] - w.T[y]).astype(np.float64)
+    x_64 = np.asarray(x, np.float64)
+    room = np.where(away > 0, hi - x_64, x_64 - lo)
+    best = np.argsort(-np.abs(away), axis=1)[:, :10]
     # The ten best entries, each as far as its wall, are the radius.
-    want = room * np.sort(np.abs(away), axis=1)[:, -10:].sum(axis=1)
-    np.testing.assert_allclose((away * r).sum(axis=1), want, rtol=0.01)
-    assert (length(r, "l1") <= eps * (1 + 1e-6)).all()
+    eps = np.take_along_axis(room, best, 1).sum(axis=1)
+    want = np.take_along_axis(room * np.abs(away), best, 1).sum(axis=1)
+    r = pgd(
+        lambda w, x: x.astype(w.dtype) @ w, w, x, y, eps=eps.astype(np.float32), norm="l1",
+        steps=400, bounds=box,
+    )  # fmt: skip
+    gained = (away * np.asarray(r, np.float64)).sum(axis=1)
+    # What is rounded in bfloat16 is 2^-9 of an entry; float32 loses the last step's end.
+    assert (gained >= 0.98 * want).all()
+    assert (length(r, "l1") <= eps * (1 + 1e-2)).all()
 
 
 @every_norm

@@ -51,10 +51,10 @@ def free(
     """
     if norm != "l1" or bounds is None:
         return lambda ascent, r: ascent
-    lower, upper = room(x, bounds)
+    # As far as rounding lets r come: short of hi - x by an ulp, it would never be at the wall.
+    lower, upper = (norms.confine(x, end, bounds) for end in room(x, bounds))
 
     def leave(ascent: jax.Array, r: jax.Array) -> jax.Array:
-        r = r.astype(lower.dtype)
         stopped = ((r >= upper) & (ascent > 0)) | ((r <= lower) & (ascent < 0))
         return jnp.where(stopped, 0, ascent)
 
@@ -68,17 +68,15 @@ def _l1_ball(x: jax.Array, eps: jax.Array, bounds: Bounds) -> Callable[[jax.Arra
     (Croce and Hein, 2021). The nearest point lowers all magnitudes by the same amount, then cuts
     them at the box: the amount is found by bisection.
     """
-    lo, hi = inputs.box(bounds, x)
+    lower, upper = room(x, bounds)
 
     def inside(r: jax.Array) -> jax.Array:
-        start = x.astype(lo.dtype)
-        r = r.astype(lo.dtype)
-        room = jnp.maximum(jnp.where(r > 0, hi - start, start - lo), 0)
+        r = r.astype(lower.dtype)
         magnitude = jnp.abs(r).reshape(r.shape[0], math.prod(r.shape[1:]))
-        room = room.reshape(magnitude.shape)
+        most = jnp.where(r > 0, upper, -lower).reshape(magnitude.shape)
 
         def cut(amount: jax.Array) -> jax.Array:
-            return jnp.clip(magnitude - amount[:, None], 0, room)
+            return jnp.clip(magnitude - amount[:, None], 0, most)
 
         def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             low, high = ends

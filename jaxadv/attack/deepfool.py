@@ -22,7 +22,7 @@ from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["deepfool"]
 
-_CROSSING = 2e-4  # what `search.clearly` takes for a crossing, and as much again
+_OVERSHOOT = 2 * search.CROSSING  # at least
 
 
 def deepfool(
@@ -59,7 +59,8 @@ def deepfool(
       steps: number of steps at most, at least 1; each three forward and K - 1 backward passes.
       overshoot: by how much r is lengthened to cross the boundary, at least 0; below 2e-4 it is
         that, or rounding would decide whether r has crossed.
-      output: what is linearised: `"logits"`, or `"probabilities"` for Adv_Alpha repeated.
+      output: what is linearised: `"logits"`, or `"probabilities"` for Adv_Alpha repeated, whose
+        steps in l1 know nothing of the box.
       key: ignored; this method draws nothing.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
@@ -101,7 +102,7 @@ def deepfool(
         eps = inputs.radius(eps, x)
     if bounds is not None:
         inputs.box(bounds, x)  # now, while they are numbers
-    overshoot = max(overshoot, _CROSSING)
+    overshoot = max(overshoot, _OVERSHOOT)
     return _run(apply_fn, norm, steps, output, params, x, y, eps, overshoot, bounds)
 
 
@@ -130,7 +131,7 @@ class _State(NamedTuple):
     r: jax.Array  # the sum of the steps, in the dtype of norms
     end: jax.Array  # where the last step led
     done: jax.Array  # [B]; whether that is on the far side by more than rounding
-    barely: jax.Array  # the first that was there by however little; 0 before
+    barely: search.Least  # what was there by however little
 
 
 @partial(jax.jit, static_argnums=range(4))
@@ -171,19 +172,27 @@ def _run(
         # Where the boundary is curved, further on may be back on this side.
         point = jnp.where(inputs.batched(hit, r), far, near)
         stay = inputs.batched(state.done, r)
-        first = inputs.batched((barely | barely_near) & ~jnp.any(state.barely != 0, axis=pixels), r)
         over_it = jnp.where(inputs.batched(barely, r), far, near)
+        size = norms.norm(over_it, norm)
         return _State(
             state.i + 1,
             jnp.where(stay, r, moved),
             jnp.where(stay, state.end, point),
             state.done | hit | hit_near,
-            jnp.where(first, over_it, state.barely),
+            state.barely.with_point(over_it, size, (barely | barely_near) & ~state.done),
         )
 
-    zero, pixels = jnp.zeros_like(x), tuple(range(1, x.ndim))
-    start = _State(jnp.int32(0), zero.astype(over.dtype), zero, crossed(zero)[0], zero)
-    state = lax.while_loop(more, step, start)
-    r = search.shrunk(lambda r: crossed(r)[0], state.end, state.done)
-    r = jnp.where(inputs.batched(state.done, r), r, state.barely)
+    zero, nowhere = jnp.zeros_like(x), jnp.full(x.shape[0], jnp.inf, over.dtype)
+    start = _State(
+        jnp.int32(0), zero.astype(over.dtype), zero, crossed(zero)[0], search.Least(zero, nowhere)
+    )
+    _, _, end, done, least = lax.while_loop(more, step, start)
+
+    def misleads(r: jax.Array) -> jax.Array:
+        clearly, barely = crossed(r)
+        return jnp.where(done, clearly, barely)
+
+    found = done | jnp.isfinite(least.size)
+    r = search.shrunk(misleads, jnp.where(inputs.batched(done, x), end, least.r), found)
+    r = jnp.where(inputs.batched(found, r), r, 0)
     return problem.answer(search.within(r, eps, norm))

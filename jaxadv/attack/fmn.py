@@ -31,24 +31,11 @@ _CLASSES = 10  # the likeliest ones, to whose linearised boundaries one step is 
 _PAST = 1.001  # how far: a boundary that isn't quite straight is crossed too
 
 
-class _Least(NamedTuple):
-    """The smallest r that succeeds so far, of each example."""
-
-    r: jax.Array  # [B, ...]; 0 before one is found
-    size: jax.Array  # [B]; inf before one is found
-
-    def with_point(self, r: jax.Array, size: jax.Array, success: jax.Array) -> _Least:
-        less = success & (size < self.size)
-        return _Least(
-            jnp.where(inputs.batched(less, r), r, self.r), jnp.where(less, size, self.size)
-        )
-
-
 class _State(NamedTuple):
     r: jax.Array
     radius: jax.Array
-    least: _Least  # by more than rounding
-    barely: _Least  # by however little
+    least: search.Least  # by more than rounding
+    barely: search.Least  # by however little
 
 
 def fmn(
@@ -171,7 +158,7 @@ def _run(
 
     zero, nowhere = jnp.zeros_like(x), jnp.full(x.shape[0], jnp.inf, inputs.wide(x.dtype))
     # What is where it should be at x needs no perturbation, however the loop rounds.
-    none = _Least(zero, nowhere)
+    none = search.Least(zero, nowhere)
     there = none._replace(size=jnp.where(clear(*problem.value(zero)), 0, nowhere))
     state = lax.fori_loop(0, steps, step, _State(zero, nowhere, there, none))
     state = kept(state, *problem.value(state.r))
@@ -179,7 +166,12 @@ def _run(
         ahead = _PAST * search.to_boundary(apply_fn, params, x, y, norm, bounds, _CLASSES)
         r = ahead.astype(x.dtype) if bounds is None else norms.confine(x, ahead, bounds)
         state = kept(state._replace(r=r), *problem.value(r))
-    found = jnp.isfinite(state.least.size)
-    r = search.shrunk(lambda r: clear(*problem.value(r)), state.least.r, found)
-    r = jnp.where(inputs.batched(found, r), r, state.barely.r)
+    clearly, barely = (jnp.isfinite(least.size) for least in (state.least, state.barely))
+
+    def misleads(r: jax.Array) -> jax.Array:
+        success, loss = problem.value(r)
+        return jnp.where(clearly, clear(success, loss), success)
+
+    r = jnp.where(inputs.batched(clearly, x), state.least.r, state.barely.r)
+    r = search.shrunk(misleads, r, clearly | barely)
     return problem.answer(search.within(r, eps, norm))

@@ -48,7 +48,8 @@ def pgd(
 
     The best point of each example is kept over all iterates, the start included: one that is
     misclassified before one that isn't, then by loss. More steps of the same size never do worse.
-    Restarts begin at random points, and leave an example alone that has been fooled before.
+    Restarts begin at random points, and leave an example alone that has been fooled before. In l1
+    the direction has one entry: the largest of those that the box doesn't stop.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.

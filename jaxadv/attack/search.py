@@ -6,7 +6,7 @@ instead of labels to be left, nets that draw random numbers. A `Best` is the mos
 perturbation of each example so far. `restarted` repeats an attack from other points.
 
 `pgd` and `apgd` are written on these. For the attacks that look for the least perturbation
-instead (`deepfool`, `fmn`): `lead`, `clearly`, `to_boundary`, `shrunk` and `within`.
+instead (`deepfool`, `fmn`): `lead`, `clearly`, `Least`, `to_boundary`, `shrunk` and `within`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from jaxadv.attack import boxed
 from jaxadv.types import ApplyFn, Bounds, LossFn, Norm, Params
 
 __all__ = [
+    "CROSSING",
     "Best",
+    "Least",
     "Problem",
     "clearly",
     "fold",
@@ -36,6 +38,9 @@ __all__ = [
     "to_boundary",
     "within",
 ]
+
+
+CROSSING = 1e-4  # of the way from x to the boundary, by which r is beyond it for certain
 
 
 class Best(NamedTuple):
@@ -217,18 +222,32 @@ def clearly(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return the function that tells which successes, of which lead, are more than rounding.
 
     A least perturbation ends on the boundary itself, on one side of it in this program and on the
-    other in the next. Beyond it by 1e-4 of the way there, and by some ulps of the largest logit, it
-    is on the far side in both.
+    other in the next. Beyond it by `CROSSING` of the way there, and by some ulps of the largest
+    logit, it is on the far side in both.
     """
     started, start = problem.value(jnp.zeros_like(problem.x))
     size = jnp.max(jnp.where(jnp.isfinite(problem.clean), jnp.abs(problem.clean), 0), axis=1)
     ulps = (16 * jnp.finfo(start.dtype).eps * size).astype(start.dtype)
-    least = jnp.where(started, start, jnp.maximum(1e-4 * jnp.abs(start), ulps))
+    least = jnp.where(started, start, jnp.maximum(CROSSING * jnp.abs(start), ulps))
 
     def clear(success: jax.Array, loss: jax.Array) -> jax.Array:
         return success & (loss >= least)
 
     return clear
+
+
+class Least(NamedTuple):
+    """The smallest r that succeeds so far, of each example."""
+
+    r: jax.Array  # [B, ...]; 0 before one is found
+    size: jax.Array  # [B]; inf before one is found
+
+    def with_point(self, r: jax.Array, size: jax.Array, success: jax.Array) -> Least:
+        """Return the smaller of these and another point, for each example that it succeeds on."""
+        less = success & (size < self.size)
+        return Least(
+            jnp.where(inputs.batched(less, r), r, self.r), jnp.where(less, size, self.size)
+        )
 
 
 def to_boundary(

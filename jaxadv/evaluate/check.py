@@ -348,7 +348,7 @@ def _nearest_other(
 
     def distance(i: jax.Array) -> jax.Array:
         sizes = norms.norm(x - x[i][None], norm)
-        other = (answers != answers[i]) & jnp.isfinite(sizes)
+        other = (answers != answers[i]) & (answers >= 0) & jnp.isfinite(sizes)
         return jnp.min(jnp.where(other, sizes, jnp.inf))
 
     return np.asarray(host.fetch(jax.lax.map(distance, jnp.arange(len(x)))))
@@ -356,7 +356,8 @@ def _nearest_other(
 
 @partial(jax.jit, static_argnums=0)
 def _answers(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:
-    return jnp.argmax(inputs.apply(apply_fn, params, x), axis=1)
+    logits = inputs.apply(apply_fn, params, x)
+    return jnp.where(inputs.finite(x, logits), jnp.argmax(logits, axis=1), -1)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
