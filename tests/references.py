@@ -27,6 +27,24 @@ def length(v, name):
     return float(v.sum() if name == "l1" else v.max())
 
 
+def to_plane(w, c, lower, upper, norm):
+    """The size of the least d with <w, d> = c in a box, in float64; inf where there is none."""
+    if c > np.where(w > 0, w * upper, w * lower).sum():
+        return np.inf
+    if norm == "l1":
+        # d = p - q, both at least 0.
+        bounds = [*((0, u) for u in upper), *((0, -v) for v in lower)]
+        solution = optimize.linprog(np.ones(2 * len(w)), A_eq=[[*w, *-w]], b_eq=[c], bounds=bounds)
+        return solution.fun
+    u = w if norm == "l2" else np.sign(w)
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        t = (low + high) / 2
+        short = w @ np.clip(t * u, lower, upper) < c
+        low, high = (t, high) if short else (low, t)
+    return length(np.clip(high * u, lower, upper), norm)
+
+
 def steepest(g, name):
     """The v with ||v|| = 1 and <g, v> = ||g||_*; zeros where g is; l1: the lowest k on ties."""
     g = np.asarray(g, np.float64)

@@ -11,7 +11,6 @@ import pytest
 from jaxadv import attack, jacobian, norms
 from jaxadv.attack import search
 from jaxadv.attack.apgd import _targeted_dlr, _windows
-from jaxadv.attack.boxed import ball
 
 apgd_module = importlib.import_module("jaxadv.attack.apgd")  # not the function of that name
 
@@ -244,52 +243,6 @@ def test_the_best_point_is_that_of_the_algorithm(norm, steps, box, x64):
         np.testing.assert_allclose(loss, best, rtol=1e-9)
         np.testing.assert_allclose(got[i], want, atol=1e-7)
     assert halvings >= B
-
-
-# The ball and the box
-
-
-def project_l1(r, eps):
-    """Onto the ball, by sorting, for one example."""
-    if np.abs(r).sum() <= eps:
-        return r
-    falling = np.sort(np.abs(r))[::-1]
-    excess = (np.cumsum(falling) - eps) / np.arange(1, r.size + 1)
-    return np.sign(r) * np.maximum(np.abs(r) - excess[falling >= excess][-1], 0)
-
-
-def dykstra(r, x, eps, lo, hi):
-    """The nearest point of the intersection, by alternating projections with memory."""
-    p = q = np.zeros_like(r)
-    for _ in range(3000):
-        ball = project_l1(r + p, eps)
-        p = r + p - ball
-        r = np.clip(ball + q, lo - x, hi - x)
-        q = ball + q - r
-    return r
-
-
-def test_the_nearest_point_of_the_l1_ball_and_the_box():
-    rng = np.random.default_rng(4)
-    n = 20
-    x = rng.uniform(-1, 1, (n, D)).astype(np.float32)
-    x[:, 0] = 1  # on a face
-    r = (2 * rng.normal(size=(n, D))).astype(np.float32)
-    eps = np.linspace(0, 5, n).astype(np.float32)
-    got = np.asarray(ball(x, jnp.asarray(eps), "l1", (-1.0, 1.0))(r))
-    want = [dykstra(*map(np.float64, (r[i], x[i], eps[i])), -1, 1) for i in range(n)]
-    np.testing.assert_allclose(got, want, atol=2e-5)  # Dykstra's own precision
-    assert (np.abs(got.astype(np.float64)).sum(axis=1) <= eps * (1 + 1e-6)).all()
-    assert (np.abs(x + got) <= 1).all()
-    # In part of these cases the ball and then the box would be another point.
-    naive = np.clip(x + [project_l1(*pair) for pair in zip(r, eps, strict=True)], -1, 1) - x
-    assert (np.abs(naive - got).max(axis=1) > 0.1).mean() > 0.3
-
-
-def test_a_point_inside_the_l1_ball_and_the_box_stays_where_it_is():
-    x, r = np.full((1, 4), 0.5, np.float32), np.array([[0.25, -0.5, 0, 0.125]], np.float32)
-    got = ball(x, jnp.array([1.0]), "l1", (0.0, 1.0))(r)
-    np.testing.assert_array_equal(got, r)
 
 
 # Closed forms

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import optimize
+import references
 
 from jaxadv import attack
-from jaxadv.attack.boxed import to_plane as in_box
 from jaxadv.attack.fab import fab
 
 NORMS = ("l1", "l2", "linf")
@@ -26,7 +25,6 @@ HUGE = (-100.0, 100.0)  # the program of a box, for walls that are never met
 
 every_norm = pytest.mark.parametrize("norm", NORMS)
 boxes = pytest.mark.parametrize("bounds", [None, BOX], ids=["free", "box"])
-to_plane = jax.jit(in_box, static_argnums=4)
 
 
 passes = []  # the points at which `net` was evaluated
@@ -92,88 +90,6 @@ def assert_inside(x, r, bounds):
         assert (x + r <= bounds[1]).all()
 
 
-def least(w, c, lower, upper, norm):
-    """The size of the least d with <w, d> = c in a box, in float64; inf where there is none."""
-    if c > np.where(w > 0, w * upper, w * lower).sum():
-        return np.inf
-    if norm == "l1":
-        # d = p - q, both at least 0.
-        bounds = [*((0, u) for u in upper), *((0, -v) for v in lower)]
-        solution = optimize.linprog(np.ones(2 * len(w)), A_eq=[[*w, *-w]], b_eq=[c], bounds=bounds)
-        return solution.fun
-    u = w if norm == "l2" else np.sign(w)
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        t = (low + high) / 2
-        short = w @ np.clip(t * u, lower, upper) < c
-        low, high = (t, high) if short else (low, t)
-    return np.linalg.norm(np.clip(high * u, lower, upper), ORDER[norm])
-
-
-# Going to the plane
-
-
-@functools.cache
-def planes():
-    """Planes, and boxes around 0; the last ten planes are out of the box."""
-    rng = np.random.default_rng(2)
-    n, _ = shape = 60, 12
-    w = rng.normal(size=shape) * rng.choice([0, 1e-2, 1], p=[0.2, 0.2, 0.6], size=shape)
-    w[0, 1:] = 0
-    w[1:6] = np.sign(w[1:6])  # nothing but ties
-
-    def wall():  # at 0, as for black pixels, near, and never met
-        return rng.uniform(0.05, 1, size=shape) * rng.choice(
-            [0, 1, 1e3], p=[0.3, 0.6, 0.1], size=shape
-        )
-
-    lower, upper = -wall(), wall()
-    most = np.where(w > 0, w * upper, w * lower).sum(axis=1)
-    c = np.linspace(0, 0.9, n) * np.minimum(most, 4)
-    c[-10:] = 1.5 * most[-10:]
-    return tuple(a.astype(np.float32) for a in (w, c, lower, upper))
-
-
-@every_norm
-def test_the_way_to_the_plane_is_feasible_and_optimal(norm):
-    w, c, lower, upper = planes()
-    sign = np.resize([1, -1], len(c)).astype(np.float32)  # the plane may be on either side
-    got = to_plane(w * sign[:, None], c * sign, lower, upper, norm)
-    assert (got >= lower).all()
-    assert (got <= upper).all()
-    w, c, lower, upper, got = (np.asarray(a, np.float64) for a in (w, c, lower, upper, got))
-    reached = (w * got).sum(axis=1)
-    np.testing.assert_allclose(reached[:-10], c[:-10], rtol=2e-6, atol=1e-6)
-    want = [least(*row, norm) for row in zip(w, c, lower, upper, strict=True)]
-    np.testing.assert_array_equal(np.isinf(want), np.arange(len(c)) >= len(c) - 10)
-    np.testing.assert_allclose(length(got, norm)[:-10], want[:-10], rtol=1e-5, atol=1e-6)
-    # The corner that comes nearest; entries that gain nothing stay where they are.
-    corner = np.where(w > 0, upper, np.where(w < 0, lower, 0))
-    np.testing.assert_array_equal(got[-10:], corner[-10:])
-
-
-@every_norm
-@pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_the_way_to_the_plane_does_not_depend_on_the_scale_of_the_net(norm, scale):
-    w, c, lower, upper = planes()
-    want = to_plane(w, c, lower, upper, norm)
-    got = to_plane(w * np.float32(scale), c * np.float32(scale), lower, upper, norm)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-
-
-@every_norm
-def test_the_way_to_the_plane_takes_endless_boxes_and_normals_of_zero(norm):
-    w, c, _, _ = (np.zeros_like(a) for a in planes())
-    w[0, :3], w[2], c[:2] = [2, -1, 0], 1, 3
-    wall = np.full_like(w, np.inf)
-    w[3, :2], c[3], wall[3] = 2e-38, 1e5, 0.5  # further than any number
-    got = to_plane(w, c, -wall, wall, norm)
-    want = np.zeros_like(w)
-    want[3, :2] = 0.5
-    want[0, :2] = {"l1": [1.5, 0], "l2": [1.2, -0.6], "linf": [1, -1]}[norm]
-    np.testing.assert_allclose(got, want, rtol=1e-6)
-
-
 # How small r is
 
 
@@ -186,7 +102,9 @@ def distances(params, x, y, norm, bounds):
     for i, j in np.ndindex(B, K):
         if j != y[i] and z[i, j] > -np.inf:
             away = w[:, j] - w[:, y[i]]
-            found[i, j] = least(away, z[i, y[i]] - z[i, j], low - x[i], high - x[i], norm)
+            found[i, j] = references.to_plane(
+                away, z[i, y[i]] - z[i, j], low - x[i], high - x[i], norm
+            )
     return found.min(axis=1)
 
 
