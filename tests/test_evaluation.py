@@ -279,6 +279,20 @@ def test_an_ensemble_without_square_isnt_called_autoattack(folder):
     assert "| Net | Clean | APGD and FAB-T |" in evaluate.tables(rows)
 
 
+def test_ten_starts_of_pgd_are_ten_attacks_on_what_is_left(folder):
+    (row,) = run(folder, attacks=("pgd-100x10",), eps=(1.6,))
+    stages = list(row["stages"].values())
+    assert len(stages) == 10
+    left = round(row["columns"]["clean"] * row["n"])
+    for stage in stages:
+        assert stage["tried"] == left
+        left -= stage["fooled"]
+    assert 0 < left < stages[0]["tried"]
+    assert row["columns"]["robust"] == left / row["n"]
+    starts = set(evaluate.methods("pgd-100x10", "l2").values())
+    assert len(starts) == 1  # compiled once
+
+
 def test_each_member_of_the_ensemble_can_run_alone():
     for norm in ("l2", "linf"):
         members = attack.standard(norm)
