@@ -41,6 +41,9 @@ def small(monkeypatch):
         name: dataclasses.replace(getattr(mnist.MLP, name), widths=(12, 11), epochs=2)
         for name in recipes.NAMES
     }
+    tiny["lwa_rep"] = dataclasses.replace(tiny["lwa_rep"], warmup=1)
+    for name in ("lwa_noisy", "lwa_multi"):
+        tiny[name] = dataclasses.replace(tiny[name], warmup=1)
     return mnist.Settings(batch_size=20, pgd_steps=3, n_eval=100, **tiny)
 
 
