@@ -186,7 +186,7 @@ def load(settings: Settings) -> Problem:
     """
     for what in ("n", "block", "batch_size"):
         if (count := getattr(settings, what)) < 1:
-            raise ValueError(f"expected {what} of at least 1, got {count}")
+            raise ValueError(f"expected {what} of at least 1, got {count}; choose a larger one")
     apply_fn, params, network = load_net(settings)
     if settings.data == "mnist":
         images, source, usual = data.mnist(), "mnist", _Scale(0, 256)

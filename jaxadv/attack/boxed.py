@@ -124,38 +124,38 @@ def to_plane(
     scale = jnp.where(largest > 0, largest, 1)
     gain, goal = size / scale[:, None], jnp.abs(c) / scale
     heading = jnp.where((c < 0)[:, None], -1, 1) * jnp.sign(w)
-    room = jnp.where(heading > 0, upper, -lower)
+    most = jnp.where(heading > 0, upper, -lower)
     if norm == "l1":
-        way = _greatest_first(gain, goal, room)
+        way = _greatest_first(gain, goal, most)
     else:
-        way = _together(gain, goal, room, gain if norm == "l2" else jnp.ones_like(gain))
+        way = _together(gain, goal, most, gain if norm == "l2" else jnp.ones_like(gain))
     return (heading * way).reshape(shape)
 
 
-def _together(gain: jax.Array, goal: jax.Array, room: jax.Array, pace: jax.Array) -> jax.Array:
-    """Return min(t pace, room), `[B, D]`, with the t at which its sum of gains reaches the goal."""
+def _together(gain: jax.Array, goal: jax.Array, most: jax.Array, pace: jax.Array) -> jax.Array:
+    """Return min(t pace, most), `[B, D]`, with the t at which its sum of gains reaches the goal."""
     endless = jnp.finfo(gain.dtype).max
 
     def newton(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         _, t = carry
-        free = t[:, None] * pace < room
-        rest = goal - jnp.sum(jnp.where(free, 0, gain * room), axis=1)
-        slope = jnp.sum(jnp.where(free, gain * pace, 0), axis=1)
+        moving = t[:, None] * pace < most
+        rest = goal - jnp.sum(jnp.where(moving, 0, gain * most), axis=1)
+        slope = jnp.sum(jnp.where(moving, gain * pace, 0), axis=1)
         # With all entries at the wall, any larger t will do.
         return t, jnp.clip(rest / jnp.where(slope > 0, slope, 1), t, endless)
 
     start = jnp.zeros_like(goal)
     _, t = lax.while_loop(lambda ts: jnp.any(ts[1] > ts[0]), newton, newton((start, start)))
-    return jnp.minimum(t[:, None] * pace, room)
+    return jnp.minimum(t[:, None] * pace, most)
 
 
-def _greatest_first(gain: jax.Array, goal: jax.Array, room: jax.Array) -> jax.Array:
+def _greatest_first(gain: jax.Array, goal: jax.Array, most: jax.Array) -> jax.Array:
     """Return the least total way, `[B, D]`, of which the sum of gains reaches the goal."""
     # An entry that reaches the goal alone needs no more room, were it endless.
-    room = jnp.where(gain > 0, jnp.minimum(room, goal[:, None] / jnp.where(gain > 0, gain, 1)), 0)
+    most = jnp.where(gain > 0, jnp.minimum(most, goal[:, None] / jnp.where(gain > 0, gain, 1)), 0)
 
     def gained(where: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(where, gain * room, 0), axis=1)
+        return jnp.sum(jnp.where(where, gain * most, 0), axis=1)
 
     def halve(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = carry
@@ -170,4 +170,4 @@ def _greatest_first(gain: jax.Array, goal: jax.Array, room: jax.Array) -> jax.Ar
     last = (gain >= low[:, None]) & ~used_up
     left, worth = goal - gained(used_up), gained(last)
     share = jnp.clip(left / jnp.where(worth > 0, worth, 1), 0, 1)
-    return jnp.where(used_up, room, jnp.where(last, share[:, None] * room, 0))
+    return jnp.where(used_up, most, jnp.where(last, share[:, None] * most, 0))
