@@ -52,6 +52,7 @@ def test_both_nets_are_attacked_and_checked(tmp_path, monkeypatch):
     settings = known.Settings(Path("there"), n=12, steps=20, n_check=8, out=tmp_path)
     rows = known.run(settings, Console(file=io.StringIO()))
     assert report.load_rows(tmp_path / "results.json") == rows
+    assert all(row["figures"]["fmn, median size"] < 1 for row in rows)
     assert [(row["net"], row["n"]) for row in rows] == [("clntrained", 12), ("advtrained", 12)]
     for row in rows:
         assert row["network"] == "conv3-conv5-6"

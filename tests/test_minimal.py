@@ -179,6 +179,21 @@ def test_a_boundary_behind_which_the_net_is_hardly_surer_is_found(fn):
 
 
 @every_norm
+def test_walls_that_stop_half_of_the_entries_do_not_keep_fmn_from_the_boundary(norm):
+    def net(params, x):
+        w, v = params
+        return jax.nn.relu(x @ w) @ v
+
+    rng = np.random.default_rng(0)
+    w, v = (rng.normal(size=shape).astype(np.float32) for shape in ((30, 20), (20, 4)))
+    x = rng.uniform(size=(B, 30)) * (rng.uniform(size=(B, 30)) < 0.3)
+    x = x.astype(np.float32)
+    y = np.asarray(net((w, v), x)).argmax(axis=1)
+    r = np.asarray(fmn(net, (w, v), x, y, norm=norm, bounds=(0.0, 1.0)))
+    assert (np.asarray(net((w, v), x + r)).argmax(axis=1) != y).all()
+
+
+@every_norm
 def test_deepfool_crosses_without_an_overshoot(norm):
     params, x, y = problem(4)
     assert_least(deepfool(linear, params, x, y, norm=norm, overshoot=0.0), params, x, y, norm)

@@ -147,8 +147,10 @@ def _run(
         slope = norms.norm(g, norms.dual(norm))
         flat = slope == 0  # no way to the boundary is known: any radius will do
         # A little past where the boundary would be if the net were linear, until it has been
-        # crossed once; on it, rounding might never let r cross.
+        # crossed once; on it, rounding might never let r cross. And past the last radius, since
+        # the walls of the box can keep a step from gaining what the slope promises.
         away = norms.norm(state.r, norm) + jnp.abs(loss) / jnp.where(flat, 1, slope)
+        away = jnp.maximum(away, state.radius)
         crossed = jnp.isfinite(state.least.size)
         outward = jnp.where(crossed, state.radius, away) * (1 + breath)
         inward = jnp.minimum(state.radius * (1 - breath), state.least.size)
@@ -160,7 +162,7 @@ def _run(
     # What is where it should be at x needs no perturbation, however the loop rounds.
     none = search.Least(zero, nowhere)
     there = none._replace(size=jnp.where(clear(*problem.value(zero)), 0, nowhere))
-    state = lax.fori_loop(0, steps, step, _State(zero, nowhere, there, none))
+    state = lax.fori_loop(0, steps, step, _State(zero, jnp.zeros_like(nowhere), there, none))
     state = kept(state, *problem.value(state.r))
     if not targeted:  # the boundary of another class than the likeliest may be nearer
         ahead = _PAST * search.to_boundary(apply_fn, params, x, y, norm, bounds, _CLASSES)
