@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 from rich.console import Console
 
 from experiments import data, models, parallel, report, training
@@ -202,11 +203,7 @@ def load(settings: Settings) -> Problem:
     divide = usual.divide if settings.divide is None else settings.divide
     crop = usual.crop if settings.crop is None else settings.crop
     pixels, labels = images.test_images, images.test_labels
-    # A folder's images come class by class; MNIST's have no order.
-    order = np.arange(len(labels))
-    if settings.data != "mnist":
-        _, order = data.split(len(labels), len(labels), seed=0)
-    chosen = order[: settings.n]
+    chosen = order(settings.data, len(labels))[: settings.n]
     height, width = pixels.shape[1:3]
     side = crop or max(height, width)
     if crop and crop > min(height, width):
@@ -245,6 +242,20 @@ def _short_name(settings: Settings) -> str:
     if ":" not in settings.net:
         return place(Path(settings.net))
     return settings.net + ("" if settings.weights is None else f", {place(settings.weights)}")
+
+
+def order(name: str, n: int) -> NDArray[np.int64]:
+    """Return the order in which the n test images of a set are taken, the first ones when not all.
+
+    Args:
+      name: of the set. A folder's images come class by class: theirs is drawn once and for all.
+        MNIST's have no order, and everybody takes its first ones.
+      n: how many there are.
+
+    Returns:
+      Indices, `[n]`.
+    """
+    return np.arange(n) if name == "mnist" else data.split(n, n, seed=0)[1]
 
 
 def digest(params: Params) -> str:

@@ -214,10 +214,9 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     net = make_net(settings, classes)
     apply_fn = models.function(net)
     init_key, fit_key, attack_key = jax.random.split(jax.random.key(settings.seed), 3)
-    order = data.split(len(images.test_labels), len(images.test_labels), seed=0)[1]
-    order = order[: settings.n_eval]
-    x = images.test_images[order].astype(np.float32) / 255
-    y = images.test_labels[order]
+    chosen = evaluation.order(settings.data, len(images.test_labels))[: settings.n_eval]
+    x = images.test_images[chosen].astype(np.float32) / 255
+    y = images.test_labels[chosen]
     side = min(x.shape[1:3])
     if side < _LEAST_SIDE.get(settings.net, 1):
         raise ValueError(

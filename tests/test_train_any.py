@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from experiments import data, evaluate, models, recipes, report, train, training
+from jaxadv import evaluate as measured
 
 SIDE = 12
 
@@ -94,6 +96,28 @@ def test_what_it_saves_is_what_was_scored(folder, trained):
     )
     clean = problem.apply_fn(problem.params, jnp.asarray(problem.x)).argmax(1) == problem.y
     assert clean.mean() == rows[0]["columns"]["clean"]
+
+
+def test_it_scores_the_images_that_evaluate_takes(folder, tmp_path, monkeypatch):
+    seen = []
+    outcome = measured.robust
+
+    def looking(apply_fn, params, x, *args, **kwargs):
+        seen.append(np.asarray(x))
+        return outcome(apply_fn, params, x, *args, **kwargs)
+
+    monkeypatch.setattr(measured, "robust", looking)
+    few = data.image_folder(folder)
+    monkeypatch.setattr(data, "mnist", lambda: few)
+    for name in (str(folder), "mnist"):
+        run(name, tmp_path / Path(name).name, epochs=1, n_eval=7, attacks=())
+        problem = evaluate.load(
+            evaluate.Settings(
+                net=str(tmp_path / Path(name).name / "params.safetensors"),
+                data=name, subtract=0, divide=255, n=7,
+            )
+        )  # fmt: skip
+        np.testing.assert_array_equal(seen[-1], problem.x)
 
 
 def test_a_net_that_has_learnt_nothing_is_told_of_before_it_is_attacked(folder, tmp_path):
