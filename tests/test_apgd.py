@@ -276,9 +276,9 @@ def test_in_l1_the_start_is_the_nearest_point_to_normal_noise(monkeypatch):
     begun = []
     climb = apgd_module._climb_l1
 
-    def watched(problem, r, *args):
+    def watched(free, problem, r, *args):
         jax.debug.callback(lambda r: begun.append(np.asarray(r)), r, ordered=True)
-        return climb(problem, r, *args)
+        return climb(free, problem, r, *args)
 
     monkeypatch.setattr(apgd_module, "_climb_l1", watched)
     w, x = np.ones((200, 2), np.float32), np.full((B, 200), 0.5, np.float32)
@@ -311,6 +311,29 @@ def test_on_a_linear_net_the_margin_rises_to_the_most_that_the_box_leaves(norm):
     # The published projection, onto the ball and then the box, isn't quite onto both.
     rise = np.asarray(jacobian.margin(linear(params, x + r), y)) - ahead
     np.testing.assert_allclose(rise, want - ahead, rtol=0.02 if norm == "l2" else 1e-5)
+
+
+@pytest.mark.parametrize("walls", [0.5, 0.9])
+def test_in_l1_too_where_most_entries_are_at_a_wall(walls):
+    rng = np.random.default_rng(5)
+    d, eps = 40, 1.0
+    w = rng.normal(size=(d, 2)).astype(np.float32)
+    x = rng.uniform(size=(B, d))
+    x = np.where(rng.uniform(size=x.shape) < walls, np.round(x), x).astype(np.float32)
+    y = (x @ w).argmax(axis=1)
+    r = np.asarray(
+        apgd(
+            lambda w, x: x @ w, w, x, y, eps=eps, norm="l1", steps=100, key=KEYS, bounds=(0.0, 1.0)
+        ),
+        np.float64,
+    )
+    away = (w[:, 1] - w[:, 0]) * np.where(y == 0, 1, -1)[:, None]
+    order = np.argsort(-np.abs(away), axis=1)  # the most worth first, each up to its wall
+    room = np.take_along_axis(np.where(away > 0, 1 - x, x), order, axis=1)
+    used = np.diff(np.minimum(np.cumsum(room, axis=1), eps), axis=1, prepend=0)
+    most = (used * np.take_along_axis(np.abs(away), order, axis=1)).sum(axis=1)
+    # The published steps, which walls stop, end at .99 on average and .7 at worst.
+    assert ((away * r).sum(axis=1) >= 0.995 * most).all()
 
 
 @every_norm

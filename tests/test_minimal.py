@@ -194,6 +194,19 @@ def test_walls_that_stop_half_of_the_entries_do_not_keep_fmn_from_the_boundary(n
 
 
 @every_norm
+@pytest.mark.parametrize("gap", [0.1, 0.3])
+@pytest.mark.parametrize("fn", [fmn, deepfool], ids=["fmn", "deepfool"])
+def test_a_class_that_walls_keep_away_does_not_hide_another(fn, gap, norm):
+    def net(gap, x):  # class 1 is nearest, were the first entry not at its wall; class 2 isn't far
+        return jnp.stack([0 * x[:, 0], -gap - 10 * x[:, 0], x[:, 1] - 0.7], axis=1)
+
+    x = np.array([[0.0, 0.5]], np.float32)
+    r = np.asarray(fn(net, np.float32(gap), x, np.array([0]), norm=norm, bounds=(0.0, 1.0)))
+    assert int(net(gap, x + r).argmax()) == 2
+    np.testing.assert_allclose(length(r, norm), 0.2, rtol=0.01)
+
+
+@every_norm
 def test_deepfool_crosses_without_an_overshoot(norm):
     params, x, y = problem(4)
     assert_least(deepfool(linear, params, x, y, norm=norm, overshoot=0.0), params, x, y, norm)

@@ -176,6 +176,23 @@ def test_in_l1_it_goes_on_where_the_box_stops_an_entry(box, dtype):
 
 
 @every_norm
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
+def test_steps_much_shorter_than_what_bfloat16_can_tell_apart_add_up(bounds, norm):
+    rng = np.random.default_rng(1)
+    w = rng.normal(size=(20, 2)).astype(np.float32)
+    x = jnp.asarray(rng.uniform(0.4, 0.6, (B, 20)), jnp.bfloat16)
+    y = np.asarray(x.astype(jnp.float32) @ w).argmax(axis=1)
+    r = pgd(
+        lambda w, x: x.astype(w.dtype) @ w, w, x, y, eps=0.3, norm=norm, steps=1000, bounds=bounds
+    )
+    away = (w.T[1 - y] - w.T[y]).astype(np.float64)
+    gained = (away * np.asarray(r, np.float64)).sum(axis=1)
+    most = 0.3 * np.linalg.norm(away, DUAL[norm], axis=1)
+    # Rounding the last point takes 2^-8 of an entry, at most.
+    assert (gained >= 0.99 * most).all()
+
+
+@every_norm
 def test_a_targeted_attack_lowers_the_loss_of_its_target_to_the_closed_form(norm):
     params, x, y = linear_problem()
     away = pgd(linear, params, x, y, eps=0.5, norm=norm, steps=4)

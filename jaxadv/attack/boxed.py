@@ -2,7 +2,7 @@ r"""Geometry of one example's ball together with the box that its pixels stay in
 
 `norms` has balls and boxes each for itself; here is what iterated attacks need of both: `ball`
 projects onto their intersection, `to_plane` is the least way to a hyperplane inside the box, and
-`free` leaves of a gradient what a step of l1, which has one entry, can follow.
+`free` leaves of a gradient what a step can follow.
 """
 
 from __future__ import annotations
@@ -41,15 +41,13 @@ def ball(
     return inside
 
 
-def free(
-    x: jax.Array, norm: Norm, bounds: Bounds | None
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def free(x: jax.Array, bounds: Bounds | None) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return the function that takes from an ascent at r the entries that a wall of the box stops.
 
-    In l1 alone: there the steepest step has one entry, and one that is at the wall would be chosen
-    again and again. In the other norms a step goes on with the entries that are free.
+    For steps of l1: the steepest has one entry, and one that is at the wall would be chosen again
+    and again. In the other norms a step goes on with the entries that are free.
     """
-    if norm != "l1" or bounds is None:
+    if bounds is None:
         return lambda ascent, r: ascent
     # As far as rounding lets r come: short of hi - x by an ulp, it would never be at the wall.
     lower, upper = (norms.confine(x, end, bounds) for end in room(x, bounds))

@@ -205,7 +205,11 @@ def _run(
     problem = search.Problem(
         apply_fn, params, x, y, loss_fn, targeted=targeted, samples=samples, keys=draws
     )
-    inside, free = boxed.ball(x, eps, norm, bounds), boxed.free(x, norm, bounds)
+    # From step to step r has the dtype of norms: a bfloat16 r would swallow small steps.
+    wide = x.astype(inputs.wide(x.dtype))
+    inside = boxed.ball(wide, eps, norm, bounds)
+    free = boxed.free(wide, bounds if norm == "l1" else None)
+    rounded = boxed.ball(x, eps, norm, bounds) if x.dtype != wide.dtype else lambda r: r
 
     def run(restart: jax.Array | int) -> search.Best:
         @loops.body
@@ -213,19 +217,19 @@ def _run(
             i: jax.Array, carry: tuple[jax.Array, search.Best]
         ) -> tuple[jax.Array, search.Best]:
             r, best = carry
-            success, loss, g = problem.gradient(r, first + i)
-            best = best.with_point(r, success, loss)
+            at = rounded(r)
+            success, loss, g = problem.gradient(at, first + i)
+            best = best.with_point(at, success, loss)
             direction = norms.steepest(free(g, r), norm)
-            # Each step in the dtype of norms: a bfloat16 r would swallow small ones.
-            moved = r.astype(direction.dtype) + inputs.batched(step_size, x) * direction
-            return inside(moved), best
+            return inside(r + inputs.batched(step_size, x) * direction), best
 
         first = restart * (steps + 1)
-        r = jnp.zeros_like(x)
+        r = jnp.zeros_like(wide)
         if random_start or restarts > 1:
             at_random = inside(norms.sample(search.fold(starts, restart), x, eps, norm))
             r = at_random if random_start else jnp.where(restart > 0, at_random, r)
         r, best = lax.fori_loop(0, steps, step, (r, search.nothing(x)))
-        return best.with_point(r, *problem.value(r, first + steps))
+        at = rounded(r)
+        return best.with_point(at, *problem.value(at, first + steps))
 
     return problem.answer(search.restarted(run, restarts, search.nothing(x)).r)

@@ -261,8 +261,9 @@ def to_boundary(
 ) -> jax.Array:
     """Return the least step onto the nearest linearised boundary between two logits.
 
-    Nearest without the box. In l1, whose step has one entry that a wall may stop altogether, the
-    step is the least inside the box to a thousandth beyond it.
+    Nearest by the entries that no wall of the box stops at x, however near the others'. In l1,
+    whose step has one entry that a wall may stop halfway, the step is the least inside the box to
+    a thousandth beyond it.
 
     Args:
       apply_fn: `(params, x) -> logits`.
@@ -283,10 +284,12 @@ def to_boundary(
     z = jacobian.below_largest(logits)
     z_y = jnp.take_along_axis(z, y[:, None], axis=1)
     at_y = jax.nn.one_hot(y, n_classes)
+    free = jax.vmap(boxed.free(x, bounds), in_axes=(1, None), out_axes=1)
 
     def distances(j: jax.Array) -> jacobian.Nearest:  # to classes [B, J]
         rows = jax.nn.one_hot(j, n_classes) - at_y[:, None]
         d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, J, ...]
+        d = free(d, jnp.zeros_like(x))
         slope = norms.norm(d.reshape(j.size, *x.shape[1:]), norms.dual(norm)).reshape(j.shape)
         reachable = (slope != 0) & ~jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
         behind = jnp.abs(z_y - jnp.take_along_axis(z, j, axis=1)).astype(slope.dtype)
