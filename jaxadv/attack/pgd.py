@@ -59,7 +59,9 @@ def pgd(
         labels (soft targets) the best point is that of greatest loss.
       eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
-      steps: number of steps, at least 1; each a forward and a backward pass.
+      steps: number of steps, at least 1; each a forward and a backward pass. In l1 a step moves one
+        entry, in a box at most to its wall: images in [0, 1] need several steps for each unit of
+        eps.
       step_size: s, a scalar or `[B]`; None for 2.5 eps / steps.
       loss_fn: `(logits, labels) -> [B]`, which is raised (lowered if `targeted`). The default is
         `jacobian.margin`.
