@@ -4,6 +4,7 @@ import dataclasses
 import io
 
 import jax
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
@@ -103,7 +104,9 @@ def test_a_record_without_nets_is_an_error(settings):
 def test_recorded_figures_are_of_the_recorded_weights(folder):
     rows = report.load_rows(board.RESULTS / folder / "results.json")
     found = {
-        method: evaluate.digest(report.load_params(board.RESULTS / method / "params.safetensors"))
+        method: evaluate.digest(
+            report.load_params(board.RESULTS / method / "params.safetensors", jnp.float32)
+        )
         for method in {row["method"] for row in rows}
     }
     assert found
