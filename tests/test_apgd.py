@@ -332,7 +332,7 @@ def test_in_l1_too_where_most_entries_are_at_a_wall(walls):
     room = np.take_along_axis(np.where(away > 0, 1 - x, x), order, axis=1)
     used = np.diff(np.minimum(np.cumsum(room, axis=1), eps), axis=1, prepend=0)
     most = (used * np.take_along_axis(np.abs(away), order, axis=1)).sum(axis=1)
-    # The published steps, which walls stop, end at .99 on average and .7 at worst.
+    # The published steps, which walls stop, fall short of that.
     assert ((away * r).sum(axis=1) >= 0.995 * most).all()
 
 

@@ -44,8 +44,9 @@ def ball(
 def free(x: jax.Array, bounds: Bounds | None) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return the function that takes from an ascent at r the entries that a wall of the box stops.
 
-    For steps of l1: the steepest has one entry, and one that is at the wall would be chosen again
-    and again. In the other norms a step goes on with the entries that are free.
+    A step of l1 has few entries, and those at the wall would be chosen again and again. The other
+    norms' steps go on with the entries that are free, but for how far a boundary is these alone
+    count in every norm.
     """
     if bounds is None:
         return lambda ascent, r: ascent

@@ -211,7 +211,11 @@ def _run(
     wide = x.astype(inputs.wide(x.dtype))
     inside = boxed.ball(wide, eps, norm, bounds)
     free = boxed.free(wide, bounds if norm == "l1" else None)
-    rounded = boxed.ball(x, eps, norm, bounds) if x.dtype != wide.dtype else lambda r: r
+
+    def rounded(r: jax.Array) -> jax.Array:
+        if r.dtype == x.dtype:
+            return r
+        return r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
 
     def run(restart: jax.Array | int) -> search.Best:
         @loops.body
