@@ -121,17 +121,25 @@ def test_of_no_examples_there_is_nothing_to_attack(norm):
 
 
 @given(st.integers(0, 3000), st.integers(1, 600))
-def test_batches_hold_every_index_once_and_are_of_two_sizes(n, batch_size):
+def test_batches_hold_every_index_once_and_cost_least(n, batch_size):
     rows = 7 * np.arange(n)
-    batches = module._batches(rows, batch_size)
+    sizes = [max(1, batch_size // part) for part in (1, 8, 64)]
+    batches = module._batches(rows, sizes)
     np.testing.assert_array_equal(np.concatenate([rows[:0], *(part for part, _ in batches)]), rows)
-    assert {size for _, size in batches} <= {batch_size, max(1, batch_size // 8)}
     assert all(0 < len(part) <= size for part, size in batches)
-    # Copies that fill them up cost less than an eighth of a batch.
-    assert sum(size for _, size in batches) - n <= batch_size // 8
+    assert {size for _, size in batches} <= set(sizes)
+    cost = sum(size + sizes[-1] for _, size in batches)
+    for only in sizes:
+        assert cost <= -(-n // only) * (only + sizes[-1])
 
 
-def test_an_attack_is_compiled_for_two_shapes_at_the_most():
+def test_a_few_that_are_left_cost_a_few():
+    for n, expected in [(14, [7, 7]), (71, [62, 7, 7]), (40, [62]), (450, [500])]:
+        batches = module._batches(np.arange(n), (500, 62, 7))
+        assert [size for _, size in batches] == expected
+
+
+def test_an_attack_is_compiled_for_three_shapes_at_the_most():
     traced = []
 
     def counting(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
