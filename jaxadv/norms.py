@@ -312,7 +312,7 @@ def sample(keys: jax.Array, x: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
     return rescale(v, inputs.radius(eps, x) * share, norm)
 
 
-def confine(x: jax.Array, r: jax.Array, bounds: Bounds) -> jax.Array:
+def confine(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
     r"""Shorten r, entry by entry, until x + r lies in a box.
 
     The entries shrink toward 0 and never change sign, so that no norm of r grows. What holds
@@ -323,7 +323,8 @@ def confine(x: jax.Array, r: jax.Array, bounds: Bounds) -> jax.Array:
     Args:
       x: `[B, ...]`, floating point, inside the box.
       r: of x's shape; of x's dtype or a wider one (it is rounded to x's dtype toward 0).
-      bounds: `(lo, hi)`, numbers or arrays that broadcast to x.
+      bounds: `(lo, hi)`, numbers or arrays that broadcast to x; None for no box: r is rounded to
+        x's dtype alone, to the nearest.
 
     Returns:
       Of x's shape and dtype.
@@ -337,6 +338,8 @@ def confine(x: jax.Array, r: jax.Array, bounds: Bounds) -> jax.Array:
       >>> norms.confine(jnp.array([[0.75, 0.5]]), jnp.array([[1.0, -0.25]]), (0.0, 1.0)).tolist()
       [[0.25, -0.25]]
     """
+    if bounds is None:
+        return r.astype(x.dtype)
     lo, hi = inputs.box(bounds, x)
     start = x.astype(lo.dtype)
     r = r.astype(lo.dtype)

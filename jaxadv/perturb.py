@@ -376,5 +376,5 @@ def _finish(
     """Return r in x's dtype and bounds: 0 in rows that pose no problem, NaN in unsound ones."""
     solvable = inputs.solvable(logits, y) & ~jnp.asarray(unusable)
     r = jnp.where(inputs.batched(solvable, x), r, 0)
-    r = r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
+    r = norms.confine(x, r, bounds)
     return jnp.where(inputs.batched(inputs.finite(x, logits), x), r, jnp.nan)

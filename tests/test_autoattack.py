@@ -124,18 +124,21 @@ def test_of_no_examples_there_is_nothing_to_attack(norm):
 def test_batches_hold_every_index_once_and_cost_least(n, batch_size):
     rows = 7 * np.arange(n)
     sizes = [max(1, batch_size // part) for part in (1, 8, 64)]
-    batches = module._batches(rows, sizes)
+    overhead = batch_size // 80
+    batches = module._batches(rows, sizes, overhead)
     np.testing.assert_array_equal(np.concatenate([rows[:0], *(part for part, _ in batches)]), rows)
     assert all(0 < len(part) <= size for part, size in batches)
     assert {size for _, size in batches} <= set(sizes)
-    cost = sum(size + sizes[-1] for _, size in batches)
+    # Copies that fill them up cost less than an eighth of a batch.
+    assert sum(size for _, size in batches) - n <= batch_size // 8
+    cost = sum(size + overhead for _, size in batches)
     for only in sizes:
-        assert cost <= -(-n // only) * (only + sizes[-1])
+        assert cost <= -(-n // only) * (only + overhead)
 
 
 def test_a_few_that_are_left_cost_a_few():
     for n, expected in [(14, [7, 7]), (71, [62, 7, 7]), (40, [62]), (450, [500])]:
-        batches = module._batches(np.arange(n), (500, 62, 7))
+        batches = module._batches(np.arange(n), (500, 62, 7), 6)
         assert [size for _, size in batches] == expected
 
 

@@ -303,3 +303,10 @@ def test_no_dtype_is_promoted_by_accident(norm, dtype, strict_dtypes):
 def test_an_unknown_norm_is_named(function):
     with pytest.raises(ValueError, match="l3"):
         function(np.ones(SHAPE, np.float32), "l3")
+
+
+def test_without_a_box_confine_rounds_to_the_nearest():
+    x, r = jnp.zeros((1, 2), jnp.bfloat16), jnp.array([[1.00390625 + 2**-9, -(1 + 2**-9)]])
+    confined = norms.confine(x, r, None)
+    assert confined.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(confined, np.float32), [[1.0078125, -1.0]])

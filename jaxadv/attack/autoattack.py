@@ -215,6 +215,7 @@ def cascade(
     on = host.spread(x)
     whole = max(1, min(batch_size, len(y)))
     shapes = [max(1, whole // part) for part in (1, 8, 64)]
+    overhead = whole // 80  # of small nets, which take large batches; of large ones it is little
     some = on.take((x, y, sizes, keys), np.arange(len(y))[: on.multiple(whole)])
     for method in attacks.values():  # what one of them refuses is said before any of them runs
         jax.eval_shape(partial(_attack, apply_fn, method), params, bounds, *some)
@@ -222,7 +223,7 @@ def cascade(
     for number, (name, method) in enumerate(attacks.items()):
         start, tried = time.perf_counter(), robust.copy()
         own = None if keys is None else _own(keys, number)
-        for rows, size in _batches(np.flatnonzero(tried), shapes):
+        for rows, size in _batches(np.flatnonzero(tried), shapes, overhead):
             filled = np.resize(rows, on.multiple(size))  # repeated; what is too much is dropped
             batch = on.take((x, y, sizes, own), filled)
             r, fooled = host.fetch(_attack(apply_fn, method, params, bounds, *batch))
@@ -233,11 +234,13 @@ def cascade(
     return Cascade(worst, clean, robust, stages)
 
 
-def _batches(rows: NDArray[np.intp], sizes: Sequence[int]) -> list[tuple[NDArray[np.intp], int]]:
+def _batches(
+    rows: NDArray[np.intp], sizes: Sequence[int], overhead: int
+) -> list[tuple[NDArray[np.intp], int]]:
     """Cut indices into batches; return them with the size that each is to be filled up to.
 
     What a batch of the first size would leave partly empty goes into smaller ones where that costs
-    less: a batch costs its examples and, for what doesn't depend on these, one of the last size.
+    less: a batch costs its examples and the overhead, in examples.
     """
     size, *smaller = sizes
     cut = len(rows) - len(rows) % size
@@ -245,8 +248,8 @@ def _batches(rows: NDArray[np.intp], sizes: Sequence[int]) -> list[tuple[NDArray
     if cut == len(rows):
         return batches
     one = [(rows[cut:], size)]
-    several = _batches(rows[cut:], smaller) if smaller else one
-    return batches + min(several, one, key=lambda rest: sum(of + sizes[-1] for _, of in rest))
+    several = _batches(rows[cut:], smaller, overhead) if smaller else one
+    return batches + min(several, one, key=lambda rest: sum(of + overhead for _, of in rest))
 
 
 @partial(jax.jit, static_argnums=0)

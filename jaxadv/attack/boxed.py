@@ -36,7 +36,7 @@ def ball(
 
     def inside(r: jax.Array) -> jax.Array:
         r = norms.project(r, eps, norm)
-        return r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
+        return norms.confine(x, r, bounds)
 
     return inside
 

@@ -152,7 +152,7 @@ def _run(
     over = jnp.asarray(1 + overshoot, inputs.wide(x.dtype))
 
     def inside(r: jax.Array) -> jax.Array:
-        return r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
+        return norms.confine(x, r, bounds)
 
     def crossed(r: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return whether r is on the far side by more than rounding, and whether at all."""

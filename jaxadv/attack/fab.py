@@ -169,7 +169,7 @@ def _run(
         return posed if eps is None else posed & (best.size > eps) & (eps > 0)
 
     def inside(r: jax.Array) -> jax.Array:
-        return r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
+        return norms.confine(x, r, bounds)
 
     def to_plane(w: jax.Array, c: jax.Array, r: jax.Array) -> jax.Array:
         """Return the least d with <w, d> = c for which x + r + d is in the box."""

@@ -166,7 +166,7 @@ def _run(
     state = kept(state, *problem.value(state.r))
     if not targeted:  # the boundary of another class than the likeliest may be nearer
         ahead = _PAST * search.to_boundary(apply_fn, params, x, y, norm, bounds, _CLASSES)
-        r = ahead.astype(x.dtype) if bounds is None else norms.confine(x, ahead, bounds)
+        r = norms.confine(x, ahead, bounds)
         state = kept(state._replace(r=r), *problem.value(r))
     clearly, barely = (jnp.isfinite(least.size) for least in (state.least, state.barely))
 

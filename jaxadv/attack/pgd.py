@@ -213,9 +213,7 @@ def _run(
     free = boxed.free(wide, bounds if norm == "l1" else None)
 
     def rounded(r: jax.Array) -> jax.Array:
-        if r.dtype == x.dtype:
-            return r
-        return r.astype(x.dtype) if bounds is None else norms.confine(x, r, bounds)
+        return r if r.dtype == x.dtype else norms.confine(x, r, bounds)
 
     def run(restart: jax.Array | int) -> search.Best:
         @loops.body
