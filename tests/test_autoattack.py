@@ -129,7 +129,7 @@ def test_batches_hold_every_index_once_and_cost_least(n, batch_size):
     np.testing.assert_array_equal(np.concatenate([rows[:0], *(part for part, _ in batches)]), rows)
     assert all(0 < len(part) <= size for part, size in batches)
     assert {size for _, size in batches} <= set(sizes)
-    # Copies that fill them up cost less than an eighth of a batch.
+    # Copies that fill them up are an eighth of a batch at most.
     assert sum(size for _, size in batches) - n <= batch_size // 8
     cost = sum(size + overhead for _, size in batches)
     for only in sizes:

@@ -35,8 +35,7 @@ def ball(
         return _l1_ball(x, eps, bounds)
 
     def inside(r: jax.Array) -> jax.Array:
-        r = norms.project(r, eps, norm)
-        return norms.confine(x, r, bounds)
+        return norms.confine(x, norms.project(r, eps, norm), bounds)
 
     return inside
 
