@@ -6,9 +6,9 @@
     python experiments/board.py --help                        # every setting
 
 Takes the weights in experiments/results/RECORD/METHOD and attacks them in the pixel range, at
-several sizes and norms, by one step (Adv_Loss), by PGD of 100 steps from 10 random starts and by
-AutoAttack, all of them through `evaluate`: blocks of images are saved, and the same command goes on
-where it was interrupted. `check` says what there is to doubt.
+several sizes and norms, by one step (Adv_Loss), by PGD of 100 steps (from x, then from 9 random
+points) and by AutoAttack, all of them through `evaluate`: blocks of images are saved, and the same
+command resumes where it was interrupted. `check` says what there is to doubt.
 
 Writes results.json and results.md to --out; one such folder can hold all three records.
 """

@@ -140,9 +140,10 @@ def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
         return {name: standard[name]}
     if name == "square":
         raise ValueError("expected norm l2 or linf for square, got l1; leave it out")
-    if name == "pgd-100x10":  # each start works on what those before it have left
-        start = partial(attack.pgd, norm=norm, random_start=True)
-        return {f"start {number}": start for number in range(1, 11)}
+    if name == "pgd-100x10":  # each start works on the examples that those before it left
+        at_random = partial(attack.pgd, norm=norm, random_start=True)
+        starts = {f"start {number}": at_random for number in range(2, 11)}
+        return {"start 1": partial(attack.pgd, norm=norm), **starts}  # at x
     known: dict[str, PerturbFn] = {
         "one-step": partial(perturb.loss, norm=norm),
         "alpha": partial(perturb.alpha, norm=norm),

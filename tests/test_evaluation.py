@@ -289,8 +289,10 @@ def test_ten_starts_of_pgd_are_ten_attacks_on_what_is_left(folder):
         left -= stage["fooled"]
     assert 0 < left < stages[0]["tried"]
     assert row["columns"]["robust"] == left / row["n"]
-    starts = set(evaluate.methods("pgd-100x10", "l2").values())
-    assert len(starts) == 1  # compiled once
+    at_x, *at_random = evaluate.methods("pgd-100x10", "l2").values()
+    assert at_x.keywords == {"norm": "l2"}
+    assert len(set(at_random)) == 1  # compiled once
+    assert at_random[0].keywords == {"norm": "l2", "random_start": True}
 
 
 def test_each_member_of_the_ensemble_can_run_alone():

@@ -364,9 +364,12 @@ def test_more_restarts_never_do_worse_and_leave_the_fooled_alone():
     np.testing.assert_array_equal(many[hit], few[hit])
 
 
-def test_the_first_of_several_runs_starts_at_x():
+@pytest.mark.parametrize("random_start", [False, True])
+def test_the_first_of_several_runs_starts_at_x(random_start):
     params, x, y = problem()
-    fn = functools.partial(pgd, net, params, x, y, eps=0.4, steps=1, step_size=0.0, key=KEYS)
+    fn = functools.partial(
+        pgd, net, params, x, y, eps=0.4, steps=1, step_size=0.0, random_start=random_start, key=KEYS
+    )
     # Without steps the best point is the start, and more of them are never worse than x.
     worse = outcome(params, x, y, fn(restarts=2))[1] < outcome(params, x, y, 0 * x)[1] - 1e-5
     assert not worse.any()

@@ -48,8 +48,10 @@ def pgd(
 
     The best point of each example is kept over all iterates, the start included: one that is
     misclassified before one that isn't, then by loss. More steps of the same size never do worse.
-    Restarts begin at random points, and leave an example alone that has been fooled before. In l1
-    the direction has one entry: the largest of those that the box doesn't stop.
+    The first of several starts is x itself: in high dimension a random point of an l2 ball lies
+    near its surface, and PGD from there alone is often the weaker attack. Restarts skip examples
+    that are misclassified already. In l1 the direction has one entry: the largest of those that the
+    box doesn't stop.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
@@ -66,8 +68,9 @@ def pgd(
       loss_fn: `(logits, labels) -> [B]`, which is raised (lowered if `targeted`). The default is
         `jacobian.margin`.
       targeted: y are the classes to reach instead of those to leave.
-      random_start: start at a random point of the ball instead of at x.
-      restarts: how many starts, at least 1; those after the first are at random.
+      random_start: start a single run at a random point of the ball instead of at x.
+      restarts: number of starts, at least 1: x (unless there is only one, at random), then random
+        points of the ball.
       samples: 0 for a deterministic net. For one that draws random numbers, `apply_fn(params, x,
         key)`: how many draws the loss and its gradient are averaged over, new ones at each step
         (expectation over transformation).
@@ -231,7 +234,7 @@ def _run(
         r = jnp.zeros_like(wide)
         if random_start or restarts > 1:
             at_random = inside(norms.sample(search.fold(starts, restart), x, eps, norm))
-            r = at_random if random_start else jnp.where(restart > 0, at_random, r)
+            r = at_random if restarts == 1 else jnp.where(restart > 0, at_random, r)
         r, best = lax.fori_loop(0, steps, step, (r, search.nothing(x)))
         at = rounded(r)
         return best.with_point(at, *problem.value(at, first + steps))
