@@ -23,9 +23,11 @@ __all__ = [
     "box",
     "examples",
     "finite",
+    "hashable",
     "keys",
     "labels",
     "logits_of",
+    "losses_of",
     "paired",
     "radius",
     "right",
@@ -55,8 +57,9 @@ def examples(x: Any) -> jax.Array:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
-            f"expected x of a floating-point dtype, got {x.dtype}; "
-            "cast it first, e.g. x.astype(jnp.float32) / 255"
+            f"expected x of a floating-point dtype, got {x.dtype}; cast pixels first, e.g. "
+            "x.astype(jnp.float32) / 255; tokens have no gradient: pass their embeddings as x, and "
+            "the net from there on as apply_fn"
         )
     if x.ndim < 2 or math.prod(x.shape[1:]) == 0:
         raise ValueError(
@@ -148,9 +151,44 @@ def logits_of(logits: Any, n: int) -> jax.Array:
     return jnp.asarray(logits)
 
 
-def finite(x: jax.Array, logits: jax.Array) -> jax.Array:
-    """Tell which rows are sound, `[B]`: no NaN or infinity in x, no NaN or +inf in the logits."""
-    return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) & jnp.all(logits < jnp.inf, 1)
+def losses_of(losses: jax.Array, n: int) -> jax.Array:
+    """Check that a loss function returned one loss per example, `[n]`.
+
+    Raises:
+      ValueError: if it returned anything else, a mean over the batch say.
+    """
+    if losses.shape != (n,):
+        raise ValueError(
+            f"expected loss_fn to return one loss per example, [{n}], got shape {losses.shape}; "
+            "leave out the mean over the batch"
+        )
+    return losses
+
+
+def hashable(apply_fn: Any) -> None:
+    """Check that a function can be told from others: what iterates is compiled once for each.
+
+    Raises:
+      TypeError: if it has no hash, as a module that holds arrays.
+    """
+    try:
+        hash(apply_fn)
+    except TypeError as error:
+        raise TypeError(
+            f"expected a hashable apply_fn, which is compiled once for each, got "
+            f"{type(apply_fn).__name__}; make its arrays the params and pass a function, e.g. with "
+            "equinox: params, static = eqx.partition(net, eqx.is_inexact_array), then "
+            "apply_fn = lambda params, x: jax.vmap(eqx.combine(params, static))(x)"
+        ) from error
+
+
+def finite(x: jax.Array, logits: jax.Array, eps: jax.Array | None = None) -> jax.Array:
+    """Tell which rows are sound, `[B]`: no NaN or infinity in x, no NaN or +inf in the logits.
+
+    Nor is a row sound whose size `eps`, a traced value, is NaN or infinite.
+    """
+    sound = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) & jnp.all(logits < jnp.inf, 1)
+    return sound if eps is None else sound & jnp.isfinite(eps)
 
 
 def right(logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -208,6 +246,10 @@ def box(bounds: Bounds, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise ValueError(f"expected bounds=(lo, hi), got {bounds!r}; pass a pair, e.g. (0.0, 1.0)")
+    if any(b is None for b in bounds):
+        raise ValueError(
+            f"expected two bounds, got {tuple(bounds)}; pass -jnp.inf or jnp.inf for an open end"
+        )
     try:
         lo, hi = (
             jnp.broadcast_to(jnp.asarray(b).astype(x.dtype), x.shape).astype(wide(x.dtype))

@@ -18,8 +18,10 @@ and sums to 0. It is computed as :math:`V_j e^{-c_j}` with :math:`c_j = \max(\lo
 |v_{jy}|)`, from the log-softmax and without the logarithm of a difference, and then pulled back
 through the net: :math:`d_j e^{-c_j}`, one backward pass for each class but y.
 
-What remains is the rounding of the pull-back itself, the net's own backward pass: where the classes
-that weigh most in a row have the same gradient to the last bit, what is left of the row is lost.
+What remains is the rounding of the pull-back itself, the net's own backward pass. Where y and the
+top wrong class have the same gradient, these two cancel, and entries of other classes below
+rounding would leave noise: they are 0. Where nothing is left then, `perturb` looks again without
+the top wrong class.
 
 `margin` is the same idea for the loss: cross-entropy is :math:`\log(1 + e^m)` with :math:`m =
 \mathrm{logsumexp}_{k \ne y} z_k - z_y`, whose gradient never vanishes by rounding.
@@ -55,7 +57,8 @@ __all__ = [
 
 # Stands for a logit of -inf, or further than this below the largest: far enough that its
 # probability is 0 in any dtype, and finite, so that no derivative meets infinity minus infinity.
-_NEVER = -1e30
+# The sum of three of these is still a float32.
+_NEVER = -1e38
 
 _CACHED = 20_000_000  # bytes that a pass back may compute and be fast on CPU
 
@@ -236,7 +239,7 @@ def class_differences(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Ar
 
 def class_pullback(
     apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array
-) -> tuple[jax.Array, Callable[[jax.Array], Rows]]:
+) -> tuple[jax.Array, Callable[..., Rows]]:
     r"""One forward pass, and the function that makes `Rows` of some classes.
 
     Args:
@@ -247,7 +250,8 @@ def class_pullback(
 
     Returns:
       The logits `[B, K]` in float32 at least, and a function from classes j, integers `[B, J]` in
-      0..K-1 and none of them y, to `Rows` of these; it costs J backward passes.
+      0..K-1 and none of them y, to `Rows` of these; it costs J backward passes. Its second
+      argument, bool `[B, K]`, masks classes that the rows are to do without.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -273,12 +277,14 @@ def class_pullback(
     # A row that poses no problem gets logits that pose an easy one: whoever discards its result
     # then multiplies its derivatives by 0, and they have to be finite for that.
     posed = inputs.solvable(logits, y)[:, None]
+    small = headroom(logits)
 
-    def rows_of(classes: jax.Array) -> Rows:
-        rows, log_scale, log_gap = _softmax_rows(jnp.where(posed, logits, 0), y, classes)
+    def rows_of(classes: jax.Array, masked: jax.Array | None = None) -> Rows:
+        left = logits if masked is None else jnp.where(masked, -jnp.inf, logits)
+        rows, log_scale, log_gap = _softmax_rows(jnp.where(posed, left, 0), y, classes)
         # J cotangents of the whole batch, one forward pass: vmap over axis 1 of [B, J, K].
-        d = jax.vmap(pull, in_axes=1, out_axes=1)(rows)
-        return Rows(logits, classes, d, log_scale, log_gap)
+        d = jax.vmap(pull, in_axes=1, out_axes=1)(small[..., None] * rows)
+        return Rows(logits, classes, d, log_scale - jnp.log(small), log_gap)
 
     return logits, rows_of
 
@@ -378,11 +384,43 @@ def _softmax_rows(
     # Double where: at k = y this exponential overflows, and is not wanted.
     off = gap[..., None] * jnp.exp(jnp.where(is_j | is_y, 0, log_off))
     rows = jnp.where(is_j, jnp.exp(log_vjj - log_scale)[..., None], jnp.where(is_y, 0, off))
+    rows = without_rounding(rows)
     rows = jnp.where(is_y, -jnp.sum(rows, axis=2, keepdims=True), rows)  # [B, J, K]
 
     tie = gap == 0  # double where: the logarithm's derivative at 0 is infinite
     log_gap = jnp.where(tie, -jnp.inf, log_larger + jnp.log(jnp.where(tie, 1, jnp.abs(gap))))
     return rows, log_scale, log_gap
+
+
+def without_rounding(rows: jax.Array) -> jax.Array:
+    """Zero the entries that rounding hides beside a largest entry of 1."""
+    return jnp.where(jnp.abs(rows) < jnp.finfo(rows.dtype).epsneg, 0, rows)
+
+
+def top_wrong(logits: jax.Array, is_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return each row's top wrong class, bool `[B, K]`, and the logits of those after it.
+
+    Args:
+      logits: `[B, K]`.
+      is_y: the true class, bool `[B, K]`.
+
+    Returns:
+      The top wrong class, and logits that are -inf for it and for y.
+    """
+    others = jnp.where(is_y, -jnp.inf, logits)
+    top = jax.nn.one_hot(jnp.argmax(others, axis=1), logits.shape[1], dtype=bool)
+    return top, jnp.where(top, -jnp.inf, others)
+
+
+def headroom(logits: jax.Array) -> jax.Array:
+    """Return a factor for cotangents, `[B, 1]`: 1, or small where logits are near overflow.
+
+    The gradients of such logits are as large, and their sum over classes, which a backward pass
+    takes first, would be infinite. A power of 2, so that it changes no direction.
+    """
+    largest = jnp.max(jnp.where(jnp.isfinite(logits), jnp.abs(logits), 0), axis=1, keepdims=True)
+    near = largest > jnp.finfo(logits.dtype).max / 2**10
+    return jnp.where(near, 2.0**-12, 1).astype(logits.dtype)
 
 
 def below_largest(logits: jax.Array) -> jax.Array:

@@ -8,7 +8,9 @@ the dual norm of g.
 
 Arithmetic is in float32 at least. Each example is divided by its largest magnitude first, so that
 784 entries of 1e-23, or of 1e20, have a norm and a direction. A zero example has norm 0 and
-direction 0, with finite derivatives (of value 0).
+direction 0, with finite derivatives (of value 0). An example with a NaN or infinite entry has no
+direction either: a gradient that is 0 or not finite is unusable, and `steepest` and `rescale`,
+which every method takes its direction from, give exactly 0 for it.
 
 Next: `jacobian` says which vectors are measured, `perturb` turns directions into perturbations.
 """
@@ -28,7 +30,17 @@ from jax import lax
 from jaxadv import inputs
 from jaxadv.types import Bounds, Eps, Norm
 
-__all__ = ["confine", "dual", "norm", "project", "rescale", "sample", "steepest"]
+__all__ = [
+    "confine",
+    "dual",
+    "is_zero",
+    "log_norm",
+    "norm",
+    "project",
+    "rescale",
+    "sample",
+    "steepest",
+]
 
 
 class _Geometry(NamedTuple):
@@ -73,6 +85,12 @@ def _linf_project(v: jax.Array, eps: jax.Array) -> jax.Array:
 def _l1_project(v: jax.Array, eps: jax.Array) -> jax.Array:
     # optax's projection divides by its radius; the ball of radius 0 is one point.
     positive = eps > 0
+    # It lowers all magnitudes by the same amount, outside of the ball by largest - eps at least.
+    # Taken off first, that can't swallow a small eps.
+    magnitude = jnp.abs(v)
+    largest = jnp.max(magnitude, axis=1, keepdims=True)
+    lowered = jnp.maximum(magnitude - largest + eps[:, None], 0)
+    v = jnp.where(largest > eps[:, None], jnp.sign(v) * lowered, v)
     # For points outside, the sphere's nearest is the ball's. In 64-bit mode it widens its result.
     to_sphere = jax.vmap(optax.projections.projection_l1_sphere)
     nearest = to_sphere(v, jnp.where(positive, eps, 1)).astype(v.dtype)
@@ -116,13 +134,20 @@ def _flat(v: jax.Array) -> jax.Array:
 
 def _scaled(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return `v / m` and `m`, the largest magnitude of each row, or 1 where that is no scale."""
-    m = jnp.max(jnp.abs(v), axis=1)
+    u, m, _ = _scaled_if_finite(v)
+    return u, m
+
+
+def _scaled_if_finite(v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the same, and which rows are finite, from one pass over v."""
+    largest = jnp.max(jnp.abs(v), axis=1)  # NaN where an entry is
+    finite = jnp.isfinite(largest)
     # A constant for derivatives: all that is made of v / m and m is homogeneous in v, so that the
     # terms through m cancel.
-    m = lax.stop_gradient(jnp.where((m > 0) & jnp.isfinite(m), m, 1))
+    m = lax.stop_gradient(jnp.where((largest > 0) & finite, largest, 1))
     # The reciprocal that a division may become is 0 for the last numbers before overflow.
     m = jnp.minimum(m, jnp.finfo(m.dtype).max / 8)
-    return v / m[:, None], m
+    return v / m[:, None], m, finite
 
 
 def _flat_rescale(v: jax.Array, eps: jax.Array, norm: Norm) -> jax.Array:
@@ -153,6 +178,55 @@ def norm(v: jax.Array, norm: Norm) -> jax.Array:
     """
     u, m = _scaled(_flat(v))
     return m * _geometry(norm).size(u)
+
+
+def log_norm(v: jax.Array, norm: Norm) -> jax.Array:
+    r"""The logarithm of each example's norm, which is finite even where the norm overflows.
+
+    Args:
+      v: `[B, ...]`, floating point.
+      norm: `"l1"`, `"l2"` or `"linf"`.
+
+    Returns:
+      `[B]`, in float32 at least; -inf with derivative 0 for a zero example.
+
+    Raises:
+      TypeError: if `v` is not floating point.
+      ValueError: if `v` has no batch axis, or the norm is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import norms
+      >>> norms.log_norm(jnp.full((1, 4), 3e38), "l1").round(3).tolist()
+      [89.985]
+    """
+    u, m = _scaled(_flat(v))
+    size = _geometry(norm).size(u)
+    zero = size == 0  # double where: the logarithm's derivative at 0 is infinite
+    return jnp.where(zero, -jnp.inf, jnp.log(m) + jnp.log(jnp.where(zero, 1, size)))
+
+
+def is_zero(v: jax.Array) -> jax.Array:
+    """Tell which examples are exactly zero.
+
+    Args:
+      v: `[B, ...]`, floating point.
+
+    Returns:
+      bool `[B]`.
+
+    Raises:
+      TypeError: if `v` is not floating point.
+      ValueError: if `v` has no batch axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import norms
+      >>> norms.is_zero(jnp.array([[0.0, 0.0], [0.0, 1.0]])).tolist()
+      [True, False]
+    """
+    # The maximum that directions need as well: under jit it is taken once.
+    return jnp.max(jnp.abs(_flat(v)), axis=1) == 0
 
 
 def dual(norm: Norm) -> Norm:
@@ -191,7 +265,7 @@ def steepest(g: jax.Array, norm: Norm) -> jax.Array:
       norm: the norm of the unit ball.
 
     Returns:
-      Of g's shape and dtype; exactly zero where the example of g is zero.
+      Of g's shape and dtype; exactly zero where the example of g is zero or not finite.
 
     Raises:
       TypeError: if `g` is not floating point.
@@ -206,8 +280,9 @@ def steepest(g: jax.Array, norm: Norm) -> jax.Array:
     References:
       Huang et al., 2015, Proposition 3 and Section 6.1.1.
     """
-    u, _ = _scaled(_flat(g))
-    return _geometry(norm).steepest(u).reshape(g.shape).astype(g.dtype)
+    u, _, usable = _scaled_if_finite(_flat(g))
+    direction = jnp.where(usable[:, None], _geometry(norm).steepest(u), 0)
+    return direction.reshape(g.shape).astype(g.dtype)
 
 
 def rescale(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
@@ -219,7 +294,7 @@ def rescale(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
       norm: the norm that the size is measured in.
 
     Returns:
-      Of v's shape and dtype; exactly zero where the example of v is zero.
+      Of v's shape and dtype; exactly zero where the example of v is zero or not finite.
 
     Raises:
       TypeError: if `v` is not floating point.
@@ -235,7 +310,9 @@ def rescale(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
       Huang et al., 2015, Algorithm 2 and Section 6.1.2.
     """
     flat = _flat(v)
-    return _flat_rescale(flat, inputs.radius(eps, flat), norm).reshape(v.shape).astype(v.dtype)
+    rescaled = _flat_rescale(flat, inputs.radius(eps, flat), norm)
+    usable = jnp.isfinite(jnp.max(jnp.abs(flat), axis=1, keepdims=True))
+    return jnp.where(usable, rescaled, 0).reshape(v.shape).astype(v.dtype)
 
 
 def project(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
@@ -313,7 +390,7 @@ def sample(keys: jax.Array, x: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
 
 
 def confine(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
-    r"""Shorten r, entry by entry, until x + r lies in a box.
+    r"""Round r to x's dtype, and shorten it, entry by entry, until x + r lies in a box.
 
     The entries shrink toward 0 and never change sign, so that no norm of r grows. What holds
     afterwards is about x + r as it is computed in x's dtype: where rounding would carry it past
@@ -323,8 +400,7 @@ def confine(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
     Args:
       x: `[B, ...]`, floating point, inside the box.
       r: of x's shape; of x's dtype or a wider one (it is rounded to x's dtype toward 0).
-      bounds: `(lo, hi)`, numbers or arrays that broadcast to x; None for no box: r is rounded to
-        x's dtype alone, to the nearest.
+      bounds: `(lo, hi)`, numbers or arrays that broadcast to x; None for no box.
 
     Returns:
       Of x's shape and dtype.
@@ -339,19 +415,24 @@ def confine(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
       [[0.25, -0.25]]
     """
     if bounds is None:
-        return r.astype(x.dtype)
+        return r if r.dtype == x.dtype else _rounded_toward_zero(r, x.dtype).astype(x.dtype)
     lo, hi = inputs.box(bounds, x)
     start = x.astype(lo.dtype)
     r = r.astype(lo.dtype)
     r = jnp.clip(r, jnp.minimum(lo - start, 0), jnp.maximum(hi - start, 0))
-
-    kind = jnp.finfo(x.dtype)
-    # reduce_precision, since a compiler may drop a cast down and up again.
-    rounded = lax.reduce_precision(r, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
-    rounded = _toward_zero(rounded, jnp.abs(rounded) > jnp.abs(r), x.dtype)
+    rounded = _rounded_toward_zero(r, x.dtype)
     # One unit is enough: lo - x and hi - x were rounded by half of one at the most.
     end = start + rounded
     return _toward_zero(rounded, (end < lo) | (end > hi), x.dtype).astype(x.dtype)
+
+
+def _rounded_toward_zero(r: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return the values of `dtype` next to r, in r's dtype; what overflows is infinite."""
+    kind = jnp.finfo(dtype)
+    # reduce_precision, since a compiler may drop a cast down and up again.
+    rounded = lax.reduce_precision(r, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
+    longer = (jnp.abs(rounded) > jnp.abs(r)) & jnp.isfinite(rounded)
+    return _toward_zero(rounded, longer, dtype)
 
 
 def _toward_zero(r: jax.Array, where: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -435,12 +435,7 @@ def _mean_loss(loss_fn: LossFn, logits: jax.Array, x: jax.Array, y: jax.Array) -
     logits = inputs.logits_of(logits, x.shape[0])
     y = inputs.paired(x, y)
     losses = loss_fn(logits.astype(inputs.wide(logits.dtype)), y)
-    if losses.shape != logits.shape[:1]:
-        raise ValueError(
-            f"expected loss_fn to return one loss per example, [{logits.shape[0]}], got shape "
-            f"{losses.shape}; leave out the mean over the batch"
-        )
-    return jnp.mean(losses)
+    return jnp.mean(inputs.losses_of(losses, x.shape[0]))
 
 
 def _aux(

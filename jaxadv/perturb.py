@@ -14,14 +14,17 @@ All are pure functions, un-jitted, with one signature (`types.PerturbFn`), and r
 x + r. Set a method's own arguments by `functools.partial(perturb.alpha, norm="linf")`.
 
 For every one of them: r is exactly 0, with finite derivatives, where eps is 0, where there is no
-usable gradient, where the label is outside 0..K-1, where its own logit is -inf, and where no other
-class has a finite logit. A row with NaN or infinity in x, or NaN or +inf in its logits, gives NaN
-in that row and changes no other. `evaluate` counts all of these.
+usable gradient (it is 0, or has a NaN or infinite entry), where the label is outside 0..K-1, where
+its own logit is -inf, and where no other class has a finite logit. A row with NaN or infinity in x,
+with NaN or +inf in its logits, or whose traced eps is NaN or infinite, gives NaN in that row and
+changes no other. `evaluate` counts all of these.
 
 Iterated methods with the same signature are in `attack`; `objectives` trains against any of them.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +34,8 @@ from jaxadv import inputs, jacobian, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["alpha", "loss", "loss_sign", "virtual"]
+
+_MANY = 100  # classes, for which Adv_Alpha takes that many backward passes without a word
 
 
 def alpha(
@@ -71,7 +76,8 @@ def alpha(
       eps: None for the least perturbation of the linearised net, else a size, a scalar or `[B]`;
         a negative traced value counts as 0.
       candidates: consider only this many classes, the likeliest besides y; one backward pass each.
-        r may then be larger than the least. None: all K - 1, as in the paper.
+        r may then be larger than the least. None: all K - 1, as in the paper, with a warning where
+        these are over a hundred.
       chunk: for how many classes at once to go back through the net; the memory is that of so many
         times x and of the backward pass, and r is the same. None: all at once; on CPU as many as
         fit in the cache.
@@ -114,32 +120,53 @@ def alpha(
     likeliest = jnp.argmax(others, axis=1)
     wrong = jnp.max(others, axis=1) >= jnp.sum(jnp.where(is_y, z, 0), axis=1)
 
-    def distances(classes: jax.Array) -> jacobian.Nearest:  # of classes [B, J]
-        rows = rows_of(classes)
-        # log of |alpha_y - alpha_j| / ||d_j||_*; double where, for a d_j of 0 has no logarithm.
+    def distances(
+        classes: jax.Array, without: jax.Array | None = None
+    ) -> jacobian.Nearest:  # of classes [B, J]
+        rows = rows_of(classes, without)
+        # log of |alpha_y - alpha_j| / ||d_j||_*
         vectors = rows.d.reshape(classes.size, *x.shape[1:])
-        d_size = norms.norm(vectors, norms.dual(norm)).reshape(classes.shape)
+        log_d = norms.log_norm(vectors, norms.dual(norm)).reshape(classes.shape)
         masked = jnp.isneginf(jnp.take_along_axis(logits, classes, axis=1))
-        reachable = ~masked & (d_size != 0)
-        log_size = rows.log_gap - rows.log_scale - jnp.log(jnp.where(reachable, d_size, 1))
+        reachable = ~masked & jnp.isfinite(log_d)  # or d_j is 0, or not finite
+        log_size = rows.log_gap - rows.log_scale - jnp.where(reachable, log_d, 0)
         order = jnp.where(reachable, log_size, jnp.inf)
         only = jnp.where(classes == likeliest[:, None], -jnp.inf, jnp.inf)
         order = lax.stop_gradient(jnp.where(wrong[:, None], only, order))
         return jacobian.Nearest(order, log_size, rows.d, reachable)
 
     classes = jacobian.other_classes(y, n_classes)
+    if candidates is None and n_classes - 1 > _MANY:
+        warnings.warn(
+            f"perturb.alpha takes {n_classes - 1} backward passes, one for each class but y; "
+            "candidates=10 takes 10, for the likeliest classes, and "
+            f"candidates={n_classes - 1} all of them without this warning",
+            stacklevel=2,
+        )
     if candidates is not None and candidates < n_classes - 1:
         classes = jnp.sort(lax.top_k(jnp.where(is_y, -jnp.inf, z), candidates)[1], axis=1)
     best = jacobian.nearest(distances, x, classes, chunk)  # I
 
+    def past_top_wrong() -> jacobian.Nearest:
+        """Return the class after the top wrong one, where no class could be reached."""
+        top, after = jacobian.top_wrong(logits, is_y)
+        found = distances(jnp.argmax(after, axis=1)[:, None], top)
+        found = jax.tree.map(lambda leaf: leaf[:, 0], found)
+        better = ~best.reachable & found.reachable & jnp.any(after > -jnp.inf, axis=1)
+        return jax.tree.map(
+            lambda new, old: jnp.where(inputs.batched(better, old), new, old), found, best
+        )
+
+    # Where y and the top wrong class have the same gradient, it hides all others.
+    best = lax.cond(jnp.all(best.reachable), lambda: best, past_top_wrong)
     direction = norms.steepest(best.d.astype(inputs.wide(x.dtype)), norm)
     if eps is None:
         length = jnp.where(wrong, 0, jnp.exp(jnp.where(wrong, 0, best.distance)))
     else:
-        length = inputs.radius(eps, x)
+        length = eps = inputs.radius(eps, x)
     length = inputs.batched(length, x).astype(direction.dtype)
     r = jnp.where(direction == 0, 0, length * direction)  # 0 times an infinite size is 0
-    return _finish(r, x, y, logits, bounds, unusable=~best.reachable)
+    return _finish(r, x, y, logits, eps, bounds, unusable=~best.reachable)
 
 
 def loss(
@@ -196,9 +223,9 @@ def loss(
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
     logits, g = _margin_gradient(apply_fn, params, x, y)
-    direction = norms.steepest(g, norm)
-    r = inputs.batched(inputs.radius(eps, x), x) * direction
-    return _finish(r, x, y, logits, bounds)
+    eps = inputs.radius(eps, x)
+    r = inputs.batched(eps, x) * norms.steepest(g, norm)
+    return _finish(r, x, y, logits, eps, bounds)
 
 
 def loss_sign(
@@ -251,8 +278,9 @@ def loss_sign(
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
     logits, g = _margin_gradient(apply_fn, params, x, y)
-    r = norms.rescale(jnp.sign(g), inputs.radius(eps, x), "l2")
-    return _finish(r, x, y, logits, bounds)
+    eps = inputs.radius(eps, x)
+    r = norms.rescale(norms.steepest(g, "linf"), eps, "l2")
+    return _finish(r, x, y, logits, eps, bounds)
 
 
 def virtual(
@@ -328,9 +356,9 @@ def virtual(
     for _ in range(steps):
         pushed = push(norms.steepest(v, "l2").astype(x.dtype)).astype(inputs.wide(logits.dtype))
         (v,) = pull(_scaled_fisher(logits, pushed).astype(logits.dtype))
-    direction = norms.steepest(v.astype(wide), norm)
-    r = inputs.batched(inputs.radius(eps, x), x) * direction
-    return _finish(r, x, y, logits, bounds)
+    eps = inputs.radius(eps, x)
+    r = inputs.batched(eps, x) * norms.steepest(v.astype(wide), norm)
+    return _finish(r, x, y, logits, eps, bounds)
 
 
 def _margin_gradient(
@@ -338,14 +366,27 @@ def _margin_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the logits `[B, K]`, and the gradient `[B, ...]` of logsumexp_{k != y} z_k - z_y.
 
-    The gradient is in float32 at least: a direction rounded before it is scaled has another size.
+    The gradient, up to a positive factor, is in float32 at least: a direction rounded before it is
+    scaled has another size. Where it is 0, and so says nothing of the other classes, it is the
+    gradient without the top wrong class.
     """
     logits, pull = jacobian.pullback(apply_fn, params, x)
     is_y = jax.nn.one_hot(y, logits.shape[1], dtype=bool)
-    # The gradient in z: the softmax of the other classes, and -1 at y.
-    z = jacobian.below_largest(jnp.where(is_y, -jnp.inf, logits))
-    g = pull(jnp.where(is_y, -1, jax.nn.softmax(z, axis=1)))
-    return logits, g.astype(inputs.wide(g.dtype))
+
+    def gradient(others: jax.Array) -> jax.Array:
+        # In z: the softmax of the other classes, and -1 at y.
+        softmax = jacobian.without_rounding(jax.nn.softmax(jacobian.below_largest(others), axis=1))
+        g = pull(jacobian.headroom(logits) * jnp.where(is_y, -1, softmax))
+        return g.astype(inputs.wide(g.dtype))
+
+    g = gradient(jnp.where(is_y, -jnp.inf, logits))
+    _, after = jacobian.top_wrong(logits, is_y)
+    hidden = norms.is_zero(g) & jnp.any(after > -jnp.inf, axis=1)
+
+    def past_top_wrong() -> jax.Array:
+        return jnp.where(inputs.batched(hidden, g), gradient(after), g)
+
+    return logits, lax.cond(jnp.any(hidden), past_top_wrong, lambda: g)
 
 
 def _scaled_fisher(logits: jax.Array, u: jax.Array) -> jax.Array:
@@ -370,6 +411,7 @@ def _finish(
     x: jax.Array,
     y: jax.Array | None,
     logits: jax.Array,
+    eps: jax.Array | None,
     bounds: Bounds | None,
     unusable: jax.Array | bool = False,
 ) -> jax.Array:
@@ -377,4 +419,4 @@ def _finish(
     solvable = inputs.solvable(logits, y) & ~jnp.asarray(unusable)
     r = jnp.where(inputs.batched(solvable, x), r, 0)
     r = norms.confine(x, r, bounds)
-    return jnp.where(inputs.batched(inputs.finite(x, logits), x), r, jnp.nan)
+    return jnp.where(inputs.batched(inputs.finite(x, logits, eps), x), r, jnp.nan)

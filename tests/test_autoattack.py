@@ -96,8 +96,8 @@ def test_what_an_attack_refuses_is_said_before_any_runs():
         jax.debug.callback(lambda: ran.append(1))
         return x * jnp.inf  # leaves nothing to the next
 
-    attacks = {"first": first, "square": attack.standard("l2")["square"]}
-    with pytest.raises(ValueError, match=r"images x of shape \[B, H, W, C\]"):
+    attacks = {"first": first, "square": functools.partial(attack.square, steps=0)}
+    with pytest.raises(ValueError, match="expected steps >= 1, got 0"):
         attack.cascade(net, 1.0, x, y, attacks, eps=1.0, key=KEY)
     with pytest.raises(ValueError, match="expected a key"):
         attack.cascade(net, 1.0, x, y, {**attacks, "square": attack.apgd}, eps=1.0)

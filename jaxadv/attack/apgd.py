@@ -165,7 +165,7 @@ def apgd(
       parameter-free attacks", 2020; "Mind the box: l1-APGD for sparse adversarial attacks on image
       classifiers", 2021.
     """
-    x, y, eps = _checked(x, y, eps, norm, steps, bounds)
+    x, y, eps = _checked(apply_fn, x, y, eps, norm, steps, bounds)
     keys = search.keys(key, x, True, restarts, samples)
     return _run(
         apply_fn, norm, steps, loss_fn, targeted, restarts, samples, params, x, y, eps, keys, bounds
@@ -226,17 +226,25 @@ def apgd_targeted(
     """
     if n_targets < 1:
         raise ValueError(f"expected n_targets >= 1, got {n_targets}; 9 is the published number")
-    x, y, eps = _checked(x, inputs.labels(y, np.shape(x)[0]), eps, norm, steps, bounds)
+    y = inputs.labels(y, np.shape(x)[0])
+    x, y, eps = _checked(apply_fn, x, y, eps, norm, steps, bounds)
     keys = search.keys(key, x, True, 1, 0)
     return _run_targets(apply_fn, norm, steps, n_targets, params, x, y, eps, keys, bounds)
 
 
 def _checked(
-    x: jax.Array, y: jax.Array, eps: Eps, norm: Norm, steps: int, bounds: Bounds | None
+    apply_fn: ApplyFn | StochasticFn,
+    x: jax.Array,
+    y: jax.Array,
+    eps: Eps,
+    norm: Norm,
+    steps: int,
+    bounds: Bounds | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}; 100 is the published number")
     norms.dual(norm)  # known?
+    inputs.hashable(apply_fn)
     x = inputs.examples(x)
     y = inputs.paired(x, y)
     if bounds is not None:
@@ -269,7 +277,7 @@ def _run(
         first = restart * len(_PHASES[norm]) * (steps + 1)
         return _ascend(problem, search.fold(starts, restart), eps, norm, steps, bounds, first)
 
-    return problem.answer(search.restarted(run, restarts, search.nothing(x)).r)
+    return problem.answer(search.restarted(run, restarts, search.nothing(x)).r, eps)
 
 
 @partial(jax.jit, static_argnums=range(4))
@@ -302,7 +310,7 @@ def _run_targets(
         return _ascend(problem_for(targets[:, rank]), starts, eps, norm, steps, bounds, 0)
 
     best = search.restarted(run, n_targets, search.nothing(x))
-    return problem_for(targets[:, 0]).answer(best.r)
+    return problem_for(targets[:, 0]).answer(best.r, eps)
 
 
 # The radius of the ball, in eps, and the share of the steps that are made in it.

@@ -96,6 +96,7 @@ def deepfool(
             "choose what is linearised"
         )
     norms.dual(norm)  # known?
+    inputs.hashable(apply_fn)
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
     if eps is not None:
@@ -195,4 +196,4 @@ def _run(
     found = done | jnp.isfinite(least.size)
     r = search.shrunk(misleads, jnp.where(inputs.batched(done, x), end, least.r), found)
     r = jnp.where(inputs.batched(found, r), r, 0)
-    return problem.answer(search.within(r, eps, norm))
+    return problem.answer(search.within(r, eps, norm), eps)

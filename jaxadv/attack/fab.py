@@ -127,6 +127,7 @@ def fab(
                 f"expected {name} in {low}..{high}, got {value}; leave it out for the published one"
             )
     norms.dual(norm)
+    inputs.hashable(apply_fn)
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
     eps = None if eps is None else inputs.radius(eps, x)
@@ -155,8 +156,8 @@ def _run(
     alpha_max, eta, beta = (jnp.asarray(c, inputs.wide(x.dtype)) for c in constants)
     clean = inputs.apply(apply_fn, params, x)
     n_classes = clean.shape[1]
-    sound = inputs.finite(x, clean)
-    posed = sound & inputs.solvable(clean, y) & (jnp.argmax(clean, axis=1) == y)
+    posed = inputs.finite(x, clean, eps) & inputs.solvable(clean, y)
+    posed &= jnp.argmax(clean, axis=1) == y
     is_y = jax.nn.one_hot(y, n_classes, dtype=bool)
     # Likeliest first; y itself is the last.
     z_targets, targets = lax.top_k(jnp.where(is_y, -jnp.inf, clean), n_classes)
@@ -238,7 +239,6 @@ def _run(
         loops.body(lambda carry: (carry[0] + 1, attempt(*carry))),
         (zero, _Best(jnp.zeros_like(x), nowhere)),
     )
-    r = best.r
-    if eps is not None:
-        r = inside(norms.project(r, eps, norm))
-    return jnp.where(inputs.batched(sound, x), r, jnp.nan)
+    r = search.within(best.r, eps, norm)
+    sound = inputs.finite(x, clean, eps)
+    return jnp.where(inputs.batched(sound, x), inside(r), jnp.nan)

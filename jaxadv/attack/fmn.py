@@ -104,6 +104,7 @@ def fmn(
     if not step_size > 0:
         raise ValueError(f"expected step_size > 0, got {step_size}; 1 suits images in [0, 1]")
     norms.dual(norm)  # known?
+    inputs.hashable(apply_fn)
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
     if eps is not None:
@@ -145,7 +146,8 @@ def _run(
         anneal = (1 + jnp.cos(jnp.pi * i.astype(g.dtype) / steps)) / 2
         breath, length = (end + (start - end) * anneal for start, end in (_BREATH, _STEP))
         slope = norms.norm(g, norms.dual(norm))
-        flat = slope == 0  # no way to the boundary is known: any radius will do
+        # Without a usable gradient no way to the boundary is known: any radius will do.
+        flat = ~((slope > 0) & jnp.isfinite(slope))
         # A little past where the boundary would be if the net were linear, until it has been
         # crossed once; on it, rounding might never let r cross. And past the last radius, since
         # the walls of the box can keep a step from gaining what the slope promises.
@@ -176,4 +178,4 @@ def _run(
 
     r = jnp.where(inputs.batched(clearly, x), state.least.r, state.barely.r)
     r = search.shrunk(misleads, r, clearly | barely)
-    return problem.answer(search.within(r, eps, norm))
+    return problem.answer(search.within(r, eps, norm), eps)

@@ -21,6 +21,9 @@ from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticF
 
 __all__ = ["pgd", "virtual"]
 
+# r; whose gradients are taken without the top wrong class; the best points.
+_Carry = tuple[jax.Array, jax.Array, search.Best]
+
 
 def pgd(
     apply_fn: ApplyFn | StochasticFn,
@@ -102,6 +105,7 @@ def pgd(
     """
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}; one step is perturb.loss")
+    inputs.hashable(apply_fn)
     x = inputs.examples(x)
     y = inputs.paired(x, y)
     eps = inputs.radius(eps, x)
@@ -220,23 +224,24 @@ def _run(
 
     def run(restart: jax.Array | int) -> search.Best:
         @loops.body
-        def step(
-            i: jax.Array, carry: tuple[jax.Array, search.Best]
-        ) -> tuple[jax.Array, search.Best]:
-            r, best = carry
+        def step(i: jax.Array, carry: _Carry) -> _Carry:
+            r, without_top, best = carry
             at = rounded(r)
-            success, loss, g = problem.gradient(at, first + i)
+            success, loss, g = problem.gradient(at, first + i, without_top)
             best = best.with_point(at, success, loss)
             direction = norms.steepest(free(g, r), norm)
-            return inside(r + inputs.batched(step_size, x) * direction), best
+            # After a gradient of 0 the next is without the top wrong class, or with it again.
+            without_top ^= norms.is_zero(g)
+            return inside(r + inputs.batched(step_size, x) * direction), without_top, best
 
         first = restart * (steps + 1)
         r = jnp.zeros_like(wide)
         if random_start or restarts > 1:
             at_random = inside(norms.sample(search.fold(starts, restart), x, eps, norm))
             r = at_random if restarts == 1 else jnp.where(restart > 0, at_random, r)
-        r, best = lax.fori_loop(0, steps, step, (r, search.nothing(x)))
+        with_all = jnp.zeros_like(eps, bool)
+        r, _, best = lax.fori_loop(0, steps, step, (r, with_all, search.nothing(x)))
         at = rounded(r)
         return best.with_point(at, *problem.value(at, first + steps))
 
-    return problem.answer(search.restarted(run, restarts, search.nothing(x)).r)
+    return problem.answer(search.restarted(run, restarts, search.nothing(x)).r, eps)

@@ -120,17 +120,32 @@ class Problem:
 
         return jax.vmap(draw)(jnp.arange(self._samples))
 
+    def _loss(self, draws: jax.Array) -> jax.Array:
+        """Return the loss of each example, `[B]`, from logits `[samples, B, K]`."""
+
+        def of_one(logits: jax.Array) -> jax.Array:
+            return inputs.losses_of(self._loss_fn(logits, self.y), self.x.shape[0])
+
+        loss = (-1 if self._targeted else 1) * jnp.mean(jax.vmap(of_one)(draws), axis=0)
+        return loss.astype(inputs.wide(self.x.dtype))  # in 64-bit mode logits may be wider than x
+
     def _losses(
-        self, r: jax.Array, step: jax.Array | int
+        self, r: jax.Array, step: jax.Array | int, without_top: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         draws = self._draws(self.x + r, step)
         # Rows that pose no problem are decided: finite logits keep their derivatives finite.
         draws = jnp.where(self.posed[None, :, None], draws, 0)
-        sign = -1 if self._targeted else 1
-        loss = sign * jnp.mean(jax.vmap(self._loss_fn, in_axes=(0, None))(draws, self.y), axis=0)
-        loss = loss.astype(inputs.wide(self.x.dtype))  # in 64-bit mode logits may be wider than x
+        loss = climbed = self._loss(draws)
+        if without_top is not None and self._integer and not self._targeted:
+            climbed = self._loss(jax.vmap(self._without_top, (0, None))(draws, without_top))
         # A sum over examples, so that the gradient of each is its own.
-        return jnp.sum(loss), (loss, jnp.mean(draws, axis=0))
+        return jnp.sum(climbed), (loss, jnp.mean(draws, axis=0))
+
+    def _without_top(self, logits: jax.Array, where: jax.Array) -> jax.Array:
+        is_y = jax.nn.one_hot(self.y, logits.shape[1], dtype=bool)
+        top, after = jacobian.top_wrong(logits, is_y)
+        where &= jnp.any(after > -jnp.inf, axis=1)
+        return jnp.where(top & where[:, None], -jnp.inf, logits)
 
     def _succeeds(self, logits: jax.Array) -> jax.Array:
         if not self._integer:
@@ -144,17 +159,26 @@ class Problem:
         return self._succeeds(logits), loss
 
     def gradient(
-        self, r: jax.Array, step: jax.Array | int = 0
+        self, r: jax.Array, step: jax.Array | int = 0, without_top: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return the same, and the loss's gradient in r, in the dtype of norms."""
-        (_, (loss, logits)), g = jax.value_and_grad(self._losses, has_aux=True)(r, step)
+        """Return the same, and the loss's gradient in r, in the dtype of norms.
+
+        Args:
+          r: perturbations, `[B, ...]`.
+          step: the number of the step, for a net that draws random numbers.
+          without_top: bool `[B]`, whose gradients are taken without the top wrong class. Where that
+            class has y's own gradient, it hides those of all others.
+        """
+        (_, (loss, logits)), g = jax.value_and_grad(self._losses, has_aux=True)(
+            r, step, without_top
+        )
         # A bfloat16 gradient's direction would swallow small steps.
         return self._succeeds(logits), loss, g.astype(inputs.wide(g.dtype))
 
-    def answer(self, r: jax.Array) -> jax.Array:
-        """Return r, 0 where no problem is posed and NaN where x or its logits are not finite."""
+    def answer(self, r: jax.Array, eps: jax.Array | None) -> jax.Array:
+        """Return r, 0 where no problem is posed, NaN where x, its logits or eps are not finite."""
         r = jnp.where(inputs.batched(self.posed, r), r, 0)
-        return jnp.where(inputs.batched(inputs.finite(self.x, self.clean), r), r, jnp.nan)
+        return jnp.where(inputs.batched(inputs.finite(self.x, self.clean, eps), r), r, jnp.nan)
 
 
 def restarted(run: Callable[[jax.Array | int], Best], restarts: int, initial: Best) -> Best:
@@ -291,7 +315,8 @@ def to_boundary(
         d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, J, ...]
         d = free(d, jnp.zeros_like(x))
         slope = norms.norm(d.reshape(j.size, *x.shape[1:]), norms.dual(norm)).reshape(j.shape)
-        reachable = (slope != 0) & ~jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
+        usable = (slope > 0) & jnp.isfinite(slope)
+        reachable = usable & ~jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
         behind = jnp.abs(z_y - jnp.take_along_axis(z, j, axis=1)).astype(slope.dtype)
         size = jnp.where(reachable, behind / jnp.where(reachable, slope, 1), jnp.inf)
         return jacobian.Nearest(size, size, d, reachable)
@@ -349,6 +374,4 @@ def within(r: jax.Array, eps: jax.Array | None, norm: Norm) -> jax.Array:
     """Return the nearest point of the ball of radius eps; r itself if there is no eps."""
     if eps is None:
         return r
-    nearest = norms.project(r.astype(inputs.wide(r.dtype)), eps, norm)
-    # Rounded toward 0: to the nearest bfloat16 could be out of the ball.
-    return norms.confine(jnp.zeros_like(r), nearest, (-jnp.inf, jnp.inf))
+    return norms.confine(r, norms.project(r.astype(inputs.wide(r.dtype)), eps, norm), None)

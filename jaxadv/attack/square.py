@@ -7,6 +7,9 @@ on. All of the budget is in use all the time: in linf every entry is painted plu
 in l2 a window gets a bump with all the energy there is, its own, that of a second window, which is
 emptied, and what the box had cut off.
 
+Inputs that aren't images are laid out as one, a vector row by row in a square; a window then is
+some runs of neighbouring entries.
+
 There are ten sizes of windows at the most, and each has its own branch, whose slices are static.
 The net is outside of the branches and compiled once, so that a query costs a forward pass and
 little more.
@@ -160,6 +163,17 @@ _SEARCHES: dict[Norm, _Search] = {
 }
 
 
+def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return an example's height, width and channels as an image; a vector may need padding."""
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    if len(shape) == 2:
+        return shape[0], shape[1], 1
+    size = math.prod(shape)
+    height = math.isqrt(size - 1) + 1
+    return height, -(-size // height), 1
+
+
 def _side(norm: Norm, p_init: float, halvings: int, height: int, width: int) -> int:
     """Return the side of a window that covers the share p_init / 2^halvings of an image."""
     side = round(math.sqrt(p_init / 2**halvings * height * width))
@@ -194,9 +208,9 @@ def square(
     is misclassified from the start has r = 0. More steps with the same key never do worse.
 
     Args:
-      apply_fn: `(params, x) -> logits`, `[B, H, W, C]` to `[B, K]`. Hashable: compiled once each.
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
       params: the first argument of `apply_fn`.
-      x: images, `[B, H, W, C]`, floating point.
+      x: images `[B, H, W, C]` or `[B, H, W]`, or vectors `[B, ...]`, floating point.
       y: integer labels, `[B]`.
       eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
       norm: the ball's norm: `"l2"` or `"linf"`.
@@ -211,9 +225,9 @@ def square(
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
-      ValueError: if x is not `[B, H, W, C]` or other shapes don't match it, if the norm is neither
-        `"l2"` nor `"linf"`, if a Python `eps` is negative, if `steps` < 1, if `p_init` is outside
-        (0, 1], if `bounds` is not a pair, or if the key is missing.
+      ValueError: if shapes don't match, if the norm is neither `"l2"` nor `"linf"`, if a Python
+        `eps` is negative, if `steps` < 1, if `p_init` is outside (0, 1], if `bounds` is not a pair,
+        or if the key is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -240,13 +254,8 @@ def square(
         raise ValueError(f"expected steps >= 1, got {steps}; the paper's 5000 are the default")
     if not 0 < p_init <= 1:
         raise ValueError(f"expected 0 < p_init <= 1, got {p_init}; pass a share of the image")
+    inputs.hashable(apply_fn)
     x = inputs.examples(x)
-    if x.ndim != 4:
-        raise ValueError(
-            f"expected images x of shape [B, H, W, C], got {x.shape}; reshape them, and wrap "
-            "apply_fn so that it undoes it, e.g. lambda params, x: apply_fn(params, "
-            f"x.reshape(-1, {', '.join(map(str, x.shape[1:]))}))"
-        )
     y = inputs.labels(y, x.shape[0])
     eps = inputs.radius(eps, x)
     if bounds is not None:
@@ -270,14 +279,31 @@ def _run(
     bounds: Bounds | None,
 ) -> jax.Array:
     search = _SEARCHES[norm]
-    _, height, width, channels = x.shape
+    shape = x.shape
+    height, width, channels = image = _image_shape(shape[1:])
+    size, padding = math.prod(shape[1:]), math.prod(image) - math.prod(shape[1:])
+
+    def folded(v: jax.Array) -> jax.Array:
+        flat = jnp.pad(v.reshape(shape[0], size), ((0, 0), (0, padding)))
+        return flat.reshape(shape[0], *image)
+
+    def unfolded(v: jax.Array) -> jax.Array:
+        return v.reshape(shape[0], size + padding)[:, :size].reshape(shape)
+
+    def logits_of(v: jax.Array) -> jax.Array:
+        return inputs.apply(apply_fn, params, unfolded(v))
+
+    if bounds is not None or padding:  # whose room in the box is 0
+        lo, hi = inputs.box((-jnp.inf, jnp.inf) if bounds is None else bounds, x)
+        bounds = folded(lo), folded(hi)
+    x = folded(x)
     halvings = [step for step in _HALVINGS if step < steps - 1]  # those that some step comes after
     moves = [
         jax.vmap(partial(search.move, side=_side(norm, p_init, n, height, width)))
         for n in range(len(halvings) + 1)
     ]
-    clean = inputs.apply(apply_fn, params, x)
-    finite = inputs.finite(x, clean)
+    clean = logits_of(x)
+    finite = inputs.finite(x, clean, eps)
 
     def judge(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         hit = (jnp.argmax(logits, axis=1) == y) == targeted
@@ -298,9 +324,8 @@ def _run(
         return jax.random.uniform(key, (channels + 5,), jnp.float32)
 
     def query(walk: _Walk, r: jax.Array) -> _Walk:
-        # No box is one without ends; with either, r is rounded to x's dtype toward 0.
-        r = norms.confine(x, r, (-jnp.inf, jnp.inf) if bounds is None else bounds)
-        loss, fooled = judge(inputs.apply(apply_fn, params, x + r))
+        r = norms.confine(x, r, bounds)
+        loss, fooled = judge(logits_of(x + r))
         better = ~walk.done & (fooled | (loss < walk.loss))
         return _Walk(
             walk.step + 1,
@@ -321,7 +346,7 @@ def _run(
     loss, fooled = judge(clean)
     done = fooled | ~inputs.solvable(clean, y) | ~finite | (eps == 0)  # r stays 0
     walk = _Walk(jnp.int32(0), jnp.zeros_like(x), jnp.full_like(loss, jnp.inf), done)
-    start = jax.vmap(partial(search.start, x.shape[1:]))
+    start = jax.vmap(partial(search.start, image))
     walk = query(walk, start(keys_of(walk.step), eps))
     walk = lax.while_loop(unfinished, step, walk)
-    return jnp.where(inputs.batched(finite, x), walk.r, jnp.nan)
+    return unfolded(jnp.where(inputs.batched(finite, x), walk.r, jnp.nan))
