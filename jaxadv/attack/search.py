@@ -282,12 +282,14 @@ def to_boundary(
     norm: Norm,
     bounds: Bounds | None,
     candidates: int | None = None,
+    *,
+    walls: jax.Array | bool = True,
 ) -> jax.Array:
     """Return the least step onto the nearest linearised boundary between two logits.
 
-    Nearest by the entries that no wall of the box stops at x, however near the others'. In l1,
-    whose step has one entry that a wall may stop halfway, the step is the least inside the box to
-    a thousandth beyond it.
+    Nearest by the entries that no wall of the box stops at x, or by all of them. In l1, whose step
+    has one entry that a wall may stop halfway, the step is the least inside the box to a thousandth
+    beyond the boundary.
 
     Args:
       apply_fn: `(params, x) -> logits`.
@@ -298,6 +300,7 @@ def to_boundary(
       bounds: the box; None for no box.
       candidates: consider only this many classes, the likeliest besides y; all if None. Each costs
         a backward pass.
+      walls: leave out the entries that a wall stops.
 
     Returns:
       The step, of x's shape, in the dtype of norms; 0 where no boundary can be seen.
@@ -313,7 +316,7 @@ def to_boundary(
     def distances(j: jax.Array) -> jacobian.Nearest:  # to classes [B, J]
         rows = jax.nn.one_hot(j, n_classes) - at_y[:, None]
         d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, J, ...]
-        d = free(d, jnp.zeros_like(x))
+        d = jnp.where(walls, free(d, jnp.zeros_like(x)), d)
         slope = norms.norm(d.reshape(j.size, *x.shape[1:]), norms.dual(norm)).reshape(j.shape)
         usable = (slope > 0) & jnp.isfinite(slope)
         reachable = usable & ~jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
