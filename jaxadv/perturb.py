@@ -27,12 +27,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, jacobian, norms
+from jaxadv import inputs, jacobian, meshes, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["alpha", "loss", "loss_sign", "virtual"]
 
 
+@meshes.auto_axes(meshes.as_x)
 def alpha(
     apply_fn: ApplyFn,
     params: Params,
@@ -142,6 +143,7 @@ def alpha(
     return _finish(r, x, y, logits, bounds, unusable=~best.reachable)
 
 
+@meshes.auto_axes(meshes.as_x)
 def loss(
     apply_fn: ApplyFn,
     params: Params,
@@ -201,6 +203,7 @@ def loss(
     return _finish(r, x, y, logits, bounds)
 
 
+@meshes.auto_axes(meshes.as_x)
 def loss_sign(
     apply_fn: ApplyFn,
     params: Params,
@@ -255,6 +258,7 @@ def loss_sign(
     return _finish(r, x, y, logits, bounds)
 
 
+@meshes.auto_axes(meshes.as_x)
 def virtual(
     apply_fn: ApplyFn,
     params: Params,

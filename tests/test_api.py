@@ -278,7 +278,10 @@ def layers_of(module):
     return used - {module.split(".")[1]}
 
 
-CHAIN = ["types", "inputs", "host", "loops", "norms", "jacobian", "perturb", "attack", "evaluate"]
+CHAIN = [
+    "types", "meshes", "inputs", "host", "loops", "norms", "jacobian", "perturb", "attack",
+    "evaluate",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("layer", CHAIN)

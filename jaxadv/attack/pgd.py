@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, norms
+from jaxadv import inputs, jacobian, loops, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
 __all__ = ["pgd", "virtual"]
 
 
+@meshes.auto_axes(meshes.as_x)
 def pgd(
     apply_fn: ApplyFn | StochasticFn,
     params: Params,
@@ -112,6 +113,7 @@ def pgd(
     )  # fmt: skip
 
 
+@meshes.auto_axes(meshes.as_x)
 def virtual(
     apply_fn: ApplyFn,
     params: Params,
