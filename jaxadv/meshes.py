@@ -45,8 +45,8 @@ def auto_axes(results: Callable[..., Any] | None = None) -> Callable[[F], F]:
                 return function(*args, **kwargs)
             traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
             with jax.sharding.use_abstract_mesh(_auto(mesh if traced else context)):
-                auto_args, auto_kwargs = jax.tree.map(_to_auto, (args, kwargs))
-                out = function(*auto_args, **auto_kwargs)
+                named = {name: _to_auto(argument) for name, argument in kwargs.items()}
+                out = function(*map(_to_auto, args), **named)
             if results is None:
                 return out
 
@@ -93,10 +93,22 @@ def _auto(mesh: AbstractMesh) -> AbstractMesh:
     return mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
 
 
-def _to_auto(leaf: Any) -> Any:
+def _to_auto(argument: Any) -> Any:
+    """Return an argument with its arrays on Auto axes; one that has none on Explicit ones itself.
+
+    To rebuild it would sort a dict, which holds attacks in the order they are to run in.
+    """
+    if not any(map(_is_explicit, jax.tree.leaves(argument))):
+        return argument
+    return jax.tree.map(lambda leaf: _on_auto(leaf) if _is_explicit(leaf) else leaf, argument)
+
+
+def _is_explicit(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and bool(_mesh(leaf).explicit_axes)
+
+
+def _on_auto(leaf: jax.Array) -> jax.Array:
     """Return an array that lies where it does, on the same mesh with Auto axes."""
-    if not isinstance(leaf, jax.Array) or not _mesh(leaf).explicit_axes:
-        return leaf
     if isinstance(leaf, jax.core.Tracer):
         return jax.sharding.reshard(leaf, P())
     # The same buffers: outside of a jit, resharding would copy them.
