@@ -5,8 +5,8 @@ only ones that can't run under a caller's trace. What an example gets doesn't de
 that it falls into: it brings its own size and its own key.
 
 Where the examples `x` lie on several devices (`jax.sharding.NamedSharding` of their first axis), so
-does each batch. With several processes, all of them must be given the same data set, and all get
-the results of all examples.
+does each batch; on a mesh of Explicit axes all of it runs with Auto ones (`meshes`). With several
+processes, all of them must be given the same data set, and all get the results of all examples.
 """
 
 from __future__ import annotations
