@@ -108,6 +108,7 @@ def mesh(settings: Devices, *sizes: int) -> Mesh | None:
         )
     if n == 1:
         return None
+    # Versions of JAX differ in which axes they make by default.
     return jax.make_mesh((n,), ("data",), (AxisType.Auto,), devices=jax.devices()[:n])
 
 

@@ -5,8 +5,8 @@ only ones that can't run under a caller's trace. What an example gets doesn't de
 that it falls into: it brings its own size and its own key.
 
 Where the examples `x` lie on several devices (`jax.sharding.NamedSharding` of their first axis), so
-does each batch. With several processes, all of them must be given the same data set, and all get
-the results of all examples.
+does each batch; on a mesh of Explicit axes all of it runs with Auto ones (`meshes`). With several
+processes, all of them must be given the same data set, and all get the results of all examples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadv import inputs
 from jaxadv.types import Bounds, Eps
@@ -65,20 +65,10 @@ def _same(tree: Any) -> Any:
 
 
 def spread(x: Any) -> Spread:
-    """Return how batches of these examples are to lie: as the examples do.
-
-    Raises:
-      ValueError: if they lie on a mesh of Explicit axes, whose types a user's net would have to
-        follow through every operation.
-    """
+    """Return how batches of these examples are to lie: as the examples do."""
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not any(sharding.spec[:1]):
         return Spread(None, 1)
-    if set(sharding.mesh.axis_types) != {AxisType.Auto}:
-        raise ValueError(
-            f"expected examples on a mesh of Auto axes, got {sharding.mesh.axis_types}; make it "
-            "with jax.make_mesh(shape, names, (jax.sharding.AxisType.Auto,) * len(names))"
-        )
     first = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
     return Spread(first, len(x) // first.shard_shape((len(x),))[0] if len(x) else 1)
 

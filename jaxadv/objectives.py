@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxadv import inputs, norms
+from jaxadv import inputs, meshes, norms
 from jaxadv.types import (
     ApplyFn,
     Bounds,
@@ -118,6 +118,7 @@ def natural(
     """
     run = _trained(apply_fn, train_fn)
 
+    @meshes.auto_axes(meshes.as_objective)
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
@@ -171,6 +172,7 @@ def adversarial(
     """
     run = _trained(apply_fn, train_fn)
 
+    @meshes.auto_axes(meshes.as_objective)
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
@@ -234,6 +236,7 @@ def mixed(
         raise ValueError(f"expected a weight in [0, 1], got {weight}; it is the clean loss's share")
     run = _trained(apply_fn, train_fn)
 
+    @meshes.auto_axes(meshes.as_objective)
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
@@ -299,6 +302,7 @@ def virtual(
         raise ValueError(f"expected a weight >= 0, got {weight}; it multiplies the divergence")
     run = _trained(apply_fn, train_fn)
 
+    @meshes.auto_axes(meshes.as_objective)
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
@@ -372,6 +376,7 @@ def representation(
     encode = _trained(encode_fn, encode_train_fn)
     classify = _trained(classify_fn, classify_train_fn)
 
+    @meshes.auto_axes(meshes.as_objective)
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, jacobian, norms
+from jaxadv import inputs, jacobian, meshes, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["alpha", "loss", "loss_sign", "virtual"]
@@ -38,6 +38,7 @@ __all__ = ["alpha", "loss", "loss_sign", "virtual"]
 _MANY = 100  # classes, for which Adv_Alpha takes that many backward passes without a word
 
 
+@meshes.auto_axes(meshes.as_x)
 def alpha(
     apply_fn: ApplyFn,
     params: Params,
@@ -169,6 +170,7 @@ def alpha(
     return _finish(r, x, y, logits, eps, bounds, unusable=~best.reachable)
 
 
+@meshes.auto_axes(meshes.as_x)
 def loss(
     apply_fn: ApplyFn,
     params: Params,
@@ -228,6 +230,7 @@ def loss(
     return _finish(r, x, y, logits, eps, bounds)
 
 
+@meshes.auto_axes(meshes.as_x)
 def loss_sign(
     apply_fn: ApplyFn,
     params: Params,
@@ -283,6 +286,7 @@ def loss_sign(
     return _finish(r, x, y, logits, eps, bounds)
 
 
+@meshes.auto_axes(meshes.as_x)
 def virtual(
     apply_fn: ApplyFn,
     params: Params,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxadv import loops
+from jaxadv import loops, meshes
 from jaxadv.types import Objective, Params
 
 __all__ = ["StepInfo", "TrainState", "init", "make_epoch", "make_step", "update"]
@@ -91,6 +91,7 @@ def _copy(leaf: Any) -> jax.Array:
     return jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)
 
 
+@meshes.auto_axes(lambda objective, tx, state, batch: meshes.as_state(state))
 def update(
     objective: Objective, tx: optax.GradientTransformation, state: TrainState, batch: Any
 ) -> tuple[TrainState, StepInfo]:
@@ -156,6 +157,7 @@ def make_step(
       Huang et al., 2015, Algorithms 2 and 3.
     """
 
+    @meshes.auto_axes(meshes.as_state)
     @loops.body
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
         return update(objective, tx, state, batch)
@@ -195,6 +197,7 @@ def make_epoch(
       Huang et al., 2015, Algorithms 2 and 3.
     """
 
+    @meshes.auto_axes(meshes.as_state)
     def epoch(
         state: TrainState, data: Any, order: jax.Array | None = None
     ) -> tuple[TrainState, StepInfo]:

@@ -1,4 +1,9 @@
-"""Train and evaluate on some devices and print what came of it; a program for `test_parallel`."""
+"""Train and evaluate on some devices and print what came of it; a program for `test_parallel`.
+
+    python -m tests.on_devices DIRECTORY EPOCHS AXES [DEVICES [COORDINATOR PROCESSES PROCESS]]
+
+with AXES the type of the mesh's axes, Auto or Explicit.
+"""
 
 import io
 import json
@@ -10,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, Mesh
 from rich.console import Console
 
 from experiments import parallel, training
@@ -23,7 +29,7 @@ def net(params, x):
     return jax.nn.relu(x.reshape(len(x), -1) @ w) @ v
 
 
-def main(directory, epochs, *settings):
+def main(directory, epochs, axes, *settings):
     names = "devices", "coordinator", "processes", "process"
     values = (int(value) if value.isdigit() else value or None for value in settings)
     settings = parallel.Settings(**dict(zip(names, values, strict=False)))
@@ -33,6 +39,8 @@ def main(directory, epochs, *settings):
     params = [jnp.asarray(rng.normal(size=s) / 3, jnp.float32) for s in ((D, H), (H, K))]
     y = jnp.argmax(net(params, x), axis=1) ^ jnp.asarray(rng.random(N) < 0.1)
     mesh = parallel.mesh(settings, 8, N)
+    if mesh is not None:
+        mesh = Mesh(mesh.devices, mesh.axis_names, (AxisType[axes],))
     with training.bars(Console(file=io.StringIO())) as progress:
         fitted = training.fit(
             objectives.adversarial(net, perturb.alpha, eps=0.3),

@@ -175,7 +175,7 @@ def test_a_name_is_exported_where_it_is_defined(module, name):
 
 def test_every_module_is_public_but_the_checks_of_inputs_and_the_loops_of_the_host():
     found = {info.name for info in pkgutil.iter_modules(jaxadv.__path__)}
-    assert found - set(jaxadv.__all__) == {"host", "inputs"}
+    assert found - set(jaxadv.__all__) == {"host", "inputs", "meshes"}
 
 
 def test_the_version_is_a_version():
@@ -278,7 +278,10 @@ def layers_of(module):
     return used - {module.split(".")[1]}
 
 
-CHAIN = ["types", "inputs", "host", "loops", "norms", "jacobian", "perturb", "attack", "evaluate"]
+CHAIN = [
+    "types", "meshes", "inputs", "host", "loops", "norms", "jacobian", "perturb", "attack",
+    "evaluate",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("layer", CHAIN)

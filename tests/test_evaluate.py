@@ -618,11 +618,3 @@ def test_an_empty_data_set_and_one_with_a_nan_lie_in_any_bounds():
         y = np.zeros(len(x), int)
         r = evaluate.perturbations(linear, w, x, y, perturb.loss, eps=0.1, bounds=(0.0, 1.0))
         assert r.shape == x.shape
-
-
-def test_examples_on_a_mesh_of_explicit_axes_raise_and_say_the_cure():
-    w, x, y = draw(4)
-    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    with pytest.raises(ValueError, match=r"expected .*Auto axes, got .*make_mesh"):
-        evaluate.clean(linear, w, jax.device_put(x, rows), y)

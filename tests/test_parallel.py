@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 9  # of 12 steps
 
 
-def command(directory, *settings, epochs=EPOCHS):
-    return [sys.executable, "-m", "tests.on_devices", str(directory), str(epochs), *settings]
+def command(directory, *settings, epochs=EPOCHS, axes="Auto"):
+    program = [sys.executable, "-m", "tests.on_devices"]
+    return [*program, str(directory), str(epochs), axes, *settings]
 
 
 def environment(devices):
@@ -26,9 +27,9 @@ def environment(devices):
     return {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
 
 
-def on(directory, devices, epochs=EPOCHS):
+def on(directory, devices, epochs=EPOCHS, axes="Auto"):
     done = subprocess.run(
-        command(directory, str(devices), epochs=epochs),
+        command(directory, str(devices), epochs=epochs, axes=axes),
         env=environment(devices), cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -54,10 +55,17 @@ def same(got, one):
     )
 
 
+def on_both_kinds_of_axes(directory, devices):
+    auto = on(directory / "auto", devices, axes="Auto")
+    explicit = on(directory / "explicit", devices, axes="Explicit")
+    assert explicit == auto  # every bit
+    return auto
+
+
 def test_training_and_evaluation_are_those_of_one_device(tmp_path, one):
     assert one["devices"] == 1
     assert 0 < np.mean(one["robust"]["pgd"]) < np.mean(one["robust"]["virtual"]) < 1
-    got = on(tmp_path, 4)
+    got = on_both_kinds_of_axes(tmp_path, 4)
     assert got["devices"] == 4
     same(got, one)
 
@@ -65,14 +73,14 @@ def test_training_and_evaluation_are_those_of_one_device(tmp_path, one):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 8])
 def test_other_numbers_of_devices(tmp_path, devices, one):
-    got = on(tmp_path, devices)
+    got = on_both_kinds_of_axes(tmp_path, devices)
     assert got["devices"] == devices
     same(got, one)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path, one):
-    on(tmp_path, 4, epochs=4)
+    on(tmp_path, 4, epochs=4, axes="Explicit")
     same(on(tmp_path, 2), one)
 
 
@@ -83,11 +91,12 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path, one):
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_two_processes_are_one(tmp_path, one, axes):
     address = f"localhost:{free_port()}"
     processes = [
         subprocess.Popen(
-            command(tmp_path, "", address, "2", str(process)),
+            command(tmp_path, "", address, "2", str(process), axes=axes),
             env=environment(1), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for process in range(2)

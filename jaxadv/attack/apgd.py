@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, norms
+from jaxadv import inputs, jacobian, loops, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
@@ -94,6 +94,7 @@ def _targeted_dlr(target: jax.Array, logits: jax.Array, labels: jax.Array) -> ja
     return _ratio(z[:, 0] - z[:, 1], top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
 
 
+@meshes.auto_axes(meshes.as_x)
 def apgd(
     apply_fn: ApplyFn | StochasticFn,
     params: Params,
@@ -172,6 +173,7 @@ def apgd(
     )
 
 
+@meshes.auto_axes(meshes.as_x)
 def apgd_targeted(
     apply_fn: ApplyFn,
     params: Params,

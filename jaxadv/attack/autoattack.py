@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import host, inputs, norms
+from jaxadv import host, inputs, meshes, norms
 from jaxadv.attack.apgd import apgd, apgd_targeted
 from jaxadv.attack.fab import fab
 from jaxadv.attack.search import fold
@@ -162,6 +162,7 @@ def autoattack(
     ).r  # fmt: skip
 
 
+@meshes.auto_axes()
 def cascade(
     apply_fn: ApplyFn,
     params: Params,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, loops, norms, perturb
+from jaxadv import inputs, loops, meshes, norms, perturb
 from jaxadv.attack import search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -25,6 +25,7 @@ __all__ = ["deepfool"]
 _OVERSHOOT = 2 * search.CROSSING  # at least
 
 
+@meshes.auto_axes(meshes.as_x)
 def deepfool(
     apply_fn: ApplyFn,
     params: Params,

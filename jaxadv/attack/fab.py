@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, norms
+from jaxadv import inputs, jacobian, loops, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -40,6 +40,7 @@ class _Best(NamedTuple):
     size: jax.Array  # [B]; infinite where there is none
 
 
+@meshes.auto_axes(meshes.as_x)
 def fab(
     apply_fn: ApplyFn,
     params: Params,

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, loops, norms
+from jaxadv import inputs, loops, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -38,6 +38,7 @@ class _State(NamedTuple):
     barely: search.Least  # by however little
 
 
+@meshes.auto_axes(meshes.as_x)
 def fmn(
     apply_fn: ApplyFn,
     params: Params,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, norms
+from jaxadv import inputs, jacobian, loops, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
@@ -25,6 +25,7 @@ __all__ = ["pgd", "virtual"]
 _Carry = tuple[jax.Array, jax.Array, search.Best]
 
 
+@meshes.auto_axes(meshes.as_x)
 def pgd(
     apply_fn: ApplyFn | StochasticFn,
     params: Params,
@@ -119,6 +120,7 @@ def pgd(
     )  # fmt: skip
 
 
+@meshes.auto_axes(meshes.as_x)
 def virtual(
     apply_fn: ApplyFn,
     params: Params,

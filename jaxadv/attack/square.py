@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, norms
+from jaxadv import inputs, jacobian, loops, meshes, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["square"]
@@ -180,6 +180,7 @@ def _side(norm: Norm, p_init: float, halvings: int, height: int, width: int) -> 
     return min(_SEARCHES[norm].side(side), height, width)
 
 
+@meshes.auto_axes(meshes.as_x)
 def square(
     apply_fn: ApplyFn,
     params: Params,

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
-from jaxadv import attack, host, inputs, jacobian, norms, perturb
+from jaxadv import attack, host, inputs, jacobian, meshes, norms, perturb
 from jaxadv.evaluate.masks import accuracy, clean, perturbations
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, PerturbFn
 
@@ -59,6 +59,7 @@ class Report(NamedTuple):
     figures: dict[str, float]
 
 
+@meshes.auto_axes()
 def check(
     apply_fn: ApplyFn,
     params: Params,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import attack, host
+from jaxadv import attack, host, meshes
 from jaxadv.evaluate.masks import Outcome, outcome
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
@@ -32,6 +32,7 @@ class Ensemble(NamedTuple):
     stages: dict[str, attack.Stage]
 
 
+@meshes.auto_axes()
 def ensemble(
     apply_fn: ApplyFn,
     params: Params,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import host, inputs, loops, norms
+from jaxadv import host, inputs, loops, meshes, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
 __all__ = [
@@ -76,6 +76,7 @@ class Counts(NamedTuple):
     max_norm: Any
 
 
+@meshes.auto_axes(meshes.of_rows)
 def correct(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
     """Tell which examples of a batch are classified right.
 
@@ -105,6 +106,7 @@ def correct(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array) -> ja
     return inputs.right(inputs.apply(apply_fn, params, x), x, y)
 
 
+@meshes.auto_axes(meshes.of_rows)
 def measure(
     apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array, r: jax.Array, *, norm: Norm
 ) -> Outcome:
@@ -263,6 +265,7 @@ def worst_case(*masks: Any) -> Mask:
     return np.logical_and.reduce([np.asarray(mask) for mask in masks])
 
 
+@meshes.auto_axes()
 def clean(apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, batch_size: int = 500) -> Mask:
     """Tell which examples of a data set are classified right.
 
@@ -292,6 +295,7 @@ def clean(apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, batch_size: int 
     return np.asarray(host.over_batches(batch, (x, y), batch_size))
 
 
+@meshes.auto_axes()
 def perturbations(
     apply_fn: ApplyFn,
     params: Params,
@@ -339,6 +343,7 @@ def perturbations(
     return np.asarray(host.over_batches(batch, (x, y, *host.per_example(x, eps, key)), batch_size))
 
 
+@meshes.auto_axes()
 def robust(
     apply_fn: ApplyFn,
     params: Params,
@@ -394,6 +399,7 @@ def robust(
     return jax.tree.map(np.asarray, leaves)
 
 
+@meshes.auto_axes()
 def outcome(
     apply_fn: ApplyFn,
     params: Params,
@@ -440,6 +446,7 @@ def outcome(
     return jax.tree.map(np.asarray, leaves)
 
 
+@meshes.auto_axes()
 def curve(
     apply_fn: ApplyFn,
     params: Params,

@@ -1,0 +1,296 @@
+"""Arrays on a mesh of Explicit axes give what arrays on none give; results lie as arguments do."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxadv import attack, evaluate, loops, meshes, objectives, perturb, train
+
+B, K = 4, 4
+KEY = jax.random.key(0)
+
+
+def net(params, x):
+    return jnp.tanh(x.reshape(len(x), -1) @ params["w"]) @ params["v"]
+
+
+def noisy(params, x, key):
+    return net(params, x) + 0.01 * jax.random.normal(key, (len(x), K))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Explicit,))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(16, 5)), "v": rng.normal(size=(5, K))}
+    x, y = rng.random((B, 4, 4, 1)), rng.integers(0, K, B)
+    params, x = jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), (params, x))
+    return params, x, jnp.asarray(y, jnp.int32), jax.random.split(jax.random.key(1), B)
+
+
+@pytest.fixture(scope="module")
+def spread(mesh, plain):
+    params, *rows = plain
+    return (
+        jax.device_put(params, NamedSharding(mesh, P())),
+        *jax.device_put(rows, NamedSharding(mesh, P("data"))),
+    )
+
+
+def lies_as(a, b):
+    return a.sharding.mesh == b.sharding.mesh and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+def same(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+METHODS = {
+    "alpha": partial(perturb.alpha, eps=0.3),
+    "alpha, least": perturb.alpha,
+    "loss": partial(perturb.loss, eps=0.3, norm="l1", bounds=(0.0, 1.0)),
+    "loss_sign": partial(perturb.loss_sign, eps=0.3),
+    "perturb.virtual": partial(perturb.virtual, eps=0.3),
+    "pgd": partial(attack.pgd, eps=0.3, steps=3, random_start=True, bounds=(0.0, 1.0)),
+    "attack.virtual": partial(attack.virtual, eps=0.3, steps=3, norm="linf"),
+    "apgd": partial(attack.apgd, eps=0.3, steps=3, loss_fn=attack.dlr),
+    "apgd_targeted": partial(attack.apgd_targeted, eps=0.3, steps=3, n_targets=2, norm="linf"),
+    "deepfool": attack.deepfool,
+    "fab": partial(attack.fab, steps=3, bounds=(0.0, 1.0)),
+    "fmn": partial(attack.fmn, steps=3, norm="l1"),
+    "square": partial(attack.square, eps=0.3, steps=3),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_gives_the_same_r_which_lies_as_x(name, plain, spread):
+    (params, x, y, keys), method = spread, METHODS[name]
+    r = method(net, params, x, y, key=keys)
+    assert lies_as(r, x)
+    same(r, method(net, *plain[:3], key=plain[3]))
+
+
+@pytest.mark.parametrize("name", ["alpha", "pgd"])
+def test_a_method_in_the_jit_of_its_caller(name, plain, spread):
+    @jax.jit
+    def perturbed(params, x, y, keys):
+        return x + METHODS[name](net, params, x, y, key=keys)
+
+    moved = perturbed(*spread)
+    assert lies_as(moved, spread[1])
+    same(moved, perturbed(*plain))
+
+
+@pytest.mark.parametrize("name", ["alpha", "pgd"])
+def test_a_method_in_the_context_of_the_mesh(name, mesh, plain, spread):
+    (params, x, y, keys), method = spread, METHODS[name]
+    with jax.set_mesh(mesh):
+        r = method(net, params, x, y, key=keys)
+        in_jit = jax.jit(partial(method, net))(params, x, y, key=keys)
+    assert lies_as(r, x)
+    assert lies_as(in_jit, x)
+    same([r, in_jit], [method(net, *plain[:3], key=plain[3])] * 2)
+
+
+def test_sizes_and_bounds_of_each_example(plain, spread):
+    def perturbed(params, x, y, keys):
+        return perturb.loss(net, params, x, y, eps=x[:, 0, 0, 0], bounds=(x - 0.1, x + 0.1))
+
+    same(perturbed(*spread), perturbed(*plain))
+
+
+def test_a_net_that_draws_random_numbers(plain, spread):
+    method = partial(attack.pgd, noisy, eps=0.3, steps=2, samples=2)
+    same(method(*spread[:3], key=spread[3]), method(*plain[:3], key=plain[3]))
+
+
+def test_vmap_over_examples(plain, spread):
+    def each(params, x, y, keys):
+        return jax.vmap(lambda x, y: perturb.alpha(net, params, x[None], y[None], eps=0.3))(x, y)
+
+    same(each(*spread), each(*plain))
+
+
+def test_derivatives_of_r(plain, spread):
+    def size(params, x, y):
+        return jnp.sum(perturb.alpha(net, params, x, y) ** 2)
+
+    same(jax.jit(jax.grad(size))(*spread[:3]), jax.grad(size)(*plain[:3]))
+
+
+def test_a_loop_of_the_callers(plain, spread):
+    def iterated(params, x, y, keys):
+        @loops.body
+        def step(_, x):
+            return x + perturb.loss(net, params, x, y, eps=0.1)
+
+        return jax.lax.fori_loop(0, 3, step, x)
+
+    same(jax.jit(iterated)(*spread), iterated(*plain))
+
+
+# Evaluation
+
+
+def test_masks_of_a_batch_lie_as_its_rows(mesh, plain, spread):
+    def both(params, x, y, keys):
+        return (
+            evaluate.correct(net, params, x, y),
+            evaluate.measure(net, params, x, y, 0.1 * x, norm="l2"),
+        )
+
+    got = jax.jit(both)(*spread)
+    assert all(lies_as(leaf, spread[2]) for leaf in jax.tree.leaves(got))
+    same(got, both(*plain))
+
+
+ATTACKS = {"loss": perturb.loss, "apgd": partial(attack.apgd, steps=3)}
+EVALUATIONS = {
+    "clean": lambda params, x, y, keys: evaluate.clean(net, params, x, y),
+    "perturbations": lambda params, x, y, keys: evaluate.perturbations(
+        net, params, x, y, perturb.virtual, eps=0.3, key=keys, bounds=(0.0, 1.0), batch_size=3
+    ),
+    "robust": lambda params, x, y, keys: evaluate.robust(
+        net, params, x, y, perturb.loss, eps=0.3, source=(net, params)
+    ),
+    "outcome": lambda params, x, y, keys: evaluate.outcome(net, params, x, y, 0.1 * x),
+    "curve": lambda params, x, y, keys: evaluate.curve(
+        net, params, x, y, perturb.loss, eps=[0.1, 0.3]
+    ),
+    "cascade": lambda params, x, y, keys: attack.cascade(
+        net, params, x, y, ATTACKS, eps=0.3, key=keys, batch_size=3
+    )[:3],
+    "ensemble": lambda params, x, y, keys: evaluate.ensemble(
+        net, params, x, y, ATTACKS, eps=0.3, key=keys, bounds=(0.0, 1.0)
+    )[:2],
+    "check": lambda params, x, y, keys: (
+        evaluate.check(net, params, x, answers(params, x), eps=0.01, key=keys, steps=2).figures
+    ),
+}
+
+
+def answers(params, x):
+    return jnp.argmax(net(params, x), axis=1)
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_an_evaluation_gives_the_same(name, plain, spread):
+    same(EVALUATIONS[name](*spread), EVALUATIONS[name](*plain))
+
+
+def test_an_evaluation_in_the_context_of_the_mesh(mesh, plain, spread):
+    with jax.set_mesh(mesh):
+        got = EVALUATIONS["perturbations"](*spread)
+    same(got, EVALUATIONS["perturbations"](*plain))
+
+
+def test_an_evaluation_under_a_trace_says_so_as_without_a_mesh(spread):
+    with pytest.raises(TypeError, match=r"got a tracer: evaluate.clean loops over a data set"):
+        jax.jit(partial(evaluate.clean, net))(*spread[:3])
+
+
+# Training
+
+OBJECTIVES = {
+    "natural": objectives.natural(net),
+    "adversarial": objectives.adversarial(net, perturb.alpha, eps=0.3),
+    "mixed": objectives.mixed(net, perturb.loss, eps=0.3),
+    "virtual": objectives.virtual(net, perturb.virtual, eps=0.3),
+    "representation": objectives.representation(
+        lambda params, x: jnp.tanh(x.reshape(len(x), -1) @ params["w"]),
+        lambda params, h: h @ params["v"],
+        perturb.loss,
+        eps=0.3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_of_an_objective_lies_as_the_parameters(name, plain, spread):
+    def gradient(params, x, y, keys):
+        loss = partial(OBJECTIVES[name], key=KEY, step=jnp.int32(0))
+        return jax.value_and_grad(loss, has_aux=True)(params, None, (x, y))
+
+    got = jax.jit(gradient)(*spread)
+    assert all(map(lies_as, jax.tree.leaves(got[1]), jax.tree.leaves(spread[0])))
+    same(got, gradient(*plain))
+
+
+def trained(kind, params, x, y, keys):
+    objective, tx = OBJECTIVES["adversarial"], optax.adam(1e-2)
+    state = train.init(params, tx, key=KEY)
+    if kind == "update":
+        return train.update(objective, tx, state, (x, y))
+    if kind == "step":
+        return train.make_step(objective, tx)(state, (x, y))
+    if kind == "batches":
+        return train.make_epoch(objective, tx)(state, (x[None], y[None]))
+    return train.make_epoch(objective, tx)(state, (x, y), jnp.array([[0, 1], [3, 2]]))
+
+
+@pytest.mark.parametrize("kind", ["update", "step", "batches", "order"])
+def test_training_gives_the_same_and_parameters_lie_as_they_did(kind, plain, spread):
+    (state, info), (expected, expected_info) = (trained(kind, *a) for a in (spread, plain))
+    assert all(map(lies_as, jax.tree.leaves(state.params), jax.tree.leaves(spread[0])))
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(info))
+    same((state.params, info), (expected.params, expected_info))
+
+
+def test_a_step_is_traced_once(mesh, spread):
+    params, x, y, _ = spread
+    traces = []
+
+    def counted(params, x):
+        traces.append(x)
+        return net(params, x)
+
+    tx = optax.adam(1e-2)
+    step = train.make_step(objectives.natural(counted), tx)
+    state = train.init(params, tx, key=KEY)
+    for _ in range(3):
+        state, _ = step(state, (x, y))
+    assert len(traces) == 1
+
+
+# What a net may do
+
+
+def test_a_net_that_names_shardings_brings_its_axes_back(plain, spread):
+    @partial(jax.sharding.explicit_axes, in_sharding=(P(), P("data")))
+    def explicit(params, x):
+        h = jnp.tanh(x.reshape(len(x), -1) @ params["w"])
+        return jnp.dot(h, params["v"], out_sharding=P("data", None))
+
+    params, x, y, _ = spread
+    with jax.set_mesh(x.sharding.mesh):
+        r = perturb.loss(explicit, params, x, y, eps=0.3)
+    same(r, perturb.loss(net, *plain[:3], eps=0.3))
+
+
+def test_no_array_is_copied(spread):
+    _, x, _, _ = spread
+    on_auto = meshes.auto_axes()(lambda x: x)(x)
+    assert set(on_auto.sharding.mesh.axis_types) == {AxisType.Auto}
+    at, on_auto_at = (
+        [shard.data.unsafe_buffer_pointer() for shard in a.addressable_shards] for a in (x, on_auto)
+    )
+    assert at == on_auto_at
+
+
+def test_axes_that_are_manual_or_auto_stay_so(plain):
+    axes = (AxisType.Auto, AxisType.Explicit)
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axes)
+    r = perturb.loss(net, *jax.device_put(plain[:3], NamedSharding(mesh, P())), eps=0.3)
+    assert r.sharding.mesh == mesh
+    same(r, perturb.loss(net, *plain[:3], eps=0.3))
