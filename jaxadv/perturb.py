@@ -142,7 +142,7 @@ def alpha(
             f"perturb.alpha takes {n_classes - 1} backward passes, one for each class but y; "
             "candidates=10 takes 10, for the likeliest classes, and "
             f"candidates={n_classes - 1} all of them without this warning",
-            stacklevel=2,
+            stacklevel=3,  # past the decorator
         )
     if candidates is not None and candidates < n_classes - 1:
         classes = jnp.sort(lax.top_k(jnp.where(is_y, -jnp.inf, z), candidates)[1], axis=1)
