@@ -122,8 +122,8 @@ def _scale(pixels: jax.Array) -> jax.Array:
     return (pixels.astype(jnp.float32) - 117) / 256
 
 
-def load(settings: Settings) -> tuple[Images, Images, str]:
-    """Return the images to train on, as pixels, those to score, cropped and scaled, and a source.
+def load(settings: Settings) -> tuple[Images, Images, str, tuple[str, ...]]:
+    """Return images to train on, as pixels, and to score, cropped and scaled; source; classes.
 
     Raises:
       ValueError: if a folder's images aren't colour images of the crop's size or more in ten
@@ -139,11 +139,10 @@ def load(settings: Settings) -> tuple[Images, Images, str]:
         )
     if channels != 3:
         raise ValueError(f"expected colour images, got grey ones in {folder}; convert them to RGB")
-    classes = int(cifar.train_labels.max()) + 1
-    if classes != 10:
+    if len(cifar.classes) != 10:
         raise ValueError(
-            f"expected the 10 classes of CIFAR-10, got {classes} in {folder}; train and test must "
-            "each have a folder for each class"
+            f"expected the 10 classes of CIFAR-10, got {len(cifar.classes)} in {folder}; train and "
+            "test must each have a folder for each class"
         )
     images, labels = cifar.train_images, cifar.train_labels
     train, score = (images, labels), (cifar.test_images, cifar.test_labels)
@@ -158,7 +157,7 @@ def load(settings: Settings) -> tuple[Images, Images, str]:
     centre = data.scale_cifar10(pixels[:, top : top + CROP, left : left + CROP])
     source = "tensorflow-datasets" if folder is None else data.describe(folder, cifar)
     test = Images(jnp.asarray(centre), jnp.asarray(labels))
-    return Images(*map(jnp.asarray, train)), test, source
+    return Images(*map(jnp.asarray, train)), test, source, cifar.classes
 
 
 def make_task(settings: Settings) -> protocol.Task:
@@ -171,7 +170,7 @@ def make_task(settings: Settings) -> protocol.Task:
     def network(method: Method) -> str:
         return f"vgg, width {settings.width:g}"
 
-    train, test, source = load(settings)
+    train, test, source, classes = load(settings)
     return protocol.Task(
         experiment="cifar10",
         methods={name: getattr(settings, name) for name in settings.methods},
@@ -182,6 +181,7 @@ def make_task(settings: Settings) -> protocol.Task:
         train=train,
         test=test,
         source=source,
+        interface=data.Interface(classes, (CROP, CROP, 3), subtract=117, divide=256, crop=CROP),
         augment=crop_and_mirror,
         box=tuple(_scale(jnp.array([0, 255], jnp.uint8)).tolist()),
         stored=jnp.float16,  # half as large: 4 MB at a quarter of the width

@@ -18,12 +18,16 @@ and the checksums, by which every call verifies the arrays before it trusts them
 Whatever doesn't verify is prepared anew from the originals.
 """
 
+import difflib
 import fcntl
 import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
+import unicodedata
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,39 +39,96 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "CIFAR10",
+    "DIGITS",
     "ORIGINALS",
     "Dataset",
+    "Interface",
     "cache_directory",
     "cifar10",
+    "composed",
     "describe",
     "fingerprint",
     "from_tfds",
     "image_folder",
     "mnist",
+    "named",
     "scale_cifar10",
     "scale_mnist",
     "split",
 ]
 
 ORIGINALS = Path(__file__).resolve().parent / "data"
+DIGITS = tuple("0123456789")
+"""MNIST's classes."""
+CIFAR10 = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+"""CIFAR-10's classes."""
 _CHECKSUMS = "checksums.json"
+_READING = 2
+"""Raised when a folder's files are read as other pixels than before: what is cached is old then."""
 _CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
 class Dataset(NamedTuple):
-    """A data set's two official parts, as read-only arrays.
+    """A data set's two official parts, as read-only arrays, and its classes.
 
     Attributes:
         train_images: [N, H, W, C] uint8.
-        train_labels: [N] int32.
+        train_labels: [N] int32, each in 0..K-1.
         test_images: [M, H, W, C] uint8.
-        test_labels: [M] int32.
+        test_labels: [M] int32, each in 0..K-1.
+        classes: the K names, in the order of the labels.
     """
 
     train_images: NDArray[np.uint8]
     train_labels: NDArray[np.int32]
     test_images: NDArray[np.uint8]
     test_labels: NDArray[np.int32]
+    classes: tuple[str, ...]
+
+
+class Interface(NamedTuple):
+    """What a net's inputs and logits stand for: what its weights need to be used rightly.
+
+    Attributes:
+        classes: the K classes, in the order of the logits.
+        shape: of an input, (H, W, C).
+        subtract: inputs are (pixels - subtract) / divide, with pixels from 0 to 255.
+        divide: see subtract.
+        crop: side of the part of the images' middle that is used; None for whole images.
+    """
+
+    classes: tuple[str, ...]
+    shape: tuple[int, ...]
+    subtract: float
+    divide: float
+    crop: int | None = None
+
+
+def named(name: str) -> Dataset:
+    """The data set that a command line names.
+
+    Args:
+        name: `mnist`, `cifar10`, `tfds:NAME` as for `from_tfds`, or else a folder.
+
+    Raises:
+        FileNotFoundError: if it is none of these.
+        OSError: as the function that reads it.
+        ValueError: likewise.
+    """
+    if name.startswith("tfds:"):
+        return from_tfds(name.removeprefix("tfds:"))
+    known = {"mnist": mnist, "cifar10": cifar10}
+    if name in known:
+        return known[name]()
+    if not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"expected mnist, cifar10, tfds:NAME or a folder of images, got {name!r}, and no such "
+            "folder is there; mend the name, or its path"
+        )
+    return image_folder(name)
 
 
 def mnist(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
@@ -78,13 +139,13 @@ def mnist(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
             `$XDG_CACHE_HOME/jaxadv`, or else `~/.cache/jaxadv`.
 
     Returns:
-        The four arrays, memory-mapped.
+        The arrays, memory-mapped.
 
     Raises:
         FileNotFoundError: an original is missing when there is something to prepare.
         ValueError: an original is truncated or altered then.
     """
-    return _cached("mnist", _prepare_mnist, data_dir)
+    return Dataset(*_cached("mnist", _prepare_mnist, data_dir), DIGITS)
 
 
 def cifar10(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
@@ -94,12 +155,12 @@ def cifar10(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         data_dir: where downloaded and prepared data is kept, as for `mnist`.
 
     Returns:
-        The four arrays, memory-mapped.
+        The arrays, memory-mapped.
 
     Raises:
         OSError: it isn't there yet and can't be downloaded, or what came isn't the original.
     """
-    return _cached("cifar10", _prepare_cifar10, data_dir)
+    return Dataset(*_cached("cifar10", _prepare_cifar10, data_dir), CIFAR10)
 
 
 def image_folder(
@@ -110,24 +171,35 @@ def image_folder(
     Classes are numbered in the order of their names, and images come in the order of theirs. When a
     file is added, removed, renamed or written to, the folder is read anew.
 
+    Photographs are turned upright, as their EXIF orientation says. Transparency is an error, since
+    what would show through it isn't known.
+
     Args:
-        folder: where the folders `train` and `test` are; PNG or JPEG, all of one size.
+        folder: where the folders `train` and `test` are, each with a folder for each of at least
+            two classes; PNG or JPEG of 8 bits for each pixel and colour, all of one size. Names
+            that begin with a dot are passed over.
         data_dir: where prepared data is kept, as for `mnist`.
 
     Returns:
-        The four arrays, memory-mapped; C = 1 where all images are grey, else C = 3.
+        The arrays, memory-mapped; C = 1 where all images are stored as grey (bilevel, with an
+        opaque alpha channel, or a palette of greys), else C = 3. A class's name is the folder's,
+        its characters composed (Unicode NFC): systems differ in how they write them.
 
     Raises:
         FileNotFoundError: the folder, one of its parts, or a class of one of the parts is missing.
-        ValueError: a file isn't an image, can't be decoded, or has another size than the first.
+        ValueError: there is only one class; a file isn't in a class's folder, isn't a PNG or JPEG
+            image of one frame and 8 bits, can't be decoded, has transparent pixels, or has another
+            size than the first.
     """
     folder = Path(folder)
     files = _image_files(folder)
     listing = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _paths(files)]
-    digest = hashlib.sha256(json.dumps([str(folder.resolve()), listing]).encode()).hexdigest()
-    return _cached(
+    content = json.dumps([_READING, str(folder.resolve()), listing])
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    arrays = _cached(
         f"image_folder-{digest[:16]}", lambda where: _prepare_folder(where, files), data_dir
     )
+    return Dataset(*arrays, tuple(files["train"]))
 
 
 def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
@@ -148,21 +220,16 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
     import tensorflow_datasets as tfds
 
     try:
-        info = tfds.builder(name).info
-    except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(
-            f"expected a data set of the tensorflow-datasets catalogue, got {name!r}: {error}"
-        ) from error
-    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
-    found = dict(info.features.items())
-    fits = all(isinstance(found.get(key), kind) for key, kind in kinds.items())
-    if not fits or None in found["image"].shape:
-        raise ValueError(
-            f"expected images of one size with a label each, got {name}: {info.features}; write "
-            "them as a folder of images"
-        )
-    try:
-        return _cached(
+        features = _builder(name).info.features
+        kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+        found = dict(features.items())
+        fits = all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+        if not fits or None in found["image"].shape:
+            raise ValueError(
+                f"expected images of one size with a label each, got {name}: {features}; write "
+                "them as a folder of images"
+            )
+        arrays = _cached(
             f"tfds-{name.replace('/', '-')}",
             lambda where: _through_records(partial(tfds.builder, name), where, None),
             data_dir,
@@ -172,6 +239,58 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
             f"{name} can't be prepared without a package that isn't installed (often TensorFlow); "
             "install it, e.g. pip install tensorflow, or use a folder of images"
         ) from error
+    images = Dataset(*arrays, tuple(map(composed, found["label"].names)))
+    _check_labels(name, images)
+    return images
+
+
+def _builder(name: str) -> Any:
+    """The catalogue's builder of that name; an error that suggests others if it has none."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name)
+    except (ValueError, AssertionError):  # of names and configurations; of versions
+        # Without the cause, whose message is the whole catalogue.
+        raise ValueError(
+            f"expected a data set of the tensorflow-datasets catalogue, got {name!r}; "
+            + _suggestion(name)
+        ) from None
+
+
+def _suggestion(name: str) -> str:
+    """What may have been meant by a name that the catalogue doesn't have."""
+    import tensorflow_datasets as tfds
+
+    known = tfds.list_builders(with_community_datasets=False)
+    base = re.split("[/:]", name)[0]
+    if base in known:
+        known = [base, *(f"{base}/{config}" for config in tfds.builder_cls(base).builder_configs)]
+    close = difflib.get_close_matches(name, known)
+    page = "https://www.tensorflow.org/datasets/catalog has them all"
+    return f"did you mean {' or '.join(close)}? {page}" if close else page
+
+
+def _check_labels(name: str, images: Dataset) -> None:
+    """An error where a part isn't labelled, which the catalogue writes as -1."""
+    n_classes = len(images.classes)
+    if n_classes < 2:
+        raise ValueError(
+            f"expected at least two classes, got {n_classes} in {name}; choose another data set"
+        )
+    for part, labels in (("train", images.train_labels), ("test", images.test_labels)):
+        outside = int(np.sum((labels < 0) | (labels >= n_classes)))
+        if outside:
+            raise ValueError(
+                f"expected labels in 0..{n_classes - 1}, got {outside} others among the "
+                f"{len(labels)} of {name}'s part {part}, which means that they aren't known; "
+                "write the images whose labels are known as a folder of images"
+            )
+
+
+def composed(name: str) -> str:
+    """A name with its characters composed (NFC), so that equal looks are equal strings."""
+    return unicodedata.normalize("NFC", name)
 
 
 def describe(folder: str | os.PathLike[str], images: Dataset) -> str:
@@ -181,14 +300,14 @@ def describe(folder: str | os.PathLike[str], images: Dataset) -> str:
         folder: as given to `image_folder`.
         images: what that returned.
     """
-    jpeg = any(path.suffix.lower() != ".png" for path in _paths(_image_files(Path(folder))))
+    jpeg = any(_head(path)[:2] == b"\xff\xd8" for path in _paths(_image_files(Path(folder))))
     return f"a folder of {'JPEG (lossy)' if jpeg else 'PNG'} files, {fingerprint(images)}"
 
 
 def fingerprint(images: Dataset) -> str:
     """Returns a checksum of a data set's pixels and labels, for a record."""
     checksum = 0
-    for array in images:
+    for array in images[:4]:
         checksum = zlib.crc32(array.tobytes(), checksum)
     return f"crc32 {checksum:08x}"
 
@@ -268,10 +387,12 @@ def split(n: int, holdout: int, seed: int) -> tuple[NDArray[np.int64], NDArray[n
 
 # The array cache.
 
+_Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]  # those of a `Dataset`
+
 
 def _cached(
-    name: str, prepare: Callable[[Path], Dataset], data_dir: str | os.PathLike[str] | None
-) -> Dataset:
+    name: str, prepare: Callable[[Path], _Arrays], data_dir: str | os.PathLike[str] | None
+) -> _Arrays:
     """The arrays of that name, prepared if they aren't there or don't verify."""
     directory = (cache_directory() if data_dir is None else Path(data_dir)) / name
     unusable = (OSError, ValueError)
@@ -299,16 +420,19 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _open(directory: Path) -> Dataset:
+def _open(directory: Path) -> _Arrays:
     """The stored arrays; OSError or ValueError where they are missing or not what was stored."""
     expected = json.loads((directory / _CHECKSUMS).read_text())
     got = _checksums(directory)
     if got != expected:
         raise ValueError(f"expected checksums {expected} in {directory}, got {got}; delete it")
-    return Dataset(*(np.load(file, mmap_mode="r") for file in _files(directory)))
+    train_images, train_labels, test_images, test_labels = (
+        np.load(file, mmap_mode="r") for file in _files(directory)
+    )
+    return train_images, train_labels, test_images, test_labels
 
 
-def _store(directory: Path, arrays: Iterable[NDArray[Any]]) -> None:
+def _store(directory: Path, arrays: _Arrays) -> None:
     """Writes the arrays and, last, their checksums, without which `_open` takes none of them."""
     for path, array in zip(_files(directory), arrays, strict=True):
         with _replacing(path) as file:
@@ -318,7 +442,7 @@ def _store(directory: Path, arrays: Iterable[NDArray[Any]]) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    return [directory / f"{name}.npy" for name in Dataset._fields]
+    return [directory / f"{name}.npy" for name in Dataset._fields[:4]]
 
 
 def _checksums(directory: Path) -> dict[str, int]:
@@ -340,7 +464,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 # The preparation.
 
 
-def _prepare_mnist(directory: Path) -> Dataset:
+def _prepare_mnist(directory: Path) -> _Arrays:
     """Originals to records to arrays; tensorflow-datasets is imported here, where it's needed."""
     import tensorflow_datasets as tfds
     from PIL import Image
@@ -392,7 +516,7 @@ def _prepare_mnist(directory: Path) -> Dataset:
     return _through_records(Mnist, directory, config)
 
 
-def _prepare_cifar10(directory: Path) -> Dataset:
+def _prepare_cifar10(directory: Path) -> _Arrays:
     """Downloads the original archive; its checksum is the one that tensorflow-datasets has."""
     import tensorflow_datasets as tfds
     from PIL import Image
@@ -442,14 +566,13 @@ def _prepare_cifar10(directory: Path) -> Dataset:
         ) from error
 
 
-def _prepare_folder(directory: Path, files: Mapping[str, Mapping[str, list[Path]]]) -> Dataset:
+def _prepare_folder(directory: Path, files: Mapping[str, Mapping[str, list[Path]]]) -> _Arrays:
     """Images to records to arrays."""
     import tensorflow_datasets as tfds
 
     first = next(_paths(files))
-    grey = all(_decoded(path, None).mode == "L" for path in _paths(files))
-    mode = "L" if grey else "RGB"
-    width, height = size = _decoded(first, mode).size
+    grey = all(_decoded(path).mode == "L" for path in _paths(files))
+    width, height = size = _decoded(first).size
 
     with tfds.core.registered.skip_registration():
 
@@ -465,7 +588,7 @@ def _prepare_folder(directory: Path, files: Mapping[str, Mapping[str, list[Path]
                     features=tfds.features.FeaturesDict(
                         {
                             "image": tfds.features.Image(shape=(height, width, 1 if grey else 3)),
-                            "label": tfds.features.ClassLabel(names=list(files["train"])),
+                            "label": tfds.features.ClassLabel(num_classes=len(files["train"])),
                         }
                     ),
                     supervised_keys=("image", "label"),
@@ -478,38 +601,45 @@ def _prepare_folder(directory: Path, files: Mapping[str, Mapping[str, list[Path]
             def _generate_examples(
                 self, classes: Mapping[str, list[Path]]
             ) -> Iterator[tuple[int, Any]]:
-                examples = ((path, name) for name, paths in classes.items() for path in paths)
-                for i, (path, name) in enumerate(examples):
-                    image = _decoded(path, mode)
+                examples = (
+                    (path, label) for label, paths in enumerate(classes.values()) for path in paths
+                )
+                for i, (path, label) in enumerate(examples):
+                    image = _decoded(path)
                     if image.size != size:
                         raise ValueError(
                             f"expected images of one size, {width}x{height} as {first} has, got "
                             f"{image.width}x{image.height} in {path}; resize or remove it"
                         )
-                    yield i, {"image": image, "label": name}
+                    yield i, {"image": image if grey else image.convert("RGB"), "label": label}
 
     return _through_records(ImageFolder, directory, tfds.download.DownloadConfig())
 
 
 def _image_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """The images of each class of `train` and `test`; an error where some are missing."""
+    layout = "the layout is DIR/train/CLASS/*.png and DIR/test/CLASS/*.png"
     files: dict[str, dict[str, list[Path]]] = {}
     for part in ("train", "test"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(
                 f"expected a folder {folder / part} with a folder of images for each class, got "
-                "none; the layout is DIR/train/CLASS/*.png and DIR/test/CLASS/*.png"
+                f"none; {layout}"
             )
-        files[part] = {}
-        for place in sorted(folder.joinpath(part).iterdir()):
-            if place.is_dir() and not place.name.startswith("."):
-                shown = sorted(path for path in place.iterdir() if not path.name.startswith("."))
-                for path in shown:
-                    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-                        raise ValueError(
-                            f"expected PNG or JPEG images, got {path}; convert or remove it"
-                        )
-                files[part][place.name] = shown
+        places: dict[str, Path] = {}
+        for place in _shown(folder / part):
+            if not place.is_dir():
+                raise ValueError(
+                    f"expected only folders in {folder / part}, one for each class, got {place}; "
+                    "move it into the folder of its class, or remove it"
+                )
+            other = places.setdefault(composed(place.name), place)
+            if other != place:
+                raise ValueError(
+                    f"expected one folder for each class, got two in {folder / part} whose names "
+                    f"look alike, {other.name!a} and {place.name!a}; merge them"
+                )
+        files[part] = {name: _images_in(places[name]) for name in sorted(places)}
     for part in files:
         for name in sorted(files["train"].keys() | files["test"].keys()):
             if not files[part].get(name):
@@ -517,39 +647,84 @@ def _image_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
                     f"expected images of class {name!r} in {folder / part / name}, got none; each "
                     "class needs images in both train and test"
                 )
-    if not files["train"]:
-        raise FileNotFoundError(
-            f"expected a folder for each class in {folder / 'train'}, got none; the layout is "
-            "DIR/train/CLASS/*.png and DIR/test/CLASS/*.png"
+    if len(files["train"]) < 2:
+        raise ValueError(
+            f"expected folders of at least two classes in {folder / 'train'}, got "
+            f"{len(files['train'])}; {layout}"
         )
     return files
+
+
+def _shown(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if not path.name.startswith("."))
+
+
+def _images_in(place: Path) -> list[Path]:
+    """A class's images, in the order of their names."""
+    paths = _shown(place)
+    for path in paths:
+        if not path.exists():
+            raise ValueError(
+                f"expected an image in {path}, got a link to {os.readlink(path)}, which isn't "
+                "there; mend or remove it"
+            )
+        if path.suffix.lower() not in (".png", ".jpg", ".jpeg") or not path.is_file():
+            raise ValueError(
+                f"expected PNG or JPEG images in {place}, got {path}; convert or remove it"
+            )
+    return paths
 
 
 def _paths(files: Mapping[str, Mapping[str, list[Path]]]) -> Iterator[Path]:
     return (path for part in files.values() for paths in part.values() for path in paths)
 
 
-def _decoded(path: Path, mode: str | None) -> Any:
-    """A Pillow image, its pixels read, converted to a mode."""
-    from PIL import Image
+def _decoded(path: Path) -> Any:
+    """A Pillow image, upright, its pixels read: of mode L if it is stored as grey, else RGB."""
+    from PIL import Image, ImageOps
+
+    def refused(got: str, cure: str) -> ValueError:
+        return ValueError(
+            f"expected an opaque image of 8 bits for each pixel and colour in {path}, got {got}; "
+            f"{cure}, or remove it"
+        )
 
     try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode[0] in "IF":  # which Pillow would clip to bytes, not scale
-                raise ValueError(
-                    f"expected 8 bits for each pixel and colour in {path}, got mode {image.mode}; "
-                    "scale the images to bytes"
-                )
-            return image.convert(mode) if mode else image.copy()
-    except (OSError, SyntaxError) as error:  # Pillow raises both for files that are no images
-        raise ValueError(
-            f"expected an image in {path}, got a file that can't be decoded ({error}); "
-            "replace or remove it"
-        ) from error
+        with warnings.catch_warnings():
+            # Half of what Pillow refuses, it only warns of.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened: Any = Image.open(path, formats=("PNG", "JPEG"))
+        with opened:
+            png = opened.format == "PNG"
+            frames = opened.n_frames if png else 1  # a JPEG's others are previews of the first
+            upright = ImageOps.exif_transpose(opened)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise refused(f"one larger than Pillow decodes ({error})", "make it smaller") from error
+    except Exception as error:  # of several kinds, by what is broken
+        raise refused(f"a file that can't be decoded ({error})", "replace it") from error
+    if png and _head(path)[24] == 16:  # Pillow keeps the upper 8 bits of colours, and clips greys
+        raise refused("one of 16 bits", "scale it to 8 bits")
+    if frames > 1:
+        raise refused(f"an animation of {frames} frames", "choose one of them")
+    image: Any = upright
+    if upright.getbands()[-1] == "A" or "transparency" in upright.info:
+        image = upright.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            raise refused("one with transparent pixels", "lay it on a background of your choice")
+    colours = np.asarray(image.convert("RGB"))
+    stored_grey = upright.mode in ("1", "L", "LA") or (
+        upright.mode in ("P", "PA") and (colours == colours[..., :1]).all()
+    )
+    return Image.fromarray(colours[..., 0] if stored_grey else colours)
 
 
-def _through_records(builder_class: Any, directory: Path, config: Any) -> Dataset:
+def _head(path: Path) -> bytes:
+    """A file's first bytes: its format's mark, and of PNG the header with the bit depth."""
+    with path.open("rb") as file:
+        return file.read(25)
+
+
+def _through_records(builder_class: Any, directory: Path, config: Any) -> _Arrays:
     """Prepares a builder's records and reads them as arrays."""
     import tensorflow_datasets as tfds
 
@@ -576,7 +751,7 @@ def _through_records(builder_class: Any, directory: Path, config: Any) -> Datase
             labels[block] = [record["label"] for record in records]
         return images, labels
 
-    return Dataset(*arrays("train"), *arrays("test"))
+    return (*arrays("train"), *arrays("test"))
 
 
 def _check_originals(registered: Any) -> None:

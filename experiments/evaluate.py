@@ -8,6 +8,11 @@ NET is a file of weights that an experiment of this folder wrote (the net is rec
 shapes), or `module:function` for one's own `(params, x) -> logits`, whose params are the arrays of
 --weights, nested by the parts of their names between "/" (None without).
 
+A file of weights says which classes its net knows, the size of its images, and how pixels become
+its inputs, if `report.save_params` was given them, as train.py and the experiments do. Then images
+are scaled as it says, labels are matched to its logits by the names of the classes, and what
+contradicts it is an error. Otherwise the data's classes are taken to be the net's, in their order.
+
 --attacks names what to run: `standard` is AutoAttack's ensemble, whose members have names of their
 own too; `check` looks for signs that the figures shouldn't be believed. The images go through in
 blocks; each is saved when it is done, and the same command goes on where it was interrupted. Writes
@@ -62,6 +67,8 @@ LABELS = {
     "standard": "AutoAttack",
 }
 
+_USUAL: dict[str, tuple[Any, ...]] = {"mnist": (0, 256), "cifar10": (117, 256, 28)}
+"""How pixels are scaled where no weights say: subtract, divide, crop."""
 _PROBLEM = ("data", "subtract", "divide", "crop", "box", "n", "norm", "eps")
 """What of a row says which table it belongs to."""
 
@@ -80,13 +87,16 @@ class Settings(parallel.Devices):
     """`mnist`, `cifar10`, `tfds:NAME`, or a folder with {train,test}/CLASS/*.png or jpg; test is
     evaluated."""
     subtract: float | None = None
-    """Inputs are (pixels - subtract) / divide: 0 and 256 for mnist, 117 and 256 for cifar10, 0 and
-    255 for others. What train.py has made takes 0 and 255 of everything."""
+    """Inputs are (pixels - subtract) / divide. By default as the weights say; if they don't, 0 and
+    256 for mnist, 117 and 256 for cifar10, 0 and 255 for others."""
     divide: float | None = None
     """See subtract. The box is where pixels from 0 to this end up."""
     crop: int | None = None
-    """Side of the part of the images' middle that is used; 28 for cifar10, else all. What train.py
-    has made of cifar10 takes 32."""
+    """Side of the part of the images' middle that is used. By default as the weights say; if they
+    don't, 28 for cifar10, else all."""
+    classes: tuple[str, ...] = ()
+    """What the data calls the net's classes, in the order of its logits. By default what the
+    weights call them; if they don't say, the data's classes in their order."""
     attacks: tuple[AttackName, ...] = ("one-step", "pgd-100x10", "standard")
     """What to run."""
     eps: tuple[float, ...] = (1.5,)
@@ -118,14 +128,6 @@ class Problem(NamedTuple):
     identity: dict[str, Any]  # all that the figures depend on but attack, size and seed
 
 
-class _Scale(NamedTuple):
-    """How pixels become a net's input."""
-
-    subtract: float
-    divide: float
-    crop: int | None = None
-
-
 @cache
 def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
     """Return an attack's parts by name; the same objects each time.
@@ -154,18 +156,25 @@ def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
     return {name: known[name]}
 
 
-def load_net(settings: Settings) -> tuple[ApplyFn, Params, str]:
-    """Return the net, its parameters and what it is.
+def load_net(settings: Settings, x: NDArray[np.float32]) -> tuple[ApplyFn, Params, str, int]:
+    """Return the net, its parameters, what it is, and its number of classes.
+
+    Args:
+      settings: what names it.
+      x: an input, `[1, H, W, C]`.
 
     Raises:
       FileNotFoundError: if a file of weights isn't there.
-      ValueError: if the module or its function isn't there, or the weights aren't those of a net of
-        this folder.
+      ValueError: if the module or its function isn't there, or if the weights aren't those of a net
+        of this folder, or of the function, for such inputs.
     """
     if ":" not in settings.net:
         params = report.load_params(Path(settings.net), jnp.float32)
-        net = models.recognised(params)
-        return models.function(net), params, models.describe(net)
+        try:
+            net = models.recognised(params, x.shape[1:])
+        except ValueError as error:
+            raise ValueError(f"in {settings.net}: {error}") from error
+        return models.function(net), params, models.describe(net), net.classes
     module_name, function_name = settings.net.split(":", 1)
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -176,61 +185,165 @@ def load_net(settings: Settings) -> tuple[ApplyFn, Params, str]:
             "name it module:function, from the folder that the module is in"
         ) from error
     params = None if settings.weights is None else report.load_params(settings.weights)
-    return apply_fn, params, settings.net
+    return apply_fn, params, settings.net, _classes_of(settings, apply_fn, params, x)
+
+
+def _classes_of(
+    settings: Settings, apply_fn: ApplyFn, params: Params, x: NDArray[np.float32]
+) -> int:
+    """Return how many classes a function of one's own tells apart; an error if it can't be run."""
+    asked = f"expected {settings.net} to give logits [1, K] of an input {list(x.shape)}"
+    try:
+        logits = jax.eval_shape(apply_fn, params, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    except Exception as error:  # of any kind: it is the caller's function
+        arrays = [f"{name} {list(leaf.shape)}" for name, leaf in models.by_path(params).items()]
+        given = f"{', '.join(arrays)} of {settings.weights}" if arrays else "no parameters"
+        raise ValueError(
+            f"{asked} and {given}, got {type(error).__name__}: {error}; give the weights of this "
+            "net by --weights, and images like those that it was trained on"
+        ) from error
+    if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 1:
+        got = getattr(logits, "shape", type(logits).__name__)
+        raise ValueError(f"{asked}, got {got}; return the logits of each image, nothing else")
+    return int(logits.shape[1])
 
 
 def load(settings: Settings) -> Problem:
     """Return the net and the images.
 
     Raises:
+      FileNotFoundError: as `load_net`.
       ValueError: as `load_net`; if a number of images is less than 1, or the crop larger than the
-        images.
+        images; if the net's classes aren't the data's, or an option or the images contradict what
+        the weights say.
     """
     for what in ("n", "block", "batch_size"):
         if (count := getattr(settings, what)) < 1:
             raise ValueError(f"expected {what} of at least 1, got {count}; choose a larger one")
-    apply_fn, params, network = load_net(settings)
-    if settings.data == "mnist":
-        images, source, usual = data.mnist(), "mnist", _Scale(0, 256)
-    elif settings.data == "cifar10":
-        images, source, usual = data.cifar10(), "cifar10", _Scale(117, 256, crop=28)
-    elif settings.data.startswith("tfds:"):
-        images = data.from_tfds(settings.data.removeprefix("tfds:"))
-        source, usual = settings.data, _Scale(0, 255)
-    else:
-        images = data.image_folder(settings.data)
-        source, usual = data.describe(settings.data, images), _Scale(0, 255)
-    subtract = usual.subtract if settings.subtract is None else settings.subtract
-    divide = usual.divide if settings.divide is None else settings.divide
-    crop = usual.crop if settings.crop is None else settings.crop
-    pixels, labels = images.test_images, images.test_labels
-    chosen = order(settings.data, len(labels))[: settings.n]
-    height, width = pixels.shape[1:3]
-    side = crop or max(height, width)
-    if crop and crop > min(height, width):
+    weights = settings.weights if ":" in settings.net else Path(settings.net)
+    said = None if weights is None else report.interface(weights)
+    images = data.named(settings.data)
+    taken = _interface(settings, said, images)
+    chosen = order(settings.data, len(images.test_labels))[: settings.n]
+    top, left = (
+        (whole - part) // 2
+        for whole, part in zip(images.test_images.shape[1:3], taken.shape[:2], strict=True)
+    )
+    bottom, right = top + taken.shape[0], left + taken.shape[1]
+    x = np.asarray(images.test_images[chosen][:, top:bottom, left:right], np.float32)
+    x = (x - np.float32(taken.subtract)) / np.float32(taken.divide)
+    apply_fn, params, network, n_classes = load_net(settings, x[:1])
+    if len(taken.classes) != n_classes:
+        of = "--classes" if settings.classes else "the data" if said is None else "its weights"
         raise ValueError(
-            f"expected a crop of at most {min(height, width)}, got {crop}; images are "
-            f"{height}x{width}"
+            f"expected {n_classes} classes, as the net has logits, got {len(taken.classes)} of "
+            f"{of} ({_listed(taken.classes)}); choose data like what the net was trained on, or "
+            "give the data's name for each of its classes by --classes, in the order of its logits"
         )
-    top, left = (max(0, (length - side) // 2) for length in (height, width))
-    x = np.asarray(pixels[chosen][:, top : top + side, left : left + side], np.float32)
-    x = (x - np.float32(subtract)) / np.float32(divide)
-    bounds = (-subtract / divide, (divide - subtract) / divide) if settings.box else None
+    number = {i: taken.classes.index(name) for i, name in enumerate(images.classes)}
+    y = np.array([number.get(label, -1) for label in images.test_labels[chosen].tolist()], np.int32)
+    low = -taken.subtract / taken.divide
+    bounds = (low, (taken.divide - taken.subtract) / taken.divide) if settings.box else None
+    folder = settings.data not in _USUAL and not settings.data.startswith("tfds:")
     identity = {
         "experiment": "evaluate",
         "method": settings.name or _short_name(settings),
         "network": network,
         "weights": digest(params),
-        "data": source,
-        "subtract": subtract,
-        "divide": divide,
-        "crop": crop,
+        "data": data.describe(settings.data, images) if folder else settings.data,
+        "subtract": taken.subtract,
+        "divide": taken.divide,
+        "crop": taken.crop,
         "box": settings.box,
         "n": len(chosen),
     }
+    if said is not None or settings.classes:
+        identity["classes"] = list(taken.classes)
+        identity["notes"] = _notes(taken, said, images)
     if ":" in settings.net:  # what a function does, no weights tell
         identity["answers"] = digest(apply_fn(params, jnp.asarray(x[:8])))
-    return Problem(apply_fn, params, x, np.asarray(labels[chosen]), bounds, identity)
+    return Problem(apply_fn, params, x, y, bounds, identity)
+
+
+def _interface(
+    settings: Settings, said: data.Interface | None, images: data.Dataset
+) -> data.Interface:
+    """Return how pixels become inputs, and the data's name for each logit's class.
+
+    Args:
+      settings: the options.
+      said: what the weights say; None if nothing.
+      images: the data.
+
+    Raises:
+      ValueError: if an option or the data contradicts what the weights say; if a class of the data
+        is none of the net's; or if the crop is larger than the images.
+    """
+    height, width, channels = images.test_images.shape[1:]
+    usual = data.Interface(images.classes, (), *_USUAL.get(settings.data, (0, 255)))
+    options = {name: getattr(settings, name) for name in ("subtract", "divide", "crop")}
+    given = {name: value for name, value in options.items() if value is not None}
+    taken = (said or usual)._replace(**given)
+    if taken.crop and taken.crop > min(height, width):
+        raise ValueError(
+            f"expected a crop of at most {min(height, width)}, got {taken.crop}; images are "
+            f"{height}x{width}; choose larger ones, or a smaller --crop"
+        )
+    if settings.classes:
+        taken = taken._replace(classes=tuple(map(data.composed, settings.classes)))
+    taken = taken._replace(shape=(taken.crop or height, taken.crop or width, channels))
+
+    wrong = []
+    if said is not None:
+        other = {name: value for name, value in given.items() if value != getattr(said, name)}
+        if taken.shape == said.shape:  # a crop of the whole is none
+            other.pop("crop", None)
+        if other:
+            wrong.append(
+                f"expected images scaled as the weights say, (pixels - {said.subtract:g}) / "
+                f"{said.divide:g}"
+                + (f" of the middle {said.crop}x{said.crop}" if said.crop else "")
+                + f", got {' '.join(f'--{name} {value:g}' for name, value in other.items())}; "
+                "leave these options out"
+            )
+        taken = taken._replace(crop=said.crop)
+        if taken.shape != said.shape:
+            wrong.append(
+                f"expected images of {_by(said.shape)}, as the weights say, got "
+                f"{_by(taken.shape)}; choose others, or resize or convert them"
+            )
+    unknown = [name for name in images.classes if name not in taken.classes]
+    if unknown or len(set(taken.classes)) < len(taken.classes):
+        wrong.append(
+            f"expected the {len(images.classes)} classes of the data ({_listed(images.classes)}) "
+            f"among the {len(taken.classes)} of the net ({_listed(taken.classes)}), once each; "
+            "choose other data, or, if they are the same by other names, give the data's name for "
+            "each class of the net by --classes, in the order of its logits"
+        )
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return taken
+
+
+def _notes(taken: data.Interface, said: data.Interface | None, images: data.Dataset) -> list[str]:
+    """Return what a reader of the figures must know of the classes."""
+    notes = []
+    if said is not None and said.classes != taken.classes:
+        notes.append(
+            f"the classes that its weights call {_listed(said.classes)} were taken for the data's "
+            f"{_listed(taken.classes)}"
+        )
+    if absent := [name for name in taken.classes if name not in images.classes]:
+        notes.append(f"the data has no images of its classes {_listed(absent)}")
+    return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _short_name(settings: Settings) -> str:
@@ -346,6 +459,7 @@ def _block(
             robust=found.outcome.robust,
             norm=found.outcome.norm,
             nonfinite=found.outcome.nonfinite,
+            invalid=found.outcome.invalid,
             seconds=time.perf_counter() - begin,
             names=np.array(list(found.stages)),
             tried=np.array([stage.tried for stage in found.stages.values()]),
@@ -360,7 +474,7 @@ def _block(
 def _row(problem: Problem, blocks: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     """Return what a row says of an attack."""
     together = {key: np.concatenate([block[key] for block in blocks])
-                for key in ("clean", "robust", "norm", "nonfinite")}  # fmt: skip
+                for key in ("clean", "robust", "norm", "nonfinite", "invalid")}  # fmt: skip
     low, high = evaluate.interval(together["robust"])
     stages = {}
     standing = together["clean"].copy()
@@ -382,6 +496,7 @@ def _row(problem: Problem, blocks: Sequence[dict[str, Any]], settings: Settings)
         "stages": stages,
         "counts": {
             "nonfinite": int(together["nonfinite"].sum()),
+            "invalid": int(together["invalid"].sum()),
             "max_norm": float(together["norm"].max()),
         },
         "seconds": round(float(sum(block["seconds"] for block in blocks)), 1),
@@ -433,11 +548,24 @@ def tables(rows: Sequence[report.Row]) -> list[str]:
             + f" the range of pixels, 0 to {divide:g}.",
             "",
         ]
-        for row in here:
-            if row["attack"] == "check":
-                raised = "; ".join(row["flags"].values()) or "nothing to doubt was found"
-                lines += [f"- {row['method']}: {raised}.", ""]
+        remarks = [(row["method"], remark) for row in here for remark in _remarks(row)]
+        for method, remark in dict.fromkeys(remarks):
+            lines += [f"- {method}: {remark}.", ""]
     return lines
+
+
+def _remarks(row: report.Row) -> list[str]:
+    """Return what must be said beside a row's figures."""
+    remarks = list(row.get("notes", ()))
+    if row["attack"] == "check":
+        return [*remarks, "; ".join(row["flags"].values()) or "nothing to doubt was found"]
+    for count, what in (
+        ("invalid", "labels are none of the net's classes, and count as wrong"),
+        ("nonfinite", "images have inputs, logits or perturbations that aren't finite"),
+    ):
+        if n := row["counts"].get(count):
+            remarks.append(f"{n:,} of {row['n']:,} {what}")
+    return remarks
 
 
 def _cell(rows: Sequence[report.Row]) -> str:

@@ -55,8 +55,8 @@ class Settings:
 
 def by_us(params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images:
     """Return images perturbed by `attack.pgd`."""
-    apply_fn = models.function(models.recognised(dict(params)))
     x = jnp.asarray(x)
+    apply_fn = models.function(models.recognised(dict(params), x.shape[1:]))
     r = attack.pgd(apply_fn, params, x, jnp.asarray(y), eps=eps, steps=40, bounds=(0.0, 1.0))
     return np.asarray(x + r)
 
@@ -101,7 +101,7 @@ def questions(
     params: Mapping[str, Any], x: Images, y: NDArray[Any], eps: float
 ) -> dict[str, Callable[[Attack], str]]:
     """Return what is asked, each a function of an attack to an answer."""
-    net = models.recognised(dict(params))
+    net = models.recognised(dict(params), x.shape[1:])
     apply_fn = models.function(net)
 
     def scaled(by: float) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     rows: list[report.Row] = []
     for name, published in NETS.items():
         params = load(settings.folder / f"mnist_lenet5_{name}.pt")
-        net = models.recognised(params)
+        net = models.recognised(params, pixels.shape[1:])
         apply_fn = models.function(net)
         right = measure.clean(apply_fn, params, pixels, labels)
         chosen = np.flatnonzero(right)[: settings.n]

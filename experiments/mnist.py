@@ -173,6 +173,7 @@ def make_task(settings: Settings) -> protocol.Task:
         train=train,
         test=test,
         source="the original files, through tensorflow-datasets",
+        interface=data.Interface(data.DIGITS, (28, 28, 1), subtract=0, divide=256),
     )
 
 

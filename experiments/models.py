@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.typing import ArrayLike
@@ -25,6 +26,8 @@ from jaxadv.types import ApplyFn, Params, TrainFn
 __all__ = [
     "Classifier",
     "Conv",
+    "by_path",
+    "check",
     "describe",
     "function",
     "init",
@@ -183,7 +186,19 @@ class Classifier(nn.Module):
         self.drop = nn.Dropout(self.dropout)
 
     def encode(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Return the representation of images `[B, ...]` after `split` stages."""
+        """Return the representation of images `[B, ...]` after `split` stages.
+
+        Raises:
+          ValueError: if the images are so small that the pools leave nothing of them.
+        """
+        least = 1
+        for block in reversed(self.blocks):
+            least = 2 * least + len(block) * (self.size - 1 - 2 * self.padding)
+        if self.blocks and min(x.shape[1:3]) < least:
+            raise ValueError(
+                f"expected images of {least} pixels a side or more for {describe(self)}, got "
+                f"{x.shape[1]}x{x.shape[2]}; choose larger ones, or a net without convolutions"
+            )
         return self._stages(x, 0, self.split, train)
 
     def classify(self, h: jax.Array, *, train: bool = False) -> jax.Array:
@@ -237,39 +252,107 @@ def vgg(
     )
 
 
-def recognised(params: Params) -> Classifier:
-    """Return the net that parameters belong to, by their names and shapes.
+def by_path(params: Params) -> dict[str, Any]:
+    """Return a pytree's leaves by their paths, joined by "/".
 
     Raises:
-      ValueError: if they aren't those of a `Classifier` as `mlp`, `lenet` or `vgg` build it.
+      ValueError: if two paths are the same name.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"expected a name of its own for each array, got several called "
+            f"{', '.join(sorted(twice))}; use no '/' in the pytree's keys"
+        )
+    return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+
+
+def recognised(params: Params, shape: Sequence[int]) -> Classifier:
+    """Return the net that parameters belong to, by their names and shapes.
+
+    Args:
+      params: as `mlp`, `lenet` or `vgg` make them.
+      shape: of the images that the net is for, (H, W, C).
+
+    Raises:
+      ValueError: if they aren't those of a `Classifier` as `mlp`, `lenet` or `vgg` build it; or as
+        `check`.
     """
     layers = params.get("params", {}) if isinstance(params, dict) else {}
+    if not isinstance(layers, dict):
+        layers = {}
     dense: list[int] = []
     blocks: list[tuple[int, ...]] = []
-    sizes = set()
-    while f"hidden_{len(dense)}" in layers:
-        dense.append(layers[f"hidden_{len(dense)}"]["kernel"].shape[1])
-    while f"convs_{len(blocks)}_0" in layers:
+    sizes = []
+    while (width := _width(layers, f"hidden_{len(dense)}")) is not None:
+        dense.append(width)
+    while _width(layers, f"convs_{len(blocks)}_0") is not None:
         block: list[int] = []
-        while f"convs_{len(blocks)}_{len(block)}" in layers:
-            kernel = layers[f"convs_{len(blocks)}_{len(block)}"]["kernel"]
-            sizes.add(kernel.shape[0])
-            block.append(kernel.shape[-1])
+        while (width := _width(layers, name := f"convs_{len(blocks)}_{len(block)}")) is not None:
+            kernel = np.shape(layers[name].get("kernel"))
+            if len(kernel) == 4 and min(kernel):
+                sizes.append(kernel[0])
+            block.append(width)
         blocks.append(tuple(block))
-    n_layers = len(dense) + sum(map(len, blocks)) + 1
-    if "logits" not in layers or len(layers) != n_layers or len(sizes) > 1:
+    classes = _width(layers, "logits")
+    if classes is None or not (dense or blocks):
         raise ValueError(
-            f"expected the parameters of an mlp, a lenet or a vgg, got layers named "
-            f"{sorted(layers)}; for a net of your own pass module:function and --weights"
+            "expected the parameters of an mlp, a lenet or a vgg, params/hidden_0/kernel and so "
+            f"on, got {', '.join(list(by_path(params))[:10]) or 'none'}; for a net of your own "
+            "pass module:function and --weights"
         )
-    size = sizes.pop() if sizes else 3
-    return Classifier(
+    size = sizes[0] if sizes else 3
+    net = Classifier(
         tuple(dense),
         blocks=tuple(blocks),
         size=size,
         padding=0 if size == 5 else 1,  # the only nets of each size
-        classes=layers["logits"]["kernel"].shape[1],
+        classes=classes,
     )
+    check(net, params, shape)
+    return net
+
+
+def check(net: Classifier, params: Params, shape: Sequence[int]) -> None:
+    """Raise an error if parameters aren't a net's for images of a shape, (H, W, C).
+
+    Raises:
+      ValueError: if the images are too small for the net; or with each parameter that is missing,
+        of another shape, or none of the net's.
+    """
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    differences = _differences(by_path(jax.eval_shape(net.init, jax.random.key(0), x)), params)
+    if differences:
+        raise ValueError(
+            f"expected the parameters of {describe(net)} for images of "
+            f"{'x'.join(map(str, shape))}, got {'; '.join(differences)}. Choose images like "
+            "those that it was trained on, or write the whole of its parameters; for a net of your "
+            "own pass module:function and --weights"
+        )
+
+
+def _width(layers: Mapping[str, Any], name: str) -> int | None:
+    """Return how many outputs a layer has, by whichever of its parameters is there."""
+    layer = layers.get(name)
+    parts = layer if isinstance(layer, dict) else {}
+    shapes = [np.shape(parts[name]) for name in ("kernel", "bias") if name in parts]
+    return next((shape[-1] for shape in shapes if shape and shape[-1]), None)
+
+
+def _differences(expected: Mapping[str, Any], params: Params) -> list[str]:
+    """Return what is to be said of each parameter that isn't as expected."""
+    there = by_path(params)
+    said = []
+    for name in sorted(expected.keys() | there.keys()):
+        if name not in there:
+            said.append(f"no {name}, which should be {list(expected[name].shape)}")
+        elif name not in expected:
+            said.append(f"{name}, which the net doesn't have")
+        elif there[name].shape != expected[name].shape:
+            shapes = f"{list(there[name].shape)} and not {list(expected[name].shape)}"
+            said.append(f"{name} of shape {shapes}")
+    return said
 
 
 def describe(net: Classifier) -> str:

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import parallel, recipes, report, training
+from experiments import data, models, parallel, recipes, report, training
 from experiments.models import Classifier, function, init
 from experiments.recipes import Method
 from jaxadv import attack, evaluate, perturb
@@ -101,6 +101,7 @@ class Task(NamedTuple):
       train: what to train on.
       test: what to score, scaled.
       source: where the images are from, for the record.
+      interface: what the nets' inputs and logits stand for, kept with their weights.
       augment: `(key, x) -> x`, from a batch of training images to what the net is trained on.
       extra: what else a method's rows say.
       box: the range of pixels, scaled.
@@ -117,6 +118,7 @@ class Task(NamedTuple):
     train: Images
     test: Images
     source: str
+    interface: data.Interface
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     extra: Callable[[str], dict[str, Any]] = lambda name: {}
     box: Bounds = (0.0, 1.0)
@@ -319,10 +321,12 @@ def _fixed_net(settings: Settings, task: Task, progress: Progress) -> tuple[Appl
     made = {"seed": settings.fixed_seed, **train_settings(task.normal, settings, task)}
     if report.made(path) == made:
         params = _as_stored(report.load_params(path, jnp.float32), task)
-        return function(task.make_net(task.normal)), parallel.replicate(task.mesh, params)
+        normal = task.make_net(task.normal)
+        models.check(normal, params, task.interface.shape)
+        return function(normal), parallel.replicate(task.mesh, params)
     net = train("normal", task.normal, settings.fixed_seed, settings, task, progress)
     if parallel.first_process():
-        report.save_params(path, net.params, task.stored, made=made)
+        report.save_params(path, net.params, task.stored, interface=task.interface, made=made)
     return net.apply_fn, net.params
 
 
@@ -411,7 +415,8 @@ def run(
             first = seed == settings.seed[0]
             folder = settings.out / name if first else settings.out / name / f"seed_{seed}"
             if parallel.first_process():
-                report.save_params(folder / "params.safetensors", net.params, task.stored)
+                path = folder / "params.safetensors"
+                report.save_params(path, net.params, task.stored, interface=task.interface)
     return rows, nets
 
 

@@ -10,9 +10,10 @@ Pixels are scaled to 0..1, and perturbed images stay there; eps is in these unit
 flax.linen module with `__call__(x, train=False)`, whose only variables are parameters.
 
 Shows progress, saves a checkpoint after each epoch, and goes on after an interruption where it
-was. Writes to --out: the weights (params.safetensors), history.csv and history.png, and, with the
-accuracies under each of --attacks, results.json. What it does takes fifty lines of Python, see the
-documentation; this adds what one wants around them.
+was. Writes to --out: the weights (params.safetensors), with which `evaluate.py` finds the names of
+the classes and how pixels are scaled, history.csv and history.png, and, with the accuracies under
+each of --attacks, results.json. What it does takes fifty lines of Python, see the documentation;
+this adds what one wants around them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,6 @@ from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Norm, Objective, Params, PerturbFn
 
 _BLOCK = 250  # images that are attacked together, and then shown as done
-_LEAST_SIDE = {"lenet": 16, "vgg": 4}  # or nothing is left after the last pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +101,6 @@ class Settings(parallel.Settings):
     """By what, at the end."""
     out: Path = Path("runs/train")
     """Where everything goes."""
-
-
-def load(settings: Settings) -> data.Dataset:
-    """Return the images."""
-    if settings.data.startswith("tfds:"):
-        return data.from_tfds(settings.data.removeprefix("tfds:"))
-    known = {"mnist": data.mnist, "cifar10": data.cifar10}
-    return known[settings.data]() if settings.data in known else data.image_folder(settings.data)
 
 
 def make_net(settings: Settings, classes: int) -> nn.Module:
@@ -203,26 +195,19 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         the norm.
     """
     attacks = {name: evaluation.methods(name, settings.norm) for name in settings.attacks}
-    images = load(settings)
+    images = data.named(settings.data)
     if settings.epochs < 1 or len(images.train_labels) < settings.batch_size:
         raise ValueError(
             f"expected at least one epoch, and as many training images as a batch has, got "
             f"{settings.epochs} epochs and {len(images.train_labels)} images for batches of "
             f"{settings.batch_size}; choose --epochs and --batch-size"
         )
-    classes = int(images.train_labels.max()) + 1
-    net = make_net(settings, classes)
+    net = make_net(settings, len(images.classes))
     apply_fn = models.function(net)
     init_key, fit_key, attack_key = jax.random.split(jax.random.key(settings.seed), 3)
     chosen = evaluation.order(settings.data, len(images.test_labels))[: settings.n_eval]
     x = images.test_images[chosen].astype(np.float32) / 255
     y = images.test_labels[chosen]
-    side = min(x.shape[1:3])
-    if side < _LEAST_SIDE.get(settings.net, 1):
-        raise ValueError(
-            f"expected images of {_LEAST_SIDE[settings.net]} pixels a side or more for "
-            f"{settings.net}, got {x.shape[1]}x{x.shape[2]}; choose --net mlp, or larger images"
-        )
     params = net.init(init_key, x[:1])
     if set(params) != {"params"}:
         raise ValueError(
@@ -284,7 +269,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         )
         params = trained(fitted.state)
         if parallel.first_process():
-            report.save_params(settings.out / "params.safetensors", params)
+            interface = data.Interface(images.classes, x.shape[1:], subtract=0, divide=255)
+            report.save_params(settings.out / "params.safetensors", params, interface=interface)
             save_history(settings.out, fitted.history)
         advice = untaught(fitted.history[-1]["test"], y, settings)
         if advice:

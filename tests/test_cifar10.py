@@ -163,7 +163,7 @@ def test_images_are_drawn_anew_in_every_step():
 
 def test_scored_images_are_centre_crops_in_mixed_order(small):
     settings = dataclasses.replace(small, n_eval=30)
-    train, test, _ = cifar10.load(settings)
+    train, test, *_ = cifar10.load(settings)
     assert train.x.shape == (120, 32, 32, 3)
     assert train.x.dtype == jnp.uint8
     assert test.x.shape == (30, 28, 28, 3)
@@ -175,23 +175,20 @@ def test_scored_images_are_centre_crops_in_mixed_order(small):
 
 
 def test_held_out_images_come_from_training(small):
-    train, held, _ = cifar10.load(dataclasses.replace(small, holdout=25))
+    train, held, *_ = cifar10.load(dataclasses.replace(small, holdout=25))
     assert (len(train.y), len(held.y)) == (95, 25)
 
 
 def test_small_images_are_an_error(tmp_path):
-    for part in ("train", "test"):
-        (tmp_path / part / "a").mkdir(parents=True)
-        Image.new("RGB", (20, 32)).save(tmp_path / part / "a" / "0.png")
     with pytest.raises(ValueError, match=r"at least 28x28 pixels, got 32x20 in .*resize"):
-        cifar10.load(cifar10.Settings(image_folder=tmp_path))
+        cifar10.load(folder_with(tmp_path, CLASSES, size=(20, 32)))
 
 
-def folder_with(place, classes, mode="RGB"):
+def folder_with(place, classes, mode="RGB", size=(32, 32)):
     for part in ("train", "test"):
         for name in classes:
             (place / part / name).mkdir(parents=True)
-            Image.new(mode, (32, 32)).save(place / part / name / "0.png")
+            Image.new(mode, size).save(place / part / name / "0.png")
     return cifar10.Settings(image_folder=place)
 
 

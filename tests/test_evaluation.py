@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import io
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -72,7 +74,8 @@ def test_saved_weights_are_recognised(build, shape, tmp_path):
     params = models.init(net, jax.random.key(0), x)
     report.save_params(tmp_path / "run" / "lwa" / "params.safetensors", params)
     settings = evaluate.Settings(str(tmp_path / "run" / "lwa" / "params.safetensors"))
-    apply_fn, loaded, _ = evaluate.load_net(settings)
+    apply_fn, loaded, _, classes = evaluate.load_net(settings, x[:1])
+    assert classes == 10
     np.testing.assert_array_equal(apply_fn(loaded, x), models.function(net)(params, x))
 
 
@@ -107,13 +110,162 @@ def test_images_are_cropped_scaled_and_in_the_box_of_their_pixels(folder):
 def test_weights_reach_a_function_of_ones_own_as_a_tree(tmp_path, folder):
     report.save_params(Path("w.safetensors"), {"at": jnp.asarray(0.9)})
     settings = evaluate.Settings("brightness:apply_fn", weights=Path("w.safetensors"))
-    apply_fn, params, name = evaluate.load_net(settings)
+    apply_fn, params, name, classes = evaluate.load_net(settings, np.zeros((1, 8, 8, 1)))
+    assert classes == 2
     assert name == "brightness:apply_fn"
     assert apply_fn(params, jnp.full((1, 2), 0.7)).argmax() == 0
     nested = {"a": {"b": jnp.ones(2)}, "c": jnp.zeros(1)}
     report.save_params(Path("nested.safetensors"), nested)
     loaded = report.load_params(Path("nested.safetensors"))
     assert jax.tree.structure(loaded) == jax.tree.structure(nested)
+
+
+# What weights say of their net
+
+
+SQUARES = data.Interface(("dark", "light"), (8, 8, 1), subtract=0, divide=255)
+
+
+def saved(interface=SQUARES, classes=2, at=Path("run/net/params.safetensors")):
+    """The file of a net of 8x8 images, and its parameters."""
+    net = models.mlp((4,)).clone(classes=classes)
+    params = models.init(net, jax.random.key(3), jnp.zeros((1, 8, 8, 1)))
+    report.save_params(at, params, interface=interface)
+    return str(at)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Squares in three classes."""
+    place = tmp_path / "three"
+    for part in ("train", "test"):
+        for name, level in (("dark", 60), ("light", 190), ("white", 255)):
+            (place / part / name).mkdir(parents=True)
+            Image.new("L", (8, 8), level).save(place / part / name / "0.png")
+    return str(place)
+
+
+@pytest.fixture
+def renamed(folder, tmp_path):
+    """The squares under other names: light before night."""
+    for part in ("train", "test"):
+        shutil.copytree(folder / part / "dark", tmp_path / "renamed" / part / "night")
+        shutil.copytree(folder / part / "light", tmp_path / "renamed" / part / "light")
+    return str(tmp_path / "renamed")
+
+
+def test_a_net_of_two_classes_on_data_of_three_is_an_error(three):
+    message = r"expected 2 classes, .* got 3 of the data \(dark, light, white\); .*--classes"
+    for net in (saved(interface=None), "brightness:apply_fn"):
+        with pytest.raises(ValueError, match=message):
+            evaluate.load(evaluate.Settings(net, data=three))
+
+
+def test_classes_that_the_weights_dont_name_are_an_error(three, renamed):
+    net = saved()
+    for place, listed in ((three, "dark, light, white"), (renamed, "light, night")):
+        message = rf"of the data \({listed}\) among the 2 of the net \(dark, light\)"
+        with pytest.raises(ValueError, match=message):
+            evaluate.load(evaluate.Settings(net, data=place))
+
+
+def test_the_names_of_the_classes_say_which_logit_is_whose(folder):
+    usual = evaluate.load(evaluate.Settings(saved(), data=str(folder)))
+    turned = saved(SQUARES._replace(classes=("light", "dark")))
+    problem = evaluate.load(evaluate.Settings(turned, data=str(folder)))
+    np.testing.assert_array_equal(problem.y, 1 - usual.y)
+    np.testing.assert_array_equal(problem.x, usual.x)
+
+
+def test_classes_may_be_given_their_names_in_the_data(folder, renamed):
+    usual = evaluate.load(evaluate.Settings(saved(), data=str(folder)))
+    for net in (saved(), saved(interface=None)):
+        problem = evaluate.load(evaluate.Settings(net, data=renamed, classes=("night", "light")))
+        dark = problem.x.mean(axis=(1, 2, 3)) < 0.5
+        np.testing.assert_array_equal(problem.y, np.where(dark, 0, 1))
+        assert sorted(problem.y) == sorted(usual.y)
+    rows = run(renamed, net=saved(), classes=("night", "light"), attacks=("one-step",))
+    assert rows[0]["classes"] == ["night", "light"]
+    assert (
+        "- run/net: the classes that its weights call dark, light were taken for the data's night, "
+        "light." in evaluate.tables(rows)
+    )
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("night", "night"), r"classes of the data \(light, night\) among the 2 of the net"),
+        (("night",), r"classes of the data \(light, night\) among the 1 of the net \(night\)"),
+        (
+            ("night", "light", "day"),
+            r"expected 2 classes, .* got 3 of --classes \(night, light, day",
+        ),
+    ],
+    ids=["one twice", "too few", "too many"],
+)
+def test_names_that_arent_one_for_each_class_are_an_error(renamed, classes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.load(evaluate.Settings(saved(), data=renamed, classes=classes))
+
+
+def test_data_without_some_of_the_nets_classes_is_said_to_be(folder):
+    net = saved(SQUARES._replace(classes=("black", "dark", "light")), classes=3)
+    rows = run(folder, net=net, attacks=("one-step",))
+    assert "- run/net: the data has no images of its classes black." in evaluate.tables(rows)
+
+
+def test_images_are_scaled_as_the_weights_say(folder):
+    small = SQUARES._replace(shape=(4, 4, 1), subtract=51, divide=204, crop=4)
+    net = models.mlp((4,)).clone(classes=2)
+    params = models.init(net, jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
+    report.save_params(Path("small.safetensors"), params, interface=small)
+    said = evaluate.load(evaluate.Settings("small.safetensors", data=str(folder)))
+    options = {"subtract": 51.0, "divide": 204.0, "crop": 4}
+    told = evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder), **options))
+    np.testing.assert_array_equal(said.x, told.x)
+    assert said.bounds == told.bounds
+    assert {name: said.identity[name] for name in options} == options
+    evaluate.load(evaluate.Settings("small.safetensors", data=str(folder), **options))
+    with pytest.raises(
+        ValueError, match=r"\(pixels - 51\) / 204 of the middle 4x4, got --subtract "
+    ):
+        evaluate.load(evaluate.Settings("small.safetensors", data=str(folder), subtract=0.0))
+
+
+def test_weights_of_a_function_of_ones_own_say_so_too(folder):
+    turned = SQUARES._replace(classes=("light", "dark"), divide=204)
+    report.save_params(Path("w.safetensors"), {"at": jnp.asarray(0.5)}, interface=turned)
+    problem = evaluate.load(
+        evaluate.Settings("brightness:apply_fn", weights=Path("w.safetensors"), data=str(folder))
+    )
+    assert problem.identity["divide"] == 204
+    np.testing.assert_array_equal(problem.y, problem.x.mean(axis=(1, 2, 3)) < 0.5)
+
+
+def test_all_that_contradicts_the_weights_is_one_error(three):
+    net = saved(SQUARES._replace(shape=(9, 9, 1)))
+    message = (
+        r"scaled as the weights say, \(pixels - 0\) / 255, got --divide 256 --crop 7; leave .*\n"
+        r"expected images of 9x9x1, as the weights say, got 7x7x1; choose others, or resize .*\n"
+        r"expected the 3 classes of the data \(dark, light, white\) among the 2 of the net"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate.load(evaluate.Settings(net, data=three, divide=256.0, crop=7))
+
+
+def test_a_crop_that_is_the_whole_image_is_none(folder):
+    problem = evaluate.load(evaluate.Settings(saved(), data=str(folder), crop=8))
+    assert problem.identity["crop"] is None
+
+
+def test_weights_that_say_nothing_are_taken_as_ever():
+    identity = evaluate.load(evaluate.Settings(str(RECORD / "lwa" / "params.safetensors"))).identity
+    assert list(identity) == [
+        "experiment", "method", "network", "weights", "data", "subtract", "divide", "crop", "box",
+        "n",
+    ]  # fmt: skip
+    assert (identity["subtract"], identity["divide"], identity["crop"]) == (0, 256, None)
 
 
 # Runs
@@ -207,8 +359,8 @@ def test_rows_of_other_inputs_stand_beside_each_other(folder):
 
 def test_a_function_that_answers_otherwise_is_evaluated_anew(folder, monkeypatch):
     (before,) = run(folder, attacks=("pgd",))
-    apply_fn = evaluate.load_net(evaluate.Settings("brightness:apply_fn"))[0]
     module = importlib.import_module("brightness")
+    apply_fn = module.apply_fn
     monkeypatch.setattr(module, "apply_fn", lambda params, x: -apply_fn(params, x))
     (after,) = run(folder, attacks=("pgd",))
     assert (before["columns"]["clean"], after["columns"]["clean"]) == (1, 0)
@@ -256,13 +408,56 @@ def test_errors_name_what_is_wrong(folder, tmp_path):
     with pytest.raises(ValueError, match="expected a function f in a module brightness"):
         evaluate.load(evaluate.Settings("brightness:f"))
     report.save_params(tmp_path / "other.safetensors", {"params": {"dense": jnp.ones(3)}})
-    with pytest.raises(ValueError, match=r"layers named \['dense'\]; for a net of your own"):
+    with pytest.raises(ValueError, match=r"got params/dense; for a net of your own"):
         evaluate.load(evaluate.Settings(str(tmp_path / "other.safetensors")))
     with pytest.raises(ValueError, match="a crop of at most 8, got 9; images are 8x8"):
         evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder), crop=9))
     for name, count in (("n", 0), ("n", -1), ("block", 0), ("batch_size", 0)):
         with pytest.raises(ValueError, match=f"expected {name} of at least 1, got {count}"):
             evaluate.load(evaluate.Settings("brightness:apply_fn", **{name: count}))
+
+
+def test_weights_that_dont_fit_are_an_error_naming_the_file(folder):
+    net = saved(interface=None)
+    message = (
+        r"in run/net/params\.safetensors: expected the parameters of 4 for images of 5x5x1, got "
+        r"params/hidden_0/kernel of shape \[64, 4\] and not \[25, 4\]\. Choose"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate.load(evaluate.Settings(net, data=str(folder), crop=5))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("x.reshape(len(x), -1) @ params['w']", r"and w \[9, 2\] of w\.safetensors, got TypeError"),
+        ("params['v']", r"and w \[9, 2\] of w\.safetensors, got KeyError: 'v'; give the weights"),
+        ("x.mean((1, 2, 3))", r"got \(1,\); return the logits of each image, nothing else"),
+        ("(x, x)", r"got tuple; return the logits of each image, nothing else"),
+    ],
+    ids=["other shapes", "other names", "a number", "a tuple"],
+)
+def test_a_function_that_doesnt_take_its_weights_and_images_is_an_error(folder, returned, message):
+    Path("own.py").write_text(f"def f(params, x):\n    return {returned}\n")
+    sys.modules.pop("own", None)
+    report.save_params(Path("w.safetensors"), {"w": jnp.zeros((9, 2))})
+    settings = evaluate.Settings("own:f", weights=Path("w.safetensors"), data=str(folder))
+    start = r"expected own:f to give logits \[1, K\] of an input \[1, 8, 8, 1\].*"
+    with pytest.raises(ValueError, match=start + message):
+        evaluate.load(settings)
+
+
+def test_labels_outside_of_the_classes_are_counted_and_said(folder, monkeypatch):
+    images = data.image_folder(folder)
+    labels = np.array([-1, 2, *images.test_labels[2:]], np.int32)
+    monkeypatch.setattr(data, "named", lambda _: images._replace(test_labels=labels))
+    rows = run(folder, attacks=("pgd",))
+    assert rows[0]["counts"]["invalid"] == 2
+    assert rows[0]["columns"]["clean"] == 10 / 12
+    remark = (
+        "- brightness:apply_fn: 2 of 12 labels are none of the net's classes, and count as wrong."
+    )
+    assert remark in evaluate.tables(rows)
 
 
 def test_what_can_not_run_is_said_before_anything_runs(folder, monkeypatch):

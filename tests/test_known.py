@@ -35,7 +35,7 @@ def in_pytorch(params):
 def test_a_net_of_pytorch_becomes_one_of_ours():
     params = drawn()
     got = peers.params_of(in_pytorch(params))
-    assert models.recognised(got) == NET
+    assert models.recognised(got, (28, 28, 1)) == NET
     jax.tree.map(np.testing.assert_array_equal, got, jax.tree.map(np.asarray, params))
     odd = in_pytorch(params)
     odd["linear1.weight"] = odd["linear1.weight"][:, :-5]

@@ -36,7 +36,9 @@ def digits(n, seed):
 @pytest.fixture
 def small(monkeypatch):
     """A small data set in MNIST's place, and settings to match."""
-    monkeypatch.setattr(data, "mnist", lambda: data.Dataset(*digits(300, 0), *digits(120, 1)))
+    monkeypatch.setattr(
+        data, "mnist", lambda: data.Dataset(*digits(300, 0), *digits(120, 1), data.DIGITS)
+    )
     tiny = {
         name: dataclasses.replace(getattr(mnist.MLP, name), widths=(12, 11), epochs=2)
         for name in recipes.NAMES
@@ -124,7 +126,7 @@ def test_each_seed_is_a_row_and_has_its_weights(small, tmp_path):
 @pytest.mark.slow
 def test_held_out_images_are_scored_without_touching_the_test_images(small, tmp_path, monkeypatch):
     empty = np.zeros((0, 28, 28, 1), np.uint8), np.zeros(0, np.int32)
-    monkeypatch.setattr(data, "mnist", lambda: data.Dataset(*digits(300, 0), *empty))
+    monkeypatch.setattr(data, "mnist", lambda: data.Dataset(*digits(300, 0), *empty, data.DIGITS))
     small = dataclasses.replace(small, methods=("normal",), holdout=90)
     (row,) = run(small, tmp_path)
     assert row["n"] == 90

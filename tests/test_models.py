@@ -241,3 +241,103 @@ def test_dropout_acts_in_training_alone_and_by_key():
 
 def test_equal_nets_share_their_compiled_functions():
     assert function(lenet((9,))) is function(lenet([9]))
+
+
+# Parameters from elsewhere
+
+
+def stored(net, x):
+    return jax.tree.map(np.asarray, init(net, jax.random.key(0), x))
+
+
+def without(params, layer, part):
+    del params["params"][layer][part]
+    return params
+
+
+def with_(params, layer, part, shape):
+    params["params"].setdefault(layer, {})[part] = np.zeros(shape, np.float32)
+    return params
+
+
+MLP = "500x400 for images of 28x28x1, got "
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda p: without(p, "hidden_0", "kernel"),
+            MLP + r"no params/hidden_0/kernel, which should be \[784, 500\]\. Choose images like",
+        ),
+        (
+            lambda p: without(p, "hidden_1", "bias"),
+            MLP + r"no params/hidden_1/bias, which should be \[400\]\. Choose images like",
+        ),
+        (
+            lambda p: with_(p, "hidden_0", "kernel", ()),
+            MLP + r"params/hidden_0/kernel of shape \[\] and not \[784, 500\]\. Choose",
+        ),
+        (
+            lambda p: with_(p, "hidden_1", "kernel", (500, 0)),
+            MLP + r"params/hidden_1/kernel of shape \[500, 0\] and not \[500, 400\]\. Choose",
+        ),
+        (
+            lambda p: with_(p, "logits", "bias", (11,)),
+            MLP + r"params/logits/bias of shape \[11\] and not \[10\]\. Choose",
+        ),
+        (
+            lambda p: with_(p, "norm", "scale", (3,)),
+            MLP + r"params/norm/scale, which the net doesn't have\. Choose",
+        ),
+        (
+            lambda p: {**p, "batch_stats": {"mean": np.zeros(3)}},
+            MLP + r"batch_stats/mean, which the net doesn't have\. Choose",
+        ),
+        (
+            lambda p: with_(without(p, "hidden_1", "bias"), "hidden_0", "kernel", (100, 500)),
+            MLP + r"params/hidden_0/kernel of .*; no params/hidden_1/bias, which should be",
+        ),
+    ],
+    ids=[
+        "missing kernel", "missing bias", "scalar kernel", "empty kernel", "another shape",
+        "another layer", "another collection", "several",
+    ],
+)  # fmt: skip
+def test_parameters_that_arent_those_of_the_net_are_named(change, message):
+    params = change(stored(mlp((500, 400)), DIGITS))
+    with pytest.raises(ValueError, match="expected the parameters of " + message):
+        models.recognised(params, (28, 28, 1))
+
+
+@pytest.mark.parametrize(
+    ("net", "x", "shape", "message"),
+    [
+        (mlp((9,)), DIGITS, (8, 8, 1), r"images of 8x8x1, got params/hidden_0/kernel of shape"),
+        (lenet((9,)), DIGITS, (32, 32, 1), r"of 32x32x1, got params/hidden_0/kernel of shape \[80"),
+        (lenet((9,)), DIGITS, (28, 28, 3), r"of 28x28x3, got params/convs_0_0/kernel of shape \[5"),
+        (lenet((9,)), DIGITS, (8, 8, 1), r"16 pixels a side .* conv20-conv50-9, got 8x8; choose"),
+    ],
+    ids=["mlp", "lenet", "colour", "too small"],
+)
+def test_parameters_for_other_images_are_an_error(net, x, shape, message):
+    params = stored(net, x)
+    assert models.describe(models.recognised(params, x.shape[1:])) == models.describe(net)
+    with pytest.raises(ValueError, match=message):
+        models.recognised(params, shape)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        None,
+        [np.ones(3)],
+        {"params": np.ones(3)},
+        {"params": {"logits": np.ones(3)}},
+        {"params": {"logits": {"kernel": np.ones((784, 10)), "bias": np.ones(10)}}},
+    ],
+    ids=["none", "list", "array", "array for a layer", "no hidden layer"],
+)
+def test_what_isnt_a_net_at_all_is_an_error(params):
+    with pytest.raises(ValueError, match=r"expected the parameters of an mlp, a lenet or a vgg"):
+        models.recognised(params, (28, 28, 1))

@@ -8,13 +8,15 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from rich.console import Console
 
-from experiments import protocol, recipes, report, training
+from experiments import data, protocol, recipes, report, training
 from experiments.models import mlp
 from experiments.recipes import MultiStep
 
 NET = mlp((6, 5))
+SQUARES = data.Interface(data.DIGITS, (6, 6, 1), subtract=0, divide=1)
 
 
 def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
@@ -25,7 +27,7 @@ def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
         method = MultiStep((6, 5), 1, 0.1, eps=0.7, steps=1, shift=shift)
         task = protocol.Task(
             "test", {"lwa_noisy": method}, method, {}, lambda _: NET, lambda _: "6x5", images,
-            images, "squares",
+            images, "squares", SQUARES,
         )  # fmt: skip
         settings = protocol.Settings(out=tmp_path / str(shift), batch_size=10, eval_batch=20)
         with training.bars(Console(file=io.StringIO())) as progress:
@@ -39,7 +41,7 @@ def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, m
     images = protocol.Images(x, y)
     method = recipes.Method((6, 5), 1, 0.1)
     task = protocol.Task(
-        "test", {}, method, {}, lambda _: NET, lambda _: "6x5", images, images, "squares"
+        "test", {}, method, {}, lambda _: NET, lambda _: "6x5", images, images, "squares", SQUARES
     )
     settings = protocol.Settings(out=tmp_path, batch_size=10, eval_batch=20)
     trained = []
@@ -63,6 +65,12 @@ def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, m
     fixed(fixed_seed=7)
     fixed(fixed_seed=7, batch_size=20)
     assert trained == [1000, 7, 7]
+    path = tmp_path / "fixed" / "params.safetensors"
+    params = report.load_params(path)
+    del params["params"]["logits"]["bias"]
+    report.save_params(path, params, made=report.made(path))
+    with pytest.raises(ValueError, match=r"no params/logits/bias, which should be \[10\]"):
+        fixed(fixed_seed=7, batch_size=20)
 
 
 def test_a_record_has_the_rows_of_earlier_runs_that_were_scored_alike(tmp_path):
@@ -87,7 +95,7 @@ def test_what_is_scored_is_what_is_stored(tmp_path):
     method = recipes.Method((6, 5), 1, 0.1)
     task = protocol.Task(
         "test", {"normal": method}, method, {}, lambda _: NET, lambda _: "6x5", images, images,
-        "squares", stored=jnp.float16,
+        "squares", SQUARES, stored=jnp.float16,
     )  # fmt: skip
     settings = protocol.Settings(out=tmp_path, batch_size=10, eval_batch=20, pgd_steps=2)
     (row,), nets = protocol.run(settings, task, Console(file=io.StringIO()))
@@ -110,6 +118,7 @@ def test_what_is_scored_is_what_is_stored(tmp_path):
 def test_nets_in_another_precision_are_called_so():
     task = protocol.Task(
         experiment="", methods={}, normal=recipes.Method((4,), 1, 0.1), names={}, source="",
+        interface=SQUARES,
         make_net=lambda method: mlp(method.widths), network=lambda method: "4",
         train=protocol.Images(None, None), test=protocol.Images(None, None),
     )  # fmt: skip

@@ -28,7 +28,7 @@ ITERATED = {
 )
 def test_trained_nets_hardly_feel_the_batch_size(record, names):
     params = report.load_params(RESULTS / record / "lwa" / "params.safetensors")
-    apply_fn = models.function(models.recognised(params))
+    apply_fn = models.function(models.recognised(params, (28, 28, 1)))
     images = data.mnist()
     n = 500
     x, y = data.scale_mnist(images.test_images[:n]), images.test_labels[:n]

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import traceback
 import types
 from pathlib import Path
 
@@ -90,9 +91,7 @@ def test_a_folder_of_images_makes_a_robust_net(trained):
 def test_what_it_saves_is_what_was_scored(folder, trained):
     out, rows = trained
     problem = evaluate.load(
-        evaluate.Settings(
-            net=str(out / "params.safetensors"), data=str(folder), subtract=0, divide=255, n=20
-        )
+        evaluate.Settings(net=str(out / "params.safetensors"), data=str(folder), n=20)
     )
     clean = problem.apply_fn(problem.params, jnp.asarray(problem.x)).argmax(1) == problem.y
     assert clean.mean() == rows[0]["columns"]["clean"]
@@ -113,10 +112,9 @@ def test_it_scores_the_images_that_evaluate_takes(folder, tmp_path, monkeypatch)
         run(name, tmp_path / Path(name).name, epochs=1, n_eval=7, attacks=())
         problem = evaluate.load(
             evaluate.Settings(
-                net=str(tmp_path / Path(name).name / "params.safetensors"),
-                data=name, subtract=0, divide=255, n=7,
+                net=str(tmp_path / Path(name).name / "params.safetensors"), data=name, n=7
             )
-        )  # fmt: skip
+        )
         np.testing.assert_array_equal(seen[-1], problem.x)
 
 
@@ -161,11 +159,8 @@ def test_the_rate_rises_for_all_epochs_but_the_last_at_most(folder, tmp_path, mo
 
 def test_images_attacked_by_blocks_fare_as_they_do_together(folder, trained, tmp_path, monkeypatch):
     problem = evaluate.load(
-        evaluate.Settings(
-            net=str(trained[0] / "params.safetensors"), data=str(folder), subtract=0, divide=255,
-            n=20,
-        )
-    )  # fmt: skip
+        evaluate.Settings(net=str(trained[0] / "params.safetensors"), data=str(folder), n=20)
+    )
     own = settings(folder, tmp_path, eps=2.6)
     ensemble = train.evaluate.ensemble
     fared, keys = [], []
@@ -289,7 +284,7 @@ def test_the_nets_it_knows(folder, tmp_path, name, layers):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"net": "lenet"}, r"images of 16 pixels a side or more for lenet, got 12x12; choose --ne"),
+        ({"net": "lenet"}, r"images of 16 pixels a side or more for conv20-.*, got 12x12; choose"),
         ({"batch_size": 81}, r"got 3 epochs and 80 images for batches of 81; choose"),
         ({"epochs": 0}, r"at least one epoch.*got 0 epochs"),
     ],
@@ -354,11 +349,38 @@ def test_a_data_set_of_the_catalogue():
     np.testing.assert_array_equal(dataset.test_images[order][..., 0], pixels[want])
     np.testing.assert_array_equal(dataset.test_labels[order], labels[want])
     assert len(dataset.train_labels) == 30
+    assert dataset.classes == ("0", "1")
 
 
-def test_a_name_that_the_catalogue_hasnt_is_an_error():
-    with pytest.raises(ValueError, match=r"expected a data set of the .* catalogue, got 'halfs'"):
-        data.from_tfds("halfs")
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("fashon_mnist", r"did you mean fashion_mnist\?"),
+        ("fashion-mnist", r"did you mean fashion_mnist\?"),
+        ("emnist/leters", r"did you mean emnist/letters"),
+        ("mnist:9.9.9", r"did you mean mnist\?"),
+        ("zzz", "https://www"),
+        ("", "https://www"),
+    ],
+    ids=["name", "hyphen", "configuration", "version", "nothing like it", "empty"],
+)
+def test_a_name_that_the_catalogue_hasnt_is_an_error_with_those_like_it(name, suggestion):
+    with pytest.raises(ValueError, match=rf"catalogue, got '{name}'; {suggestion}") as caught:
+        data.from_tfds(name)
+    assert len("".join(traceback.format_exception(caught.value))) < 3000  # not the catalogue
+
+
+class UnlabelledForTest(HalvesForTest):
+    def _generate_examples(self, part):
+        examples = super()._generate_examples(part)
+        return ((i, {**example, "label": -1} if part else example) for i, example in examples)
+
+
+def test_a_part_whose_labels_arent_known_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"labels in 0\.\.1, got 30 others .* part test, .*; write"
+    ):
+        data.from_tfds("unlabelled_for_test")
 
 
 @pytest.mark.parametrize(

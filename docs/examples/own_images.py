@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from PIL import Image
+from PIL import Image, ImageOps
 
 import jaxadv
 
@@ -17,10 +17,10 @@ EPS, EPOCHS, BATCH = 0.5, 30, 50
 
 
 def images(folder):
-    paths = [sorted(path.iterdir()) for path in sorted(folder.iterdir())]
-    x = [np.asarray(Image.open(path).convert("RGB")) for files in paths for path in files]
-    y = np.repeat(np.arange(len(paths)), [len(files) for files in paths])
-    return np.stack(x).astype(np.float32) / 255, y.astype(np.int32), len(paths)
+    classes = sorted(folder.iterdir())
+    files = [(path, y) for y, place in enumerate(classes) for path in sorted(place.iterdir())]
+    x = [np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")) for path, _ in files]
+    return np.stack(x).astype(np.float32) / 255, np.int32([y for _, y in files]), len(classes)
 
 
 class Net(nn.Module):

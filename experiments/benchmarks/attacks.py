@@ -45,7 +45,7 @@ def run(settings: Settings) -> Figures:
         weights = ROOT / "experiments" / "results" / f"mnist_{name}" / "lwa" / "params.safetensors"
         problem = evaluate.load(evaluate.Settings(net=str(weights), n=settings.n))
         x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
-        net = models.recognised(problem.params)
+        net = models.recognised(problem.params, x.shape[1:])
         # DeepFool of a net of convolutions takes some libraries many minutes for 1,000 images.
         counts = {method: len(x) for method in METHODS}
         if net.blocks:
