@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import host, inputs, norms
+from jaxadv import closures, host, inputs, norms
 from jaxadv.attack.apgd import apgd, apgd_targeted
 from jaxadv.attack.fab import fab
 from jaxadv.attack.search import fold
@@ -193,7 +193,7 @@ def cascade(
       `Cascade`.
 
     Raises:
-      TypeError: as the attacks; and under a trace.
+      TypeError: as the attacks; if they aren't a mapping; and under a trace.
       ValueError: as the attacks; if there are none; if x leaves the bounds.
 
     Example:
@@ -205,11 +205,11 @@ def cascade(
       >>> result.robust.tolist(), result.stages["pgd"].tried.tolist()
       ([True, False], [True, False])
     """
-    if not attacks:
-        raise ValueError("expected at least one attack, got none; pass attack.standard(norm)")
+    check_attacks(attacks)
     x, y = host.arrays("attack.cascade", x, y, (params, eps, key, bounds))
     bounds = host.checked(bounds, x)
     sizes, keys = host.per_example(x, eps, key)
+    apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
     clean = np.asarray(host.over_batches(partial(_right, apply_fn, params), (x, y), batch_size))
     robust, worst = clean.copy(), np.zeros(x.shape, x.dtype)
     on = host.spread(x)
@@ -232,6 +232,24 @@ def cascade(
             robust[rows[hit]] = False
         stages[name] = Stage(tried, tried & ~robust, time.perf_counter() - start)
     return Cascade(worst, clean, robust, stages)
+
+
+def check_attacks(attacks: Mapping[str, PerturbFn]) -> None:
+    """Check that these are attacks by name.
+
+    Raises:
+      TypeError: if they aren't a mapping, or one isn't a hashable function.
+      ValueError: if there are none.
+    """
+    if not isinstance(attacks, Mapping):
+        raise TypeError(
+            f"expected attacks by name, got {type(attacks).__name__}; pass a dict, e.g. "
+            '{"pgd": attack.pgd}, or attack.standard(norm)'
+        )
+    if not attacks:
+        raise ValueError("expected at least one attack, got none; pass attack.standard(norm)")
+    for name, method in attacks.items():
+        closures.hashable(f"attack {name!r}", method)
 
 
 def _batches(
