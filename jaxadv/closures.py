@@ -28,7 +28,7 @@ from jax.extend import core
 from jaxadv import host
 from jaxadv.types import Params
 
-__all__ = ["hashable", "keyed"]
+__all__ = ["hashable", "keyed", "pair"]
 
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # which jit takes
@@ -64,6 +64,20 @@ def hashable(name: str, function: Any) -> None:
             "that takes the net's arrays as params, with equinox: params, static = "
             "eqx.partition(net, eqx.is_inexact_array), and eqx.combine(params, static) inside"
         ) from error
+
+
+def pair(source: Any) -> tuple[Any, Params]:
+    """Check that a source of perturbations is a net with its parameters.
+
+    Raises:
+      TypeError: if it isn't a pair.
+    """
+    if not isinstance(source, tuple | list) or len(source) != 2:
+        raise TypeError(
+            f"expected source=(apply_fn, params), got {type(source).__name__}; pass the net with "
+            "its parameters, or None for the net itself"
+        )
+    return source[0], source[1]
 
 
 def keyed(apply_fn: Any, params: Params, x: Any) -> Any:

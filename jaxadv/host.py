@@ -171,8 +171,11 @@ def one_batch(x: Any, batch_size: int) -> jax.ShapeDtypeStruct:
     """Return the shape and dtype of the batches that `over_batches` makes of these examples.
 
     Raises:
+      TypeError: if `batch_size` isn't an integer.
       ValueError: if `batch_size` < 1.
     """
+    if not isinstance(batch_size, int | np.integer):
+        raise TypeError(f"expected an integer batch_size, got {batch_size!r}; 500 suits most nets")
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; 500 suits most machines")
     size = spread(x).multiple(max(1, min(batch_size, len(x))))

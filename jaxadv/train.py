@@ -77,7 +77,8 @@ def init(
       `TrainState` at step 0.
 
     Raises:
-      TypeError: if a leaf of `params` can't be trained, with its path.
+      TypeError: if a leaf of `params` can't be trained, with its path; if `tx` isn't a
+        transformation.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -86,9 +87,17 @@ def init(
       >>> int(state.step)
       0
     """
+    _check_transformation(tx)
     _check_trainable(params)
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), model_state, key)
     return jax.tree.map(_copy, state)
+
+
+def _check_transformation(tx: optax.GradientTransformation) -> None:
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"expected an optax transformation, got {tx!r}; make one, e.g. optax.adam(1e-3)"
+        )
 
 
 def _check_trainable(params: Params) -> None:
@@ -171,7 +180,9 @@ def _transform(
         extra = {name: value for name, value in extra.items() if name in takes}
     try:
         return tx.update(grads, state.opt_state, state.params, **extra)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        if "keyword" not in str(error):
+            raise
         raise TypeError(
             f"expected an optax transformation that needs no more than {', '.join(extra)}, "
             f"got one that raises {error!r}; take it out of its wrapper (optax.chain, "
@@ -209,6 +220,7 @@ def make_step(
     References:
       Huang et al., 2015, Algorithms 2 and 3.
     """
+    _check_transformation(tx)
 
     @loops.body
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
@@ -248,6 +260,7 @@ def make_epoch(
     References:
       Huang et al., 2015, Algorithms 2 and 3.
     """
+    _check_transformation(tx)
 
     def epoch(
         state: TrainState, data: Any, order: jax.Array | None = None

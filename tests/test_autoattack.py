@@ -366,6 +366,15 @@ def test_the_interval_is_wilsons(n_right, confidence):
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("n", [1, 10, 37, 1000])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_the_interval_of_none_or_all_has_an_exact_end(n, confidence):
+    low, high = evaluate.interval(np.zeros(n, bool), confidence)
+    assert (low, 0 < high < 1) == (0.0, True)
+    low, high = evaluate.interval(np.ones(n, bool), confidence)
+    assert (0 < low < 1, high) == (True, 1.0)
+
+
 def test_an_interval_of_nothing_or_of_no_confidence_raises():
     with pytest.raises(ValueError, match=r"a mask \[n\] of at least one example, got shape"):
         evaluate.interval(np.zeros(0, bool))

@@ -260,6 +260,22 @@ BAD = {
     ),
     "empty mask": (lambda: evaluate.accuracy(np.zeros(0, bool)), ValueError),
     "mask of two axes": (lambda: evaluate.accuracy(np.ones((2, 3), bool)), ValueError),
+    "accuracy of sizes": (lambda: evaluate.accuracy(np.ones(3)), TypeError),
+    "accuracy of counts": (lambda: evaluate.accuracy([2, 0]), TypeError),
+    "interval of sizes": (lambda: evaluate.interval(np.ones(3)), TypeError),
+    "source without parameters": (
+        lambda: evaluate.robust(linear, W, X, Y, perturb.loss, eps=1.0, source=linear),
+        TypeError,
+    ),
+    "checked source without parameters": (
+        lambda: evaluate.check(linear, W, X, Y, eps=1.0, key=jax.random.key(0), source=linear),
+        TypeError,
+    ),
+    "batch size of a fraction": (
+        lambda: evaluate.clean(linear, W, X, Y, batch_size=3.5),
+        TypeError,
+    ),
+    "no batch size": (lambda: evaluate.clean(linear, W, X, Y, batch_size=None), TypeError),
     "no masks": (lambda: evaluate.worst_case(), ValueError),
     "masks of different sets": (
         lambda: evaluate.worst_case(np.ones(3, bool), np.ones(4, bool)),

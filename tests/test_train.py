@@ -524,6 +524,17 @@ def test_a_transformation_that_wants_what_nobody_has_says_so():
         train.make_step(NATURAL, tx)(state, batch(0))
 
 
+@pytest.mark.parametrize("make", [train.make_step, train.make_epoch])
+@pytest.mark.parametrize("tx", [optax.adam, NATURAL, 0.1])
+def test_what_is_no_transformation_is_refused_with_the_cure(make, tx):
+    with pytest.raises(
+        TypeError, match=r"optax transformation, got .*; make one, e\.g\. optax\.adam"
+    ):
+        make(NATURAL, tx)
+    with pytest.raises(TypeError, match="optax transformation, got"):
+        train.init(PARAMS, tx, key=KEY)
+
+
 # Leaves that can't be trained
 
 UNTRAINABLE = {

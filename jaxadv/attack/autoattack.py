@@ -11,6 +11,7 @@ These run on the host: which examples go on is known only when an attack has end
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -30,6 +31,7 @@ from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
 __all__ = ["Cascade", "Stage", "autoattack", "cascade", "standard"]
 
+_log = logging.getLogger(__name__)
 _own = jax.jit(fold)  # each attack's own keys
 
 
@@ -176,6 +178,8 @@ def cascade(
 ) -> Cascade:
     """Several attacks, each on the examples that are still classified right.
 
+    Each is logged as it begins (`logging`, level INFO, logger `jaxadv.attack.autoattack`).
+
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
       params: the first argument of `apply_fn`.
@@ -222,6 +226,7 @@ def cascade(
     stages = {}
     for number, (name, method) in enumerate(attacks.items()):
         start, tried = time.perf_counter(), robust.copy()
+        _log.info("%s on %d of %d examples", name, tried.sum(), len(y))
         own = None if keys is None else _own(keys, number)
         for rows, size in _batches(np.flatnonzero(tried), shapes, overhead):
             filled = np.resize(rows, on.multiple(size))  # repeated; what is too much is dropped

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from jaxadv import attack, closures, host
 from jaxadv.attack.autoattack import check_attacks
 from jaxadv.evaluate import budget
-from jaxadv.evaluate.masks import Outcome, outcome
+from jaxadv.evaluate.masks import Outcome, booleans, outcome
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
 __all__ = ["Ensemble", "ensemble", "interval"]
@@ -112,7 +112,8 @@ def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
       Its two ends.
 
     Raises:
-      ValueError: if the mask is empty or not one-dimensional, or `confidence` not in (0, 1).
+      TypeError: if the mask isn't one of booleans.
+      ValueError: if it is empty or not one-dimensional, or `confidence` not in (0, 1).
 
     Example:
       >>> import numpy as np
@@ -120,12 +121,7 @@ def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
       >>> [round(end, 3) for end in evaluate.interval(np.arange(1000) < 800)]
       [0.774, 0.824]
     """
-    mask = np.asarray(mask)
-    if mask.ndim != 1 or mask.size == 0:
-        raise ValueError(
-            f"expected a mask [n] of at least one example, got shape {mask.shape}; "
-            "pass the mask of one evaluation, e.g. outcome.robust"
-        )
+    mask = booleans(mask)
     if not 0 < confidence < 1:
         raise ValueError(f"expected 0 < confidence < 1, got {confidence}; 0.95 is usual")
     n, successes = mask.size, np.count_nonzero(mask)

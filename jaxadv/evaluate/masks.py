@@ -216,7 +216,8 @@ def accuracy(mask: Any) -> float:
       A number in [0, 1].
 
     Raises:
-      ValueError: if the mask is empty or not one-dimensional.
+      TypeError: if the mask isn't one of booleans.
+      ValueError: if it is empty or not one-dimensional.
 
     Example:
       >>> import numpy as np
@@ -224,13 +225,29 @@ def accuracy(mask: Any) -> float:
       >>> evaluate.accuracy(np.array([True, False, True, True]))
       0.75
     """
+    mask = booleans(mask)
+    return float(np.count_nonzero(mask) / mask.size)
+
+
+def booleans(mask: Any) -> Mask:
+    """Check a mask `[n]` of at least one example.
+
+    Raises:
+      TypeError: if it isn't one of booleans.
+      ValueError: if it is empty or not one-dimensional.
+    """
     mask = np.asarray(mask)
     if mask.ndim != 1 or mask.size == 0:
         raise ValueError(
             f"expected a mask [n] of at least one example, got shape {mask.shape}; "
             "pass the mask of one evaluation, e.g. outcome.robust"
         )
-    return float(np.count_nonzero(mask) / mask.size)
+    if mask.dtype != bool:
+        raise TypeError(
+            f"expected a mask of booleans, got {mask.dtype}; pass that of one evaluation, e.g. "
+            "outcome.robust, or compare first: predictions == labels"
+        )
+    return mask
 
 
 def worst_case(*masks: Any) -> Mask:
@@ -396,7 +413,7 @@ def robust(
     norm = budget.norm_of([perturb_fn], norm)
     shape = host.one_batch(x, batch_size)
     apply_fn = closures.keyed(apply_fn, params, shape)
-    of, of_params = source or (apply_fn, params)
+    of, of_params = closures.pair(source) if source is not None else (apply_fn, params)
     of = closures.keyed(of, of_params, shape)
     batch = partial(
         _robust_batch, apply_fn, of, perturb_fn, norm, params, of_params, host.checked(bounds, x)
