@@ -29,6 +29,7 @@ __all__ = [
     "arrays",
     "checked",
     "fetch",
+    "one_batch",
     "outside",
     "over_batches",
     "per_example",
@@ -85,11 +86,11 @@ def fetch(tree: Any) -> Any:
 
 
 def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
-    """Check that this is the host, and that there are as many labels as examples.
+    """Check that this is the host, and that these are examples with their labels.
 
     Raises:
       TypeError: under a trace; if `x` is not floating point or `y` not integers.
-      ValueError: if there aren't as many labels as examples.
+      ValueError: if `x` is no batch, `y` is not `[n]`, or there aren't as many labels as examples.
     """
     # Under jit even a constant becomes a tracer.
     if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((x, y, others, jnp.zeros(())))):
@@ -98,13 +99,8 @@ def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
             "under jit, vmap or grad use evaluate.correct or evaluate.measure on a batch"
         )
     x, y = (a if hasattr(a, "dtype") else np.asarray(a) for a in (x, y))
-    inputs.examples(x[:0])
-    inputs.labels(y[:0], 0)
-    if len(x) != len(y):
-        raise ValueError(
-            f"expected as many labels as examples, got {len(y)} labels for {len(x)} examples; "
-            "pass the labels of this very data set"
-        )
+    inputs.are_examples(x)
+    inputs.labels(y, len(x))
     return x, y
 
 
@@ -151,10 +147,29 @@ def outside(bounds: Bounds, x: Any) -> str:
 
 
 def per_example(x: Any, eps: Eps, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """Return the size and the key of each example: what it gets doesn't depend on its batch."""
-    n = len(x)
-    sizes = inputs.radius(eps, x)
-    return sizes, None if key is None else inputs.keys(key, n, "")
+    """Return the size and the key of each example: what it gets doesn't depend on its batch.
+
+    Raises:
+      As `inputs.radius` and `inputs.keys`; here the values of a JAX array are known, and it is
+      refused where a number is.
+    """
+    sizes = inputs.radius(fetch(eps) if isinstance(eps, jax.Array) else eps, x)
+    return sizes, None if key is None else inputs.keys(key, len(x), "")
+
+
+def one_batch(x: Any, batch_size: int) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of the batches that `over_batches` makes of these examples.
+
+    Raises:
+      TypeError: if `batch_size` isn't an integer.
+      ValueError: if `batch_size` < 1.
+    """
+    if not isinstance(batch_size, int | np.integer):
+        raise TypeError(f"expected an integer batch_size, got {batch_size!r}; 500 suits most nets")
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}; 500 suits most machines")
+    size = spread(x).multiple(max(1, min(batch_size, len(x))))
+    return jax.ShapeDtypeStruct((size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def over_batches(fn: Callable[..., Any], arrays: tuple[Any, ...], batch_size: int) -> Any:
@@ -163,11 +178,9 @@ def over_batches(fn: Callable[..., Any], arrays: tuple[Any, ...], batch_size: in
     The last batch is filled up with copies of the last example, whose results are dropped: one
     shape, one compilation.
     """
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}; 500 suits most machines")
     n = len(arrays[0])
     on = spread(arrays[0])
-    size = on.multiple(max(1, min(batch_size, n)))
+    size = one_batch(arrays[0], batch_size).shape[0]
     starts = range(0, max(n, 1), size)
     parts = []
     for start in starts:

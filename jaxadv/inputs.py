@@ -19,6 +19,7 @@ from jaxadv.types import ApplyFn, Bounds, Eps, Params
 
 __all__ = [
     "apply",
+    "are_examples",
     "batched",
     "box",
     "examples",
@@ -55,6 +56,16 @@ def examples(x: Any) -> jax.Array:
       ValueError: if `x` has no batch axis or its examples have no entries.
     """
     x = jnp.asarray(x)
+    are_examples(x)
+    return x
+
+
+def are_examples(x: Any) -> None:
+    """Check as `examples` does, without moving the array.
+
+    Raises:
+      As `examples`.
+    """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"expected x of a floating-point dtype, got {x.dtype}; cast pixels first, e.g. "
@@ -66,7 +77,6 @@ def examples(x: Any) -> jax.Array:
             f"expected x of shape [B, ...], a batch of non-empty examples, got {x.shape}; "
             "a single example becomes a batch of one by x[None]"
         )
-    return x
 
 
 def labels(y: Any, n: int) -> jax.Array:

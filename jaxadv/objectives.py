@@ -79,7 +79,8 @@ class Aux(NamedTuple):
     Attributes:
       accuracy: share of the examples that the trained net classified right, as perturbed.
       eps: mean size asked of the adversary; 0 without one.
-      zero: number of examples whose perturbation is exactly 0: no usable gradient, or eps = 0.
+      zero: number of examples whose perturbation is exactly 0 though a size was asked for: they
+        have no usable gradient.
       nonfinite: number of examples whose perturbation has NaN or infinite entries.
     """
 
@@ -455,6 +456,6 @@ def _aux(
         return Aux(accuracy, jnp.zeros_like(accuracy), none, none)
     # One pass over r tells both, since a maximum hands NaN on.
     largest = jnp.max(jnp.abs(r), axis=tuple(range(1, r.ndim)))
-    zero = jnp.sum(largest == 0, dtype=jnp.int32)
+    zero = jnp.sum((largest == 0) & (size > 0), dtype=jnp.int32)
     nonfinite = jnp.sum(~jnp.isfinite(largest), dtype=jnp.int32)
     return Aux(accuracy, jnp.mean(size).astype(jnp.float32), zero, nonfinite)

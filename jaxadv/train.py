@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,13 +67,18 @@ def init(
     stay valid.
 
     Args:
-      params: the initial parameters, any pytree of arrays.
+      params: the initial parameters, any pytree of floating-point arrays: all that is in it is
+        trained.
       tx: the optax transformation that will be given to `make_step`.
       model_state: what the net carries beside its parameters, any pytree, or None.
       key: the key that all randomness of the run derives from.
 
     Returns:
       `TrainState` at step 0.
+
+    Raises:
+      TypeError: if a leaf of `params` can't be trained, with its path; if `tx` isn't a
+        transformation.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -81,8 +87,29 @@ def init(
       >>> int(state.step)
       0
     """
+    _check_transformation(tx)
+    _check_trainable(params)
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), model_state, key)
     return jax.tree.map(_copy, state)
+
+
+def _check_transformation(tx: optax.GradientTransformation) -> None:
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"expected an optax transformation, got {tx!r}; make one, e.g. optax.adam(1e-3)"
+        )
+
+
+def _check_trainable(params: Params) -> None:
+    for path, leaf in jax.tree.leaves_with_path(params):
+        kind = getattr(leaf, "dtype", type(leaf))
+        if not jnp.issubdtype(kind, jnp.inexact):
+            raise TypeError(
+                f"expected params of floating-point arrays, got {getattr(kind, '__name__', kind)} "
+                f"at {jax.tree_util.keystr(path)}; all of params is trained: put counters, running "
+                "statistics and keys into model_state, or leave them in apply_fn (with equinox, "
+                "params, static = eqx.partition(net, eqx.is_inexact_array))"
+            )
 
 
 def _copy(leaf: Any) -> jax.Array:
@@ -99,12 +126,17 @@ def update(
 
     Args:
       objective: what is minimised, see `objectives`.
-      tx: an optax transformation; it is also given `value`, the loss, for those that want it.
+      tx: an optax transformation. Those that want more than the gradients, as line searches do, are
+        given `value`, `grad`, `value_fn` (or `obj_fn`) and `grad_fn` of the batch: each call of the
+        latter perturbs it anew.
       state: the state before.
       batch: what the objective takes, `(x, y)` for this library's.
 
     Returns:
       The state after, and `StepInfo`.
+
+    Raises:
+      TypeError: if a leaf of `params` can't be trained; if `tx` wants yet other arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -115,17 +147,49 @@ def update(
       >>> state.params.tolist()
       [[-0.5, 0.5]]
     """
+    _check_trainable(state.params)
     key = jax.random.fold_in(state.key, state.step)
-    (loss, (model_state, aux)), grads = jax.value_and_grad(objective, has_aux=True)(
-        state.params, state.model_state, batch, key=key, step=state.step
-    )
-    updates, opt_state = optax.with_extra_args_support(tx).update(
-        grads, state.opt_state, state.params, value=loss
-    )
+
+    def of_params(params: Params) -> tuple[jax.Array, Any]:
+        return objective(params, state.model_state, batch, key=key, step=state.step)
+
+    # Line searches hand on what they don't take, and refuse it where value_fn doesn't name it.
+    def value_fn(params: Params, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+        return of_params(params)[0]
+
+    (loss, (model_state, aux)), grads = jax.value_and_grad(of_params, has_aux=True)(state.params)
+    extra = {
+        "value": loss,
+        "grad": grads,
+        "value_fn": value_fn,
+        "obj_fn": value_fn,
+        "grad_fn": lambda params, _: jax.grad(of_params, has_aux=True)(params)[0],
+    }
+    updates, opt_state = _transform(tx, grads, state, extra)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state, model_state, state.key), StepInfo(
         loss, aux
     )
+
+
+def _transform(
+    tx: optax.GradientTransformation, grads: Any, state: TrainState, extra: dict[str, Any]
+) -> tuple[Any, optax.OptState]:
+    """Call the optax transformation with what it takes of the extra arguments."""
+    takes = inspect.signature(tx.update).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        extra = {name: value for name, value in extra.items() if name in takes}
+    try:
+        return tx.update(grads, state.opt_state, state.params, **extra)
+    except TypeError as error:
+        if "keyword" not in str(error):
+            raise
+        raise TypeError(
+            f"expected an optax transformation that needs no more than {', '.join(extra)}, "
+            f"got one that raises {error!r}; take it out of its wrapper (optax.chain, "
+            "optax.MultiSteps), or write the step with jax.value_and_grad(objective, has_aux=True) "
+            "and hand it what it needs"
+        ) from error
 
 
 def make_step(
@@ -139,7 +203,8 @@ def make_step(
       donate: reuse the memory of the state passed in, which is then gone. False keeps it.
 
     Returns:
-      `step(state, batch) -> (state, StepInfo)`, jitted; traced once for each shape of batch.
+      `step(state, batch) -> (state, StepInfo)`, jitted; traced once for each shape of batch. It
+      raises what `update` does.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -156,6 +221,7 @@ def make_step(
     References:
       Huang et al., 2015, Algorithms 2 and 3.
     """
+    _check_transformation(tx)
 
     @meshes.auto_axes(meshes.as_state)
     @loops.body
@@ -196,6 +262,7 @@ def make_epoch(
     References:
       Huang et al., 2015, Algorithms 2 and 3.
     """
+    _check_transformation(tx)
 
     @meshes.auto_axes(meshes.as_state)
     def epoch(

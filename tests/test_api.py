@@ -173,9 +173,9 @@ def test_a_name_is_exported_where_it_is_defined(module, name):
     assert home == module or home.startswith(f"{module}.")
 
 
-def test_every_module_is_public_but_the_checks_of_inputs_and_the_loops_of_the_host():
+def test_every_module_is_public_but_what_handles_arguments_and_loops_on_the_host():
     found = {info.name for info in pkgutil.iter_modules(jaxadv.__path__)}
-    assert found - set(jaxadv.__all__) == {"host", "inputs", "meshes"}
+    assert found - set(jaxadv.__all__) == {"closures", "host", "inputs", "meshes"}
 
 
 def test_the_version_is_a_version():
@@ -279,7 +279,7 @@ def layers_of(module):
 
 
 CHAIN = [
-    "types", "meshes", "inputs", "host", "loops", "norms", "jacobian", "perturb", "attack",
+    "types", "meshes", "inputs", "host", "closures", "loops", "norms", "jacobian", "perturb", "attack",
     "evaluate",
 ]  # fmt: skip
 

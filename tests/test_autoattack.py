@@ -304,12 +304,28 @@ def test_nan_is_no_success():
         evaluate.ensemble(net, 1.0, x, y, {"broken": broken}, eps=9.0)
 
 
-def test_the_norm_of_the_attacks_must_be_given():
+def test_the_norm_is_that_of_the_attacks():
     x, y = problem()
     attacks = {"fgsm": functools.partial(perturb.loss, norm="linf")}
-    evaluate.ensemble(net, 1.0, x, y, attacks, eps=2.0, norm="linf")
-    with pytest.raises(ValueError, match=r"l2 size 2 at most, got [23]\.\d+ by 'fgsm'"):
-        evaluate.ensemble(net, 1.0, x, y, attacks, eps=2.0)
+    found = evaluate.ensemble(net, 1.0, x, y, attacks, eps=2.0)
+    assert found.outcome.norm.max() == 2
+    with pytest.raises(ValueError, match=r"expected one norm, got \['l2', 'linf'\]; say it once"):
+        evaluate.ensemble(net, 1.0, x, y, attacks, eps=2.0, norm="l2")
+
+
+@pytest.mark.parametrize("attacks", [[attack.pgd], (attack.pgd, perturb.loss), attack.pgd, "pgd"])
+@pytest.mark.parametrize("driver", [attack.cascade, evaluate.ensemble])
+def test_attacks_without_names_are_refused(driver, attacks):
+    x, y = problem()
+    with pytest.raises(TypeError, match=r"expected attacks by name, got \w+; pass a dict"):
+        driver(net, 1.0, x, y, attacks, eps=2.0)
+
+
+@pytest.mark.parametrize("driver", [attack.cascade, evaluate.ensemble])
+def test_an_attack_that_is_no_function_is_named(driver):
+    x, y = problem()
+    with pytest.raises(TypeError, match=r"expected attack 'pgd' to be a function, got str"):
+        driver(net, 1.0, x, y, {"loss": perturb.loss, "pgd": "pgd"}, eps=2.0)
 
 
 def test_success_outside_of_the_box_is_an_error():
@@ -348,6 +364,15 @@ def test_the_interval_is_wilsons(n_right, confidence):
     want = stats.binomtest(n_right, 40).proportion_ci(confidence, method="wilson")
     got = evaluate.interval(np.arange(40) < n_right, confidence)
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("n", [1, 10, 37, 1000])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_the_interval_of_none_or_all_has_an_exact_end(n, confidence):
+    low, high = evaluate.interval(np.zeros(n, bool), confidence)
+    assert (low, 0 < high < 1) == (0.0, True)
+    low, high = evaluate.interval(np.ones(n, bool), confidence)
+    assert (0 < low < 1, high) == (True, 1.0)
 
 
 def test_an_interval_of_nothing_or_of_no_confidence_raises():

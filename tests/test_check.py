@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from experiments import models
-from jaxadv import evaluate, objectives, train
+from jaxadv import attack, evaluate, objectives, train
 
 check = importlib.import_module("jaxadv.evaluate.check")  # not the function of that name
 
@@ -38,11 +38,25 @@ def linear(w, x):
     return flat(x) @ w[:-1] + w[-1][None]
 
 
+KINDS = {
+    name: kind
+    for kind, those in {
+        "invalid input": ["probabilities", "random", "interacting rows", "one answer",
+                          "nothing right"],
+        "gradient masking": ["zero gradients", "non-finite gradients", "black box", "transfer",
+                             "far"],
+        "weak attack": ["one step", "budget", "minimal norm", "disagreement"],
+    }.items()
+    for name in those
+}  # fmt: skip
+
+
 def names(net, eps=3.0, **kwargs):
     x, y, w = data()
     report = evaluate.check(net, w, x, y, eps=eps, key=KEY, steps=10, **kwargs)
     for flag in report.flags:
         assert len(flag.message.split()) > 10
+        assert flag.kind == KINDS[flag.name]
     return {flag.name for flag in report.flags}
 
 
@@ -57,7 +71,7 @@ def names_of(look, net, *args):
         jnp.asarray(y),
         *args,
         {},
-        lambda name, raised, _: raised and flags.add(name),
+        lambda name, raised, *_: raised and flags.add(name),
     )
     return flags
 
@@ -139,16 +153,107 @@ def test_a_check_is_compiled_once_for_all_sizes():
     first = len(traced)
     traced.clear()
     evaluate.check(net, w, x, y, eps=2.0, key=KEY, steps=2)
-    # Its outputs are looked at without compiling: twice for all, once for each of eight rows.
-    assert len(traced) == 10 < first
+    # Its outputs are looked at without compiling: twice for all, once for each of eight rows; and
+    # what it has captured is looked at once.
+    assert len(traced) == 11 < first
 
 
-def test_of_a_net_that_has_nothing_right_there_are_no_figures_of_attacks():
+def test_without_its_box_an_attack_is_no_other_program():
+    x, y, w = data()
+
+    def traces(bounds):
+        traced = []
+
+        def net(w, x):
+            traced.append(1)
+            return linear(w, x)
+
+        evaluate.check(net, w, x, y, eps=3.0, key=KEY, steps=2, bounds=bounds)
+        return len(traced)
+
+    assert traces((-9.0, 9.0)) == traces(None)
+
+
+def test_a_net_that_has_nothing_right_is_said_and_not_attacked():
     x, y, w = data()
     report = evaluate.check(linear, w, x, (y + 1) % K, eps=3.0, key=KEY)
-    assert report.flags == ()
+    (flag,) = report.flags
+    assert (flag.name, flag.kind) == ("nothing right", "invalid input")
     assert report.figures["clean"] == 0
     assert "pgd" not in report.figures
+
+
+def test_examples_of_one_answer_are_said():
+    x, y, w = data()
+    one = y == 1
+    report = evaluate.check(linear, w, x[one], y[one], eps=3.0, key=KEY, steps=10)
+    (flag,) = report.flags
+    assert (flag.name, flag.kind) == ("one answer", "invalid input")
+    assert "`far` was left out; pass examples of several classes" in flag.message
+    assert "pgd, far" not in report.figures
+
+
+def test_what_one_step_leaves_is_said_of_the_attack_and_not_of_the_net():
+    """A net that curves: its gradient at x is right, and right nowhere else."""
+    x, y = np.full((20, 2), 0.0, np.float32), np.zeros(20, int)
+    x[:, 1] = np.linspace(0, 0.1, 20)
+
+    def curved(params, x):  # one answer inside a spiral arm, which one step overshoots
+        angle = 2.5 * x[:, :1] + 0.3
+        z = 1.2 - x[:, :1] * jnp.sin(angle) - x[:, 1:] * jnp.cos(angle)
+        return jnp.concatenate([z, -z], axis=1)
+
+    report = evaluate.check(curved, None, x, y, eps=1.5, key=KEY, steps=20)
+    flags = {flag.name: flag for flag in report.flags}
+    assert flags["one step"].kind == "weak attack"
+    assert "sound nets; report iterated attacks" in flags["one step"].message
+    assert not [flag for flag in report.flags if flag.kind == "gradient masking"]
+
+
+def small_scale(scale, x):
+    u = x[:, :1]
+    return scale * jnp.concatenate([0 * u, u - 1, -2 * u - 5], axis=1)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3])
+def test_logits_of_a_small_scale_that_mislead_pgd_are_noticed(scale):
+    x = 0.05 * np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
+    report = evaluate.check(small_scale, scale, x, np.zeros(100, int), eps=1.5, key=KEY, steps=20)
+    assert report.figures["pgd"] == 1
+    assert report.figures["pgd, fmn and fab"] == 0
+    assert "minimal norm" in {flag.name for flag in report.flags}
+
+
+def test_in_an_endless_box_pgd_is_pgd_without_one():
+    x, y, w = data()
+    box = jnp.float32(-jnp.inf), jnp.float32(jnp.inf)
+    for norm in ("l1", "l2", "linf"):
+        method = functools.partial(attack.pgd, norm=norm, steps=5)
+        got, want = (method(linear, w, x, y, eps=2.0, bounds=b) for b in (box, None))
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_progress_is_logged(caplog):
+    x, y, w = data()
+    with caplog.at_level("INFO", logger="jaxadv"):
+        evaluate.check(linear, w, x, y, eps=3.0, key=KEY, steps=2)
+    lines = [record.getMessage() for record in caplog.records]
+    for name in ("one step", "pgd", "thorough", "square", "fmn", "fab"):
+        assert f"{name} on 60 examples" in lines
+
+
+@pytest.mark.parametrize(
+    ("some", "message"),
+    [
+        ({"norm": "l3"}, "norm"),
+        ({"eps": np.nan}, "finite eps"),
+        ({"bounds": (0.0, 1.0)}, "within bounds"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_net_is_called(some, message):
+    x, y, w = data()
+    with pytest.raises(ValueError, match=message):
+        evaluate.check(None, w, x, y, **({"eps": 1.0, "key": KEY} | some))
 
 
 # What is seen in the net's outputs and gradients

@@ -94,6 +94,14 @@ def test_what_is_printed_on_a_page_runs(page):
     if page.stem == "howto":
         r = names["towards_grey"](None, None, names["x"], None, eps=0.5)
         assert r.shape == names["x"].shape
+        norm = {"weight": 2.0, "bias": 1.0, "running_mean": 3.0, "running_var": 4.0}
+        state_dict = {f"bn.{name}": np.full(2, value) for name, value in norm.items()}
+        state_dict |= {"bn.num_batches_tracked": np.int64(7)}
+        weights, statistics = names["split_statistics"](state_dict)
+        assert set(weights) == {"bn.weight", "bn.bias"}
+        assert len(statistics) == 3
+        out = names["torch_batch_norm"]((weights, statistics), "bn", np.full(2, 5.0))
+        np.testing.assert_allclose(out, 2 * (5 - 3) / 2 + 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)

@@ -221,6 +221,20 @@ BAD = {
     "one-hot labels": (lambda: evaluate.clean(linear, W, X, np.eye(K)[Y]), TypeError),
     "one-hot integers": (lambda: evaluate.clean(linear, W, X, np.eye(K, dtype=int)[Y]), ValueError),
     "fewer labels": (lambda: evaluate.clean(linear, W, X, Y[:3]), ValueError),
+    "scalar label": (lambda: evaluate.clean(linear, W, X, 3), ValueError),
+    "scalar x": (lambda: evaluate.clean(linear, W, 3.0, Y), ValueError),
+    "attack that is a string": (
+        lambda: evaluate.robust(linear, W, X, Y, "pgd", eps=1.0),
+        TypeError,
+    ),
+    "one size for a curve": (
+        lambda: evaluate.curve(linear, W, X, Y, perturb.loss, eps=0.5),
+        ValueError,
+    ),
+    "infinite size": (
+        lambda: evaluate.curve(linear, W, X, Y, perturb.loss, eps=[0.5, INF]),
+        ValueError,
+    ),
     "batch size 0": (lambda: evaluate.clean(linear, W, X, Y, batch_size=0), ValueError),
     "negative eps": (
         lambda: evaluate.robust(linear, W, X, Y, perturb.loss, eps=-1.0),
@@ -246,6 +260,22 @@ BAD = {
     ),
     "empty mask": (lambda: evaluate.accuracy(np.zeros(0, bool)), ValueError),
     "mask of two axes": (lambda: evaluate.accuracy(np.ones((2, 3), bool)), ValueError),
+    "accuracy of sizes": (lambda: evaluate.accuracy(np.ones(3)), TypeError),
+    "accuracy of counts": (lambda: evaluate.accuracy([2, 0]), TypeError),
+    "interval of sizes": (lambda: evaluate.interval(np.ones(3)), TypeError),
+    "source without parameters": (
+        lambda: evaluate.robust(linear, W, X, Y, perturb.loss, eps=1.0, source=linear),
+        TypeError,
+    ),
+    "checked source without parameters": (
+        lambda: evaluate.check(linear, W, X, Y, eps=1.0, key=jax.random.key(0), source=linear),
+        TypeError,
+    ),
+    "batch size of a fraction": (
+        lambda: evaluate.clean(linear, W, X, Y, batch_size=3.5),
+        TypeError,
+    ),
+    "no batch size": (lambda: evaluate.clean(linear, W, X, Y, batch_size=None), TypeError),
     "no masks": (lambda: evaluate.worst_case(), ValueError),
     "masks of different sets": (
         lambda: evaluate.worst_case(np.ones(3, bool), np.ones(4, bool)),
@@ -263,6 +293,55 @@ def test_bad_input_raises_what_was_expected_and_what_came(name):
     function, error = BAD[name]
     with pytest.raises(error, match=r"(?s)expected .*got .*;"):
         function()
+
+
+# name: x, y, what the error says of them
+SHAPES = {
+    "one-hot floats": (
+        X,
+        np.eye(K, dtype=np.float32)[Y],
+        TypeError,
+        r"got float32 of shape \(7, 3\)",
+    ),
+    "one-hot integers": (X, np.eye(K, dtype=int)[Y], ValueError, r"shape \[7\], got \(7, 3\)"),
+    "scalar y": (X, np.int32(3), ValueError, r"shape \[7\], got \(\)"),
+    "boolean x": (X > 0, Y, TypeError, "floating-point dtype, got bool"),
+    "boolean y": (X, Y > 0, TypeError, r"got bool of shape \(7,\)"),
+    "one example": (X[0], Y, ValueError, r"got \(5,\).*x\[None\]"),
+    "a number": (np.float32(1), Y, ValueError, r"got \(\)"),
+    "no entries": (X[:, :0], Y, ValueError, r"got \(7, 0\)"),
+    "fewer labels": (X, Y[:3], ValueError, "got 3 labels for 7 examples"),
+}
+
+
+@pytest.mark.parametrize("driver", ["clean", "robust", "outcome", "ensemble", "check"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_error_about_a_data_set_shows_its_shape(name, driver):
+    x, y, error, message = SHAPES[name]
+    r = np.zeros(np.shape(x), np.float32)
+    calls = {
+        "clean": lambda: evaluate.clean(linear, W, x, y),
+        "robust": lambda: evaluate.robust(linear, W, x, y, perturb.loss, eps=1.0),
+        "outcome": lambda: evaluate.outcome(linear, W, x, y, r),
+        "ensemble": lambda: evaluate.ensemble(linear, W, x, y, {"loss": perturb.loss}, eps=1.0),
+        "check": lambda: evaluate.check(linear, W, x, y, eps=1.0, key=jax.random.key(0)),
+    }
+    with pytest.raises(error, match=message):
+        calls[driver]()
+
+
+@pytest.mark.parametrize("size", [NAN, INF, -1.0])
+@pytest.mark.parametrize("kind", [float, np.float32, jnp.float32, lambda v: jnp.full(7, v)])
+@pytest.mark.parametrize("driver", ["robust", "perturbations", "ensemble", "check"])
+def test_a_size_that_is_none_is_refused_whatever_array_it_is_in(driver, kind, size):
+    calls = {
+        "robust": partial(evaluate.robust, perturb_fn=attack.pgd),
+        "perturbations": partial(evaluate.perturbations, perturb_fn=attack.pgd),
+        "ensemble": partial(evaluate.ensemble, attacks={"pgd": attack.pgd}),
+        "check": partial(evaluate.check, key=jax.random.key(0)),
+    }
+    with pytest.raises(ValueError, match="expected a finite eps >= 0"):
+        calls[driver](linear, W, X, Y, eps=kind(size))
 
 
 def test_a_method_that_lacks_its_key_says_so():
@@ -377,13 +456,67 @@ def test_bounds_are_handed_on(lo):
     assert np.all(outcome.norm < 2)  # the box did bind
 
 
+# Norms, sizes and boxes of attacks
+
+
 @pytest.mark.parametrize("norm", NORMS)
-def test_sizes_are_measured_in_the_norm_asked_for(norm):
+@pytest.mark.parametrize("method", [perturb.loss, attack.pgd])
+def test_the_norm_is_said_once_to_the_attack(norm, method):
     w, x, y = draw(7)
-    perturb_fn = partial(perturb.loss, norm="linf")
-    outcome = evaluate.robust(linear, w, x, y, perturb_fn, eps=0.5, norm=norm)
-    want = 0.5 * np.array({"l1": D, "l2": np.sqrt(D), "linf": 1}[norm])
-    np.testing.assert_allclose(outcome.norm, np.full(7, want), rtol=1e-6)
+    perturb_fn = partial(method, norm=norm)
+    outcome = evaluate.robust(linear, w, x, y, perturb_fn, eps=0.5)
+    np.testing.assert_allclose(outcome.norm, np.full(7, 0.5), rtol=1e-5)
+    again = evaluate.robust(linear, w, x, y, perturb_fn, eps=0.5, norm=norm)
+    chex.assert_trees_all_equal(outcome, again)
+
+
+@pytest.mark.parametrize(
+    "method", [perturb.loss, partial(attack.pgd, norm="l1"), partial(partial(attack.fab), steps=3)]
+)
+def test_a_norm_that_is_not_the_attacks_is_an_error(method):
+    # In linf no l2 ball of that radius would be found too large, only too weak.
+    w, x, y = draw(7)
+    with pytest.raises(ValueError, match=r"expected one norm, got .*'linf'\]; say it once"):
+        evaluate.robust(linear, w, x, y, method, eps=0.5, norm="linf")
+
+
+def test_attacks_of_two_norms_are_an_error():
+    w, x, y = draw(7)
+    two = {"pgd": attack.pgd, "fgsm": partial(perturb.loss, norm="linf")}
+    with pytest.raises(ValueError, match=r"expected one norm, got \['l2', 'linf'\]"):
+        evaluate.ensemble(linear, w, x, y, two, eps=0.5)
+
+
+def far(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+    """An attack of one's own that knows no size and no box."""
+    return jnp.full_like(x, 3.0)
+
+
+@pytest.mark.parametrize(("norm", "size"), [(None, r"6\.7"), ("l1", "15"), ("linf", "3")])
+def test_an_attack_that_exceeds_its_size_is_an_error(norm, size):
+    w, x, y = draw(7)
+    with pytest.raises(ValueError, match=rf"{norm or 'l2'} size 2 at most, got {size}.*; pass the"):
+        evaluate.robust(linear, w, x, y, far, eps=2.0, norm=norm)
+    evaluate.robust(linear, w, x, y, far, eps=20.0, norm=norm)
+
+
+def test_an_attack_that_leaves_the_box_is_an_error():
+    w, x, y = draw(7)
+    x = np.clip(x, 0, 1)
+    with pytest.raises(ValueError, match=r"x \+ r within bounds, got 4 where at most 1 is"):
+        evaluate.robust(linear, w, x, y, far, eps=20.0, bounds=(0.0, 1.0))
+
+
+def test_what_is_not_finite_has_no_size_to_exceed():
+    def broken(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        r = perturb.loss(apply_fn, params, x, y, eps=eps, bounds=bounds)
+        return r.at[2].set(jnp.nan).at[3].set(jnp.inf)
+
+    w, x, y = draw(7)
+    x = np.clip(x, 0, 1)
+    outcome = evaluate.robust(linear, w, x, y, broken, eps=0.5, bounds=(0.0, 1.0))
+    np.testing.assert_array_equal(outcome.nonfinite, np.isin(np.arange(7), [2, 3]))
+    assert not outcome.robust[2:4].any()
 
 
 def test_a_data_set_of_images_keeps_its_shape():
@@ -437,6 +570,24 @@ def test_a_curve_is_robust_at_each_size(name):
     np.testing.assert_array_equal(masks, want)
     shares = [evaluate.accuracy(mask) for mask in masks]
     assert shares[0] > shares[2] > shares[4]  # or there is nothing to tell apart
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_a_curve_in_a_box_is_robust_in_it_at_each_size(name):
+    def mlp(w, x):
+        return jnp.tanh(2 * x) @ w
+
+    w, x, y = draw(40)
+    box = {"bounds": (np.linspace(-0.5, 0, D).astype(np.float32), 1.0)}
+    x, sizes = np.clip(x, *box["bounds"]), [0.0, 0.2, 0.5, 1.0]
+    y = np.argmax(mlp(w, x), axis=1)
+    masks = evaluate.curve(mlp, w, x, y, ONE_STEP[name], eps=sizes, batch_size=16, **box)
+    want = [evaluate.robust(mlp, w, x, y, ONE_STEP[name], eps=eps, **box).robust for eps in sizes]
+    np.testing.assert_array_equal(masks, want)
+    free = evaluate.curve(mlp, w, x, y, ONE_STEP[name], eps=sizes, batch_size=16)
+    assert masks.sum() > free.sum()  # the box did bind
+    with pytest.raises(ValueError, match="within bounds"):
+        evaluate.curve(mlp, w, 3 * x, y, ONE_STEP[name], eps=sizes, **box)
 
 
 def test_a_curve_counts_what_a_perturbation_repairs_as_wrong():
@@ -522,7 +673,7 @@ def test_under_a_trace_of_its_options_robust_says_what_to_use_instead(traced):
 
 
 @every_driver
-def test_a_net_is_traced_once_for_many_sizes_parameters_and_batches(name):
+def test_a_net_is_compiled_once_for_many_sizes_parameters_and_batches(name):
     w, x, y = draw(11)
     traces = []
 
@@ -538,7 +689,7 @@ def test_a_net_is_traced_once_for_many_sizes_parameters_and_batches(name):
             some = driver.keywords.get("eps") if isinstance(driver, partial) else None
             sizes = {} if some is None else {"eps": (factor * np.array(some)).tolist()}
             driver(net, params, x, y, batch_size=4, **sizes)
-    assert len(traces) == once
+    assert len(traces) == once + 6  # what each call has captured is looked at anew
 
 
 @pytest.mark.parametrize("name", ["loss", "pgd"])

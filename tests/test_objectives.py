@@ -723,6 +723,21 @@ def test_soft_labels_train_against_pgd_on_a_soft_loss():
 # Aux
 
 
+@pytest.mark.parametrize(
+    "name", ["a schedule at 0", "sizes of examples", "relative to an input of 0"]
+)
+def test_examples_that_nobody_asked_to_perturb_are_not_counted_as_zero(name):
+    y, x = jnp.zeros(3, int), jnp.ones((3, 2)).at[1:].set(0)
+    eps, counted = {
+        "a schedule at 0": (optax.linear_schedule(0.0, 1.0, 10), 0),
+        "sizes of examples": (jnp.array([1.0, 0.0, 1.0]), 2),
+        "relative to an input of 0": (objectives.Relative(0.5), 1),
+    }[name]
+    objective = objectives.adversarial(lambda p, x: x, fixed(jnp.zeros((3, 2))), eps=eps)
+    _, (_, aux) = objective(None, None, (x, y), key=KEY, step=jnp.array(0))
+    assert int(aux.zero) == counted
+
+
 def test_aux_counts_perturbations_that_are_zero_and_that_are_not_finite():
     r = R.copy()
     r[0] = r[2] = 0

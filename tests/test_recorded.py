@@ -51,3 +51,29 @@ def test_trained_nets_hardly_feel_the_batch_size(record, names):
         )
         assert 0 < many.sum() < n
         assert (many != few).mean() <= 0.002, name
+
+
+def checked(net, scale, **kwargs):
+    """The flags of a recorded MLP with its logits scaled, by name."""
+    params = report.load_params(RESULTS / "mnist_mlp" / net / "params.safetensors")
+    apply_fn = models.function(models.recognised(params))
+    images = data.mnist()
+    x, y = data.scale_mnist(images.test_images[:100]), images.test_labels[:100]
+    result = evaluate.check(
+        lambda params, x: scale * apply_fn(params, x),
+        params, x, y, key=jax.random.key(0), **kwargs,
+    )  # fmt: skip
+    return {flag.name: flag for flag in result.flags}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", ["normal", "dropout"])
+def test_on_a_plain_net_one_step_is_doubted_and_not_the_net(net):
+    flags = checked(net, 1.0, eps=1.5, bounds=(0.0, 1.0))
+    assert "it is on many sound nets; report iterated attacks" in flags["one step"].message
+    assert {flag.kind for flag in flags.values()} == {"weak attack"}
+
+
+@pytest.mark.slow
+def test_a_small_scale_of_the_logits_that_weakens_pgd_is_noticed():
+    assert checked("normal", 1e-6, eps=1.0)["minimal norm"].kind == "weak attack"

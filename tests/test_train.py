@@ -457,3 +457,112 @@ def test_the_loss_reported_is_that_before_the_update():
     tx = optax.sgd(0.5)
     _, info = train.make_step(NATURAL, tx)(train.init(PARAMS, tx, key=KEY), batch(0))
     np.testing.assert_allclose(info.loss, cross_entropy(PARAMS, *batch(0)), rtol=RTOL)
+
+
+# Transformations that take more than gradients
+
+EXTRA = {
+    "lbfgs": optax.lbfgs,
+    "backtracking": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=10)
+    ),
+    "sam": lambda: optax.contrib.sam(
+        optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    ),
+    "opaque sam": lambda: optax.contrib.sam(
+        optax.sgd(0.1),
+        optax.chain(optax.contrib.normalize(), optax.sgd(0.05)),
+        opaque_mode=True,
+    ),
+    "sophia": lambda: optax.contrib.sophia(0.1),
+    "lbfgs in MultiSteps": lambda: optax.MultiSteps(optax.lbfgs(), 2),
+}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_a_transformation_that_wants_more_than_gradients_trains(name):
+    tx = EXTRA[name]()
+    adversarial = objectives.adversarial(linear, perturb.loss, eps=0.1)
+    step = train.make_step(adversarial, tx, donate=False)
+    state, losses = train.init(PARAMS, tx, key=KEY), []
+    for _ in range(12):  # with patience for those that move at every second step
+        state, info = step(state, batch(0))
+        losses.append(float(info.loss))
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_lbfgs_in_a_step_is_lbfgs_by_hand():
+    tx, (x, y) = optax.lbfgs(), batch(0)
+    step = train.make_step(NATURAL, tx, donate=False)
+    state = train.init(PARAMS, tx, key=KEY)
+    params, opt_state = PARAMS, tx.init(PARAMS)
+
+    def value_fn(params):
+        return cross_entropy(params, x, y)
+
+    @jax.jit
+    def by_hand(params, opt_state):
+        value, grad = jax.value_and_grad(value_fn)(params)
+        updates, opt_state = tx.update(
+            grad, opt_state, params, value=value, grad=grad, value_fn=value_fn
+        )
+        return optax.apply_updates(params, updates), opt_state
+
+    for _ in range(3):
+        state, _ = step(state, batch(0))
+        params, opt_state = by_hand(params, opt_state)
+    chex.assert_trees_all_close(state.params, params, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformation_that_wants_what_nobody_has_says_so():
+    def update(updates, state, params=None, *, teacher):
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    state = train.init(PARAMS, tx, key=KEY)
+    with pytest.raises(TypeError, match=r"expected an optax .*got .*'teacher'.*; .*write the step"):
+        train.make_step(NATURAL, tx)(state, batch(0))
+
+
+@pytest.mark.parametrize("make", [train.make_step, train.make_epoch])
+@pytest.mark.parametrize("tx", [optax.adam, NATURAL, 0.1])
+def test_what_is_no_transformation_is_refused_with_the_cure(make, tx):
+    with pytest.raises(
+        TypeError, match=r"optax transformation, got .*; make one, e\.g\. optax\.adam"
+    ):
+        make(NATURAL, tx)
+    with pytest.raises(TypeError, match="optax transformation, got"):
+        train.init(PARAMS, tx, key=KEY)
+
+
+# Leaves that can't be trained
+
+UNTRAINABLE = {
+    "a counter of PyTorch's batch norm": (np.int64(7), "int64"),
+    "integers": (jnp.arange(3), "int32"),
+    "a mask": (np.ones(3, bool), "bool"),
+    "a Python integer": (3, "int"),
+    "a key": (jax.random.key(0), r"key<fry>"),
+    "a function": (jax.nn.relu, ""),
+}
+
+
+@pytest.mark.parametrize("where", ["init", "step"])
+@pytest.mark.parametrize("name", UNTRAINABLE)
+def test_a_leaf_that_can_not_be_trained_is_named_with_the_cure(name, where):
+    leaf, kind = UNTRAINABLE[name]
+    params, tx = PARAMS | {"bn.num_batches_tracked": leaf}, optax.sgd(0.1)
+    message = rf"arrays, got {kind}.* at \['bn\.num_batches_tracked'\].*model_state.*eqx\.partition"
+    state = train.init(PARAMS, tx, key=KEY)._replace(params=params)
+    calls = {
+        "init": lambda: train.init(params, tx, key=KEY),
+        "step": lambda: train.update(NATURAL, tx, state, batch(0)),
+    }
+    with pytest.raises(TypeError, match=message):
+        calls[where]()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64, np.float32, float])
+def test_every_inexact_leaf_can_be_trained(dtype):
+    leaf = 1.0 if dtype is float else jnp.ones(2, dtype)
+    train.init({"w": leaf}, optax.sgd(0.1), key=KEY)

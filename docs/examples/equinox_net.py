@@ -1,4 +1,4 @@
-"""equinox: the arrays of a module are the parameters, the rest is kept aside in apply_fn."""
+"""equinox: the floating-point arrays of a module are trained, the rest stays in apply_fn."""
 
 import equinox as eqx
 import jax
@@ -23,7 +23,7 @@ class Net(eqx.Module):
 
 def main():
     x, y = corners(jax.random.key(0), 512)
-    params, static = eqx.partition(Net(jax.random.key(1)), eqx.is_array)
+    params, static = eqx.partition(Net(jax.random.key(1)), eqx.is_inexact_array)
 
     def apply_fn(params, x):
         net = eqx.combine(params, static)

@@ -11,6 +11,7 @@ These run on the host: which examples go on is known only when an attack has end
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import host, inputs, meshes, norms
+from jaxadv import closures, host, inputs, meshes, norms
 from jaxadv.attack.apgd import apgd, apgd_targeted
 from jaxadv.attack.fab import fab
 from jaxadv.attack.search import fold
@@ -30,6 +31,7 @@ from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
 __all__ = ["Cascade", "Stage", "autoattack", "cascade", "standard"]
 
+_log = logging.getLogger(__name__)
 _own = jax.jit(fold)  # each attack's own keys
 
 
@@ -177,6 +179,8 @@ def cascade(
 ) -> Cascade:
     """Several attacks, each on the examples that are still classified right.
 
+    Each is logged as it begins (`logging`, level INFO, logger `jaxadv.attack.autoattack`).
+
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
       params: the first argument of `apply_fn`.
@@ -194,7 +198,7 @@ def cascade(
       `Cascade`.
 
     Raises:
-      TypeError: as the attacks; and under a trace.
+      TypeError: as the attacks; if they aren't a mapping; and under a trace.
       ValueError: as the attacks; if there are none; if x leaves the bounds.
 
     Example:
@@ -206,11 +210,11 @@ def cascade(
       >>> result.robust.tolist(), result.stages["pgd"].tried.tolist()
       ([True, False], [True, False])
     """
-    if not attacks:
-        raise ValueError("expected at least one attack, got none; pass attack.standard(norm)")
+    check_attacks(attacks)
     x, y = host.arrays("attack.cascade", x, y, (params, eps, key, bounds))
     bounds = host.checked(bounds, x)
     sizes, keys = host.per_example(x, eps, key)
+    apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
     clean = np.asarray(host.over_batches(partial(_right, apply_fn, params), (x, y), batch_size))
     robust, worst = clean.copy(), np.zeros(x.shape, x.dtype)
     on = host.spread(x)
@@ -223,6 +227,7 @@ def cascade(
     stages = {}
     for number, (name, method) in enumerate(attacks.items()):
         start, tried = time.perf_counter(), robust.copy()
+        _log.info("%s on %d of %d examples", name, tried.sum(), len(y))
         own = None if keys is None else _own(keys, number)
         for rows, size in _batches(np.flatnonzero(tried), shapes, overhead):
             filled = np.resize(rows, on.multiple(size))  # repeated; what is too much is dropped
@@ -233,6 +238,24 @@ def cascade(
             robust[rows[hit]] = False
         stages[name] = Stage(tried, tried & ~robust, time.perf_counter() - start)
     return Cascade(worst, clean, robust, stages)
+
+
+def check_attacks(attacks: Mapping[str, PerturbFn]) -> None:
+    """Check that these are attacks by name.
+
+    Raises:
+      TypeError: if they aren't a mapping, or one isn't a hashable function.
+      ValueError: if there are none.
+    """
+    if not isinstance(attacks, Mapping):
+        raise TypeError(
+            f"expected attacks by name, got {type(attacks).__name__}; pass a dict, e.g. "
+            '{"pgd": attack.pgd}, or attack.standard(norm)'
+        )
+    if not attacks:
+        raise ValueError("expected at least one attack, got none; pass attack.standard(norm)")
+    for name, method in attacks.items():
+        closures.hashable(f"attack {name!r}", method)
 
 
 def _batches(

@@ -5,13 +5,18 @@ robustness: gradients that vanish, a net that answers at random, examples that i
 a box or a budget too small to get anywhere (Athalye et al., 2018; Carlini et al., 2019). Each has a
 symptom that can be measured. `check` measures them on some hundred examples and raises a flag for
 each that it finds; that no flag is raised proves nothing.
+
+A flag is of one of three kinds. Gradient masking is in the net: its gradients mislead attacks. A
+weak attack says nothing against the net: a stronger one breaks more. Invalid input is no
+evaluation: what came isn't a classifier's logits, or examples that can be measured.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +24,21 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
-from jaxadv import attack, host, inputs, jacobian, meshes, norms, perturb
+from jaxadv import attack, closures, host, inputs, jacobian, meshes, norms, perturb
 from jaxadv.evaluate.masks import accuracy, clean, perturbations
-from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, PerturbFn
+from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params
 
 __all__ = ["Flag", "Report", "check"]
+
+_log = logging.getLogger(__name__)
+
+Kind: TypeAlias = Literal["gradient masking", "weak attack", "invalid input"]
 
 # How large a symptom has to be. Accuracies are compared on the same examples, so that a difference
 # isn't sampling noise; these are the differences between sound attacks on sound nets, doubled.
 _SAME = 1e-4  # logits of the same row, relative to the largest
 _BLACK_BOX = 0.005  # accuracy that Square, or a transferred attack, takes from the gradient attacks
-_BUDGET = 0.02  # accuracy that four times the steps and four restarts take from PGD
+_BUDGET = 0.02  # accuracy that more steps and starts, or minimal attacks, take from PGD
 _ONE_STEP = 0.2  # how far one step's accuracy may be above the iterated one
 _FAR = 0.02  # accuracy left where every example is known to have an adversarial one
 _DISAGREE = 1.25  # ratio of the median sizes that two minimal attacks find
@@ -41,10 +50,13 @@ class Flag(NamedTuple):
     Attributes:
       name: which.
       message: what was measured, what it means, and what to do.
+      kind: what is wrong: `"gradient masking"` (the net's gradients mislead attacks), `"weak
+        attack"` (a stronger one breaks more), or `"invalid input"` (this is no evaluation).
     """
 
     name: str
     message: str
+    kind: Kind
 
 
 class Report(NamedTuple):
@@ -76,20 +88,32 @@ def check(
 ) -> Report:
     """Look for signs that a net's robust accuracy shouldn't be believed.
 
-    The names of the flags, and what raises them:
+    The names of the flags, and what raises them. Invalid input:
 
     - `probabilities`: outputs are in [0, 1] and sum to 1.
     - `random`: the same input gives other logits at another call.
     - `interacting rows`: a row's logits depend on its batch.
+    - `nothing right`: the net classifies no example right, so that there is nothing to attack.
+    - `one answer`: the net answers all examples alike, so that `far` can't be looked at.
+
+    Gradient masking:
+
     - `zero gradients`, `non-finite gradients`: of the loss that attacks follow, at the examples or
       at the points where PGD ended without success.
-    - `one step`: a single step's accuracy is far above PGD's, so that the former says nothing.
-    - `budget`: more steps and restarts still lower PGD's accuracy.
-    - `black box`: Square breaks what PGD doesn't (images in l2 and linf alone).
+    - `black box`: Square breaks what PGD doesn't (images in l2 and linf only).
     - `transfer`: so do perturbations made on `source`.
     - `far`: without a box, and at the distance of the nearest other example that the net answers
       otherwise, PGD still fails.
+
+    A weak attack, which is no fault of the net:
+
+    - `one step`: a single step's accuracy is far above PGD's, so that the former says nothing.
+    - `budget`: more steps and restarts still lower PGD's accuracy.
+    - `minimal norm`: `fmn` or `fab` find points within eps that PGD doesn't.
     - `disagreement`: `fmn` and `fab` find minimal sizes that are far apart.
+
+    Compiling takes most of the time on few examples; progress is logged (`logging`, level INFO,
+    logger `jaxadv.evaluate.check`).
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
@@ -107,7 +131,7 @@ def check(
     Returns:
       `Report`. Its figures also have the share of examples without a usable gradient for each loss
       that attacks climb: `margin zero gradients` (PGD, APGD on cross-entropy), `dlr zero
-      gradients`, `ce zero gradients`, and the same `non-finite`. Where plain cross-entropy alone
+      gradients`, `ce zero gradients`, and the same `non-finite`. Where only plain cross-entropy
       has none, in float32, it is no fault of the net, and no obstacle to the attacks of this
       library, but one for others. Of a net that answers no example right there are no figures of
       attacks.
@@ -132,81 +156,117 @@ def check(
     x, y = host.arrays("evaluate.check", x, y, (params, eps, key, bounds))
     if len(y) == 0:
         raise ValueError("expected at least one example, got none; pass some hundred")
+    norms.dual(norm)  # known?
     eps = host.per_example(x, eps, None)[0]
     keys = inputs.keys(key, len(y), "an attack of the check")
+    box: Bounds | None = None
+    endless: Bounds | None = None
+    if bounds is not None:
+        host.checked(bounds, x)
+        lo, hi = (jnp.asarray(bound, inputs.wide(x.dtype)) for bound in bounds)
+        # One program for both: in no box at all, it would be another.
+        box, endless = (lo, hi), (jnp.full_like(lo, -jnp.inf), jnp.full_like(hi, jnp.inf))
+    shape = host.one_batch(x, batch_size)
+    apply_fn = closures.keyed(apply_fn, params, shape)
+    if source is not None:
+        source_fn, source_params = closures.pair(source)
+        source = closures.keyed(source_fn, source_params, shape), source_params
     figures: dict[str, float] = {}
     flags: list[Flag] = []
 
-    def flag(name: str, raised: bool, message: str) -> None:
+    def flag(name: str, raised: bool, kind: Kind, message: str) -> None:
         if raised:
-            flags.append(Flag(name, message))
+            flags.append(Flag(name, message, kind))
 
+    _log.info("outputs and clean accuracy")
     _look_at_outputs(apply_fn, params, x[:batch_size], y[:batch_size], figures, flag)
 
     right = clean(apply_fn, params, x, y, batch_size=batch_size)
     figures["clean"] = accuracy(right)
     if not right.any():
+        flag(
+            "nothing right", True, "invalid input",
+            "the net classifies none of the examples right, so that there is nothing to attack: do "
+            "the labels belong to these examples, and are they scaled as in training?",
+        )  # fmt: skip
         return Report(tuple(flags), figures)
 
+    attacks = _attacks(norm, steps)
+
     def standing(
-        method: PerturbFn,
+        name: str,
         eps: Eps = eps,
         *,
-        bounds: Bounds | None = bounds,
+        bounds: Bounds | None = box,
         of: tuple[ApplyFn, Params] = (apply_fn, params),
     ) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+        _log.info("%s on %d examples", name, len(y))
         r = perturbations(
-            *of, x, y, method, eps=eps, key=keys, bounds=bounds, batch_size=batch_size
+            *of, x, y, attacks[name], eps=eps, key=keys, bounds=bounds, batch_size=batch_size
         )
         return right & clean(apply_fn, params, x + r, y, batch_size=batch_size), r
 
-    attacks = _attacks(norm, steps)
-    one_step, _ = standing(attacks["one step"])
-    iterated, r = standing(attacks["pgd"])
-    thorough, _ = standing(attacks["thorough"])
+    one_step, _ = standing("one step")
+    iterated, r = standing("pgd")
+    thorough, _ = standing("thorough")
     figures["one step"], figures["pgd"] = accuracy(one_step), accuracy(iterated)
     figures["pgd, 4 times the steps, 4 starts"] = accuracy(iterated & thorough)
 
     _look_at_gradients(apply_fn, params, x, y, r, iterated, batch_size, figures, flag)
     flag(
-        "one step", figures["one step"] > figures["pgd"] + _ONE_STEP,
-        f"one step leaves {figures['one step']:.3f}, {steps} steps {figures['pgd']:.3f}: "
-        "the net bends its loss where single steps look; report iterated attacks",
+        "one step", figures["one step"] > figures["pgd"] + _ONE_STEP, "weak attack",
+        f"one step leaves {figures['one step']:.3f}, {steps} steps {figures['pgd']:.3f}: a single "
+        "step is far weaker here, as it is on many sound nets; report iterated attacks",
     )  # fmt: skip
     gained = figures["pgd"] - figures["pgd, 4 times the steps, 4 starts"]
     flag(
-        "budget", gained > _BUDGET,
+        "budget", gained > _BUDGET, "weak attack",
         f"four times the steps and four starts lower PGD's accuracy by {gained:.3f}: it has not "
         "converged; raise steps and restarts until it has, or use the standard ensemble",
     )  # fmt: skip
 
     gradient = iterated & thorough
     if norm != "l1" and x.ndim == 4:
-        square, _ = standing(attacks["square"])
+        square, _ = standing("square")
         _compare("black box", "Square", gradient, square, figures, flag)
     if source is not None:
-        transferred, _ = standing(attacks["pgd"], of=source)
+        transferred, _ = standing("pgd", of=source)
         _compare("transfer", "a transferred attack", gradient, transferred, figures, flag)
 
     apart = _nearest_other(apply_fn, params, x, norm, batch_size)
     known = np.isfinite(apart)
-    far, _ = standing(attacks["pgd"], jnp.where(known, apart, 0), bounds=None)
+    flag(
+        "one answer", not known.any(), "invalid input",
+        "the net answers all these examples alike, so that no adversarial points are known, and "
+        "`far` was left out; pass examples of several classes: shuffle sorted data first",
+    )  # fmt: skip
     if known.any():
+        far, _ = standing("pgd", jnp.where(known, apart, 0), bounds=endless)
         figures["pgd, far"] = accuracy((far & known)[known])
         flag(
-            "far", figures["pgd, far"] > _FAR,
-            f"without a box, {figures['pgd, far']:.3f} withstand PGD at a size that reaches an "
+            "far", figures["pgd, far"] > _FAR, "gradient masking",
+            f"without a box, PGD fails on {figures['pgd, far']:.3f} at a size that reaches an "
             "example of another answer: gradients don't lead where adversarial points are known",
         )  # fmt: skip
 
-    medians = {}
+    medians, minimal = {}, gradient
     for name in ("fmn", "fab"):
-        batch = partial(_minimal_sizes, apply_fn, attacks[name], norm, params, bounds)
+        _log.info("%s on %d examples", name, len(y))
+        batch = partial(_minimal_sizes, apply_fn, attacks[name], norm, params, box)
         sizes = np.asarray(host.over_batches(batch, (x, y), batch_size))
         medians[name] = figures[f"{name}, median size"] = float(np.median(sizes[right]))
+        minimal = minimal & (sizes > np.asarray(eps))
+    figures["pgd, fmn and fab"] = accuracy(minimal)
+    missed = accuracy(gradient) - figures["pgd, fmn and fab"]
+    flag(
+        "minimal norm", missed > _BUDGET, "weak attack",
+        f"fmn or fab break {missed:.3f} of the examples within eps that PGD leaves standing: PGD's "
+        "loss, which depends on the logits' scale, isn't the best guide here; use the standard "
+        "ensemble",
+    )  # fmt: skip
     low, high = min(medians.values()), max(medians.values())
     flag(
-        "disagreement", high > _DISAGREE * low,
+        "disagreement", high > _DISAGREE * low, "weak attack",
         f"half of the examples need {medians['fmn']:.3g} by fmn and {medians['fab']:.3g} by fab: "
         "one of them is misled; believe the smaller, and look for attacks that find less still",
     )  # fmt: skip
@@ -226,7 +286,12 @@ def _attacks(norm: Norm, steps: int) -> dict[str, Any]:
     }
 
 
-Raise = Callable[[str, bool, str], None]
+class Raise(Protocol):
+    """Raise a flag if something is so."""
+
+    def __call__(self, name: str, raised: bool, kind: Kind, message: str, /) -> None:
+        """Raise it."""
+        ...
 
 
 def _look_at_outputs(
@@ -254,18 +319,19 @@ def _look_at_outputs(
     sums = np.abs(sound.sum(axis=1) - 1) < rounding
     probabilities = bool(len(sound) and (sound >= 0).all() and (sound <= 1).all() and sums.all())
     flag(
-        "probabilities", probabilities,
+        "probabilities", probabilities, "invalid input",
         "the outputs are in [0, 1] and sum to 1: probabilities, whose gradients vanish where the "
         "net is confident; return logits, or their logarithms",
     )  # fmt: skip
     flag(
-        "random", figures["call to call"] > _SAME,
+        "random", figures["call to call"] > _SAME, "invalid input",
         "the same input gives other logits at another call: attacks that take one gradient are "
         "misled; switch the randomness off, or pass it as a key and attack with samples",
     )  # fmt: skip
     flag(
         "interacting rows",
         figures["alone or in a batch"] > _SAME and figures["call to call"] <= _SAME,
+        "invalid input",
         "an example's logits depend on its batch: batch norm in training mode? Use the stored "
         "statistics, or figures depend on the batch size and gradients are not the example's own",
     )
@@ -282,28 +348,23 @@ def _look_at_gradients(
     figures: dict[str, float],
     flag: Raise,
 ) -> None:
-    losses: dict[str, LossFn] = {
-        "ce": optax.softmax_cross_entropy_with_integer_labels,
-        "margin": jacobian.margin,
-    }
-    if jax.eval_shape(apply_fn, params, x[:1]).shape[1] > 2:
-        losses["dlr"] = attack.dlr
-    for name, loss_fn in losses.items():
-        batch = partial(_gradient_kind, apply_fn, loss_fn, params)
-        at_x = host.over_batches(batch, (x, y), batch_size)
-        at_end = host.over_batches(batch, (x + r, y), batch_size)
-        for kind, start, end in zip(("zero", "non-finite"), at_x, at_end, strict=True):
+    batch = partial(_gradient_kinds, apply_fn, params)
+    at_x = host.over_batches(batch, (x, y), batch_size)
+    at_end = host.over_batches(batch, (x + r, y), batch_size)
+    for name, kinds in at_x.items():
+        for kind, start in kinds.items():
+            end = at_end[name][kind]
             figures[f"{name} {kind} gradients"] = accuracy(start | (end & standing))
     # The loss that all gradient attacks here follow; plain cross-entropy is counted for others.
     zero, broken = (figures[f"margin {kind} gradients"] for kind in ("zero", "non-finite"))
     flag(
-        "zero gradients", zero > 0,
+        "zero gradients", zero > 0, "gradient masking",
         f"the loss has a gradient of exactly 0 on {zero:.3f} of the examples, at x or where PGD "
         "ended: gradient attacks can't move there; remove what rounds, quantises or saturates, "
         "or attack a smooth stand-in",
     )  # fmt: skip
     flag(
-        "non-finite gradients", broken > 0,
+        "non-finite gradients", broken > 0, "gradient masking",
         f"the loss's gradient is NaN or infinite on {broken:.3f} of the examples: these count as "
         "they are, not as attacked; mend the net's arithmetic",
     )  # fmt: skip
@@ -319,24 +380,31 @@ def _compare(
 ) -> None:
     figures[name] = accuracy(gradient & ~other)
     flag(
-        name, figures[name] > _BLACK_BOX,
+        name, figures[name] > _BLACK_BOX, "gradient masking",
         f"{who} breaks {figures[name]:.3f} of the examples that gradients of the net itself don't: "
         "these gradients mislead; the true accuracy is lower than any of these figures",
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _gradient_kind(
-    apply_fn: ApplyFn, loss_fn: LossFn, params: Params, x: jax.Array, y: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return which examples have a gradient of exactly 0, and which one that isn't finite."""
+@partial(jax.jit, static_argnums=0)
+def _gradient_kinds(
+    apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array
+) -> dict[str, dict[str, jax.Array]]:
+    """Return for each loss whose gradients are exactly 0, and whose not finite: one program."""
+    logits, pull = jacobian.pullback(apply_fn, params, x)
+    losses = {"ce": optax.softmax_cross_entropy_with_integer_labels, "margin": jacobian.margin}
+    if logits.shape[1] > 2:
+        losses["dlr"] = attack.dlr
+    of_example = tuple(range(1, x.ndim))
 
-    def total(x: jax.Array) -> jax.Array:
-        return jnp.sum(loss_fn(inputs.apply(apply_fn, params, x), y))
+    def kinds(loss_fn: LossFn) -> dict[str, jax.Array]:
+        g = pull(jax.grad(lambda z: jnp.sum(loss_fn(z, y)))(logits))
+        return {
+            "zero": jnp.all(g == 0, axis=of_example),
+            "non-finite": ~jnp.all(jnp.isfinite(g), axis=of_example),
+        }
 
-    g = jax.grad(total)(x)
-    of_example = tuple(range(1, g.ndim))
-    return jnp.all(g == 0, axis=of_example), ~jnp.all(jnp.isfinite(g), axis=of_example)
+    return {name: kinds(loss_fn) for name, loss_fn in losses.items()}
 
 
 def _nearest_other(

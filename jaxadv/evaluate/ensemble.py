@@ -7,12 +7,13 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import attack, host, meshes
-from jaxadv.evaluate.masks import Outcome, outcome
+from jaxadv import attack, closures, host, meshes
+from jaxadv.attack.autoattack import check_attacks
+from jaxadv.evaluate import budget
+from jaxadv.evaluate.masks import Outcome, booleans, outcome
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
 __all__ = ["Ensemble", "ensemble", "interval"]
@@ -41,7 +42,7 @@ def ensemble(
     attacks: Mapping[str, PerturbFn],
     *,
     eps: Eps,
-    norm: Norm = "l2",
+    norm: Norm | None = None,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
     batch_size: int = 500,
@@ -58,7 +59,8 @@ def ensemble(
       y: integer labels, `[n]`.
       attacks: by name, in order; `attack.standard(norm)` for AutoAttack's.
       eps: the size, a scalar or `[n]`.
-      norm: the norm of the attacks, in which none may exceed eps.
+      norm: the norm of the attacks, in which none may exceed eps; None for the one that they are
+        set to (l2 if to none).
       key: one key, or one per example, `[n]`; None for methods that draw nothing.
       bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
       batch_size: how many go through the net at a time.
@@ -67,9 +69,10 @@ def ensemble(
       `Ensemble`.
 
     Raises:
-      TypeError: as the attacks; and under a trace.
-      ValueError: as the attacks; if there are none; if the norm is unknown; if x leaves the bounds;
-        if what misled the net is larger than eps or leaves the bounds, by more than rounding.
+      TypeError: as the attacks; if they aren't a mapping; and under a trace.
+      ValueError: as the attacks; if there are none; if the norm is unknown, or not that of the
+        attacks; if x leaves the bounds; if what misled the net is larger than eps or leaves the
+        bounds, by more than rounding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,34 +83,20 @@ def ensemble(
       >>> evaluate.accuracy(result.outcome.robust), result.stages["pgd"].fooled.tolist()
       (0.5, [False, False])
     """
+    x, y = host.arrays("evaluate.ensemble", x, y, (params, eps, key, bounds))
+    check_attacks(attacks)
+    norm = budget.norm_of(attacks.values(), norm)
+    apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
     found = attack.cascade(
         apply_fn, params, x, y, attacks, eps=eps, key=key, bounds=bounds, batch_size=batch_size
     )
     measured = outcome(apply_fn, params, x, y, found.r, norm=norm, batch_size=batch_size)
-    _check(found, measured.norm, x, eps, norm, bounds)
+
+    def name_of(example: int) -> str:
+        return next(repr(name) for name, stage in found.stages.items() if stage.fooled[example])
+
+    budget.keep(found.r, measured.norm, x, eps=eps, norm=norm, bounds=bounds, name_of=name_of)
     return Ensemble(measured, found.r, found.stages)
-
-
-def _check(found: attack.Cascade, sizes: Any, x: Any, eps: Eps, norm: Norm, bounds: Any) -> None:
-    """Raise if an attack had more than its budget; more than its box."""
-    # Entries are rounded to x's dtype, their sum to float32.
-    rounding = max(1e-5, float(jnp.finfo(found.r.dtype).eps))
-    allowed = np.broadcast_to(np.maximum(np.asarray(eps, np.float64), 0), sizes.shape)
-    excess = sizes - allowed * (1 + rounding)
-    if not np.all(excess <= 0):  # nor NaN
-        worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
-        name = next(name for name, stage in found.stages.items() if stage.fooled[worst])
-        raise ValueError(
-            f"expected perturbations of {norm} size {allowed[worst]:g} at most, got "
-            f"{sizes[worst]:g} by {name!r}; pass the norm that the attacks have, or project what "
-            "an attack of your own returns, by jaxadv.norms.project"
-        )
-    stray = "" if bounds is None else host.outside(bounds, x + found.r)
-    if stray:
-        raise ValueError(
-            f"expected attacks that keep x + r within bounds, got {stray}; confine what an attack "
-            "of your own returns, by jaxadv.norms.confine"
-        )
 
 
 def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
@@ -124,7 +113,8 @@ def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
       Its two ends.
 
     Raises:
-      ValueError: if the mask is empty or not one-dimensional, or `confidence` not in (0, 1).
+      TypeError: if the mask isn't one of booleans.
+      ValueError: if it is empty or not one-dimensional, or `confidence` not in (0, 1).
 
     Example:
       >>> import numpy as np
@@ -132,16 +122,15 @@ def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
       >>> [round(end, 3) for end in evaluate.interval(np.arange(1000) < 800)]
       [0.774, 0.824]
     """
-    mask = np.asarray(mask)
-    if mask.ndim != 1 or mask.size == 0:
-        raise ValueError(
-            f"expected a mask [n] of at least one example, got shape {mask.shape}; "
-            "pass the mask of one evaluation, e.g. outcome.robust"
-        )
+    mask = booleans(mask)
     if not 0 < confidence < 1:
         raise ValueError(f"expected 0 < confidence < 1, got {confidence}; 0.95 is usual")
-    n, p = mask.size, np.count_nonzero(mask) / mask.size
+    n, successes = mask.size, np.count_nonzero(mask)
+    p = successes / n
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    # Of none, and of all, the end is exact; rounding would leave it a little off.
+    low = 0.0 if successes == 0 else float(centre - half)
+    high = 1.0 if successes == n else float(centre + half)
+    return low, high

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import host, inputs, loops, meshes, norms
+from jaxadv import closures, host, inputs, loops, meshes, norms
+from jaxadv.evaluate import budget
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
 __all__ = [
@@ -217,7 +218,8 @@ def accuracy(mask: Any) -> float:
       A number in [0, 1].
 
     Raises:
-      ValueError: if the mask is empty or not one-dimensional.
+      TypeError: if the mask isn't one of booleans.
+      ValueError: if it is empty or not one-dimensional.
 
     Example:
       >>> import numpy as np
@@ -225,13 +227,29 @@ def accuracy(mask: Any) -> float:
       >>> evaluate.accuracy(np.array([True, False, True, True]))
       0.75
     """
+    mask = booleans(mask)
+    return float(np.count_nonzero(mask) / mask.size)
+
+
+def booleans(mask: Any) -> Mask:
+    """Check a mask `[n]` of at least one example.
+
+    Raises:
+      TypeError: if it isn't one of booleans.
+      ValueError: if it is empty or not one-dimensional.
+    """
     mask = np.asarray(mask)
     if mask.ndim != 1 or mask.size == 0:
         raise ValueError(
             f"expected a mask [n] of at least one example, got shape {mask.shape}; "
             "pass the mask of one evaluation, e.g. outcome.robust"
         )
-    return float(np.count_nonzero(mask) / mask.size)
+    if mask.dtype != bool:
+        raise TypeError(
+            f"expected a mask of booleans, got {mask.dtype}; pass that of one evaluation, e.g. "
+            "outcome.robust, or compare first: predictions == labels"
+        )
+    return mask
 
 
 def worst_case(*masks: Any) -> Mask:
@@ -291,6 +309,7 @@ def clean(apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, batch_size: int 
       0.6666666666666666
     """
     x, y = host.arrays("evaluate.clean", x, y, params)
+    apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
     batch = partial(_clean_batch, apply_fn, params)
     return np.asarray(host.over_batches(batch, (x, y), batch_size))
 
@@ -339,6 +358,8 @@ def perturbations(
       [False, False]
     """
     x, y = host.arrays("evaluate.perturbations", x, y, (params, eps, key, bounds))
+    closures.hashable("perturb_fn", perturb_fn)
+    apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
     batch = partial(_perturb_batch, apply_fn, perturb_fn, params, host.checked(bounds, x))
     return np.asarray(host.over_batches(batch, (x, y, *host.per_example(x, eps, key)), batch_size))
 
@@ -352,7 +373,7 @@ def robust(
     perturb_fn: PerturbFn,
     *,
     eps: Eps,
-    norm: Norm = "l2",
+    norm: Norm | None = None,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
     source: tuple[ApplyFn, Params] | None = None,
@@ -367,7 +388,8 @@ def robust(
       y: integer labels, `[n]`.
       perturb_fn: the method, e.g. `perturb.loss`, or `functools.partial` of one (made once).
       eps: the size, a scalar or `[n]`.
-      norm: the norm that sizes are measured in.
+      norm: the norm of `perturb_fn`, in which no size may exceed eps; None for the one that it is
+        set to, by `functools.partial` or by default (l2 if it has none).
       key: one key, split per example, or `[n]` keys; None for methods that draw nothing.
       bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
       source: another net with its parameters, to make the perturbations on (transfer); None for the
@@ -380,7 +402,8 @@ def robust(
 
     Raises:
       TypeError: as the method; and under a trace.
-      ValueError: as the method; if the norm is unknown; if x leaves the bounds.
+      ValueError: as the method; if the norm is unknown, or not that of `perturb_fn`; if x leaves
+        the bounds; if a perturbation is larger than eps or leaves them, by more than rounding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -391,12 +414,26 @@ def robust(
       (1.0, 0.5)
     """
     x, y = host.arrays("evaluate.robust", x, y, (params, eps, key, bounds, source))
-    of, of_params = source or (apply_fn, params)
+    closures.hashable("perturb_fn", perturb_fn)
+    norm = budget.norm_of([perturb_fn], norm)
+    shape = host.one_batch(x, batch_size)
+    apply_fn = closures.keyed(apply_fn, params, shape)
+    of, of_params = closures.pair(source) if source is not None else (apply_fn, params)
+    of = closures.keyed(of, of_params, shape)
     batch = partial(
         _robust_batch, apply_fn, of, perturb_fn, norm, params, of_params, host.checked(bounds, x)
     )
-    leaves = host.over_batches(batch, (x, y, *host.per_example(x, eps, key)), batch_size)
-    return jax.tree.map(np.asarray, leaves)
+    sizes, keys = host.per_example(x, eps, key)
+    found = host.over_batches(batch, (x, y, sizes, keys), batch_size)
+    result, r = jax.tree.map(np.asarray, found)
+    # Those that aren't finite are counted; they can't be measured.
+    broken = result.nonfinite
+    budget.keep(
+        np.where(broken.reshape(-1, *(1,) * (r.ndim - 1)), 0, r),
+        np.where(broken, 0, result.norm),
+        x, eps=eps, norm=norm, bounds=bounds, name_of=lambda _: "perturb_fn",
+    )  # fmt: skip
+    return result
 
 
 @meshes.auto_axes()
@@ -437,6 +474,7 @@ def outcome(
       [True, False]
     """
     x, y = host.arrays("evaluate.outcome", x, y, (params, r))
+    apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
     if np.shape(r) != x.shape:
         raise ValueError(
             f"expected r of x's shape {x.shape}, got {np.shape(r)}; "
@@ -456,12 +494,14 @@ def curve(
     *,
     eps: Sequence[float],
     key: jax.Array | None = None,
+    bounds: Bounds | None = None,
     batch_size: int = 500,
 ) -> Mask:
     """Which examples stay right at each of several sizes, from one gradient for all sizes.
 
     For the one-step methods, whose direction doesn't depend on the size: the perturbation of size 1
-    is made once and scaled. (An iterated attack depends on its size: call `robust` for each.)
+    is made once and scaled, and shortened at the walls of the box. (An iterated attack depends on
+    its size: call `robust` for each.)
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
@@ -471,6 +511,7 @@ def curve(
       perturb_fn: a one-step method, e.g. `perturb.alpha`, or `functools.partial` of one.
       eps: the sizes.
       key: one key, split per example, or `[n]` keys; None for methods that draw nothing.
+      bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
       batch_size: how many go through the net at a time.
 
     Returns:
@@ -478,7 +519,7 @@ def curve(
 
     Raises:
       TypeError: as the method; and under a trace.
-      ValueError: as the method; if a size is negative.
+      ValueError: as the method; if a size is negative or not finite; if x leaves the bounds.
 
     Example:
       >>> import jax.numpy as jnp
@@ -488,11 +529,18 @@ def curve(
       >>> evaluate.curve(net, None, x, y, perturb.loss, eps=[0.0, 1.0, 3.0]).tolist()
       [[True, True], [True, False], [False, False]]
     """
-    x, y = host.arrays("evaluate.curve", x, y, (params, key))
-    for size in eps:
-        inputs.radius(size, x[:0])
-    sizes = jnp.asarray(eps, inputs.wide(x.dtype))
-    batch = partial(_curve_batch, apply_fn, perturb_fn, params, sizes)
+    x, y = host.arrays("evaluate.curve", x, y, (params, key, bounds))
+    closures.hashable("perturb_fn", perturb_fn)
+    apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
+    values = np.asarray(eps, np.float64)
+    if values.ndim != 1:
+        raise ValueError(
+            f"expected eps to be a sequence of sizes, got {eps!r}; pass a list, e.g. [0.5, 1.0]"
+        )
+    for size in values.tolist():
+        inputs.radius(size, x)
+    sizes = jnp.asarray(values, inputs.wide(x.dtype))
+    batch = partial(_curve_batch, apply_fn, perturb_fn, params, host.checked(bounds, x), sizes)
     masks = host.over_batches(batch, (x, y, *host.per_example(x, 1.0, key)), batch_size)
     return np.asarray(masks).T
 
@@ -529,9 +577,9 @@ def _robust_batch(
     y: jax.Array,
     eps: jax.Array,
     key: jax.Array | None,
-) -> Outcome:
+) -> tuple[Outcome, jax.Array]:
     r = perturb_fn(source_fn, source_params, x, y, eps=eps, key=key, bounds=bounds)
-    return measure(apply_fn, params, x, y, r, norm=norm)
+    return measure(apply_fn, params, x, y, r, norm=norm), r
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -546,6 +594,7 @@ def _curve_batch(
     apply_fn: ApplyFn,
     perturb_fn: PerturbFn,
     params: Params,
+    bounds: Bounds | None,
     sizes: jax.Array,
     x: jax.Array,
     y: jax.Array,
@@ -556,7 +605,7 @@ def _curve_batch(
 
     @loops.body
     def at(size: jax.Array) -> jax.Array:
-        scaled = (size * r.astype(size.dtype)).astype(x.dtype)
+        scaled = norms.confine(x, size * r.astype(size.dtype), bounds)
         return correct(apply_fn, params, x + scaled, y)
 
     # One size at a time: a batch of the usual size fills the machine already.

@@ -1,0 +1,92 @@
+"""What an attack may do: the norm that it has, and whether its perturbations keep to size and box.
+
+A norm is said once, to the attack (`functools.partial(attack.pgd, norm="linf")`); measuring takes
+it from there. A perturbation that is larger than eps in it, or leaves the box, makes every figure
+that rests on it wrong, so that it is an error and no result.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxadv import host, norms
+from jaxadv.types import Bounds, Eps, Norm, PerturbFn
+
+__all__ = ["keep", "norm_of"]
+
+
+def norm_of(attacks: Iterable[PerturbFn], norm: Norm | None) -> Norm:
+    """Return the one norm that attacks have: what `norm` says, or they do; l2 if nobody does.
+
+    Raises:
+      ValueError: if they contradict each other or `norm`, or the norm is unknown.
+    """
+    named = {own for own in map(_own, attacks) if own is not None}
+    if norm is not None:
+        norms.dual(norm)  # known?
+        named.add(norm)
+    if len(named) > 1:
+        raise ValueError(
+            f"expected one norm, got {sorted(named)}; say it once, in the attack: e.g. "
+            'partial(attack.pgd, norm="linf"), attack.standard("linf")'
+        )
+    return named.pop() if named else "l2"
+
+
+def _own(method: PerturbFn) -> Norm | None:
+    """Return the norm that a method is set to, by `partial` or by default; None if it has none."""
+    try:
+        parameters = inspect.signature(method).parameters
+    except ValueError:  # of a built-in function
+        return None
+    default: Any = parameters["norm"].default if "norm" in parameters else inspect.Parameter.empty
+    return None if default is inspect.Parameter.empty else default
+
+
+def keep(
+    r: NDArray[Any],
+    sizes: NDArray[Any],
+    x: Any,
+    *,
+    eps: Eps,
+    norm: Norm,
+    bounds: Bounds | None,
+    name_of: Callable[[int], str],
+) -> None:
+    """Check that perturbations keep to their size and their box, by more than rounding.
+
+    Args:
+      r: `[n, ...]`.
+      sizes: their sizes, `[n]`.
+      x: `[n, ...]`.
+      eps: the greatest size, a scalar or `[n]`.
+      norm: that sizes are of.
+      bounds: the box of x + r.
+      name_of: what made the perturbation of an example, for the message.
+
+    Raises:
+      ValueError: if one is larger or NaN, or leaves the box.
+    """
+    # Entries are rounded to x's dtype, their sum to float32.
+    rounding = max(1e-5, float(jnp.finfo(r.dtype).eps))
+    allowed = np.broadcast_to(np.maximum(np.asarray(eps, np.float64), 0), sizes.shape)
+    excess = sizes - allowed * (1 + rounding)
+    if not np.all(excess <= 0):  # nor NaN
+        worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
+        raise ValueError(
+            f"expected perturbations of {norm} size {allowed[worst]:g} at most, got "
+            f"{sizes[worst]:g} by {name_of(worst)}; pass the norm that the attack has, or project "
+            "what an attack of your own returns, by jaxadv.norms.project"
+        )
+    stray = "" if bounds is None else host.outside(bounds, x + r)
+    if stray:
+        raise ValueError(
+            f"expected attacks that keep x + r within bounds, got {stray}; confine what an attack "
+            "of your own returns, by jaxadv.norms.confine"
+        )

@@ -1,0 +1,241 @@
+"""What a net has captured: evaluation never answers with weights that have changed meanwhile."""
+
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxadv import attack, closures, evaluate, perturb
+
+X = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+Y = np.argmax(X, axis=1)
+KEY = jax.random.key(0)
+
+
+class Mutable:
+    """Right as it is made; wrong everywhere once it is turned."""
+
+    def __init__(self):
+        self.w, self.sign = jnp.eye(3), 1.0
+
+    def turn(self):
+        self.w = -self.w
+
+    def logits(self, _, x):
+        return self.sign * (x @ self.w)
+
+    def __call__(self, _, x):
+        return self.logits(_, x)
+
+
+class Module(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(3, 3, use_bias=False, rngs=nnx.Rngs(0))
+        self.linear.kernel[...] = jnp.eye(3)
+
+    def turn(self):
+        self.linear.kernel[...] = -self.linear.kernel[...]
+
+    def __call__(self, x):
+        return self.linear(x)
+
+
+class InPlace(Mutable):
+    """Weights of NumPy, which change in place."""
+
+    def __init__(self):
+        self.w, self.sign = np.eye(3, dtype=np.float32), 1.0
+
+    def turn(self):
+        self.w *= -1
+
+
+class Switched(Mutable):
+    """The weights stay; a number that the program is made with changes, as a mode does."""
+
+    def turn(self):
+        self.sign = -1.0
+
+
+def nested(net):
+    """The weights are in a loop's body, in a branch and under a custom derivative."""
+
+    def apply_fn(_, x):
+        @jax.custom_jvp
+        def own(x):
+            return jax.lax.map(lambda row: row @ net.w, x)
+
+        own.defjvp(lambda primals, tangents: (own(*primals), tangents[0] @ net.w))
+        return jax.lax.cond(jnp.all(x < 1e9), own, lambda x: x, x)
+
+    return apply_fn
+
+
+# name: a net, and the function of it that is handed in each time
+STATEFUL = {
+    "a bound method": (Mutable, lambda net: net.logits),
+    "an object": (Mutable, lambda net: net),
+    "a closure": (Mutable, lambda net: lambda _, x: x @ net.w),
+    "a partial": (Mutable, lambda net: partial(Mutable.logits, net)),
+    "an nnx module in a lambda": (Module, lambda net: lambda _, x: net(x)),
+    "NumPy weights changed in place": (InPlace, lambda net: net.logits),
+    "a number, not an array": (Switched, lambda net: net.logits),
+    "weights inside of loops": (Mutable, nested),
+    "weights inside of a jit made anew": (
+        Mutable,
+        lambda net: lambda _, x: jax.jit(lambda x: x @ net.w)(x),
+    ),
+}
+stateful = pytest.mark.parametrize("name", STATEFUL)
+
+
+@stateful
+def test_clean_sees_weights_that_have_changed(name):
+    make, function = STATEFUL[name]
+    net = make()
+    apply_fn = function(net)
+    assert evaluate.clean(apply_fn, None, X, Y).all()
+    net.turn()
+    assert not evaluate.clean(apply_fn, None, X, Y).any()
+
+
+DRIVERS = {
+    "clean": evaluate.clean,
+    "robust": lambda *args: evaluate.robust(*args, attack.pgd, eps=1e-3).robust,
+    "source": lambda net, p, x, y: (
+        evaluate.robust(identity, p, x, y, perturb.loss, eps=5.0, source=(net, p)).robust == 0
+    ),
+    "perturbations": lambda *args: (
+        np.all(evaluate.perturbations(*args, perturb.loss, eps=5.0) + X != X, axis=1)
+        & ~evaluate.clean(
+            identity, None, X + evaluate.perturbations(*args, perturb.loss, eps=5.0), Y
+        )
+    ),
+    "curve": lambda *args: evaluate.curve(*args, perturb.loss, eps=[0.0])[0],
+    "outcome": lambda *args: evaluate.outcome(*args, np.zeros_like(X)).robust,
+    "ensemble": lambda *args: (
+        evaluate.ensemble(*args, {"pgd": attack.pgd}, eps=1e-3).outcome.robust
+    ),
+    "cascade": lambda *args: attack.cascade(*args, {"pgd": attack.pgd}, eps=1e-3).robust,
+}
+
+
+def identity(_, x):
+    return x
+
+
+@pytest.mark.parametrize("name", DRIVERS)
+def test_every_driver_sees_weights_that_have_changed(name):
+    net = Mutable()
+    assert DRIVERS[name](net.logits, None, X, Y).all()
+    net.turn()
+    assert not DRIVERS[name](net.logits, None, X, Y).any()
+
+
+def test_a_check_sees_weights_that_have_changed():
+    net = Mutable()
+    some = {"eps": 0.1, "key": KEY, "steps": 2}
+    assert evaluate.check(net.logits, None, X, Y, **some).figures["clean"] == 1
+    net.turn()
+    assert evaluate.check(net.logits, None, X, Y, **some).figures["clean"] == 0
+
+
+def same(function, again):
+    return closures.keyed(function, None, X) == closures.keyed(again, None, X)
+
+
+def test_constants_that_stay_are_no_reason_to_compile_again():
+    mean, table, key = jnp.ones(3), np.arange(3, dtype=np.float32), jax.random.key(3)
+
+    def net(_, x):
+        made = jnp.array([1.0, 2.0, 3.0])  # anew in each trace
+        noise = jax.random.normal(key, (3,))
+        return jax.nn.relu((x - mean[None]) * table[None]) + (made + noise)[None]
+
+    assert same(net, net)
+    assert hash(closures.keyed(net, None, X)) == hash(closures.keyed(net, None, X))
+
+
+def test_two_functions_are_two_whatever_they_compute():
+    assert not same(lambda _, x: x, lambda _, x: x)
+    net = Mutable()
+    assert same(net.logits, net.logits)  # two objects, equal: bound to the same one
+
+
+def test_a_net_that_draws_is_looked_at_with_a_key():
+    net = Mutable()
+
+    def noisy(params, x, key):
+        return net.logits(params, x) + 0.01 * jax.random.normal(key, x.shape)
+
+    before = closures.keyed(noisy, None, X)
+    net.turn()
+    assert before != closures.keyed(noisy, None, X)
+
+
+def test_a_closure_of_the_callers_trace_is_left_as_it_is():
+    @jax.jit
+    def inside(w):
+        def net(_, x):
+            return x @ w
+
+        assert closures.keyed(net, None, X) is net
+        return net(None, X)
+
+    inside(jnp.eye(3))
+
+
+# Functions that can't be keys
+
+
+class Equinox(eqx.Module):
+    w: jax.Array
+
+    def __call__(self, _, x):
+        return x @ self.w
+
+
+@dataclass
+class Attack:
+    steps: int
+
+    def __call__(self, *args, **kwargs):
+        return attack.pgd(*args, steps=self.steps, **kwargs)
+
+
+@pytest.mark.parametrize("driver", ["clean", "robust", "ensemble", "check", "cascade"])
+def test_a_net_that_has_no_hash_is_refused_with_the_cure(driver):
+    calls = {
+        "clean": evaluate.clean,
+        "robust": partial(evaluate.robust, perturb_fn=perturb.loss, eps=1.0),
+        "ensemble": partial(evaluate.ensemble, attacks={"loss": perturb.loss}, eps=1.0),
+        "check": partial(evaluate.check, eps=1.0, key=KEY),
+        "cascade": partial(attack.cascade, attacks={"loss": perturb.loss}, eps=1.0),
+    }
+    with pytest.raises(TypeError, match=r"hashable apply_fn, got Equinox .*eqx\.partition"):
+        calls[driver](Equinox(jnp.eye(3)), None, X, Y)
+
+
+def test_an_attack_that_has_no_hash_is_refused():
+    with pytest.raises(TypeError, match="expected a hashable perturb_fn, got Attack"):
+        evaluate.robust(identity, None, X, Y, Attack(3), eps=1.0)
+    with pytest.raises(TypeError, match="expected a hashable attack 'mine', got Attack"):
+        attack.cascade(identity, None, X, Y, {"mine": Attack(3)}, eps=1.0)
+
+
+@pytest.mark.parametrize("net", [None, {"w": X}, SimpleNamespace(apply=identity)])
+def test_a_net_that_is_no_function_is_refused(net):
+    with pytest.raises(TypeError, match="expected apply_fn to be a function, got"):
+        evaluate.clean(net, None, X, Y)
+
+
+def test_parameters_that_are_no_arrays_are_named():
+    params = {"w": X, "activation": jax.nn.relu}
+    with pytest.raises(TypeError, match=r"params of arrays, got .* at \['activation'\]; keep it"):
+        evaluate.clean(lambda params, x: x, params, X, Y)
