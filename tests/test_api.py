@@ -279,8 +279,8 @@ def layers_of(module):
 
 
 CHAIN = [
-    "types", "meshes", "inputs", "host", "closures", "loops", "norms", "jacobian", "perturb", "attack",
-    "evaluate",
+    "types", "meshes", "inputs", "host", "closures", "loops", "norms", "jacobian", "perturb",
+    "attack", "evaluate",
 ]  # fmt: skip
 
 
