@@ -22,15 +22,25 @@ def test_xla_is_given_flags_only_where_they_are_known(version, known):
     assert bool(xla_flags(version)) == known
 
 
+def files_with(pattern, *folders):
+    return {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(pattern, path.read_text())
+    }
+
+
 def test_no_other_file_sets_a_flag_of_xla():
     # One that a version of XLA does not know ends the process.
-    found = {
-        path.relative_to(ROOT).as_posix()
-        for folder in ("jaxadv", "experiments", "tests", "docs")
-        for path in (ROOT / folder).rglob("*.py")
-        if re.search(r"--xla_\w", path.read_text())
-    }
+    found = files_with(r"--xla_\w", "jaxadv", "experiments", "tests", "docs")
     assert found == {"tests/conftest.py"}
+
+
+def test_no_module_of_jax_is_used_whose_names_may_change_without_a_warning():
+    assert not files_with(
+        r"\bjax(\.| import )(_src|extend|interpreters|lib)\b", "jaxadv", "experiments"
+    )
 
 
 def test_the_declared_pythons_are_those_that_are_tested():
