@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial, wraps
@@ -31,7 +32,6 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
 __all__ = ["body"]
 
@@ -49,6 +49,9 @@ def body(function: F) -> F:
     transposed operands where its layout isn't the fast one, and with more rows where that pays; the
     gradient of weights with strides, on one device, by matrix products. The results are the same
     but for rounding. What is in a `jax.shard_map` stays as it is.
+
+    JAX may change how it represents a traced function from one version to the next. A version that
+    this module cannot read runs the function unchanged, and a `RuntimeWarning` says so.
 
     Args:
       function: what `lax.scan`, `fori_loop`, `while_loop` or `map` takes as a body, or any other of
@@ -74,27 +77,45 @@ def body(function: F) -> F:
     def fast(*args: Any, **kwargs: Any) -> Any:
         if jax.default_backend() != "cpu":
             return function(*args, **kwargs)
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
-        results = _evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves((args, kwargs)))
+        jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
+        try:
+            results = _evaluate(jaxpr, *jax.tree.leaves((args, kwargs)))
+        except Exception as error:
+            unchanged = function(*args, **kwargs)  # which raises what is the function's own error
+            # At one place and with one text, which Python's default filter shows once.
+            warnings.warn(
+                f"jaxadv.loops.body cannot read functions traced by jax {jax.__version__} "
+                f"({type(error).__name__}: {error}), and leaves them unchanged: results are right, "
+                "but convolutions in loops may be slow on CPU. Update jaxadv, or install a version "
+                "of jax that it is tested with.",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+            return unchanged
         return jax.tree.unflatten(jax.tree.structure(shape), results)
 
     return cast(F, fast)
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
+# Jaxprs are known by the attributes read here, not by their classes: those have changed between
+# versions of JAX. An open one has no `consts`, and since jax 0.12 every one is closed.
+
+
+def _evaluate(jaxpr: Any, *args: Any) -> list[Any]:
     """Evaluate a jaxpr, all its convolutions in the fast layout."""
+    consts = getattr(jaxpr, "consts", ())
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
+        return atom.val if hasattr(atom, "val") else values[atom]
 
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
         scope = str(eqn.source_info.name_stack)
         with eqn.ctx.manager, jax.named_scope(scope) if scope else nullcontext():
-            if eqn.primitive is lax.conv_general_dilated_p:
-                aval: Any = eqn.outvars[0].aval
-                results = [_convolve(operands[0], operands[1], aval.shape, **eqn.params)]
+            if _is_convolution(eqn):
+                (result,) = eqn.outvars
+                results = [_convolve(operands[0], operands[1], result.aval.shape, **eqn.params)]
             else:
                 params = eqn.params
                 if eqn.primitive.name != "shard_map":  # its axes have a meaning inside alone
@@ -110,29 +131,28 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]
 
 def _canonical(param: Any) -> Any:
     """Rewrite the jaxprs in a parameter of an equation; all else, and those with none, stays."""
-    if isinstance(param, tuple) and any(map(_convolves, param)):
-        return tuple(map(_canonical, param))
     if not _convolves(param):
         return param
-    jaxpr, consts = (param, ()) if isinstance(param, core.Jaxpr) else (param.jaxpr, param.consts)
-    new = jax.make_jaxpr(partial(_evaluate, jaxpr, consts))(*(v.aval for v in jaxpr.invars))
-    return new.jaxpr if isinstance(param, core.Jaxpr) else new
+    if isinstance(param, tuple):
+        return tuple(map(_canonical, param))
+    new = jax.make_jaxpr(partial(_evaluate, param))(*(v.aval for v in param.invars))
+    return new if hasattr(param, "consts") else new.jaxpr
 
 
 def _convolves(param: Any) -> bool:
-    """Say whether a parameter is a jaxpr with a convolution anywhere in it."""
-    if isinstance(param, core.ClosedJaxpr):
-        param = param.jaxpr
-    if not isinstance(param, core.Jaxpr):
-        return False
+    """Say whether a parameter is a jaxpr with a convolution anywhere in it, or a tuple with one."""
+    if isinstance(param, tuple):
+        return any(map(_convolves, param))
     return any(
-        eqn.primitive is lax.conv_general_dilated_p
-        or any(
-            any(map(_convolves, value)) if isinstance(value, tuple) else _convolves(value)
-            for value in eqn.params.values()
-        )
-        for eqn in param.eqns
+        _is_convolution(eqn) or any(map(_convolves, eqn.params.values()))
+        for eqn in getattr(param, "eqns", ())
     )
+
+
+def _is_convolution(eqn: Any) -> bool:
+    """Say whether an equation convolves; one with nothing to add up is none, and stays."""
+    is_one = eqn.primitive is lax.conv_general_dilated_p
+    return is_one and all(atom.aval.size for atom in (*eqn.invars, *eqn.outvars))
 
 
 def _convolve(
@@ -160,7 +180,7 @@ def _convolve(
         rows = 0, 0
     grouped = max(params["feature_group_count"], params["batch_group_count"]) > 1
     # Examples that several devices share can't be taken in turn.
-    whole = grouped or jax.device_count() > 1 or x.shape[channel] == 0
+    whole = grouped or jax.device_count() > 1
     few = math.prod(sizes) > math.prod(counts) <= _PLACES
     if any(rows) or not few or whole or not jnp.issubdtype(x.dtype, jnp.floating):
         return _in_fast_layout(x, kernel, counts[0], rows, dimension_numbers, params)

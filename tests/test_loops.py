@@ -4,6 +4,7 @@ What decides the speed is counted here.
 """
 
 import re
+import warnings
 from functools import partial
 
 import chex
@@ -341,6 +342,15 @@ def test_attacks_keep_a_flax_net_off_the_slow_path(name):
     assert set(inside) == {FAST[2]}
 
 
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_take_a_batch_of_no_examples_through_a_convolution(name):
+    def apply_fn(w, x):
+        return jnp.sum(lax.conv_general_dilated(x, w, (1, 1), "VALID", **NHWC), axis=(1, 2))
+
+    r = ATTACKS[name](apply_fn, draw(5, 5, 1, 3), X[:0], Y[:0], key=KEY)
+    assert (r.shape, r.dtype) == ((0, 8, 8, 1), X.dtype)
+
+
 @pytest.mark.parametrize("adversary", [perturb.loss, perturb.alpha, ATTACKS["pgd"]])
 def test_epochs_keep_a_flax_net_off_the_slow_path(adversary):
     tx = optax.sgd(0.1)
@@ -454,13 +464,27 @@ def convolutions(function, *args):
     return str(jax.make_jaxpr(function)(*args)).count("conv_general_dilated[")
 
 
-def test_no_examples_have_a_gradient_of_zero():
-    x, w = jnp.zeros((0, 8, 8, 2)), draw(3, 3, 2, 4)
+EMPTY = {
+    "no examples": ((0, 8, 8, 2), (3, 3, 2, 4), 1, "SAME"),
+    "no rows": ((3, 0, 8, 2), (3, 3, 2, 4), 1, "SAME"),
+    "no channels": ((3, 8, 8, 0), (3, 3, 0, 4), 1, "SAME"),
+    "no features": ((3, 8, 8, 2), (3, 3, 2, 0), 1, "SAME"),
+    "a kernel larger than the image": ((3, 2, 2, 2), (3, 3, 2, 4), 1, "VALID"),
+    "no examples, with strides": ((0, 8, 8, 2), (3, 3, 2, 4), 2, "SAME"),
+    "no examples, a kernel larger than the result": ((0, 8, 8, 2), (5, 5, 2, 4), 1, "VALID"),
+}
 
-    def total(w):
-        return jnp.sum(lax.conv_general_dilated(x, w, (1, 1), "SAME", **NHWC))
 
-    np.testing.assert_array_equal(loops.body(jax.grad(total))(w), np.zeros(w.shape))
+@pytest.mark.parametrize("name", EMPTY)
+def test_what_convolves_nothing_is_as_outside_a_loop(name):
+    x_shape, w_shape, stride, padding = EMPTY[name]
+    x, w = jnp.ones(x_shape), jnp.ones(w_shape)
+
+    def total(x, w):
+        return jnp.sum(lax.conv_general_dilated(x, w, (stride, stride), padding, **NHWC))
+
+    step = jax.value_and_grad(total, argnums=(0, 1))
+    chex.assert_trees_all_equal(loops.body(step)(x, w), step(x, w))
 
 
 def test_a_gradient_of_many_places_isnt_made_place_by_place():
@@ -501,7 +525,82 @@ def test_parts_can_be_summed_in_a_shard_map(monkeypatch):
     monkeypatch.setattr(loops, "_PATCHES", 1)
     spec = jax.sharding.PartitionSpec
     sharded = jax.shard_map(
-        lambda x, w: loops.body(gradient)(x, jax.lax.pcast(w, ("data",), to="varying")),
-        mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec("data"),
+        lambda x, ws: loops.body(gradient)(x, ws[0]),
+        mesh=mesh, in_specs=spec("data"), out_specs=spec("data"),
     )  # fmt: skip
-    chex.assert_trees_all_close(sharded(x, w), gradient(x, w), rtol=RTOL, atol=ATOL)
+    chex.assert_trees_all_close(sharded(x, w[None]), gradient(x, w), rtol=RTOL, atol=ATOL)
+
+
+class Without:
+    """A jaxpr as another version of JAX may have it: without an attribute, at whatever depth."""
+
+    def __init__(self, inner, gone):
+        self._inner, self._gone = inner, gone
+
+    def __getattr__(self, name):
+        if name == self._gone:
+            raise AttributeError(name)
+        value = getattr(self._inner, name)
+        if name == "eqns":
+            return [Without(eqn, self._gone) for eqn in value]
+        return Without(value, self._gone) if name in ("primitive", "ctx", "source_info") else value
+
+
+GONE = (
+    "bind",
+    "constvars",
+    "ctx",
+    "eqns",
+    "get_bind_params",
+    "invars",
+    "manager",
+    "multiple_results",
+    "name",
+    "name_stack",
+    "outvars",
+    "params",
+    "primitive",
+    "source_info",
+)
+
+
+@pytest.mark.parametrize("gone", GONE)
+def test_where_jax_has_renamed_what_is_read_a_function_is_unchanged_with_one_warning(
+    gone, monkeypatch
+):
+    x, w = draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
+    make = jax.make_jaxpr
+
+    def renamed(function, **options):
+        def trace(*args):
+            jaxpr, *shape = make(function, **options)(*args)
+            return Without(jaxpr, gone), *shape
+
+        return trace
+
+    expected = jnp.sin(plain(x, w))
+    monkeypatch.setattr(jax, "make_jaxpr", renamed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            got = loops.body(lambda x, w: jnp.sin(plain(x, w)))(x, w)
+            np.testing.assert_array_equal(got, expected)
+    (one,) = caught
+    assert one.category is RuntimeWarning
+    assert re.match(rf"jaxadv.loops.body cannot read .* jax {jax.__version__} ", str(one.message))
+
+
+def test_where_jax_has_renamed_its_convolution_a_function_is_unchanged(monkeypatch):
+    monkeypatch.delattr(lax, "conv_general_dilated_p")
+    x, w = draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
+    with pytest.warns(RuntimeWarning, match="conv_general_dilated_p.*leaves them unchanged"):
+        got = loops.body(plain)(x, w)
+    np.testing.assert_array_equal(got, plain(x, w))
+
+
+def test_an_error_of_the_function_is_its_own():
+    def failing(x):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        loops.body(failing)(1.0)

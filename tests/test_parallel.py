@@ -23,8 +23,7 @@ def command(directory, *settings, epochs=EPOCHS, axes="Auto"):
 
 
 def environment(devices):
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
 
 
 def on(directory, devices, epochs=EPOCHS, axes="Auto"):

@@ -165,8 +165,7 @@ def in_child(part: Part, settings: Settings, *, devices: int) -> Figures:
     ]
     for name in ("batch_size", "rounds", "seconds"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+    environment = {"JAX_NUM_CPU_DEVICES": str(devices)}
     with tempfile.TemporaryDirectory() as folder:
         child([*arguments, "--out", folder], environment, parse=False)
         (row,) = report.load_rows(Path(folder) / "results.json")

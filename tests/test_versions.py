@@ -1,0 +1,66 @@
+"""Supported versions: what declares them agrees, and no version is given a flag it may not know."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import xla_flags
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [((0, 8, 0), True), ((0, 10, 2), True), ((0, 11, 0), False)]
+)
+def test_xla_is_given_flags_only_where_they_are_known(version, known):
+    assert bool(xla_flags(version)) == known
+
+
+def files_with(pattern, *folders):
+    return {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(pattern, path.read_text())
+    }
+
+
+def test_no_other_file_sets_a_flag_of_xla():
+    # One that a version of XLA does not know ends the process.
+    found = files_with(r"--xla_\w", "jaxadv", "experiments", "tests", "docs")
+    assert found == {"tests/conftest.py"}
+
+
+def test_no_module_of_jax_is_used_whose_names_may_change_without_a_warning():
+    assert not files_with(
+        r"\bjax(\.| import )(_src|extend|interpreters|lib)\b", "jaxadv", "experiments"
+    )
+
+
+def test_the_declared_pythons_are_those_that_are_tested():
+    name = "Programming Language :: Python :: "
+    declared = [c.removeprefix(name) for c in PROJECT["classifiers"] if c.startswith(f"{name}3.")]
+    assert declared == PYTHONS
+    assert PROJECT["requires-python"] == f">={declared[0]}"
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r'"(3\.\d+)"', workflow) == declared
+    (listed,) = re.findall(r"^pythons=\((.*)\)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert listed.split() == declared
+
+
+def test_the_lowest_versions_tested_are_the_lowest_declared():
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    extras = PROJECT["optional-dependencies"]
+    for line in (*PROJECT["dependencies"], *extras["experiments"], *extras["test"]):
+        requirement = Requirement(line)
+        if requirement.name != "jaxadv":
+            (least,) = requirement.specifier
+            pinned = pins[canonicalize_name(requirement.name)]
+            assert pinned in SpecifierSet(f"~={least.version}.0"), line
