@@ -23,6 +23,8 @@ import itertools
 import json
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -37,7 +39,8 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import data, models, parallel, report, training
+from experiments import data, models, options, parallel, report, training
+from experiments.options import Count, OutputFolder, Positive, Range, Seed, Several, Size
 from jaxadv import attack, evaluate, perturb
 from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
@@ -64,6 +67,8 @@ LABELS = {
 
 _PROBLEM = ("data", "subtract", "divide", "crop", "box", "n", "norm", "eps")
 """What of a row says which table it belongs to."""
+_FIELDS = ("method", "attack", "seed", "columns", *(name for name in _PROBLEM if name != "crop"))
+"""What every row has; a crop may be none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,32 +84,48 @@ class Settings(parallel.Devices):
     data: str = "mnist"
     """`mnist`, `cifar10`, `tfds:NAME`, or a folder with {train,test}/CLASS/*.png or jpg; test is
     evaluated."""
-    subtract: float | None = None
+    subtract: Annotated[float, Range()] | None = None
     """Inputs are (pixels - subtract) / divide: 0 and 256 for mnist, 117 and 256 for cifar10, 0 and
     255 for others. What train.py has made takes 0 and 255 of everything."""
-    divide: float | None = None
+    divide: Positive | None = None
     """See subtract. The box is where pixels from 0 to this end up."""
-    crop: int | None = None
+    crop: Count | None = None
     """Side of the part of the images' middle that is used; 28 for cifar10, else all. What train.py
     has made of cifar10 takes 32."""
-    attacks: tuple[AttackName, ...] = ("one-step", "pgd-100x10", "standard")
+    attacks: Several[AttackName] = ("one-step", "pgd-100x10", "standard")
     """What to run."""
-    eps: tuple[float, ...] = (1.5,)
+    eps: Several[Size] = (1.5,)
     """Sizes of the perturbations."""
     norm: Norm = "l2"
     """Of these sizes."""
     box: bool = True
     """Whether perturbed images stay in the range of pixels."""
-    n: int = 1000
+    n: Count = 1000
     """How many test images."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the attacks' random numbers."""
-    block: int = 500
+    block: Count = 500
     """Images between two savings."""
-    batch_size: int = 500
+    batch_size: Count = 500
     """Images perturbed at once."""
-    out: Path = Path("runs/evaluate")
+    out: OutputFolder = Path("runs/evaluate")
     """Where results go."""
+
+    def __post_init__(self) -> None:
+        """Check what goes together.
+
+        Raises:
+          UsageError: if there are weights beside a file of weights, or as `methods`.
+        """
+        super().__post_init__()
+        if self.weights is not None and ":" not in self.net:
+            raise options.UsageError(
+                f"expected --weights with a net as module:function only, got {self.weights} beside "
+                f"{self.net}, whose weights are its own; leave one of them out"
+            )
+        for name in self.attacks:
+            if name != "check":
+                methods(name, self.norm)
 
 
 class Problem(NamedTuple):
@@ -131,7 +152,7 @@ def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
     """Return an attack's parts by name; the same objects each time.
 
     Raises:
-      ValueError: if the attack isn't made for the norm.
+      UsageError: if the attack isn't made for the norm.
     """
     standard = attack.standard(norm)
     if name == "standard":
@@ -139,7 +160,9 @@ def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
     if name in standard:
         return {name: standard[name]}
     if name == "square":
-        raise ValueError("expected norm l2 or linf for square, got l1; leave it out")
+        raise options.UsageError(
+            "expected --norm l2 or linf for the attack square, got l1; leave it out of --attacks"
+        )
     if name == "pgd-100x10":  # each start works on what those before it have left
         start = partial(attack.pgd, norm=norm, random_start=True)
         return {f"start {number}": start for number in range(1, 11)}
@@ -182,12 +205,10 @@ def load(settings: Settings) -> Problem:
     """Return the net and the images.
 
     Raises:
-      ValueError: as `load_net`; if a number of images is less than 1, or the crop larger than the
-        images.
+      ValueError: as `load_net`.
+      UsageError: if the crop is larger than the images, or if inputs would overflow, or leave the
+        box.
     """
-    for what in ("n", "block", "batch_size"):
-        if (count := getattr(settings, what)) < 1:
-            raise ValueError(f"expected {what} of at least 1, got {count}; choose a larger one")
     apply_fn, params, network = load_net(settings)
     if settings.data == "mnist":
         images, source, usual = data.mnist(), "mnist", _Scale(0, 256)
@@ -207,9 +228,19 @@ def load(settings: Settings) -> Problem:
     height, width = pixels.shape[1:3]
     side = crop or max(height, width)
     if crop and crop > min(height, width):
-        raise ValueError(
-            f"expected a crop of at most {min(height, width)}, got {crop}; images are "
+        raise options.UsageError(
+            f"expected --crop to be at most {min(height, width)}, got {crop}; images are "
             f"{height}x{width}"
+        )
+    if max(abs(pixel - subtract) for pixel in (0, 255)) / divide > np.finfo(np.float32).max:
+        raise options.UsageError(
+            f"expected --subtract and --divide to give inputs within float32's range, got "
+            f"{subtract:g} and {divide:g}; choose a larger --divide"
+        )
+    if settings.box and pixels.max() > divide:
+        raise options.UsageError(
+            f"expected --divide to be at least {pixels.max()}, the greatest pixel, got "
+            f"{divide:g}; choose a larger one, or --no-box"
         )
     top, left = (max(0, (length - side) // 2) for length in (height, width))
     x = np.asarray(pixels[chosen][:, top : top + side, left : left + side], np.float32)
@@ -270,16 +301,12 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     """Attack in every way that is asked for; return the rows of these and of earlier runs.
 
     Raises:
-      ValueError: as `load`; if an attack isn't made for the norm, or if the devices don't divide
-        the blocks.
+      ValueError: as `load`; if the devices don't divide the blocks.
     """
     problem = load(settings)
     starts = range(0, len(problem.y), settings.block)
     sizes = dict.fromkeys(len(problem.y[start:][: settings.block]) for start in starts)
     parallel.mesh(settings, *sizes)
-    for name in settings.attacks:
-        if name != "check":
-            methods(name, settings.norm)
     settings.out.mkdir(parents=True, exist_ok=True)
     results = settings.out / "results.json"
     with training.bars(console) as progress:
@@ -293,7 +320,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                 "versions": report.versions(),
                 "device": report.device(),
             }
-            rows = report.load_rows(results)
+            rows = report.load_rows(results, _FIELDS)
             if any(identity.items() <= row.items() for row in rows):
                 continue
             if name == "check":
@@ -314,7 +341,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
 
             kept = [old for old in rows if place(old) != place(row)]
             report.save_rows(results, [*kept, row])
-    return report.load_rows(results)
+    return report.load_rows(results, _FIELDS)
 
 
 def _block(
@@ -352,8 +379,14 @@ def _block(
             stage_seconds=np.array([stage.seconds for stage in found.stages.values()]),
         )
         unfinished.replace(path)
-    with np.load(path) as saved:
-        return dict(saved)
+    try:
+        with np.load(path) as saved:
+            return dict(saved)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise options.UsageError(
+            f"expected the arrays of a block in {path}, got: {error}; delete the file, and the "
+            "same command makes it again"
+        ) from error
 
 
 def _row(problem: Problem, blocks: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
@@ -449,6 +482,7 @@ def _cell(rows: Sequence[report.Row]) -> str:
     return f"{rows[0]['columns']['robust']:.4f} [{low:.3f}, {high:.3f}]"
 
 
+@options.command
 def main() -> None:
     """Run from the command line."""
     settings = tyro.cli(Settings, description=__doc__)

@@ -23,7 +23,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from experiments import protocol, report
+from experiments import options, protocol, report
 from experiments.recipes import NAMES
 
 __all__ = ["draw", "draw_history"]
@@ -420,6 +420,7 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
+@options.command
 def main() -> None:
     """Draw the figures of the folders named on the command line, or of all records."""
     folders = [Path(argument) for argument in sys.argv[1:]]

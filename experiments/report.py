@@ -26,7 +26,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from experiments import parallel
+from experiments import options, parallel
 from jaxadv.types import Params
 
 __all__ = [
@@ -91,21 +91,34 @@ def cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def load_rows(path: Path) -> list[Row]:
+def load_rows(path: Path, fields: Sequence[str] = ("experiment",)) -> list[Row]:
     """Return the rows written so far; none if there is no such file.
 
+    Args:
+      path: of the file.
+      fields: what every row must have.
+
     Raises:
-      ValueError: if the file isn't a list of rows.
+      UsageError: if the file isn't a list of such rows.
     """
     if not path.exists():
         return []
     try:
         rows = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got {error}; delete the file") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"expected a list of rows in {path}, got something else; delete the file")
-    return rows
+    except (OSError, ValueError) as error:
+        raise options.UsageError(
+            f"expected JSON in {path}, got: {error}; move it away, or choose another folder"
+        ) from error
+    found = "something else"
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        lacking = [name for name in fields if any(row.get(name) is None for row in rows)]
+        if not lacking:
+            return rows
+        found = f"some without {', '.join(lacking)}"
+    raise options.UsageError(
+        f"expected a list of rows with {', '.join(fields)} in {path}, got {found}; move it away, "
+        "or choose another folder"
+    )
 
 
 def save_rows(path: Path, rows: Sequence[Row]) -> None:
