@@ -93,16 +93,16 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     """Attack each net in every way; return the rows of these and of earlier runs.
 
     Raises:
-      FileNotFoundError: if there are no nets.
-      UsageError: if one that is asked for isn't there.
+      UsageError: if there are no nets, or if one that is asked for isn't there.
     """
     record = settings.folder / settings.record
     methods = settings.methods or tuple(
         name for name in NAMES if (record / name / "params.safetensors").is_file()
     )
     if not methods:
-        raise FileNotFoundError(
-            f"expected nets as {record}/METHOD/params.safetensors, got none; train them first"
+        raise options.UsageError(
+            f"expected nets of --folder as {record}/METHOD/params.safetensors, got none; "
+            "train them first"
         )
     missing = [name for name in methods if not (record / name / "params.safetensors").is_file()]
     if missing:

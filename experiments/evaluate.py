@@ -232,7 +232,7 @@ def load(settings: Settings) -> Problem:
             f"expected --crop to be at most {min(height, width)}, got {crop}; images are "
             f"{height}x{width}"
         )
-    if max(abs(pixel - subtract) for pixel in (0, 255)) / divide > np.finfo(np.float32).max:
+    if max(abs(pixel - subtract) for pixel in (0, 255)) / divide > float(np.finfo(np.float32).max):
         raise options.UsageError(
             f"expected --subtract and --divide to give inputs within float32's range, got "
             f"{subtract:g} and {divide:g}; choose a larger --divide"

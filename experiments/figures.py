@@ -59,11 +59,11 @@ def draw(folder: Path) -> list[Path]:
       The files written.
 
     Raises:
-      FileNotFoundError: if there are no results.
+      UsageError: if there are no results.
     """
     rows = report.load_rows(folder / "results.json")
     if not rows:
-        raise FileNotFoundError(
+        raise options.UsageError(
             f"expected rows in {folder / 'results.json'}, got none; run it first"
         )
     if "curves" in rows[0]:  # the last run's, and what else its table has

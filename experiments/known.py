@@ -78,11 +78,11 @@ def load(path: Path) -> Params:
 
     Raises:
       ModuleNotFoundError: if PyTorch isn't installed.
-      FileNotFoundError: if there is no such file.
+      UsageError: if there is no such file.
     """
     peers.need("torch")
     if not path.is_file():
-        raise FileNotFoundError(
+        raise options.UsageError(
             f"expected advertorch's weights, got no {path}; the first lines of --help say where "
             "they are from"
         )
@@ -112,11 +112,11 @@ def minimal(steps: int) -> Mapping[str, PerturbFn]:
 
 def run(settings: Settings, console: Console) -> list[report.Row]:
     """Attack and check both nets; return a row for each."""
+    weights = {name: load(settings.folder / f"mnist_lenet5_{name}.pt") for name in NETS}
     mnist = data.mnist()
     pixels = np.asarray(mnist.test_images, np.float32) / 255
     labels = np.asarray(mnist.test_labels)
     rows: list[report.Row] = []
-    weights = {name: load(settings.folder / f"mnist_lenet5_{name}.pt") for name in NETS}
     for name, published in NETS.items():
         params = weights[name]
         net = models.recognised(params)

@@ -63,24 +63,18 @@ class Range(Limit):
     lt: float | None = None
 
     def refusal(self, value: float) -> tuple[str, str] | None:
-        """Return which bounds there are, if the number isn't within them."""
-        bounds = [
-            (holds, bound, f"{words} {bound:.10g}")
-            for bound, holds, words in (
-                (self.ge, operator.ge, "at least"),
-                (self.gt, operator.gt, "more than"),
-                (self.le, operator.le, "at most"),
-                (self.lt, operator.lt, "less than"),
-            )
-            if bound is not None
-        ]
-        finite = abs(value) <= _LARGEST  # which NaN isn't
-        if finite and all(holds(value, bound) for holds, bound, _ in bounds):
-            return None
-        expected = " and ".join(words for *_, words in bounds)
-        if not finite:
-            expected = " and ".join(filter(None, ("finite", expected)))
-        return expected, "choose a number in this range"
+        """Return the bound that the number isn't within."""
+        if not abs(value) <= _LARGEST:  # nor is NaN
+            return "finite", "choose another"
+        for bound, holds, words, cure in (
+            (self.ge, operator.ge, "at least", "choose a larger one"),
+            (self.gt, operator.gt, "more than", "choose a larger one"),
+            (self.le, operator.le, "at most", "choose a smaller one"),
+            (self.lt, operator.lt, "less than", "choose a smaller one"),
+        ):
+            if bound is not None and not holds(value, bound):
+                return f"{words} {bound:.10g}", cure
+        return None
 
 
 class _NotEmpty(Limit):
@@ -104,7 +98,7 @@ class _Writable(Limit):
         if there.is_dir() and os.access(there, os.W_OK):
             return None
         what = "can't be written to" if there.is_dir() else "isn't a folder"
-        return f"a folder, but {there} {what}", "choose another"
+        return "a folder that can be written to", f"{there} {what}, choose another"
 
 
 T = TypeVar("T")

@@ -398,7 +398,11 @@ def run(
     """Train, attack and score; return the rows of the table, and each method's first net.
 
     Rows of other methods, seeds and sizes that the file has from an earlier run stay in it.
+
+    Raises:
+      UsageError: if a net is split above its last hidden layer.
     """
+    _check_splits(task)
     results = settings.out / "results.json"
     settings.out.mkdir(parents=True, exist_ok=True)
     known = report.load_rows(results, _FIELDS)
@@ -458,6 +462,18 @@ def run(
             if parallel.first_process():
                 report.save_params(folder / "params.safetensors", net.params, task.stored)
     return rows, nets
+
+
+def _check_splits(task: Task) -> None:
+    for name, method in {"normal": task.normal, **task.methods}.items():
+        net, option = task.make_net(method), f"--{name.replace('_', '-')}"
+        layers = len(net.blocks) + len(net.dense)
+        if net.split > layers:
+            raise options.UsageError(
+                f"expected {name} to have at least {net.split} blocks and hidden dense layers, "
+                f"after which it is split, got {layers}; add to {option}.widths, or lower "
+                f"{option}.split"
+            )
 
 
 def record(folder: Path, rows: Sequence[report.Row]) -> list[report.Row]:

@@ -176,7 +176,7 @@ def check(name: str, method: Method, *, lr_warmup: int) -> None:
     if isinstance(method, MultiStep) and method.objective == "representation":
         raise options.UsageError(
             f"expected {option}.objective to be adversarial, mixed or virtual, got representation, "
-            "whose adversary takes one step; choose Adversarial for it"
+            "whose adversary takes one step; choose another"
         )
     if isinstance(method, OneStep) and (method.objective, method.adversary) != (
         "adversarial",

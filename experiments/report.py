@@ -114,7 +114,7 @@ def load_rows(path: Path, fields: Sequence[str] = ("experiment",)) -> list[Row]:
         lacking = [name for name in fields if any(row.get(name) is None for row in rows)]
         if not lacking:
             return rows
-        found = f"some without {', '.join(lacking)}"
+        found = f"some without {lacking[0]}"
     raise options.UsageError(
         f"expected a list of rows with {', '.join(fields)} in {path}, got {found}; move it away, "
         "or choose another folder"

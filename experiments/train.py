@@ -326,8 +326,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         if parallel.first_process():
             report.save_params(settings.out / "params.safetensors", params)
             save_history(settings.out, fitted.history)
-        clean = evaluate.clean(apply_fn, params, watched_x, watched_y, batch_size=100)
-        advice = untaught(evaluate.accuracy(clean), y, settings)
+        right = evaluate.clean(apply_fn, params, watched_x, watched_y, batch_size=100)
+        advice = untaught(evaluate.accuracy(right), y, settings)
         if advice:
             console.print(advice, style="bold")
         rows: list[report.Row] = []
