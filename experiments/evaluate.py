@@ -232,16 +232,7 @@ def load(settings: Settings) -> Problem:
             f"expected --crop to be at most {min(height, width)}, got {crop}; images are "
             f"{height}x{width}"
         )
-    if max(abs(pixel - subtract) for pixel in (0, 255)) / divide > float(np.finfo(np.float32).max):
-        raise options.UsageError(
-            f"expected --subtract and --divide to give inputs within float32's range, got "
-            f"{subtract:g} and {divide:g}; choose a larger --divide"
-        )
-    if settings.box and pixels.max() > divide:
-        raise options.UsageError(
-            f"expected --divide to be at least {pixels.max()}, the greatest pixel, got "
-            f"{divide:g}; choose a larger one, or --no-box"
-        )
+    _check_scale(subtract, divide, pixels.max() if settings.box else None)
     top, left = (max(0, (length - side) // 2) for length in (height, width))
     x = np.asarray(pixels[chosen][:, top : top + side, left : left + side], np.float32)
     x = (x - np.float32(subtract)) / np.float32(divide)
@@ -261,6 +252,20 @@ def load(settings: Settings) -> Problem:
     if ":" in settings.net:  # what a function does, no weights tell
         identity["answers"] = digest(apply_fn(params, jnp.asarray(x[:8])))
     return Problem(apply_fn, params, x, np.asarray(labels[chosen]), bounds, identity)
+
+
+def _check_scale(subtract: float, divide: float, greatest: int | None) -> None:
+    """Refuse inputs that overflow; and a box that the greatest pixel, if it is given, is out of."""
+    if max(abs(pixel - subtract) for pixel in (0, 255)) / divide > float(np.finfo(np.float32).max):
+        raise options.UsageError(
+            f"expected --subtract and --divide to give inputs within float32's range, got "
+            f"{subtract:g} and {divide:g}; choose a larger --divide"
+        )
+    if greatest is not None and greatest > divide:
+        raise options.UsageError(
+            f"expected --divide to be at least {greatest}, the greatest pixel, got {divide:g}; "
+            "choose a larger one, or --no-box"
+        )
 
 
 def _short_name(settings: Settings) -> str:
@@ -301,7 +306,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     """Attack in every way that is asked for; return the rows of these and of earlier runs.
 
     Raises:
-      ValueError: as `load`; if the devices don't divide the blocks.
+      ValueError: as `load`.
+      UsageError: if the devices don't divide the blocks.
     """
     problem = load(settings)
     starts = range(0, len(problem.y), settings.block)
@@ -380,7 +386,7 @@ def _block(
         )
         unfinished.replace(path)
     try:
-        with np.load(path) as saved:
+        with path.open("rb") as file, np.load(file) as saved:
             return dict(saved)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise options.UsageError(

@@ -107,7 +107,7 @@ def mesh(settings: Devices, *sizes: int) -> Mesh | None:
       *sizes: of the batches.
 
     Raises:
-      ValueError: if there are fewer devices, if their number doesn't divide the sizes, or if it
+      UsageError: if there are fewer devices, if their number doesn't divide the sizes, or if it
         leaves a process without.
     """
     common = math.gcd(*sizes)
@@ -115,13 +115,13 @@ def mesh(settings: Devices, *sizes: int) -> Mesh | None:
     n = settings.devices
     if n is None:
         n = max(k for k in range(1, there + 1) if common % k == 0)
-    if not 1 <= n <= there or common % n:
-        raise ValueError(
-            f"expected a number of devices that divides {', '.join(map(str, sizes))}, at most the "
-            f"{there} there are, got {n}; choose --devices, or other batches"
+    if n > there or common % n:
+        raise options.UsageError(
+            f"expected a number of --devices that divides {', '.join(map(str, sizes))}, at most "
+            f"the {there} there are, got {n}; choose another, or other batches"
         )
     if jax.process_count() > 1 and n < there:
-        raise ValueError(
+        raise options.UsageError(
             f"expected all {there} devices of {jax.process_count()} processes to have a part of "
             f"batches of {', '.join(map(str, sizes))}, got {n}; choose sizes that {there} divides"
         )

@@ -229,11 +229,14 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     """Train or restore the net, attack it, and return a row for each attack.
 
     Raises:
-      ValueError: if the net has variables that aren't parameters.
       UsageError: if there are fewer images than a batch has; if the net isn't for images of this
-        size, or they would be moved out of sight.
+        size, or has variables that aren't parameters; if images would be moved out of sight; if
+        results.json isn't one of this command's.
     """
     attacks = {name: evaluation.methods(name, settings.norm) for name in settings.attacks}
+    results = settings.out / "results.json"
+    # Several processes have to agree on what they run.
+    known = report.load_rows(results, ("attack",)) if jax.process_count() == 1 else []
     images = load(settings)
     if len(images.train_labels) < settings.batch_size:
         raise options.UsageError(
@@ -260,9 +263,9 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         )
     params = net.init(init_key, x[:1])
     if set(params) != {"params"}:
-        raise ValueError(
-            f"expected a net whose only variables are params, got {sorted(params)}; for batch norm "
-            "write the loop yourself, the documentation shows how"
+        raise options.UsageError(
+            f"expected a --net whose only variables are params, got {sorted(params)}; for batch "
+            "norm write the loop yourself, the documentation shows how"
         )
     mesh = parallel.mesh(settings, settings.batch_size, len(y))
     watched_x, watched_y = parallel.spread(mesh, (x, y))
@@ -331,9 +334,6 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         if advice:
             console.print(advice, style="bold")
         rows: list[report.Row] = []
-        results = settings.out / "results.json"
-        # Several processes have to agree on what they run.
-        known = report.load_rows(results, ("attack",)) if jax.process_count() == 1 else []
         for name, parts in attacks.items():
             identity = {
                 "experiment": "train",

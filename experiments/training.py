@@ -28,7 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments import parallel
+from experiments import options, parallel
 from jaxadv import train
 from jaxadv.types import Objective, Params
 
@@ -105,7 +105,7 @@ def fit(
       `Fitted`.
 
     Raises:
-      ValueError: if the checkpoint there was made with other settings.
+      UsageError: if the checkpoint there was made with other settings.
     """
     order_key, step_key = jax.random.split(key)
     state = parallel.replicate(mesh, train.init(params, tx, key=step_key))
@@ -183,7 +183,7 @@ def _check_same(stored: dict[str, Any], settings: dict[str, Any], directory: Pat
         if stored.get(name) != settings.get(name)
     ]
     if other:
-        raise ValueError(
+        raise options.UsageError(
             f"expected the settings that the checkpoint in {directory} was made with, got others "
             f"({'; '.join(other)}); choose another --out, or delete that checkpoint to start again"
         )
