@@ -64,7 +64,7 @@ class Range(Limit):
 
     def refusal(self, value: float) -> tuple[str, str] | None:
         """Return the bound that the number isn't within."""
-        if not abs(value) <= _LARGEST:  # nor is NaN
+        if not abs(value) <= _LARGEST:  # so that NaN is refused, too
             return "finite", "choose another"
         for bound, holds, words, cure in (
             (self.ge, operator.ge, "at least", "choose a larger one"),
@@ -94,7 +94,7 @@ class Distinct(Limit):
 
 class _Writable(Limit):
     def refusal(self, value: Path) -> tuple[str, str] | None:
-        there = next(place for place in (value, *value.absolute().parents) if place.exists())
+        there = next(filter(os.path.lexists, (value, *value.absolute().parents)))
         if there.is_dir() and os.access(there, os.W_OK):
             return None
         what = "can't be written to" if there.is_dir() else "isn't a folder"

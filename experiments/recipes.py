@@ -91,7 +91,7 @@ class Adversarial(Method):
     """Which objective of jaxadv.objectives."""
     adversary: Literal["alpha", "loss", "loss_sign", "virtual"] = "loss"
     """Which perturbation of jaxadv.perturb."""
-    eps: Size = 1.5
+    eps: Positive = 1.5
     """l2 size of the training perturbations, the paper's c; relative to ||h|| for LWA_Rep."""
     warmup: Whole = 0
     """Epochs over which that size rises from 0."""

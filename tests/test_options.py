@@ -148,6 +148,7 @@ REFUSED = {
         "--quick --lr-warmup 1": "--lr-warmup to be less than 1, the epochs of normal, got 1",
         "--normal.dropout 1": "--normal.dropout to be less than 1, got 1",
         "--lwa-multi.shift -1": "--lwa-multi.shift to be at least 0, got -1",
+        "--lwa.eps 0": "--lwa.eps to be more than 0, got 0",
         "--methods trades --trades.objective representation": "--trades.objective to be adversar",
         "--seed 0 0": "--seed to be different values, got 0 0",
         "--fixed-seed 0": "--fixed-seed to be none of --seed, got 0",
@@ -275,6 +276,9 @@ def test_a_folder_may_be_missing_but_not_in_a_place_that_cannot_be_written_to(
 ):
     Outer(out=tmp_path / "new" / "newer")
     assert not (tmp_path / "new").exists()
+    (tmp_path / "lost").symlink_to(tmp_path / "gone")
+    with pytest.raises(options.UsageError, match=r"--out .*lost; .*lost isn't a folder, choose"):
+        Outer(out=tmp_path / "lost")
     monkeypatch.setattr(options.os, "access", lambda path, mode: False)
     with pytest.raises(options.UsageError, match=r"--out .*can't be written to, choose another"):
         Outer(out=tmp_path / "new")
