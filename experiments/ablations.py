@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments import figures, mnist, parallel, protocol, report
+from experiments import figures, mnist, options, parallel, protocol, report
+from experiments.options import Count, OutputFolder, Positive, Several
 from experiments.recipes import Adversarial, Method
 
 WIDTHS = (500, 500)
@@ -67,16 +68,20 @@ GROUPS: dict[Group, dict[str, str]] = {
 class Settings(protocol.Settings):
     """Train nets of 500x500 in several ways, attack them, and print tables."""
 
-    groups: tuple[Group, ...] = tuple(GROUPS)
+    groups: Several[Group] = tuple(GROUPS)
     """Which questions."""
-    out: Path = Path("runs/ablations")
+    out: OutputFolder = Path("runs/ablations")
     """Where results, figures, weights and checkpoints go."""
-    n_pgd: int = 5000
+    n_pgd: Count = 5000
     """How many images, at most, are attacked by PGD, and scored after each epoch."""
-    epochs: int = 15
+    epochs: Count = 15
     """Passes over the training images."""
-    lr: float = 0.1
+    lr: Positive = 0.1
     """Learning rate at the start; it falls to 0 by a cosine."""
+
+    def nets(self) -> dict[str, Method]:
+        """Return how each net is made, by the name that `GROUPS` uses."""
+        return methods(self)
 
 
 def methods(settings: Settings) -> dict[str, Method]:
@@ -111,10 +116,9 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     base = dataclasses.replace(
         mnist.MLP, holdout=settings.holdout, n_eval=settings.n_eval, methods=("normal",)
     )
-    nets = methods(settings)
     task = mnist.make_task(base)._replace(
         experiment="ablations",
-        methods=nets,
+        methods=settings.nets(),
         normal=Method(WIDTHS, settings.epochs, settings.lr),
         names={},
         extra=groups_of,
@@ -137,6 +141,7 @@ def groups_of(name: str) -> dict[str, dict[str, str]]:
     }
 
 
+@options.command
 def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, description=__doc__)

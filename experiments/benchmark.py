@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments import figures, peers, report, timing
+from experiments import figures, options, peers, report, timing
 from experiments.benchmarks import attacks, devices, growth, loops, starts, steps
 from experiments.benchmarks.common import PARTS, Figures, Part, Settings, has_peers
 
@@ -95,7 +95,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     """Measure the parts that are asked for; return the rows of these and of earlier runs."""
     results = settings.out / "results.json"
     settings.out.mkdir(parents=True, exist_ok=True)
-    rows = report.load_rows(results)
+    rows = report.load_rows(results, ("part", "figures", "machine", "settings"))
     for part in settings.parts:
         quiet = timing.Quiet()
         start = time.perf_counter()
@@ -124,6 +124,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     return rows
 
 
+@options.command
 def main() -> None:
     """Run the benchmark from the command line."""
     settings = tyro.cli(Settings, description=__doc__)

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments import evaluate, parallel, report
+from experiments import evaluate, options, parallel, report
+from experiments.options import Checked, Count, Distinct, OutputFolder, Several
 from experiments.recipes import NAMES
 from jaxadv.types import Norm
 
@@ -53,41 +54,61 @@ THREATS: dict[Record, tuple[Threat, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Attack the nets of a record with all there is, and rank them."""
 
     record: Annotated[Record, tyro.conf.Positional]
     """Which record's nets."""
-    methods: tuple[str, ...] = ()
+    methods: Annotated[tuple[str, ...], Distinct()] = ()
     """Which of them; all if none is named."""
-    threats: tuple[Threat, ...] = ()
+    threats: Annotated[tuple[Threat, ...], Distinct()] = ()
     """Norms and sizes; l2 at 1.5, 1.0 and 2.0 and linf at 0.3 for MNIST, the sizes of Table 3 for
     CIFAR-10, if none is named."""
-    n: int = 1000
+    n: Count = 1000
     """How many test images."""
-    attacks: tuple[evaluate.AttackName, ...] = (*COLUMNS, "check")
+    attacks: Several[evaluate.AttackName] = (*COLUMNS, "check")
     """What to run."""
     image_folder: Path | None = None
     """Read CIFAR-10 from here, DIR/{train,test}/CLASS/*, instead of downloading it."""
     folder: Path = RESULTS
     """Where the records are."""
-    out: Path = Path("runs/board")
+    out: OutputFolder = Path("runs/board")
     """Where results go."""
+
+    def __post_init__(self) -> None:
+        """Check that a folder of images is given for CIFAR-10 only.
+
+        Raises:
+          UsageError: if it is given for another record.
+        """
+        super().__post_init__()
+        if self.image_folder is not None and self.record != "cifar10":
+            raise options.UsageError(
+                f"expected --image-folder with the record cifar10 only, got {self.record}, whose "
+                "images are here; leave it out"
+            )
 
 
 def run(settings: Settings, console: Console) -> list[report.Row]:
     """Attack each net in every way; return the rows of these and of earlier runs.
 
     Raises:
-      FileNotFoundError: if a net isn't there.
+      UsageError: if there are no nets, or if one that is asked for isn't there.
     """
     record = settings.folder / settings.record
     methods = settings.methods or tuple(
         name for name in NAMES if (record / name / "params.safetensors").is_file()
     )
     if not methods:
-        raise FileNotFoundError(
-            f"expected nets as {record}/METHOD/params.safetensors, got none; train them first"
+        raise options.UsageError(
+            f"expected nets of --folder as {record}/METHOD/params.safetensors, got none; "
+            "train them first"
+        )
+    missing = [name for name in methods if not (record / name / "params.safetensors").is_file()]
+    if missing:
+        raise options.UsageError(
+            f"expected --methods to be nets in {record}, got {', '.join(missing)}, which aren't "
+            "there; train them first, or leave them out"
         )
     cifar = settings.record == "cifar10"
     rows: list[report.Row] = []
@@ -193,6 +214,7 @@ def tables(rows: Sequence[report.Row]) -> list[str]:
     return lines
 
 
+@options.command
 def main() -> None:
     """Run from the command line."""
     settings = tyro.cli(Settings, description=__doc__)

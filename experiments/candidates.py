@@ -16,7 +16,7 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -28,7 +28,8 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import data, evaluate, models, report
+from experiments import data, evaluate, models, options, report
+from experiments.options import Checked, Count, OutputFolder, Range, Seed, Several, Size
 from jaxadv import objectives, perturb, train
 from jaxadv.types import ApplyFn, Params
 
@@ -36,22 +37,22 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Measure what fewer candidates cost in strength."""
 
-    few: tuple[int, ...] = (1, 2, 3, 5)
+    few: Several[Annotated[int, Range(ge=1, le=9)]] = (1, 2, 3, 5)
     """Candidates out of 10 classes."""
-    many: tuple[int, ...] = (1, 5, 10, 20)
+    many: Several[Annotated[int, Range(ge=1, le=999)]] = (1, 5, 10, 20)
     """Candidates out of 1,000 classes."""
-    n: int = 1000
+    n: Count = 1000
     """Test images."""
-    steps: int = 10000
+    steps: Count = 10000
     """Training steps of the net of 1,000 classes."""
-    eps: float = 1.5
+    eps: Size = 1.5
     """l2 size of the step."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the net of 1,000 classes and of its images."""
-    out: Path = Path("runs/candidates")
+    out: OutputFolder = Path("runs/candidates")
     """Where results go."""
 
 
@@ -168,6 +169,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     return rows
 
 
+@options.command
 def main() -> None:
     """Run from the command line."""
     run(tyro.cli(Settings, description=__doc__), Console())

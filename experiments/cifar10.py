@@ -31,8 +31,9 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, figures, parallel, protocol, recipes, report
+from experiments import data, figures, options, parallel, protocol, recipes, report
 from experiments.models import Classifier, vgg
+from experiments.options import Count, OutputFolder, Positive, Several, Size, Whole
 from experiments.protocol import Images
 from experiments.recipes import NAMES, Adversarial, Method, PaperMethod
 
@@ -47,25 +48,25 @@ class Settings(protocol.Settings):
     """Read images from here, DIR/{train,test}/CLASS/*, instead of downloading them."""
     quick: bool = False
     """One epoch of a narrow net and 500 test images, into another folder, unless set otherwise."""
-    width: float = 0.25
+    width: Positive = 0.25
     """Times the paper's 128 and 256 channels and the dense layers' widths."""
-    methods: tuple[PaperMethod, ...] = ("normal", "dropout", "goodfellow", "lwa", "lwa_rep")
+    methods: Several[PaperMethod] = ("normal", "dropout", "goodfellow", "lwa", "lwa_rep")
     """Which rows of the table."""
-    out: Path = Path("runs/cifar10")
+    out: OutputFolder = Path("runs/cifar10")
     """Where results, figures, weights and checkpoints go."""
-    n_pgd: int = 1000
+    n_pgd: Count = 1000
     """How many images, at most, are attacked by PGD, and scored after each epoch."""
-    eps: tuple[float, ...] = (0.5, 0.25)
+    eps: Several[Size] = (0.5, 0.25)
     """l2 sizes of the perturbations in the tables."""
-    curve: tuple[float, ...] = tuple(np.arange(0, 1.01, 0.1).round(1).tolist())
+    curve: Several[Size] = tuple(np.arange(0, 1.01, 0.1).round(1).tolist())
     """l2 sizes of the curves."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per training step."""
-    eval_batch: int = 250
+    eval_batch: Count = 250
     """Images perturbed at once when a net is scored."""
-    weight_decay: float = 5e-4
+    weight_decay: Size = 5e-4
     """Added to the gradients of the kernels, per unit of weight."""
-    lr_warmup: int = 1
+    lr_warmup: Whole = 1
     """Epochs over which the learning rate rises from 0."""
     normal: Method = Method((2048, 2048), epochs=16, lr=0.02)
     dropout: Method = Method((2048, 2048), epochs=16, lr=0.02, dropout=0.5)
@@ -84,6 +85,10 @@ class Settings(protocol.Settings):
     lwa_rep: Adversarial = Adversarial(
         (2048, 2048), epochs=16, lr=0.02, objective="representation", eps=0.03, warmup=10
     )
+
+    def nets(self) -> dict[str, Method]:
+        """Return how each net of the table is made, by its name."""
+        return {name: getattr(self, name) for name in self.methods}
 
 
 PAPER: dict[str, tuple[float, ...]] = {  # Table 3 as printed
@@ -133,21 +138,23 @@ def load(settings: Settings) -> tuple[Images, Images, str, tuple[str, ...]]:
     cifar = data.cifar10() if folder is None else data.image_folder(folder)
     height, width, channels = cifar.train_images.shape[1:]
     if min(height, width) < CROP:
-        raise ValueError(
+        raise options.UsageError(
             f"expected images of at least {CROP}x{CROP} pixels, got {height}x{width} in {folder}; "
             "resize them"
         )
     if channels != 3:
-        raise ValueError(f"expected colour images, got grey ones in {folder}; convert them to RGB")
+        raise options.UsageError(
+            f"expected colour images, got grey ones in {folder}; convert them to RGB"
+        )
     if len(cifar.classes) != 10:
-        raise ValueError(
+        raise options.UsageError(
             f"expected the 10 classes of CIFAR-10, got {len(cifar.classes)} in {folder}; train and "
             "test must each have a folder for each class"
         )
     images, labels = cifar.train_images, cifar.train_labels
     train, score = (images, labels), (cifar.test_images, cifar.test_labels)
     if settings.holdout:
-        kept, held = data.split(len(labels), settings.holdout, seed=0)
+        kept, held = protocol.hold_out(settings, len(labels))
         train, score = (images[kept], labels[kept]), (images[held], labels[held])
     # In random order, since a folder's images come class by class.
     _, order = data.split(len(score[1]), len(score[1]), seed=0)
@@ -173,7 +180,7 @@ def make_task(settings: Settings) -> protocol.Task:
     train, test, source, classes = load(settings)
     return protocol.Task(
         experiment="cifar10",
-        methods={name: getattr(settings, name) for name in settings.methods},
+        methods=settings.nets(),
         normal=settings.normal,
         names=NAMES,
         make_net=make_net,
@@ -196,6 +203,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     return rows
 
 
+@options.command
 def main() -> None:
     """Run the experiment from the command line."""
     default = Settings()

@@ -38,6 +38,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments import options
+
 __all__ = [
     "CIFAR10",
     "DIGITS",
@@ -225,7 +227,7 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
         found = dict(features.items())
         fits = all(isinstance(found.get(key), kind) for key, kind in kinds.items())
         if not fits or None in found["image"].shape:
-            raise ValueError(
+            raise options.UsageError(
                 f"expected images of one size with a label each, got {name}: {features}; write "
                 "them as a folder of images"
             )
@@ -252,7 +254,7 @@ def _builder(name: str) -> Any:
         return tfds.builder(name)
     except (ValueError, AssertionError):  # of names and configurations; of versions
         # Without the cause, whose message is the whole catalogue.
-        raise ValueError(
+        raise options.UsageError(
             f"expected a data set of the tensorflow-datasets catalogue, got {name!r}; "
             + _suggestion(name)
         ) from None
@@ -275,13 +277,13 @@ def _check_labels(name: str, images: Dataset) -> None:
     """An error where a part isn't labelled, which the catalogue writes as -1."""
     n_classes = len(images.classes)
     if n_classes < 2:
-        raise ValueError(
+        raise options.UsageError(
             f"expected at least two classes, got {n_classes} in {name}; choose another data set"
         )
     for part, labels in (("train", images.train_labels), ("test", images.test_labels)):
         outside = int(np.sum((labels < 0) | (labels >= n_classes)))
         if outside:
-            raise ValueError(
+            raise options.UsageError(
                 f"expected labels in 0..{n_classes - 1}, got {outside} others among the "
                 f"{len(labels)} of {name}'s part {part}, which means that they aren't known; "
                 "write the images whose labels are known as a folder of images"
@@ -607,7 +609,7 @@ def _prepare_folder(directory: Path, files: Mapping[str, Mapping[str, list[Path]
                 for i, (path, label) in enumerate(examples):
                     image = _decoded(path)
                     if image.size != size:
-                        raise ValueError(
+                        raise options.UsageError(
                             f"expected images of one size, {width}x{height} as {first} has, got "
                             f"{image.width}x{image.height} in {path}; resize or remove it"
                         )
@@ -629,13 +631,13 @@ def _image_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
         places: dict[str, Path] = {}
         for place in _shown(folder / part):
             if not place.is_dir():
-                raise ValueError(
+                raise options.UsageError(
                     f"expected only folders in {folder / part}, one for each class, got {place}; "
                     "move it into the folder of its class, or remove it"
                 )
             other = places.setdefault(composed(place.name), place)
             if other != place:
-                raise ValueError(
+                raise options.UsageError(
                     f"expected one folder for each class, got two in {folder / part} whose names "
                     f"look alike, {other.name!a} and {place.name!a}; merge them"
                 )
@@ -648,7 +650,7 @@ def _image_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
                     "class needs images in both train and test"
                 )
     if len(files["train"]) < 2:
-        raise ValueError(
+        raise options.UsageError(
             f"expected folders of at least two classes in {folder / 'train'}, got "
             f"{len(files['train'])}; {layout}"
         )
@@ -664,12 +666,12 @@ def _images_in(place: Path) -> list[Path]:
     paths = _shown(place)
     for path in paths:
         if not path.exists():
-            raise ValueError(
+            raise options.UsageError(
                 f"expected an image in {path}, got a link to {os.readlink(path)}, which isn't "
                 "there; mend or remove it"
             )
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg") or not path.is_file():
-            raise ValueError(
+            raise options.UsageError(
                 f"expected PNG or JPEG images in {place}, got {path}; convert or remove it"
             )
     return paths
@@ -734,7 +736,7 @@ def _through_records(builder_class: Any, directory: Path, config: Any) -> _Array
     builder = builder_class(data_dir=directory, file_format="array_record")
     builder.download_and_prepare(download_config=config)
     if not {"train", "test"} <= set(builder.info.splits):
-        raise ValueError(
+        raise options.UsageError(
             f"expected parts train and test, got {sorted(builder.info.splits)}; write the images "
             "as a folder with these parts"
         )
@@ -764,7 +766,7 @@ def _check_originals(registered: Any) -> None:
         content = path.read_bytes()
         checksum = hashlib.sha256(content).hexdigest()
         if checksum != info.checksum:
-            raise ValueError(
+            raise options.UsageError(
                 f"{path} isn't the original MNIST file: expected {int(info.size)} bytes of sha256 "
                 f"{info.checksum}, got {len(content)} of {checksum}; {cure}"
             )

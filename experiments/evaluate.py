@@ -28,6 +28,8 @@ import itertools
 import json
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -42,7 +44,8 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import data, models, parallel, report, training
+from experiments import data, models, options, parallel, report, training
+from experiments.options import Count, Distinct, OutputFolder, Positive, Range, Seed, Several, Size
 from jaxadv import attack, evaluate, perturb
 from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
@@ -71,6 +74,8 @@ _USUAL: dict[str, tuple[Any, ...]] = {"mnist": (0, 256), "cifar10": (117, 256, 2
 """How pixels are scaled where no weights say: subtract, divide, crop."""
 _PROBLEM = ("data", "subtract", "divide", "crop", "box", "n", "norm", "eps")
 """What of a row says which table it belongs to."""
+_FIELDS = ("method", "attack", "seed", "columns", *(name for name in _PROBLEM if name != "crop"))
+"""What every row has; a crop may be none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,35 +91,51 @@ class Settings(parallel.Devices):
     data: str = "mnist"
     """`mnist`, `cifar10`, `tfds:NAME`, or a folder with {train,test}/CLASS/*.png or jpg; test is
     evaluated."""
-    subtract: float | None = None
+    subtract: Annotated[float, Range()] | None = None
     """Inputs are (pixels - subtract) / divide. By default as the weights say; if they don't, 0 and
     256 for mnist, 117 and 256 for cifar10, 0 and 255 for others."""
-    divide: float | None = None
+    divide: Positive | None = None
     """See subtract. The box is where pixels from 0 to this end up."""
-    crop: int | None = None
+    crop: Count | None = None
     """Side of the part of the images' middle that is used. By default as the weights say; if they
     don't, 28 for cifar10, else all."""
-    classes: tuple[str, ...] = ()
+    classes: Annotated[tuple[str, ...], Distinct()] = ()
     """What the data calls the net's classes, in the order of its logits. By default what the
     weights call them; if they don't say, the data's classes in their order."""
-    attacks: tuple[AttackName, ...] = ("one-step", "pgd-100x10", "standard")
+    attacks: Several[AttackName] = ("one-step", "pgd-100x10", "standard")
     """What to run."""
-    eps: tuple[float, ...] = (1.5,)
+    eps: Several[Size] = (1.5,)
     """Sizes of the perturbations."""
     norm: Norm = "l2"
     """Of these sizes."""
     box: bool = True
     """Whether perturbed images stay in the range of pixels."""
-    n: int = 1000
+    n: Count = 1000
     """How many test images."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the attacks' random numbers."""
-    block: int = 500
+    block: Count = 500
     """Images between two savings."""
-    batch_size: int = 500
+    batch_size: Count = 500
     """Images perturbed at once."""
-    out: Path = Path("runs/evaluate")
+    out: OutputFolder = Path("runs/evaluate")
     """Where results go."""
+
+    def __post_init__(self) -> None:
+        """Check what goes together.
+
+        Raises:
+          UsageError: if there are weights beside a file of weights, or as `methods`.
+        """
+        super().__post_init__()
+        if self.weights is not None and ":" not in self.net:
+            raise options.UsageError(
+                f"expected --weights with a net as module:function only, got {self.weights} beside "
+                f"{self.net}, whose weights are its own; leave one of them out"
+            )
+        for name in self.attacks:
+            if name != "check":
+                methods(name, self.norm)
 
 
 class Problem(NamedTuple):
@@ -133,7 +154,7 @@ def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
     """Return an attack's parts by name; the same objects each time.
 
     Raises:
-      ValueError: if the attack isn't made for the norm.
+      UsageError: if the attack isn't made for the norm.
     """
     standard = attack.standard(norm)
     if name == "standard":
@@ -141,7 +162,9 @@ def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
     if name in standard:
         return {name: standard[name]}
     if name == "square":
-        raise ValueError("expected norm l2 or linf for square, got l1; leave it out")
+        raise options.UsageError(
+            "expected --norm l2 or linf for the attack square, got l1; leave it out of --attacks"
+        )
     if name == "pgd-100x10":  # each start works on the examples that those before it left
         at_random = partial(attack.pgd, norm=norm, random_start=True)
         starts = {f"start {number}": at_random for number in range(2, 11)}
@@ -173,14 +196,14 @@ def load_net(settings: Settings, x: NDArray[np.float32]) -> tuple[ApplyFn, Param
         try:
             net = models.recognised(params, x.shape[1:])
         except ValueError as error:
-            raise ValueError(f"in {settings.net}: {error}") from error
+            raise options.UsageError(f"in {settings.net}: {error}") from error
         return models.function(net), params, models.describe(net), net.classes
     module_name, function_name = settings.net.split(":", 1)
     sys.path.insert(0, str(Path.cwd()))
     try:
         apply_fn = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
+        raise options.UsageError(
             f"expected a function {function_name} in a module {module_name}, got: {error}; "
             "name it module:function, from the folder that the module is in"
         ) from error
@@ -198,13 +221,15 @@ def _classes_of(
     except Exception as error:  # of any kind: it is the caller's function
         arrays = [f"{name} {list(leaf.shape)}" for name, leaf in models.by_path(params).items()]
         given = f"{', '.join(arrays)} of {settings.weights}" if arrays else "no parameters"
-        raise ValueError(
+        raise options.UsageError(
             f"{asked} and {given}, got {type(error).__name__}: {error}; give the weights of this "
             "net by --weights, and images like those that it was trained on"
         ) from error
     if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 1:
         got = getattr(logits, "shape", type(logits).__name__)
-        raise ValueError(f"{asked}, got {got}; return the logits of each image, nothing else")
+        raise options.UsageError(
+            f"{asked}, got {got}; return the logits of each image, nothing else"
+        )
     return int(logits.shape[1])
 
 
@@ -213,17 +238,16 @@ def load(settings: Settings) -> Problem:
 
     Raises:
       FileNotFoundError: as `load_net`.
-      ValueError: as `load_net`; if a number of images is less than 1, or the crop larger than the
-        images; if the net's classes aren't the data's, or an option or the images contradict what
-        the weights say.
+      UsageError: as `load_net`; if the crop is larger than the images; if inputs would overflow, or
+        leave the box; if the net's classes aren't the data's, or an option or the images contradict
+        what the weights say.
     """
-    for what in ("n", "block", "batch_size"):
-        if (count := getattr(settings, what)) < 1:
-            raise ValueError(f"expected {what} of at least 1, got {count}; choose a larger one")
     weights = settings.weights if ":" in settings.net else Path(settings.net)
     said = None if weights is None else report.interface(weights)
     images = data.named(settings.data)
     taken = _interface(settings, said, images)
+    greatest = images.test_images.max() if settings.box else None
+    _check_scale(taken.subtract, taken.divide, greatest)
     chosen = order(settings.data, len(images.test_labels))[: settings.n]
     top, left = (
         (whole - part) // 2
@@ -235,7 +259,7 @@ def load(settings: Settings) -> Problem:
     apply_fn, params, network, n_classes = load_net(settings, x[:1])
     if len(taken.classes) != n_classes:
         of = "--classes" if settings.classes else "the data" if said is None else "its weights"
-        raise ValueError(
+        raise options.UsageError(
             f"expected {n_classes} classes, as the net has logits, got {len(taken.classes)} of "
             f"{of} ({_listed(taken.classes)}); choose data like what the net was trained on, or "
             "give the data's name for each of its classes by --classes, in the order of its logits"
@@ -276,17 +300,17 @@ def _interface(
       images: the data.
 
     Raises:
-      ValueError: if an option or the data contradicts what the weights say; if a class of the data
+      UsageError: if an option or the data contradicts what the weights say; if a class of the data
         is none of the net's; or if the crop is larger than the images.
     """
     height, width, channels = images.test_images.shape[1:]
     usual = data.Interface(images.classes, (), *_USUAL.get(settings.data, (0, 255)))
-    options = {name: getattr(settings, name) for name in ("subtract", "divide", "crop")}
-    given = {name: value for name, value in options.items() if value is not None}
+    scale = {name: getattr(settings, name) for name in ("subtract", "divide", "crop")}
+    given = {name: value for name, value in scale.items() if value is not None}
     taken = (said or usual)._replace(**given)
     if taken.crop and taken.crop > min(height, width):
-        raise ValueError(
-            f"expected a crop of at most {min(height, width)}, got {taken.crop}; images are "
+        raise options.UsageError(
+            f"expected --crop to be at most {min(height, width)}, got {taken.crop}; images are "
             f"{height}x{width}; choose larger ones, or a smaller --crop"
         )
     if settings.classes:
@@ -321,7 +345,7 @@ def _interface(
             "each class of the net by --classes, in the order of its logits"
         )
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise options.UsageError("\n".join(wrong))
     return taken
 
 
@@ -344,6 +368,20 @@ def _listed(names: Sequence[str]) -> str:
 
 def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def _check_scale(subtract: float, divide: float, greatest: int | None) -> None:
+    """Refuse inputs that overflow; and a box that the greatest pixel, if it is given, is out of."""
+    if max(abs(pixel - subtract) for pixel in (0, 255)) / divide > float(np.finfo(np.float32).max):
+        raise options.UsageError(
+            f"expected --subtract and --divide to give inputs within float32's range, got "
+            f"{subtract:g} and {divide:g}; choose a larger --divide"
+        )
+    if greatest is not None and greatest > divide:
+        raise options.UsageError(
+            f"expected --divide to be at least {greatest}, the greatest pixel, got {divide:g}; "
+            "choose a larger one, or --no-box"
+        )
 
 
 def _short_name(settings: Settings) -> str:
@@ -384,16 +422,13 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     """Attack in every way that is asked for; return the rows of these and of earlier runs.
 
     Raises:
-      ValueError: as `load`; if an attack isn't made for the norm, or if the devices don't divide
-        the blocks.
+      ValueError: as `load`.
+      UsageError: if the devices don't divide the blocks.
     """
     problem = load(settings)
     starts = range(0, len(problem.y), settings.block)
     sizes = dict.fromkeys(len(problem.y[start:][: settings.block]) for start in starts)
     parallel.mesh(settings, *sizes)
-    for name in settings.attacks:
-        if name != "check":
-            methods(name, settings.norm)
     settings.out.mkdir(parents=True, exist_ok=True)
     results = settings.out / "results.json"
     with training.bars(console) as progress:
@@ -407,7 +442,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                 "versions": report.versions(),
                 "device": report.device(),
             }
-            rows = report.load_rows(results)
+            rows = report.load_rows(results, _FIELDS)
             if any(identity.items() <= row.items() for row in rows):
                 continue
             if name == "check":
@@ -428,7 +463,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
 
             kept = [old for old in rows if place(old) != place(row)]
             report.save_rows(results, [*kept, row])
-    return report.load_rows(results)
+    return report.load_rows(results, _FIELDS)
 
 
 def _block(
@@ -467,8 +502,14 @@ def _block(
             stage_seconds=np.array([stage.seconds for stage in found.stages.values()]),
         )
         unfinished.replace(path)
-    with np.load(path) as saved:
-        return dict(saved)
+    try:
+        with path.open("rb") as file, np.load(file) as saved:
+            return dict(saved)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise options.UsageError(
+            f"expected the arrays of a block in {path}, got: {error}; delete the file, and the "
+            "same command makes it again"
+        ) from error
 
 
 def _row(problem: Problem, blocks: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
@@ -578,6 +619,7 @@ def _cell(rows: Sequence[report.Row]) -> str:
     return f"{rows[0]['columns']['robust']:.4f} [{low:.3f}, {high:.3f}]"
 
 
+@options.command
 def main() -> None:
     """Run from the command line."""
     settings = tyro.cli(Settings, description=__doc__)

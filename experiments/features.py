@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -31,7 +31,8 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import evaluate, models, peers, report
+from experiments import evaluate, models, options, peers, report
+from experiments.options import Checked, OutputFolder, Range, Size
 from jaxadv import attack
 from jaxadv import evaluate as measure
 
@@ -42,14 +43,14 @@ Attack = Callable[[Mapping[str, Any], Any, Any, Any], Images]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Put the questions."""
 
-    n: int = 50
+    n: Annotated[int, Range(ge=5)] = 50
     """Test images."""
-    eps: float = 1.5
+    eps: Size = 1.5
     """l2 size."""
-    out: Path = Path("runs/features")
+    out: OutputFolder = Path("runs/features")
     """Where the answers go."""
 
 
@@ -222,6 +223,7 @@ def run(settings: Settings, console: Console) -> report.Row:
     return row
 
 
+@options.command
 def main() -> None:
     """Run from the command line."""
     run(tyro.cli(Settings, description=__doc__), Console())

@@ -23,7 +23,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from experiments import protocol, report
+from experiments import options, protocol, report
 from experiments.recipes import NAMES
 
 __all__ = ["draw", "draw_history"]
@@ -59,11 +59,11 @@ def draw(folder: Path) -> list[Path]:
       The files written.
 
     Raises:
-      FileNotFoundError: if there are no results.
+      UsageError: if there are no results.
     """
     rows = report.load_rows(folder / "results.json")
     if not rows:
-        raise FileNotFoundError(
+        raise options.UsageError(
             f"expected rows in {folder / 'results.json'}, got none; run it first"
         )
     if "curves" in rows[0]:  # the last run's, and what else its table has
@@ -420,6 +420,7 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
+@options.command
 def main() -> None:
     """Draw the figures of the folders named on the command line, or of all records."""
     folders = [Path(argument) for argument in sys.argv[1:]]

@@ -35,8 +35,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import evaluate, figures, models, report
+from experiments import evaluate, figures, models, options, report
 from experiments.figures import COLOURS
+from experiments.options import Checked, Count, OutputFolder, Seed, Several, Size
 from experiments.recipes import NAMES
 from jaxadv import attack, objectives, perturb, train
 from jaxadv.types import PerturbFn
@@ -55,18 +56,18 @@ BOX = (0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Draw the gallery."""
 
-    pictures: tuple[Picture, ...] = PICTURES
+    pictures: Several[Picture] = PICTURES
     """Which of them."""
-    n: int = 1000
+    n: Count = 1000
     """Test images, where a picture counts."""
-    eps: float = 1.5
+    eps: Size = 1.5
     """l2 size of the perturbations shown."""
-    seed: int = 0
+    seed: Seed = 0
     """Of what is drawn at random."""
-    out: Path = Path("runs/gallery")
+    out: OutputFolder = Path("runs/gallery")
     """Where the pictures go."""
 
 
@@ -377,6 +378,7 @@ def run(settings: Settings, console: Console) -> None:
         console.print(str(path))
 
 
+@options.command
 def main() -> None:
     """Run from the command line."""
     run(tyro.cli(Settings, description=__doc__), Console())

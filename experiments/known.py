@@ -30,7 +30,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, evaluate, models, peers, report
+from experiments import data, evaluate, models, options, peers, report
+from experiments.options import Checked, Count, OutputFolder, Seed, Size
 from jaxadv import attack
 from jaxadv import evaluate as measure
 from jaxadv.types import Bounds, Params, PerturbFn
@@ -53,22 +54,22 @@ NETS: Mapping[str, Published] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Find least perturbations of advertorch's nets."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Where the two files of weights are."""
-    n: int = 1000
+    n: Count = 1000
     """How many images: the first that the net has right."""
-    steps: int = 1000
+    steps: Count = 1000
     """Of FMN, as many as DDN had."""
-    check_eps: float = 1.5
+    check_eps: Size = 1.5
     """The l2 size at which the net is checked."""
-    n_check: int = 300
+    n_check: Count = 300
     """On how many images."""
-    seed: int = 0
+    seed: Seed = 0
     """Of what is drawn."""
-    out: Path = Path("runs/known")
+    out: OutputFolder = Path("runs/known")
     """Where results go."""
 
 
@@ -77,11 +78,11 @@ def load(path: Path) -> Params:
 
     Raises:
       ModuleNotFoundError: if PyTorch isn't installed.
-      FileNotFoundError: if there is no such file.
+      UsageError: if there is no such file.
     """
     peers.need("torch")
     if not path.is_file():
-        raise FileNotFoundError(
+        raise options.UsageError(
             f"expected advertorch's weights, got no {path}; the first lines of --help say where "
             "they are from"
         )
@@ -111,12 +112,13 @@ def minimal(steps: int) -> Mapping[str, PerturbFn]:
 
 def run(settings: Settings, console: Console) -> list[report.Row]:
     """Attack and check both nets; return a row for each."""
+    weights = {name: load(settings.folder / f"mnist_lenet5_{name}.pt") for name in NETS}
     mnist = data.mnist()
     pixels = np.asarray(mnist.test_images, np.float32) / 255
     labels = np.asarray(mnist.test_labels)
     rows: list[report.Row] = []
     for name, published in NETS.items():
-        params = load(settings.folder / f"mnist_lenet5_{name}.pt")
+        params = weights[name]
         net = models.recognised(params, pixels.shape[1:])
         apply_fn = models.function(net)
         right = measure.clean(apply_fn, params, pixels, labels)
@@ -200,6 +202,7 @@ def as_markdown(rows: list[report.Row]) -> str:
     return "\n".join(lines)
 
 
+@options.command
 def main() -> None:
     """Run from the command line."""
     run(tyro.cli(Settings, description=__doc__), Console())

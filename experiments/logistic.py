@@ -17,7 +17,7 @@ import operator
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -29,24 +29,26 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import minimize
 
-from experiments import data, figures, parallel, report
+from experiments import data, figures, options, parallel, report
+from experiments.options import Checked, Distinct, OutputFolder, Range, Seed
 from jaxadv import logistic, norms
 from jaxadv.types import Norm
 
 NORMS: tuple[Norm, ...] = ("l1", "l2", "linf")
+Digit = Annotated[int, Range(ge=0, le=9)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Measure Appendix A on two digits."""
 
-    digits: tuple[int, int] = (3, 8)
+    digits: Annotated[tuple[Digit, Digit], Distinct()] = (3, 8)
     """The two classes, labelled -1 and +1."""
-    n: int = 400
+    n: Annotated[int, Range(ge=2)] = 400
     """Images, the first of them in the training set, half of each class."""
-    seed: int = 0
+    seed: Seed = 0
     """What weights and segments are drawn from."""
-    out: Path = Path("runs/logistic")
+    out: OutputFolder = Path("runs/logistic")
     """Where results and figures go."""
 
 
@@ -307,6 +309,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     return rows
 
 
+@options.command
 def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, description=__doc__)

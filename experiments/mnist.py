@@ -36,8 +36,9 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, figures, parallel, protocol, recipes, report
+from experiments import data, figures, options, parallel, protocol, recipes, report
 from experiments.models import Classifier, lenet, mlp
+from experiments.options import OutputFolder, Several
 from experiments.protocol import Images, Net
 from experiments.recipes import NAMES, Adversarial, Method, MethodName, MultiStep
 from jaxadv import evaluate, perturb
@@ -51,9 +52,9 @@ class Settings(protocol.Settings):
     """Two hidden layers (Table 1), or LeNet (Table 2): each has its own defaults."""
     quick: bool = False
     """One epoch and 1,000 test images, into another folder, unless set otherwise."""
-    methods: tuple[MethodName, ...] = ("normal", "dropout", "goodfellow", "lwa", "lwa_rep")
+    methods: Several[MethodName] = ("normal", "dropout", "goodfellow", "lwa", "lwa_rep")
     """Which rows of the table."""
-    out: Path = Path("runs/mnist_mlp")
+    out: OutputFolder = Path("runs/mnist_mlp")
     """Where results, figures, weights and checkpoints go."""
     normal: Method = Method((100, 100), epochs=20, lr=0.1)
     dropout: Method = Method((200, 200), epochs=30, lr=0.05, dropout=0.5)
@@ -82,6 +83,10 @@ class Settings(protocol.Settings):
         average=0.9995,
         shift=1,
     )
+
+    def nets(self) -> dict[str, Method]:
+        """Return how each net of the table is made, by its name."""
+        return {name: getattr(self, name) for name in self.methods}
 
 
 MLP = Settings()
@@ -137,7 +142,7 @@ def load(settings: Settings) -> tuple[Images, Images]:
     """Return the images to train on and those to score."""
     mnist = data.mnist()
     if settings.holdout:
-        kept, held = data.split(len(mnist.train_labels), settings.holdout, seed=0)
+        kept, held = protocol.hold_out(settings, len(mnist.train_labels))
         train = mnist.train_images[kept], mnist.train_labels[kept]
         score = mnist.train_images[held], mnist.train_labels[held]
     else:
@@ -165,7 +170,7 @@ def make_task(settings: Settings) -> protocol.Task:
     train, test = load(settings)
     return protocol.Task(
         experiment=f"mnist_{settings.network}",
-        methods={name: getattr(settings, name) for name in settings.methods},
+        methods=settings.nets(),
         normal=settings.normal,
         names=NAMES,
         make_net=make_net,
@@ -219,6 +224,7 @@ def defaults(arguments: list[str]) -> Settings:
     return chosen
 
 
+@options.command
 def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, default=defaults(sys.argv[1:]), description=__doc__)

@@ -21,6 +21,7 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import ArrayLike
 
+from experiments import options
 from jaxadv.types import ApplyFn, Params, TrainFn
 
 __all__ = [
@@ -195,7 +196,7 @@ class Classifier(nn.Module):
         for block in reversed(self.blocks):
             least = 2 * least + len(block) * (self.size - 1 - 2 * self.padding)
         if self.blocks and min(x.shape[1:3]) < least:
-            raise ValueError(
+            raise options.UsageError(
                 f"expected images of {least} pixels a side or more for {describe(self)}, got "
                 f"{x.shape[1]}x{x.shape[2]}; choose larger ones, or a net without convolutions"
             )
@@ -297,7 +298,7 @@ def recognised(params: Params, shape: Sequence[int]) -> Classifier:
         blocks.append(tuple(block))
     classes = _width(layers, "logits")
     if classes is None or not (dense or blocks):
-        raise ValueError(
+        raise options.UsageError(
             "expected the parameters of an mlp, a lenet or a vgg, params/hidden_0/kernel and so "
             f"on, got {', '.join(list(by_path(params))[:10]) or 'none'}; for a net of your own "
             "pass module:function and --weights"
@@ -324,7 +325,7 @@ def check(net: Classifier, params: Params, shape: Sequence[int]) -> None:
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     differences = _differences(by_path(jax.eval_shape(net.init, jax.random.key(0), x)), params)
     if differences:
-        raise ValueError(
+        raise options.UsageError(
             f"expected the parameters of {describe(net)} for images of "
             f"{'x'.join(map(str, shape))}, got {'; '.join(differences)}. Choose images like "
             "those that it was trained on, or write the whole of its parameters; for a net of your "

@@ -25,16 +25,17 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from experiments import data
+from experiments import data, options
+from experiments.options import Checked, Count, Whole
 
 __all__ = ["Devices", "Settings", "first_process", "mesh", "replicate", "spread", "start"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Devices:
+class Devices(Checked):
     """On which devices an experiment runs."""
 
-    devices: int | None = None
+    devices: Count | None = None
     """Over how many devices each batch is spread; None for as many as divide it evenly."""
 
 
@@ -44,10 +45,36 @@ class Settings(Devices):
 
     coordinator: str | None = None
     """Address and port of the first of several processes."""
-    processes: int | None = None
+    processes: Count | None = None
     """How many processes there are."""
-    process: int | None = None
+    process: Whole | None = None
     """Which of them this is, from 0."""
+
+    def __post_init__(self) -> None:
+        """Check that a process is named in full or not at all.
+
+        Raises:
+          UsageError: if it isn't.
+        """
+        super().__post_init__()
+        named = self.coordinator, self.processes, self.process
+        if named == (None, None, None):
+            return
+        if self.coordinator is None or self.processes is None or self.process is None:
+            raise options.UsageError(
+                f"expected --coordinator, --processes and --process together, got {named}; give "
+                "all three, or none of them"
+            )
+        if self.process >= self.processes:
+            raise options.UsageError(
+                f"expected --process to be less than the {self.processes} of --processes, got "
+                f"{self.process}; count from 0"
+            )
+        if not self.coordinator.rpartition(":")[2].isdecimal():
+            raise options.UsageError(
+                f"expected --coordinator to be an address and a port, got {self.coordinator}; "
+                "write it as in localhost:1234"
+            )
 
 
 def start(settings: Settings = Settings()) -> Console:
@@ -55,17 +82,9 @@ def start(settings: Settings = Settings()) -> Console:
 
     Has to come before anything is computed. What is compiled from then on is kept beside the
     prepared data, or where JAX_COMPILATION_CACHE_DIR says, and found there by the next run.
-
-    Raises:
-      ValueError: if only some of the three that name a process are given.
     """
-    named = settings.coordinator, settings.processes, settings.process
-    if any(value is not None for value in named):
-        if any(value is None for value in named):
-            raise ValueError(
-                f"expected --coordinator, --processes and --process together, got {named}"
-            )
-        jax.distributed.initialize(*named)
+    if settings.coordinator is not None:
+        jax.distributed.initialize(settings.coordinator, settings.processes, settings.process)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         compiled = data.cache_directory() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
@@ -88,7 +107,7 @@ def mesh(settings: Devices, *sizes: int) -> Mesh | None:
       *sizes: of the batches.
 
     Raises:
-      ValueError: if there are fewer devices, if their number doesn't divide the sizes, or if it
+      UsageError: if there are fewer devices, if their number doesn't divide the sizes, or if it
         leaves a process without.
     """
     common = math.gcd(*sizes)
@@ -96,13 +115,13 @@ def mesh(settings: Devices, *sizes: int) -> Mesh | None:
     n = settings.devices
     if n is None:
         n = max(k for k in range(1, there + 1) if common % k == 0)
-    if not 1 <= n <= there or common % n:
-        raise ValueError(
-            f"expected a number of devices that divides {', '.join(map(str, sizes))}, at most the "
-            f"{there} there are, got {n}; choose --devices, or other batches"
+    if n > there or common % n:
+        raise options.UsageError(
+            f"expected a number of --devices that divides {', '.join(map(str, sizes))}, at most "
+            f"the {there} there are, got {n}; choose another, or other batches"
         )
     if jax.process_count() > 1 and n < there:
-        raise ValueError(
+        raise options.UsageError(
             f"expected all {there} devices of {jax.process_count()} processes to have a part of "
             f"batches of {', '.join(map(str, sizes))}, got {n}; choose sizes that {there} divides"
         )

@@ -14,63 +14,97 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import data, models, parallel, recipes, report, training
+from experiments import data, models, options, parallel, recipes, report, training
 from experiments.models import Classifier, function, init
+from experiments.options import Count, OutputFolder, Range, Seed, Several, Size, Whole
 from experiments.recipes import Method
 from jaxadv import attack, evaluate, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Bounds, Params, PerturbFn
 
-__all__ = ["Images", "Net", "Settings", "Task", "in_precision", "record", "run", "train"]
+__all__ = [
+    "Images",
+    "Net",
+    "Settings",
+    "Task",
+    "hold_out",
+    "in_precision",
+    "record",
+    "run",
+    "train",
+]
 
 # What settings say of how nets are scored.
 _SCORING = ("n_eval", "n_pgd", "pgd_steps", "fixed_seed")
+# What rows of another run are told apart by.
+_FIELDS = ("method", "seed", "eps", "settings")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(parallel.Settings):
     """What every experiment can be told; each has its own defaults."""
 
-    seed: tuple[int, ...] = (0,)
+    seed: Several[Seed] = (0,)
     """One run for each; the table has their means."""
-    out: Path = Path("runs")
+    out: OutputFolder = Path("runs")
     """Where results, figures, weights and checkpoints go."""
-    holdout: int = 0
+    holdout: Whole = 0
     """Training images held out and scored instead of the test images; 0 for reported figures."""
-    n_eval: int = 10_000
+    n_eval: Count = 10_000
     """How many images are scored."""
-    n_pgd: int = 10_000
+    n_pgd: Count = 10_000
     """How many of them, at most, are attacked by PGD."""
-    eps: tuple[float, ...] = (1.5,)
+    eps: Several[Size] = (1.5,)
     """l2 sizes of the perturbations in the table."""
-    pgd_steps: int = 100
+    pgd_steps: Count = 100
     """Steps of the iterated attack, each of 2.5 eps / steps."""
-    curve: tuple[float, ...] = tuple(np.arange(0, 4.01, 0.2).round(1).tolist())
+    curve: Several[Size] = tuple(np.arange(0, 4.01, 0.2).round(1).tolist())
     """l2 sizes of the curves."""
-    batch_size: int = 100
+    batch_size: Count = 100
     """Images per training step."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What hidden layers compute in; parameters, logits and perturbed images are float32."""
-    eval_batch: int = 1000
+    eval_batch: Count = 1000
     """Images perturbed at once when a net is scored."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(ge=0, lt=1)] = 0.9
     """Of SGD."""
-    weight_decay: float = 0.0
+    weight_decay: Size = 0.0
     """Added to the gradients of the kernels, per unit of weight."""
-    lr_warmup: int = 0
+    lr_warmup: Whole = 0
     """Epochs over which the learning rate rises from 0."""
-    fixed_seed: int = 1000
+    fixed_seed: Seed = 1000
     """Seed of the Normal net that the Fixed set is made on."""
+
+    def __post_init__(self) -> None:
+        """Check what goes together.
+
+        Raises:
+          UsageError: if the net that makes the Fixed set would be one of those scored on it, or as
+            `recipes.check`.
+        """
+        super().__post_init__()
+        if self.fixed_seed in self.seed:
+            raise options.UsageError(
+                f"expected --fixed-seed to be none of --seed, got {self.fixed_seed} among "
+                f"{self.seed}; choose another"
+            )
+        for name, method in self.nets().items():
+            recipes.check(name, method, lr_warmup=self.lr_warmup)
+
+    def nets(self) -> Mapping[str, Method]:
+        """Return how each net of the table is made, by its name."""
+        return {}
 
 
 class Images(NamedTuple):
@@ -129,7 +163,12 @@ class Task(NamedTuple):
 def train(
     name: str, method: Method, seed: int, settings: Settings, task: Task, progress: Progress
 ) -> Net:
-    """Train one net, or restore it."""
+    """Train one net, or restore it.
+
+    Raises:
+      UsageError: as `recipes.check`.
+    """
+    recipes.check(name, method, lr_warmup=settings.lr_warmup)
     net = task.make_net(method)
     apply_fn = function(net)
     init_key, fit_key = jax.random.split(jax.random.key(seed))
@@ -207,6 +246,20 @@ def row_settings(method: Method, settings: Settings, task: Task, eps: float) -> 
         "curve": list(settings.curve),
         **({"weights": stored} if stored != "float32" else {}),  # as rows have always been
     }
+
+
+def hold_out(settings: Settings, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return which of n training images to train on, and which are held out.
+
+    Raises:
+      UsageError: if none is left to train on.
+    """
+    if settings.holdout >= n:
+        raise options.UsageError(
+            f"expected --holdout to be less than {n}, the training images there are, got "
+            f"{settings.holdout}; hold out fewer"
+        )
+    return data.split(n, settings.holdout, seed=0)
 
 
 def in_precision(task: Task, precision: str) -> Task:
@@ -351,16 +404,12 @@ def run(
     Rows of other methods, seeds and sizes that the file has from an earlier run stay in it.
 
     Raises:
-      ValueError: if the net that makes the Fixed set would be one of those scored on it.
+      UsageError: if a net is split above its last hidden layer.
     """
-    if settings.fixed_seed in settings.seed:
-        raise ValueError(
-            f"expected a Fixed set from a net of another seed, got fixed_seed = "
-            f"{settings.fixed_seed} among the seeds {settings.seed}; choose another --fixed-seed"
-        )
+    _check_splits(task)
     results = settings.out / "results.json"
     settings.out.mkdir(parents=True, exist_ok=True)
-    known = report.load_rows(results)
+    known = report.load_rows(results, _FIELDS)
     n = len(task.test.y)
     sizes = settings.batch_size, n, min(settings.n_pgd, n)
     task = in_precision(task, settings.precision)
@@ -420,6 +469,18 @@ def run(
     return rows, nets
 
 
+def _check_splits(task: Task) -> None:
+    for name, method in {"normal": task.normal, **task.methods}.items():
+        net, option = task.make_net(method), f"--{name.replace('_', '-')}"
+        layers = len(net.blocks) + len(net.dense)
+        if net.split > layers:
+            raise options.UsageError(
+                f"expected {name} to have at least {net.split} blocks and hidden dense layers, "
+                f"after which it is split, got {layers}; add to {option}.widths, or lower "
+                f"{option}.split"
+            )
+
+
 def record(folder: Path, rows: Sequence[report.Row]) -> list[report.Row]:
     """Return the rows of a run, and what earlier ones left beside them that was scored alike.
 
@@ -441,7 +502,7 @@ def record(folder: Path, rows: Sequence[report.Row]) -> list[report.Row]:
         return {key: value for key, value in row["settings"].items() if key not in of_size}
 
     kept = list(rows)
-    for row in _others(report.load_rows(folder / "results.json"), rows):
+    for row in _others(report.load_rows(folder / "results.json", _FIELDS), rows):
         first = next((other for other in kept if other["method"] == row["method"]), row)
         if scoring(row) == scoring(rows[0]) and training(row) == training(first):
             kept.append(row)

@@ -14,13 +14,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from experiments import options
 from experiments.models import Classifier, function, train_function
+from experiments.options import Count, Positive, Range, Size, Whole
 from jaxadv import attack, jacobian, norms, objectives, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Bounds, Objective, Params, PerturbFn, Schedule, TrainFn
@@ -37,6 +39,7 @@ __all__ = [
     "aligned",
     "augmented",
     "averaging",
+    "check",
     "make_objective",
     "one_step",
     "optimiser",
@@ -70,13 +73,13 @@ ADVERSARIES: dict[str, PerturbFn] = {
 class Method:
     """How a net is made."""
 
-    widths: tuple[int, ...]
+    widths: tuple[Count, ...]
     """Sizes of the hidden dense layers."""
-    epochs: int
+    epochs: Count
     """Passes over the training images."""
-    lr: float
+    lr: Positive
     """Greatest learning rate; it falls to 0 by a cosine."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Probability of dropping a hidden dense unit."""
 
 
@@ -88,11 +91,11 @@ class Adversarial(Method):
     """Which objective of jaxadv.objectives."""
     adversary: Literal["alpha", "loss", "loss_sign", "virtual"] = "loss"
     """Which perturbation of jaxadv.perturb."""
-    eps: float = 1.5
+    eps: Positive = 1.5
     """l2 size of the training perturbations, the paper's c; relative to ||h|| for LWA_Rep."""
-    warmup: int = 0
+    warmup: Whole = 0
     """Epochs over which that size rises from 0."""
-    split: int = 0
+    split: Whole = 0
     """Blocks and dense layers before the perturbed representation; 0 for where the paper has it."""
 
 
@@ -100,9 +103,9 @@ class Adversarial(Method):
 class Robust(Adversarial):
     """How a net is made that is to withstand iterated attacks: not in the paper."""
 
-    average: float = 0.0
+    average: Annotated[float, Range(ge=0, le=1)] = 0.0
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
-    shift: int = 0
+    shift: Whole = 0
     """Pixels by which training images are moved at random, at most, either way and up or down."""
 
 
@@ -114,11 +117,11 @@ class MultiStep(Robust):
     for `virtual`, which is then TRADES; perturbed images stay in the range of pixels.
     """
 
-    steps: int = 5
+    steps: Count = 5
     """Of the adversary; each of 2.5 eps / steps."""
     random_start: bool = True
     """Whether it starts at a random point of the ball; TRADES always does."""
-    weight: float = 1.0
+    weight: Size = 1.0
     """Of the divergence, for TRADES."""
 
 
@@ -130,13 +133,13 @@ class OneStep(Robust):
     gradients, so that they lead nowhere from there.
     """
 
-    noise: float = 0.0
+    noise: Size = 0.0
     """Radius, in units of eps, of the ball that the step starts in, at random."""
-    stride: float = 1.0
+    stride: Size = 1.0
     """Length of the step, in units of eps."""
-    reach: float = 1.0
+    reach: Size = 1.0
     """Radius, in units of eps, of the ball that its end is projected onto."""
-    alignment: float = 0.0
+    alignment: Size = 0.0
     """Weight of 1 - cos of the angle between gradients at x and at a random point of the ball."""
 
 
@@ -145,23 +148,54 @@ def split_of(method: Method) -> dict[str, int]:
     return {"split": method.split} if isinstance(method, Adversarial) and method.split else {}
 
 
+def check(name: str, method: Method, *, lr_warmup: int) -> None:
+    """Refuse a recipe whose parts don't go together.
+
+    Args:
+      name: what its options start with.
+      method: the recipe.
+      lr_warmup: epochs over which the rate rises from 0.
+
+    Raises:
+      UsageError: if the rate would rise for the whole of the training, or the size of the
+        perturbations for longer; if there is no such objective of several steps, or of one.
+    """
+    option = f"--{name.replace('_', '-')}"
+    if lr_warmup >= method.epochs:
+        raise options.UsageError(
+            f"expected --lr-warmup to be less than {method.epochs}, the epochs of {name}, got "
+            f"{lr_warmup}; lower it, or train longer"
+        )
+    if not isinstance(method, Adversarial):
+        return
+    if method.warmup > method.epochs:
+        raise options.UsageError(
+            f"expected {option}.warmup to be at most {method.epochs}, the epochs of {name}, got "
+            f"{method.warmup}; lower it, or train longer"
+        )
+    if isinstance(method, MultiStep) and method.objective == "representation":
+        raise options.UsageError(
+            f"expected {option}.objective to be adversarial, mixed or virtual, got representation, "
+            "whose adversary takes one step; choose another"
+        )
+    if isinstance(method, OneStep) and (method.objective, method.adversary) != (
+        "adversarial",
+        "loss",
+    ):
+        raise options.UsageError(
+            f"expected {option}.objective to be adversarial and {option}.adversary to be loss, got "
+            f"{method.objective} and {method.adversary}; choose MultiStep or Adversarial for these"
+        )
+
+
 def make_objective(
     net: Classifier, method: Method, epoch_steps: int, box: Bounds = (0.0, 1.0)
 ) -> Objective:
-    """Return what a method minimises.
-
-    Raises:
-      ValueError: if the size of the perturbations would rise for longer than the training.
-    """
+    """Return what a method minimises; `check` says which can be had."""
     apply_fn = function(net)
     train_fn = train_function(net) if net.dropout else None
     if not isinstance(method, Adversarial):
         return objectives.natural(apply_fn, train_fn=train_fn)
-    if method.warmup > method.epochs:
-        raise ValueError(
-            f"expected at most {method.epochs} epochs of rising size, all there are, got warmup = "
-            f"{method.warmup}; lower it, or train longer"
-        )
     eps: float | Schedule = method.eps
     if method.warmup:
         eps = optax.linear_schedule(0, method.eps, method.warmup * epoch_steps)
@@ -200,11 +234,6 @@ def _multi_step_objective(
         return objectives.virtual(
             apply_fn, adversary, eps=eps, weight=method.weight, train_fn=train_fn, bounds=box
         )
-    if method.objective == "representation":
-        raise ValueError(
-            "expected the objective adversarial, mixed or virtual of several steps, got "
-            "representation, whose adversary takes one; choose Adversarial for it"
-        )
     adversary = partial(attack.pgd, steps=method.steps, random_start=method.random_start)
     make = {"adversarial": objectives.adversarial, "mixed": objectives.mixed}[method.objective]
     return make(apply_fn, adversary, eps=eps, train_fn=train_fn, bounds=box)
@@ -217,11 +246,6 @@ def _one_step_objective(
     eps: float | Schedule,
     box: Bounds,
 ) -> Objective:
-    if (method.objective, method.adversary) != ("adversarial", "loss"):
-        raise ValueError(
-            f"expected one step of the adversary loss for the objective adversarial, got "
-            f"{method.adversary} for {method.objective}; choose MultiStep or Adversarial for these"
-        )
     adversary = partial(one_step, noise=method.noise, stride=method.stride, reach=method.reach)
     objective = objectives.adversarial(apply_fn, adversary, eps=eps, train_fn=train_fn, bounds=box)
     if method.alignment:
@@ -358,21 +382,15 @@ def optimiser(
       epoch_steps: steps of an epoch.
       momentum: of SGD.
       weight_decay: added to the gradients of the kernels, per unit of weight.
-      lr_warmup: epochs over which the rate rises from 0.
+      lr_warmup: epochs over which the rate rises from 0, fewer than all.
 
     Raises:
-      ValueError: if an epoch has no step; if the rate would rise for the whole of the training, or
-        longer.
+      UsageError: if an epoch has no step.
     """
     if epoch_steps < 1:
-        raise ValueError(
+        raise options.UsageError(
             "expected at least one step in an epoch, got fewer training images than a batch has; "
             "choose a smaller --batch-size"
-        )
-    if lr_warmup >= method.epochs:
-        raise ValueError(
-            f"expected fewer epochs of rising rate than {method.epochs}, the epochs in all, got "
-            f"lr_warmup = {lr_warmup}; lower it, or train longer"
         )
     total = method.epochs * epoch_steps
     lr = optax.cosine_decay_schedule(method.lr, total)

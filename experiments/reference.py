@@ -33,36 +33,50 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import evaluate, peers, report
+from experiments import evaluate, options, peers, report
+from experiments.options import Checked, Count, OutputFolder, Seed, Several, Size
 
 MemberName = Literal["apgd-ce", "apgd-t", "fab-t", "square", "standard"]
 MEMBERS: tuple[MemberName, ...] = ("apgd-ce", "apgd-t", "fab-t", "square", "standard")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Attack MNIST nets by the published AutoAttack."""
 
     net: Annotated[str, tyro.conf.Positional]
     """A file of weights."""
     name: str = ""
     """What to call the net in the table; by default its file's folder."""
-    attacks: tuple[MemberName, ...] = MEMBERS
+    attacks: Several[MemberName] = MEMBERS
     """What to run."""
-    eps: tuple[float, ...] = (1.5,)
+    eps: Several[Size] = (1.5,)
     """Sizes of the perturbations."""
     norm: Literal["l2", "linf"] = "l2"
     """Of these sizes."""
-    seed: tuple[int, ...] = (0,)
+    seed: Several[Seed] = (0,)
     """Of the random numbers; a run for each."""
-    n: int = 1000
+    n: Count = 1000
     """How many test images."""
-    batch_size: int = 500
+    batch_size: Count = 500
     """Images perturbed at once."""
-    threads: int = 2
+    threads: Count = 2
     """Of PyTorch."""
-    out: Path = Path("runs/reference")
+    out: OutputFolder = Path("runs/reference")
     """Where results go."""
+
+    def __post_init__(self) -> None:
+        """Check that the net is a file.
+
+        Raises:
+          UsageError: if it is `module:function`, which there is no PyTorch form of.
+        """
+        super().__post_init__()
+        if ":" in self.net:
+            raise options.UsageError(
+                f"expected NET to be a file of weights, got {self.net}; for a function of your own "
+                "run AutoAttack yourself"
+            )
 
 
 def run(settings: Settings, console: Console) -> list[report.Row]:
@@ -133,6 +147,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     return report.load_rows(results)
 
 
+@options.command
 def main() -> None:
     """Run from the command line."""
     settings = tyro.cli(Settings, description=__doc__)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -29,14 +29,15 @@ from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
-import jax
 import tyro
 from rich.console import Console
 
-from experiments import evaluate, mnist, parallel, protocol, report
-from experiments.recipes import MultiStep, OneStep, Robust
+from experiments import evaluate, mnist, options, parallel, protocol, report
+from experiments.options import Count, OutputFolder, Positive, Several, Size
+from experiments.recipes import Method, MultiStep, OneStep, Robust
 
 Way = Literal["from_x", "start", "best", "noise", "aligned", "four"]
+WAYS: tuple[Way, ...] = get_args(Way)
 NAMES: dict[str, str] = {
     "from_x": "one step from x (LWA)",
     "start": "from a random start, 1.25 eps, projected",
@@ -51,22 +52,39 @@ NAMES: dict[str, str] = {
 class Settings(protocol.Settings):
     """Train LeNets by one step in several ways, and by four; attack them, and print a table."""
 
-    methods: tuple[Way, ...] = get_args(Way)
+    methods: Several[Way] = WAYS
     """Which ways."""
-    out: Path = Path("runs/remedies")
+    out: OutputFolder = Path("runs/remedies")
     """Where results, weights and checkpoints go."""
-    eval_batch: int = 100
+    eval_batch: Count = 100
     """Images perturbed at once when a net is scored."""
-    n_pgd: int = 1000
+    n_pgd: Count = 1000
     """How many images, at most, are attacked by PGD."""
-    n_autoattack: int = 500
+    n_autoattack: Count = 500
     """How many images are attacked by AutoAttack."""
-    epochs: int = 8
+    epochs: Count = 8
     """Passes over the training images."""
-    train_eps: float = 2.0
+    train_eps: Positive = 2.0
     """l2 size of the training perturbations, which rises over the first eighth of the epochs."""
-    alignment: float = 0.2
+    alignment: Size = 0.2
     """Weight of the penalty on gradients that turn, where there is one."""
+
+    def __post_init__(self) -> None:
+        """Check that AutoAttack can be run on what is trained.
+
+        Raises:
+          UsageError: if there are several processes, or another precision than float32.
+        """
+        super().__post_init__()
+        if self.processes is not None or self.precision != "float32":
+            raise options.UsageError(
+                "expected --precision float32 and no --processes, which AutoAttack is run with, "
+                f"got {self.precision} and {self.processes}; leave these out"
+            )
+
+    def nets(self) -> Mapping[str, Method]:
+        """Return how each net is made, by its name in `NAMES`."""
+        return methods(self)
 
 
 def methods(settings: Settings) -> dict[str, Robust]:
@@ -88,22 +106,13 @@ def methods(settings: Settings) -> dict[str, Robust]:
 
 
 def run(settings: Settings, console: Console) -> tuple[list[report.Row], list[report.Row]]:
-    """Train, attack and score; return the rows of that, and those of AutoAttack.
-
-    Raises:
-      ValueError: if there are several processes, or another precision than float32.
-    """
-    if jax.process_count() > 1 or settings.precision != "float32":
-        raise ValueError(
-            f"expected one process and float32, which AutoAttack is run with, got "
-            f"{jax.process_count()} processes and {settings.precision}; leave these out"
-        )
+    """Train, attack and score; return the rows of that, and those of AutoAttack."""
     base = dataclasses.replace(
         mnist.LENET, holdout=settings.holdout, n_eval=settings.n_eval, methods=("normal",)
     )
     task = mnist.make_task(base)._replace(
         experiment="remedies",
-        methods=methods(settings),
+        methods=settings.nets(),
         normal=dataclasses.replace(base.normal, epochs=settings.epochs),
         names=NAMES,
     )
@@ -154,6 +163,7 @@ def table(rows: Sequence[report.Row], attacked: Sequence[report.Row]) -> list[st
     return lines
 
 
+@options.command
 def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, description=__doc__)

@@ -27,7 +27,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from experiments import data, models, parallel
+from experiments import data, models, options, parallel
 from jaxadv.types import Params
 
 __all__ = [
@@ -93,21 +93,34 @@ def cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def load_rows(path: Path) -> list[Row]:
+def load_rows(path: Path, fields: Sequence[str] = ("experiment",)) -> list[Row]:
     """Return the rows written so far; none if there is no such file.
 
+    Args:
+      path: of the file.
+      fields: what every row must have.
+
     Raises:
-      ValueError: if the file isn't a list of rows.
+      UsageError: if the file isn't a list of such rows.
     """
     if not path.exists():
         return []
     try:
         rows = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got {error}; delete the file") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"expected a list of rows in {path}, got something else; delete the file")
-    return rows
+    except (OSError, ValueError) as error:
+        raise options.UsageError(
+            f"expected JSON in {path}, got: {error}; move it away, or choose another folder"
+        ) from error
+    found = "something else"
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        lacking = [name for name in fields if any(row.get(name) is None for row in rows)]
+        if not lacking:
+            return rows
+        found = f"some without {lacking[0]}"
+    raise options.UsageError(
+        f"expected a list of rows with {', '.join(fields)} in {path}, got {found}; move it away, "
+        "or choose another folder"
+    )
 
 
 def save_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -180,7 +193,7 @@ def load_params(path: Path, dtype: DTypeLike | None = None) -> Params:
         if not jnp.issubdtype(array.dtype, jnp.floating)
     ]
     if dtype is not None and others:
-        raise ValueError(
+        raise options.UsageError(
             f"expected floating-point weights in {path}, got {', '.join(others)}; write them as "
             "floating-point numbers, scaled as they are used"
         )
@@ -191,7 +204,7 @@ def load_params(path: Path, dtype: DTypeLike | None = None) -> Params:
         for folder in folders:
             inner = inner.setdefault(folder, {})
             if not isinstance(inner, dict):
-                raise ValueError(
+                raise options.UsageError(
                     f"expected names that are either arrays or folders of arrays in {path}, got "
                     f"one that is both, on the way to {name}; rename one of them"
                 )
@@ -210,7 +223,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "numpy") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(
+        raise options.UsageError(
             f"expected safetensors in {path}, got {error}; write it again, e.g. with "
             "safetensors.flax.save_file"
         ) from error
@@ -232,7 +245,7 @@ def interface(path: Path) -> data.Interface | None:
     if said is None:
         return None
     if said.keys() != set(data.Interface._fields):
-        raise ValueError(
+        raise options.UsageError(
             f"expected {', '.join(data.Interface._fields)} of the interface in {path}, got "
             f"{', '.join(said)}; write it again by report.save_params"
         )
@@ -245,7 +258,7 @@ def _said(path: Path, key: str) -> dict[str, Any] | None:
     try:
         return None if text is None else dict(json.loads(text))
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise options.UsageError(
             f"expected a JSON object as {key!r} in the metadata of {path}, got {text!r}; write it "
             "again by report.save_params"
         ) from error

@@ -40,8 +40,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import data, figures, models, parallel, recipes, report, training
+from experiments import data, figures, models, options, parallel, recipes, report, training
 from experiments import evaluate as evaluation
+from experiments.options import Count, Distinct, OutputFolder, Positive, Range, Seed, Size, Whole
 from jaxadv import attack, evaluate, objectives, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Norm, Objective, Params, PerturbFn
@@ -55,59 +56,82 @@ class Settings(parallel.Settings):
 
     data: Annotated[str, tyro.conf.Positional]
     """A folder with {train,test}/CLASS/*.png or jpg, `mnist`, `cifar10`, or `tfds:NAME`."""
-    eps: float
+    eps: Positive
     """Size of the perturbations, with pixels in 0..1."""
     net: str = "lenet"
     """`mlp`, `lenet`, `vgg`, or `module:function`."""
-    widths: tuple[int, ...] = ()
+    widths: tuple[Count, ...] = ()
     """Sizes of the hidden dense layers; those of the paper's nets if none is named."""
-    width: float = 0.25
+    width: Positive = 0.25
     """By what all sizes of vgg are multiplied; 1 is the paper's."""
     method: Literal["normal", "lwa", "goodfellow", "trades"] = "lwa"
     """The objective: without an adversary, on perturbed images, on both, or with a divergence."""
     norm: Norm = "l2"
     """Of that size."""
-    train_eps: float | None = None
+    train_eps: Positive | None = None
     """Size in training; eps unless set. A fifth more often gives the most robust net at eps."""
-    steps: int = 5
+    steps: Count = 5
     """Of the adversary in training, each of 2.5 eps / steps; 1 is the paper's Adv_Loss."""
-    eps_warmup: int = 2
+    eps_warmup: Whole = 2
     """Epochs over which the adversary's size rises from 0; at most all but the last."""
-    weight: float = 6.0
+    weight: Size = 6.0
     """Of the divergence, for trades."""
-    epochs: int = 30
+    epochs: Count = 30
     """Passes over the training images."""
-    batch_size: int = 100
+    batch_size: Count = 100
     """Images per training step."""
-    lr: float = 0.05
+    lr: Positive = 0.05
     """Greatest learning rate; it falls to 0 by a cosine."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(ge=0, lt=1)] = 0.9
     """Of SGD."""
-    weight_decay: float = 0.0
+    weight_decay: Size = 0.0
     """Added to the gradients of the kernels, per unit of weight."""
-    lr_warmup: int = 2
+    lr_warmup: Whole = 2
     """Epochs over which the learning rate rises from 0; at most all but the last."""
-    average: float = 0.999
+    average: Annotated[float, Range(ge=0, le=1)] = 0.999
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
-    shift: int = 1
+    shift: Whole = 1
     """Pixels by which training images are moved at random, at most, either way and up or down."""
     mirror: bool = False
     """Whether training images are mirrored at random."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything random."""
-    n_eval: int = 1000
+    n_eval: Count = 1000
     """How many test images are attacked."""
-    attacks: tuple[evaluation.Attack, ...] = ("one-step", "pgd-100x10", "standard")
-    """By what, at the end."""
-    out: Path = Path("runs/train")
+    attacks: Annotated[tuple[evaluation.Attack, ...], Distinct()] = (
+        "one-step", "pgd-100x10", "standard",
+    )  # fmt: skip
+    """By what, at the end; followed by nothing, by none."""
+    out: OutputFolder = Path("runs/train")
     """Where everything goes."""
+
+    def __post_init__(self) -> None:
+        """Check what goes together.
+
+        Raises:
+          UsageError: if an option is given that the net or the method has no use for, or as
+            `evaluate.methods`.
+        """
+        super().__post_init__()
+        if self.widths and ":" in self.net:
+            raise options.UsageError(
+                f"expected --widths with mlp, lenet or vgg only, got {self.net}, whose sizes are "
+                "its own; leave it out"
+            )
+        if self.train_eps is not None and self.method == "normal":
+            raise options.UsageError(
+                "expected --train-eps with an adversary, got the method normal, which has none; "
+                "leave it out, or choose another --method"
+            )
+        for name in self.attacks:
+            evaluation.methods(name, self.norm)
 
 
 def make_net(settings: Settings, classes: int) -> nn.Module:
     """Return the net.
 
     Raises:
-      ValueError: if there is no such net.
+      UsageError: if there is no such net.
     """
     widths = settings.widths
     known = {
@@ -122,25 +146,32 @@ def make_net(settings: Settings, classes: int) -> nn.Module:
     try:
         make = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"expected mlp, lenet, vgg, or a function as module:function, got {settings.net!r}: "
-            f"{error}; name it from the folder that the module is in"
+        raise options.UsageError(
+            f"expected --net to be mlp, lenet, vgg, or a function as module:function, got "
+            f"{settings.net!r}: {error}; name it from the folder that the module is in"
         ) from error
     made = make(classes)
     if not isinstance(made, nn.Module):
-        raise ValueError(
+        raise options.UsageError(
             f"expected {settings.net} to return a flax.linen module, got {type(made).__name__}; "
             "for other nets write the loop yourself, the documentation shows how"
         )
     return made
 
 
+def training_size(settings: Settings) -> float | None:
+    """Return the size of the perturbations in training; None if there are none."""
+    if settings.method == "normal":
+        return None
+    return settings.eps if settings.train_eps is None else settings.train_eps
+
+
 def make_objective(settings: Settings, net: nn.Module, epoch_steps: int) -> Objective:
     """Return what is minimised."""
     apply_fn, train_fn = models.function(net), models.train_function(net)
-    if settings.method == "normal":
+    size = training_size(settings)
+    if size is None:
         return objectives.natural(apply_fn, train_fn=train_fn)
-    size = settings.eps if settings.train_eps is None else settings.train_eps
     if settings.eps_warmup:
         eps: Any = optax.linear_schedule(0.0, size, settings.eps_warmup * epoch_steps)
     else:
@@ -190,17 +221,19 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     """Train or restore the net, attack it, and return a row for each attack.
 
     Raises:
-      ValueError: if there are fewer images than a batch has, or no epochs; if the net isn't for
-        images of this size, or has variables that aren't parameters; if an attack isn't made for
-        the norm.
+      UsageError: if there are fewer images than a batch has; if the net isn't for images of this
+        size, or has variables that aren't parameters; if images would be moved out of sight; if
+        results.json isn't one of this command's.
     """
     attacks = {name: evaluation.methods(name, settings.norm) for name in settings.attacks}
+    results = settings.out / "results.json"
+    # Several processes have to agree on what they run.
+    known = report.load_rows(results, ("attack",)) if jax.process_count() == 1 else []
     images = data.named(settings.data)
-    if settings.epochs < 1 or len(images.train_labels) < settings.batch_size:
-        raise ValueError(
-            f"expected at least one epoch, and as many training images as a batch has, got "
-            f"{settings.epochs} epochs and {len(images.train_labels)} images for batches of "
-            f"{settings.batch_size}; choose --epochs and --batch-size"
+    if len(images.train_labels) < settings.batch_size:
+        raise options.UsageError(
+            f"expected --batch-size to be at most {len(images.train_labels)}, the training images "
+            f"there are, got {settings.batch_size}; choose a smaller one"
         )
     net = make_net(settings, len(images.classes))
     apply_fn = models.function(net)
@@ -208,11 +241,17 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     chosen = evaluation.order(settings.data, len(images.test_labels))[: settings.n_eval]
     x = images.test_images[chosen].astype(np.float32) / 255
     y = images.test_labels[chosen]
+    side = min(x.shape[1:3])
+    if settings.shift >= side:
+        raise options.UsageError(
+            f"expected --shift to be less than {side}, the pixels of a side, got {settings.shift}; "
+            "choose a smaller one"
+        )
     params = net.init(init_key, x[:1])
     if set(params) != {"params"}:
-        raise ValueError(
-            f"expected a net whose only variables are params, got {sorted(params)}; for batch norm "
-            "write the loop yourself, the documentation shows how"
+        raise options.UsageError(
+            f"expected a --net whose only variables are params, got {sorted(params)}; for batch "
+            "norm write the loop yourself, the documentation shows how"
         )
     mesh = parallel.mesh(settings, settings.batch_size, len(y))
     watched_x, watched_y = parallel.spread(mesh, (x, y))
@@ -237,6 +276,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         return {
             "test": evaluate.accuracy(seen.clean),
             "one_step": evaluate.accuracy(seen.robust),
+            "watched_eps": settings.eps,
+            "watched_n": len(y),
         }
 
     kept = {
@@ -245,6 +286,9 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         if key not in ("attacks", "out", *(f.name for f in dataclasses.fields(parallel.Settings)))
     }
     kept["images"] = data.fingerprint(images)
+    # A trained net is attacked at another size, or on more images, without training it again.
+    taught = {key: value for key, value in kept.items() if key not in ("eps", "n_eval")}
+    taught["train_eps"] = str(training_size(settings))
     with training.bars(console) as progress:
         fitted = training.fit(
             drawn(settings, make_objective(settings, net, epoch_steps)),
@@ -261,7 +305,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             batch_size=settings.batch_size,
             key=fit_key,
             directory=settings.out / "checkpoints",
-            settings=kept,
+            settings=taught,
             progress=progress,
             name=f"{settings.net}, {settings.method}",
             watch=watch,
@@ -272,13 +316,11 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             interface = data.Interface(images.classes, x.shape[1:], subtract=0, divide=255)
             report.save_params(settings.out / "params.safetensors", params, interface=interface)
             save_history(settings.out, fitted.history)
-        advice = untaught(fitted.history[-1]["test"], y, settings)
+        right = evaluate.clean(apply_fn, params, watched_x, watched_y, batch_size=100)
+        advice = untaught(evaluate.accuracy(right), y, settings)
         if advice:
             console.print(advice, style="bold")
         rows: list[report.Row] = []
-        results = settings.out / "results.json"
-        # Several processes have to agree on what they run.
-        known = report.load_rows(results) if jax.process_count() == 1 else []
         for name, parts in attacks.items():
             identity = {
                 "experiment": "train",
@@ -351,6 +393,7 @@ def save_history(folder: Path, history: list[dict[str, float]]) -> None:
     figures.draw_history(folder, history)
 
 
+@options.command
 def main() -> None:
     """Run from the command line."""
     settings = tyro.cli(Settings, description=__doc__)

@@ -28,7 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments import parallel
+from experiments import options, parallel
 from jaxadv import train
 from jaxadv.types import Objective, Params
 
@@ -105,7 +105,7 @@ def fit(
       `Fitted`.
 
     Raises:
-      ValueError: if the checkpoint there was made with other settings.
+      UsageError: if the checkpoint there is damaged, or was made with other settings.
     """
     order_key, step_key = jax.random.split(key)
     state = parallel.replicate(mesh, train.init(params, tx, key=step_key))
@@ -122,10 +122,10 @@ def fit(
         if done:
             # First the record: of other settings, the state may have other shapes.
             args = ocp.args.Composite(record=ocp.args.JsonRestore())
-            record = manager.restore(done, args=args).record
+            record = _restored(manager, args).record
             _check_same(record["settings"], settings, directory)
             args = ocp.args.Composite(state=ocp.args.StandardRestore(state))
-            state = manager.restore(done, args=args).state
+            state = _restored(manager, args).state
             seconds, history = record["seconds"], record["history"]
             progress.console.print(f"{name}: goes on after epoch {done} of {epochs}")
         for epoch in range(done, epochs):
@@ -176,6 +176,17 @@ def _summary(infos: list[train.StepInfo]) -> dict[str, float]:
     }
 
 
+def _restored(manager: ocp.CheckpointManager, args: ocp.args.Composite) -> Any:
+    """Return what the last checkpoint has of what is asked for."""
+    try:
+        return manager.restore(manager.latest_step(), args=args)
+    except (OSError, ValueError) as error:
+        raise options.UsageError(
+            f"expected a whole checkpoint in {manager.directory}, got: {error}; delete it to start "
+            "again"
+        ) from error
+
+
 def _check_same(stored: dict[str, Any], settings: dict[str, Any], directory: Path) -> None:
     other = [
         f"{name}: {stored.get(name)!r} then, {settings.get(name)!r} now"
@@ -183,7 +194,7 @@ def _check_same(stored: dict[str, Any], settings: dict[str, Any], directory: Pat
         if stored.get(name) != settings.get(name)
     ]
     if other:
-        raise ValueError(
+        raise options.UsageError(
             f"expected the settings that the checkpoint in {directory} was made with, got others "
             f"({'; '.join(other)}); choose another --out, or delete that checkpoint to start again"
         )

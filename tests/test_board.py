@@ -96,7 +96,7 @@ def test_it_attacks_each_net_of_the_record_under_each_threat(settings):
 
 
 def test_a_record_without_nets_is_an_error(settings):
-    with pytest.raises(FileNotFoundError, match="got none; train them first"):
+    with pytest.raises(ValueError, match="got none; train them first"):
         board.run(dataclasses.replace(settings, record="cifar10"), Console(file=io.StringIO()))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from experiments import cifar10, protocol, recipes, report, training
+from experiments import cifar10, options, protocol, recipes, report, training
 from experiments.models import vgg
 
 CLASSES = "abcdefghij"
@@ -204,13 +204,18 @@ def test_grey_images_are_an_error(tmp_path):
 
 def test_a_rate_that_only_rises_is_an_error(small, tmp_path):
     normal = dataclasses.replace(small.normal, epochs=1)
-    with pytest.raises(ValueError, match=r"fewer epochs of rising rate than 1, .*lr_warmup = 1"):
-        run(dataclasses.replace(small, normal=normal), tmp_path)
+    with pytest.raises(ValueError, match=r"--lr-warmup to be less than 1, .*of normal, got 1"):
+        dataclasses.replace(small, normal=normal)
+
+
+def test_images_that_are_all_held_out_are_an_error(small):
+    with pytest.raises(options.UsageError, match=r"--holdout to be less than (\d+), .*; hold out"):
+        cifar10.load(dataclasses.replace(small, holdout=10**6))
 
 
 def test_a_fixed_set_of_the_net_itself_is_an_error(small, tmp_path):
-    with pytest.raises(ValueError, match=r"another seed, got fixed_seed = 3 among .*--fixed-seed"):
-        run(dataclasses.replace(small, seed=(1, 3), fixed_seed=3), tmp_path)
+    with pytest.raises(ValueError, match=r"--fixed-seed to be none of --seed, got 3 among"):
+        dataclasses.replace(small, seed=(1, 3), fixed_seed=3)
 
 
 def test_width_one_is_the_papers_net(small):

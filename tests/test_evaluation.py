@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from experiments import data, evaluate, models, report
+from experiments import data, evaluate, models, options, report
 from jaxadv import attack
 
 RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnist_mlp"
@@ -93,13 +93,13 @@ def test_committed_weights_have_the_accuracy_of_their_record():
 
 def test_images_are_cropped_scaled_and_in_the_box_of_their_pixels(folder):
     settings = evaluate.Settings(
-        "brightness:apply_fn", data=str(folder), subtract=51.0, divide=204.0, crop=4
+        "brightness:apply_fn", data=str(folder), subtract=51.0, divide=255.0, crop=4
     )
     problem = evaluate.load(settings)
     assert problem.x.shape == (12, 4, 4, 1)
-    want = [(level + 5 * i - 51) / 204 for level in (60, 190) for i in range(6)]
+    want = [(level + 5 * i - 51) / 255 for level in (60, 190) for i in range(6)]
     np.testing.assert_allclose(np.sort(problem.x[:, 0, 0, 0]), want, rtol=1e-6)
-    assert problem.bounds == (-0.25, 0.75)
+    assert problem.bounds == (-0.2, 0.8)
     assert evaluate.load(dataclasses.replace(settings, box=False)).bounds is None
     whole = evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder)))
     assert whole.x.shape == (12, 8, 8, 1)
@@ -410,11 +410,57 @@ def test_errors_name_what_is_wrong(folder, tmp_path):
     report.save_params(tmp_path / "other.safetensors", {"params": {"dense": jnp.ones(3)}})
     with pytest.raises(ValueError, match=r"got params/dense; for a net of your own"):
         evaluate.load(evaluate.Settings(str(tmp_path / "other.safetensors")))
-    with pytest.raises(ValueError, match="a crop of at most 8, got 9; images are 8x8"):
+    with pytest.raises(ValueError, match="--crop to be at most 8, got 9; images are 8x8"):
         evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder), crop=9))
-    for name, count in (("n", 0), ("n", -1), ("block", 0), ("batch_size", 0)):
-        with pytest.raises(ValueError, match=f"expected {name} of at least 1, got {count}"):
-            evaluate.load(evaluate.Settings("brightness:apply_fn", **{name: count}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"divide": 1e-300}, "within float32's range, got 0 and 1e-300; choose a larger --divide"),
+        ({"subtract": 3e38, "divide": 0.1}, "within float32's range, got 3e\\+38 and 0.1; choose"),
+        ({"divide": 200.0}, "--divide to be at least 215, the greatest pixel, got 200; .*--no-box"),
+    ],
+    ids=["tiny divisor", "huge offset", "outside the box"],
+)
+def test_a_scale_that_no_net_can_be_attacked_at_is_an_error(folder, changes, message):
+    with pytest.raises(options.UsageError, match=message):
+        run(folder, **changes)
+    assert not Path("out").exists()
+
+
+def test_pixels_may_lie_outside_of_a_box_that_is_not_kept(folder):
+    (row,) = run(folder, attacks=("one-step",), divide=200.0, box=False)
+    assert row["divide"] == 200
+
+
+def test_results_without_what_a_table_needs_are_an_error_before_any_attack(folder, monkeypatch):
+    (row, _) = run(folder)
+    monkeypatch.setattr(evaluate.evaluate, "ensemble", pytest.fail)
+    for rows, lacking in (([{}], "method"), ([{**row, "subtract": None}], "subtract")):
+        Path("out/results.json").write_text(json.dumps(rows))
+        with pytest.raises(options.UsageError, match=f"in out/results.json, .*without {lacking};"):
+            run(folder, eps=(2.0,))
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "overwritten", "not one"])
+def test_a_damaged_block_is_an_error_that_names_it(folder, damage):
+    run(folder, attacks=("one-step",), block=12)
+    (path,) = Path("out/blocks").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut off": whole[: len(whole) // 2],
+            "empty": b"",
+            "overwritten": whole[:200] + bytes(200) + whole[400:],
+            "not one": b"of something else",
+        }[damage]
+    )
+    Path("out/results.json").unlink()
+    with pytest.raises(options.UsageError, match=rf"block in {path}, got: .*; delete the file, an"):
+        run(folder, attacks=("one-step",), block=12)
+    path.unlink()
+    assert len(run(folder, attacks=("one-step",), block=12)) == 1
 
 
 def test_weights_that_dont_fit_are_an_error_naming_the_file(folder):
@@ -462,10 +508,8 @@ def test_labels_outside_of_the_classes_are_counted_and_said(folder, monkeypatch)
 
 def test_what_can_not_run_is_said_before_anything_runs(folder, monkeypatch):
     monkeypatch.setattr(evaluate, "_block", pytest.fail)
-    with pytest.raises(ValueError, match="expected norm l2 or linf for square, got l1; leave it"):
-        run(folder, attacks=("one-step", "square"), norm="l1")
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="devices that divides 5, 2"):
+    with pytest.raises(ValueError, match="--devices that divides 5, 2"):
         run(folder, devices=2)  # 12 images in blocks of 5
 
 

@@ -118,7 +118,7 @@ def test_seeds_are_averaged_and_a_second_size_isnt_another_net():
 
 
 def test_without_results_there_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected rows in .*results\.json.*run it first"):
+    with pytest.raises(ValueError, match=r"expected rows in .*results\.json.*run it first"):
         figures.draw(tmp_path)
 
 

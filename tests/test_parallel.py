@@ -159,9 +159,9 @@ def test_batches_are_spread_over_as_many_devices_as_divide_them(eight, asked, si
     assert mesh == (None if n == 1 else ((n,), list(range(n))))
 
 
-@pytest.mark.parametrize("asked", [0, 3, 16])
+@pytest.mark.parametrize("asked", [3, 16])
 def test_a_number_of_devices_that_cant_be_is_an_error(eight, asked):
-    with pytest.raises(ValueError, match=f"divides 100, 10000, at most the 8 .* got {asked};.*--d"):
+    with pytest.raises(ValueError, match=f"--devices that divides 100, 10000, .* 8 .*{asked};"):
         parallel.mesh(parallel.Settings(devices=asked), 100, 10000)
 
 
@@ -169,11 +169,6 @@ def test_a_process_without_a_part_is_an_error(eight, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"all 8 devices of 2 processes.*of 100, got 5; choose"):
         parallel.mesh(parallel.Settings(), 100)
-
-
-def test_a_process_is_named_in_full_or_not_at_all():
-    with pytest.raises(ValueError, match=r"--coordinator, --processes and --process together"):
-        parallel.start(parallel.Settings(processes=2))
 
 
 def test_a_single_process_prints(capsys, monkeypatch):

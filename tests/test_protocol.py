@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import data, protocol, recipes, report, training
+from experiments import data, options, protocol, recipes, report, training
 from experiments.models import mlp
 from experiments.recipes import MultiStep
 
@@ -126,3 +126,23 @@ def test_nets_in_another_precision_are_called_so():
     assert low.network(task.normal) == "4, bfloat16"
     assert low.make_net(task.normal).dtype == jnp.bfloat16
     assert protocol.in_precision(task, "float32") is task
+
+
+def test_a_net_that_is_split_above_its_layers_is_refused_before_any_is_trained(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(protocol, "train", pytest.fail)
+    images = protocol.Images(jnp.zeros((40, 6, 6, 1)), jnp.arange(40) % 10)
+    method = recipes.Method((), 1, 0.1)
+    task = protocol.Task(
+        "test", {"lwa_rep": method}, method, {}, lambda method: mlp(method.widths, split=1),
+        lambda _: "none", images, images, "squares",
+    )  # fmt: skip
+    with pytest.raises(options.UsageError, match=r"at least 1 blocks .*, got 0; .*--.*\.widths"):
+        protocol.run(protocol.Settings(out=tmp_path), task, Console(file=io.StringIO()))
+
+
+def test_rows_of_another_command_in_the_folder_are_an_error(tmp_path):
+    report.save_rows(tmp_path / "results.json", [{"experiment": "benchmark", "part": "steps"}])
+    with pytest.raises(options.UsageError, match=r"rows with method, seed, .*without method; move"):
+        protocol.record(tmp_path, [])

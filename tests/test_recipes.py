@@ -230,8 +230,15 @@ def test_where_the_input_has_no_gradient_those_of_the_parameters_are_finite():
 
 def test_a_size_that_rises_for_longer_than_the_training_is_refused():
     method = MultiStep((6, 5), 2, 0.1, eps=0.7, warmup=3)
-    with pytest.raises(ValueError, match=r"at most 2 epochs of rising size.*got warmup = 3; lower"):
-        recipes.make_objective(NET, method, 10, BOX)
+    with pytest.raises(ValueError, match=r"--lwa-multi\.warmup to be at most 2, .* got 3; lower"):
+        recipes.check("lwa_multi", method, lr_warmup=0)
+
+
+def test_a_rate_that_rises_for_all_of_the_training_is_refused():
+    method = recipes.Method((6, 5), 2, 0.1)
+    recipes.check("normal", method, lr_warmup=1)
+    with pytest.raises(ValueError, match=r"--lr-warmup to be less than 2, .*normal, got 2; lower"):
+        recipes.check("normal", method, lr_warmup=2)
 
 
 def test_an_epoch_without_a_step_is_refused():
@@ -242,11 +249,11 @@ def test_an_epoch_without_a_step_is_refused():
 @pytest.mark.parametrize("changes", [{"objective": "mixed"}, {"adversary": "alpha"}])
 def test_one_step_of_another_kind_is_refused(changes):
     method = OneStep((6, 5), 1, 0.1, eps=0.7, **changes)
-    with pytest.raises(ValueError, match=r"one step of the adversary loss.*got .* for .*; choose"):
-        recipes.make_objective(NET, method, 10, BOX)
+    with pytest.raises(ValueError, match=r"--start\.adversary to be loss, got .* and .*; choose"):
+        recipes.check("start", method, lr_warmup=0)
 
 
 def test_several_steps_at_a_representation_are_refused():
     method = MultiStep((6, 5), 1, 0.1, eps=0.7, objective="representation")
-    with pytest.raises(ValueError, match=r"adversarial, mixed or virtual of several steps, got"):
-        recipes.make_objective(NET, method, 10, BOX)
+    with pytest.raises(ValueError, match=r"--four\.objective to be adversarial, mixed or virtual,"):
+        recipes.check("four", method, lr_warmup=0)

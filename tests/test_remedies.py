@@ -51,10 +51,17 @@ def test_a_line_is_of_one_way_and_size_and_of_autoattack_on_the_most_images():
     ]
 
 
-def test_what_autoattack_is_not_run_with_is_refused(tmp_path):
-    settings = remedies.Settings(out=tmp_path, precision="bfloat16")
-    with pytest.raises(ValueError, match=r"one process and float32.*got 1 processes and bfloat16"):
-        remedies.run(settings, Console(file=io.StringIO()))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bfloat16"},
+        {"coordinator": "localhost:1", "processes": 2, "process": 0},
+    ],
+    ids=["bfloat16", "processes"],
+)
+def test_what_autoattack_is_not_run_with_is_refused(changes):
+    with pytest.raises(ValueError, match=r"--precision float32 and no --processes.*; leave these"):
+        remedies.Settings(**changes)
 
 
 def test_images_held_out_leave_the_test_images_alone(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from experiments import data, report
+from experiments import data, options, report
 
 NAMES = {"normal": "Normal", "lwa": "LWA"}
 PAPER = {"lwa": (0.99, 0.972, 0.939, 0.861, 0.854)}
@@ -49,13 +49,26 @@ def test_what_is_not_finite_is_null_which_json_has(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[{", "expected JSON in .*results.json"), ("{}", "expected a list of rows")],
+    [
+        (b"[{", "expected JSON in .*results.json"),
+        (b"\xff\xfe", "expected JSON in .*results.json"),
+        (b"{}", "expected a list of rows.*got something else"),
+        (b"[1]", "expected a list of rows.*got something else"),
+        (b"[{}]", "expected a list of rows with experiment, seed .*some without experiment;"),
+        (b'[{"experiment": "train", "seed": null}]', "got some without seed"),
+    ],
+    ids=["cut off", "not text", "no list", "no rows", "empty row", "null"],
 )
 def test_a_broken_file_is_an_error_naming_it_and_the_cure(tmp_path, content, message):
     path = tmp_path / "results.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message + ".*delete the file"):
-        report.load_rows(path)
+    path.write_bytes(content)
+    with pytest.raises(options.UsageError, match=message + ".*move it away"):
+        report.load_rows(path, ("experiment", "seed"))
+
+
+def test_a_folder_in_the_place_of_the_file_is_the_same_error(tmp_path):
+    with pytest.raises(options.UsageError, match=r"expected JSON in .*Is a directory.*move it"):
+        report.load_rows(tmp_path)
 
 
 def test_several_seeds_are_a_mean_with_their_standard_deviation():

@@ -20,7 +20,7 @@ from flax import linen as nn
 from PIL import Image
 from rich.console import Console
 
-from experiments import data, evaluate, models, recipes, report, train, training
+from experiments import data, evaluate, models, options, recipes, report, train, training
 from jaxadv import evaluate as measured
 
 SIDE = 12
@@ -215,9 +215,47 @@ def test_an_attack_that_has_run_isnt_run_again(folder, trained, tmp_path, monkey
 
 
 def test_an_attack_that_the_norm_hasnt_is_an_error_before_training(folder, tmp_path):
-    with pytest.raises(ValueError, match="expected norm l2 or linf for square, got l1"):
+    with pytest.raises(ValueError, match="--norm l2 or linf for the attack square, got l1"):
         run(folder, tmp_path, norm="l1", attacks=("pgd", "square"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "n", "eps"),
+    [
+        ({}, {"n_eval": 7}, 7, "0.5"),
+        ({"train_eps": 0.5}, {"train_eps": 0.5, "eps": 0.6}, 20, "0.6"),
+        ({"method": "normal"}, {"method": "normal", "eps": 0.6}, 20, "0.6"),
+    ],
+    ids=["fewer images", "another size", "another size of a plain net"],
+)
+def test_a_trained_net_is_attacked_anew_and_not_trained_anew(
+    folder, tmp_path, monkeypatch, first, then, n, eps
+):
+    run(folder, tmp_path, attacks=("one-step",), **first)
+    weights = (tmp_path / "params.safetensors").read_bytes()
+    history = (tmp_path / "history.csv").read_bytes()
+    monkeypatch.setattr(train.training.train, "make_epoch", lambda *_: pytest.fail)
+    (row,) = run(folder, tmp_path, attacks=("one-step",), **then)
+    assert (row["n"], row["settings"]["eps"]) == (n, eps)
+    assert report.load_rows(tmp_path / "results.json") == [row]
+    assert (tmp_path / "params.safetensors").read_bytes() == weights
+    assert (tmp_path / "history.csv").read_bytes() == history
+
+
+def test_another_size_in_training_is_trained_elsewhere(folder, tmp_path):
+    run(folder, tmp_path, attacks=())
+    with pytest.raises(ValueError, match=r"train_eps: '0\.5' then, '0\.6' now.*choose another"):
+        run(folder, tmp_path, attacks=(), eps=0.6)
+
+
+def test_results_without_an_attack_are_an_error_before_training(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load", pytest.fail)
+    (tmp_path / "results.json").write_text("[{}]")
+    with pytest.raises(
+        options.UsageError, match=r"with attack in .*results.json, .*; move it away"
+    ):
+        run(folder, tmp_path, attacks=("one-step",))
 
 
 def test_it_goes_on_where_it_was(folder, trained, tmp_path):
@@ -260,7 +298,7 @@ class Normalised(Own):
 
 
 def test_a_net_of_ones_own(folder, tmp_path):
-    rows = run(folder, tmp_path, net=f"{__name__}:Own", attacks=("one-step",))
+    rows = run(folder, tmp_path, net=f"{__name__}:Own", widths=(), attacks=("one-step",))
     assert rows[0]["columns"]["clean"] > 0.9
 
 
@@ -285,10 +323,10 @@ def test_the_nets_it_knows(folder, tmp_path, name, layers):
     ("changes", "message"),
     [
         ({"net": "lenet"}, r"images of 16 pixels a side or more for conv20-.*, got 12x12; choose"),
-        ({"batch_size": 81}, r"got 3 epochs and 80 images for batches of 81; choose"),
-        ({"epochs": 0}, r"at least one epoch.*got 0 epochs"),
+        ({"batch_size": 81}, r"--batch-size to be at most 80, the training images .*, got 81; cho"),
+        ({"shift": 12}, r"--shift to be less than 12, the pixels of a side, got 12; choose"),
     ],
-    ids=["too small", "too few", "no epoch"],
+    ids=["too small", "too few", "moved out of sight"],
 )
 def test_images_that_cant_be_trained_on_are_an_error(folder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -307,7 +345,7 @@ def test_other_images_are_an_error(folder, trained, tmp_path):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        ("resnet", r"expected mlp, lenet, vgg, or a function.*got 'resnet'"),
+        ("resnet", r"expected --net to be mlp, lenet, vgg, or a function.*got 'resnet'"),
         (f"{__name__}:missing", r"missing.*; name it from the folder"),
         ("builtins:int", r"to return a flax.linen module, got int; for other nets write the loop"),
         (f"{__name__}:Normalised", r"only variables are params, got .*batch_stats"),
@@ -315,7 +353,7 @@ def test_other_images_are_an_error(folder, trained, tmp_path):
 )
 def test_a_net_that_cant_be_trained_is_an_error(folder, tmp_path, net, message):
     with pytest.raises(ValueError, match=message):
-        run(folder, tmp_path, net=net)
+        run(folder, tmp_path, net=net, widths=())
 
 
 # The catalogue

@@ -9,7 +9,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from experiments import training
+from experiments import options, training
 from jaxadv import objectives, perturb
 
 N, D, K = 70, 5, 3
@@ -112,3 +112,11 @@ def test_every_epoch_has_its_own_order_of_examples(tmp_path):
     two = fit(tmp_path / "two", epochs=2).history
     assert two[0]["loss"] == one
     assert two[1]["loss"] != one
+
+
+@pytest.mark.parametrize("damaged", ["record/metadata", "state/_METADATA", "state/manifest.ocdbt"])
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path, damaged):
+    fit(tmp_path, epochs=1)
+    (tmp_path / "1" / damaged).write_bytes(b"")
+    with pytest.raises(options.UsageError, match=rf"checkpoint in {tmp_path}, got: .*; delete it"):
+        fit(tmp_path)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from experiments import models, parallel, report
 from experiments.models import Classifier, function
+from experiments.options import Checked, Count, OutputFolder, Several, Size
 from jaxadv import attack, objectives, perturb, train
 
 __all__ = [
@@ -52,22 +53,22 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Time training steps and attacks against their floors and their peers."""
 
-    parts: tuple[Part, ...] = PARTS
+    parts: Several[Part] = PARTS
     """What to measure."""
-    nets: tuple[NetName, ...] = ("mlp", "lenet", "vgg-0.25", "vgg-0.5", "vgg-1")
+    nets: Several[NetName] = ("mlp", "lenet", "vgg-0.25", "vgg-0.5", "vgg-1")
     """Whose steps; vgg is the CIFAR-10 net at a share of its width."""
-    batch_size: int = 100
+    batch_size: Count = 100
     """Images per step."""
-    n: int = 1000
+    n: Count = 1000
     """Images attacked."""
-    rounds: int = 15
+    rounds: Count = 15
     """How often everything is timed, a third of it where calls take seconds."""
-    seconds: float = 0.1
+    seconds: Size = 0.1
     """Least time of one timing; calls are repeated until then."""
-    out: Path = Path("runs/benchmark")
+    out: OutputFolder = Path("runs/benchmark")
     """Where results go."""
 
 
