@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from jaxadv import host
 from jaxadv.types import Params
@@ -137,16 +136,17 @@ def _draws(apply_fn: Any) -> bool:
 
 
 def _constants(jaxpr: Any) -> Iterator[Any]:
-    """Yield the arrays in a jaxpr, at any depth; keys as the numbers that they are."""
-    if isinstance(jaxpr, core.ClosedJaxpr):
-        for constant in jaxpr.consts:
-            is_key = jnp.issubdtype(constant.dtype, jax.dtypes.prng_key)
-            yield jax.random.key_data(constant) if is_key else constant
-        jaxpr = jaxpr.jaxpr
-    for atom in chain(jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns)):
-        if isinstance(atom, core.Literal):
+    """Yield the arrays in a jaxpr, at any depth; keys as the numbers that they are.
+
+    Jaxprs are known by their attributes, since their classes differ between versions of JAX.
+    """
+    for constant in getattr(jaxpr, "consts", ()):
+        is_key = jnp.issubdtype(constant.dtype, jax.dtypes.prng_key)
+        yield jax.random.key_data(constant) if is_key else constant
+    for atom in chain(getattr(jaxpr, "jaxpr", jaxpr).outvars, *(eqn.invars for eqn in jaxpr.eqns)):
+        if hasattr(atom, "val"):
             yield atom.val
     for value in chain(*(eqn.params.values() for eqn in jaxpr.eqns)):
         for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, core.ClosedJaxpr | core.Jaxpr):
+            if hasattr(part, "eqns"):
                 yield from _constants(part)

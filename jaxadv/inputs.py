@@ -24,7 +24,6 @@ __all__ = [
     "box",
     "examples",
     "finite",
-    "hashable",
     "keys",
     "labels",
     "logits_of",
@@ -173,23 +172,6 @@ def losses_of(losses: jax.Array, n: int) -> jax.Array:
             "leave out the mean over the batch"
         )
     return losses
-
-
-def hashable(apply_fn: Any) -> None:
-    """Check that a function can be told from others: what iterates is compiled once for each.
-
-    Raises:
-      TypeError: if it has no hash, as a module that holds arrays.
-    """
-    try:
-        hash(apply_fn)
-    except TypeError as error:
-        raise TypeError(
-            f"expected a hashable apply_fn, which is compiled once for each, got "
-            f"{type(apply_fn).__name__}; make its arrays the params and pass a function, e.g. with "
-            "equinox: params, static = eqx.partition(net, eqx.is_inexact_array), then "
-            "apply_fn = lambda params, x: jax.vmap(eqx.combine(params, static))(x)"
-        ) from error
 
 
 def finite(x: jax.Array, logits: jax.Array, eps: jax.Array | None = None) -> jax.Array:

@@ -77,6 +77,28 @@ def nested(net):
     return apply_fn
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(attack.pgd, steps=2),
+        partial(attack.apgd, steps=2, key=KEY),
+        partial(attack.apgd_targeted, steps=2, n_targets=1, key=KEY),
+        partial(attack.fab, steps=2, n_targets=1),
+        partial(attack.fmn, steps=2),
+        partial(attack.deepfool, steps=2),
+        partial(attack.square, steps=2, key=KEY),
+    ],
+    ids=lambda method: method.func.__name__,
+)
+def test_an_attack_on_a_bound_method_follows_its_weights(method):
+    net = Mutable()
+    for _ in range(2):
+        y = jnp.argmax(net.logits(None, X), axis=1)
+        want = method(lambda w, x: x @ w, net.w, X, y, eps=0.3)
+        np.testing.assert_array_equal(method(net.logits, None, X, y, eps=0.3), want)
+        net.turn()
+
+
 # name: a net, and the function of it that is handed in each time
 STATEFUL = {
     "a bound method": (Mutable, lambda net: net.logits),

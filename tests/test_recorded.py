@@ -56,7 +56,7 @@ def test_trained_nets_hardly_feel_the_batch_size(record, names):
 def checked(net, scale, **kwargs):
     """The flags of a recorded MLP with its logits scaled, by name."""
     params = report.load_params(RESULTS / "mnist_mlp" / net / "params.safetensors")
-    apply_fn = models.function(models.recognised(params))
+    apply_fn = models.function(models.recognised(params, (28, 28, 1)))
     images = data.mnist()
     x, y = data.scale_mnist(images.test_images[:100]), images.test_labels[:100]
     result = evaluate.check(
@@ -67,9 +67,8 @@ def checked(net, scale, **kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("net", ["normal", "dropout"])
-def test_on_a_plain_net_one_step_is_doubted_and_not_the_net(net):
-    flags = checked(net, 1.0, eps=1.5, bounds=(0.0, 1.0))
+def test_on_a_plain_net_one_step_is_doubted_and_not_the_net():
+    flags = checked("normal", 1.0, eps=1.5, bounds=(0.0, 1.0))
     assert "it is on many sound nets; report iterated attacks" in flags["one step"].message
     assert {flag.kind for flag in flags.values()} == {"weak attack"}
 

@@ -1,9 +1,11 @@
 """Iterated attacks, with the signature of the one-step methods in `perturb` (`types.PerturbFn`).
 
 They compile their own loop: `apply_fn`, the norm and the number of steps are static, so that there
-is one compilation for each `apply_fn` object (pass the same object again), and under a caller's
-`jax.jit` the loop is inlined. Their r is meant as a constant, as `objectives` take it: reverse-mode
-derivatives of r don't pass through loops whose end isn't known beforehand.
+is one compilation for each `apply_fn` object (pass the same object again, and the weights as its
+params: arrays that it has captured are looked at in each call, and each change is another
+compilation), and under a caller's `jax.jit` the loop is inlined. Their r is meant as a constant, as
+`objectives` take it: reverse-mode derivatives of r don't pass through loops whose end isn't known
+beforehand.
 
 In a ball of radius eps:
 

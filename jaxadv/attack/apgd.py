@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, meshes, norms
+from jaxadv import closures, inputs, jacobian, loops, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
@@ -166,7 +166,8 @@ def apgd(
       parameter-free attacks", 2020; "Mind the box: l1-APGD for sparse adversarial attacks on image
       classifiers", 2021.
     """
-    x, y, eps = _checked(apply_fn, x, y, eps, norm, steps, bounds)
+    x, y, eps = _checked(x, y, eps, norm, steps, bounds)
+    apply_fn = closures.keyed(apply_fn, params, x)
     keys = search.keys(key, x, True, restarts, samples)
     return _run(
         apply_fn, norm, steps, loss_fn, targeted, restarts, samples, params, x, y, eps, keys, bounds
@@ -229,24 +230,18 @@ def apgd_targeted(
     if n_targets < 1:
         raise ValueError(f"expected n_targets >= 1, got {n_targets}; 9 is the published number")
     y = inputs.labels(y, np.shape(x)[0])
-    x, y, eps = _checked(apply_fn, x, y, eps, norm, steps, bounds)
+    x, y, eps = _checked(x, y, eps, norm, steps, bounds)
+    apply_fn = closures.keyed(apply_fn, params, x)
     keys = search.keys(key, x, True, 1, 0)
     return _run_targets(apply_fn, norm, steps, n_targets, params, x, y, eps, keys, bounds)
 
 
 def _checked(
-    apply_fn: ApplyFn | StochasticFn,
-    x: jax.Array,
-    y: jax.Array,
-    eps: Eps,
-    norm: Norm,
-    steps: int,
-    bounds: Bounds | None,
+    x: jax.Array, y: jax.Array, eps: Eps, norm: Norm, steps: int, bounds: Bounds | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}; 100 is the published number")
     norms.dual(norm)  # known?
-    inputs.hashable(apply_fn)
     x = inputs.examples(x)
     y = inputs.paired(x, y)
     if bounds is not None:

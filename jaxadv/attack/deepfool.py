@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, loops, meshes, norms, perturb
+from jaxadv import closures, inputs, loops, meshes, norms, perturb
 from jaxadv.attack import search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -102,8 +102,8 @@ def deepfool(
             "choose what is linearised"
         )
     norms.dual(norm)  # known?
-    inputs.hashable(apply_fn)
     x = inputs.examples(x)
+    apply_fn = closures.keyed(apply_fn, params, x)
     y = inputs.labels(y, x.shape[0])
     if eps is not None:
         eps = inputs.radius(eps, x)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, meshes, norms
+from jaxadv import closures, inputs, jacobian, loops, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -128,8 +128,8 @@ def fab(
                 f"expected {name} in {low}..{high}, got {value}; leave it out for the published one"
             )
     norms.dual(norm)
-    inputs.hashable(apply_fn)
     x = inputs.examples(x)
+    apply_fn = closures.keyed(apply_fn, params, x)
     y = inputs.labels(y, x.shape[0])
     eps = None if eps is None else inputs.radius(eps, x)
     if bounds is not None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, loops, meshes, norms
+from jaxadv import closures, inputs, loops, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -105,8 +105,8 @@ def fmn(
     if not step_size > 0:
         raise ValueError(f"expected step_size > 0, got {step_size}; 1 suits images in [0, 1]")
     norms.dual(norm)  # known?
-    inputs.hashable(apply_fn)
     x = inputs.examples(x)
+    apply_fn = closures.keyed(apply_fn, params, x)
     y = inputs.labels(y, x.shape[0])
     if eps is not None:
         eps = inputs.radius(eps, x)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, meshes, norms
+from jaxadv import closures, inputs, jacobian, loops, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
@@ -106,8 +106,8 @@ def pgd(
     """
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}; one step is perturb.loss")
-    inputs.hashable(apply_fn)
     x = inputs.examples(x)
+    apply_fn = closures.keyed(apply_fn, params, x)
     y = inputs.paired(x, y)
     eps = inputs.radius(eps, x)
     step_size = 2.5 * eps / steps if step_size is None else inputs.radius(step_size, x)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, meshes, norms
+from jaxadv import closures, inputs, jacobian, loops, meshes, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["square"]
@@ -255,8 +255,8 @@ def square(
         raise ValueError(f"expected steps >= 1, got {steps}; the paper's 5000 are the default")
     if not 0 < p_init <= 1:
         raise ValueError(f"expected 0 < p_init <= 1, got {p_init}; pass a share of the image")
-    inputs.hashable(apply_fn)
     x = inputs.examples(x)
+    apply_fn = closures.keyed(apply_fn, params, x)
     y = inputs.labels(y, x.shape[0])
     eps = inputs.radius(eps, x)
     if bounds is not None:
