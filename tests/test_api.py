@@ -76,7 +76,17 @@ PUBLIC = {
     },
     "jaxadv.logistic": {"adversary", "fit", "logits", "loss", "objective"},
     "jaxadv.loops": {"body"},
-    "jaxadv.norms": {"confine", "dual", "norm", "project", "rescale", "sample", "steepest"},
+    "jaxadv.norms": {
+        "confine",
+        "dual",
+        "is_zero",
+        "log_norm",
+        "norm",
+        "project",
+        "rescale",
+        "sample",
+        "steepest",
+    },
     "jaxadv.objectives": {
         "Aux",
         "Relative",
