@@ -266,8 +266,7 @@ def trained(settings: Settings, record: Record) -> Iterator[Figure]:
         make_net=lambda method: models.lenet(method.widths), network=lambda _: made["network"],
         train=_digits(mnist.train_images[:n_train], mnist.train_labels[:n_train]),
         test=_digits(mnist.test_images[:n_test], mnist.test_labels[:n_test]),
-        source="the original files",
-        interface=data.Interface(data.DIGITS, (28, 28, 1), subtract=0, divide=256),
+        source="the original files", interface=data.Interface(data.DIGITS, (28, 28, 1), 0, 256),
     )  # fmt: skip
     own = protocol.Settings(out=settings.out, n_pgd=n_test, batch_size=made["batch_size"])
     shutil.rmtree(own.out / "checkpoints", ignore_errors=True)  # a time from scratch is wanted

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxadv import attack, evaluate, perturb
+from jaxadv import attack, evaluate, norms, perturb
 
 module = importlib.import_module("jaxadv.attack.autoattack")  # not the function of that name
 
@@ -346,16 +347,19 @@ def test_the_librarys_attacks_keep_their_size_in_every_dtype(dtype, norm):
     y = np.asarray(x @ w).argmax(axis=1)
     attacks = {"loss": functools.partial(perturb.loss, norm=norm)}
     attacks["pgd"] = functools.partial(attack.pgd, norm=norm, steps=3)
-    found = evaluate.ensemble(
-        lambda w, x: x @ w,
-        w,
-        x,
-        y,
-        attacks,
-        eps={"l1": 4.0, "l2": 1.0, "linf": 0.2}[norm],
-        norm=norm,
-    )
+    eps = {"l1": 4.0, "l2": 1.0, "linf": 0.2}[norm]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = evaluate.ensemble(lambda w, x: x @ w, w, x, y, attacks, eps=eps, norm=norm)
     assert 0 < found.outcome.robust.sum() < 20
+    assert (norms.norm(jnp.asarray(found.r), norm) <= eps * (1 + 1e-6)).all()
+    # In a narrow dtype x + r is rounded to a point that may be further away: that is reported.
+    realised = norms.norm(jnp.float32(x + found.r) - jnp.float32(x), norm)
+    over = realised > eps * (1 + max(1e-5, float(jnp.finfo(dtype).eps)))
+    assert len(said) == over.any()
+    assert all(f"rounded to {jnp.dtype(dtype).name}" in str(warning.message) for warning in said)
+    if dtype == jnp.bfloat16 and norm == "linf":
+        assert over.any()
 
 
 @pytest.mark.parametrize("n_right", [0, 1, 7, 40])

@@ -8,6 +8,7 @@ that rests on it wrong, so that it is an error and no result.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -63,7 +64,7 @@ def keep(
 
     Args:
       r: `[n, ...]`.
-      sizes: their sizes, `[n]`.
+      sizes: their measured sizes, `[n]`, as `Outcome` has them.
       x: `[n, ...]`.
       eps: the greatest size, a scalar or `[n]`.
       norm: that sizes are of.
@@ -76,13 +77,24 @@ def keep(
     # Entries are rounded to x's dtype, their sum to float32.
     rounding = max(1e-5, float(jnp.finfo(r.dtype).eps))
     allowed = np.broadcast_to(np.maximum(np.asarray(eps, np.float64), 0), sizes.shape)
-    excess = sizes - allowed * (1 + rounding)
+    narrow = jnp.finfo(r.dtype).bits < 32
+    own = np.asarray(norms.norm(jnp.asarray(r), norm)) if narrow else sizes
+    excess = own - allowed * (1 + rounding)
     if not np.all(excess <= 0):  # nor NaN
         worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
         raise ValueError(
             f"expected perturbations of {norm} size {allowed[worst]:g} at most, got "
-            f"{sizes[worst]:g} by {name_of(worst)}; pass the norm that the attack has, or project "
+            f"{own[worst]:g} by {name_of(worst)}; pass the norm that the attack has, or project "
             "what an attack of your own returns, by jaxadv.norms.project"
+        )
+    over = sizes > allowed * (1 + rounding)
+    if over.any():
+        worst = int(np.argmax(sizes - allowed))
+        warnings.warn(
+            f"{over.sum()} of {len(over)} points x + r are further from x than eps, since they are "
+            f"rounded to {r.dtype}, by at most {sizes[worst]:g} where {allowed[worst]:g} is "
+            "allowed: evaluate with x in float32 (the net may compute in a narrower dtype)",
+            stacklevel=4,
         )
     stray = "" if bounds is None else host.outside(bounds, x + r)
     if stray:

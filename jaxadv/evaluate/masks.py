@@ -40,7 +40,8 @@ class Outcome(NamedTuple):
     Attributes:
       clean: classified right as it is.
       robust: classified right as it is and as perturbed.
-      norm: the measured size of its perturbation.
+      norm: the measured size of its perturbation; where x is narrower than float32, the larger of
+        r's size and that of (x + r) - x, which rounding may make larger.
       zero: its perturbation is exactly 0.
       nonfinite: its perturbation, its input, or its logits before or after are not finite (a
         logit of -inf is a mask).
@@ -151,11 +152,24 @@ def measure(
     return Outcome(
         clean=right,
         robust=right & inputs.right(moved_logits, moved, y),
-        norm=norms.norm(r, norm),
+        norm=_realised(x, r, norm),
         zero=jnp.all(r == 0, axis=of_example),
         nonfinite=~(finite & jnp.all(jnp.isfinite(r), axis=of_example)),
         invalid=(y < 0) | (y >= logits.shape[1]),
     )
+
+
+def _realised(x: jax.Array, r: jax.Array, norm: Norm) -> jax.Array:
+    """Return the sizes of r, or of the change that x + r really is in a narrow dtype."""
+    size = norms.norm(r, norm)
+    wide = inputs.wide(x.dtype)
+    if x.dtype == wide:
+        return size
+    kind = jnp.finfo(x.dtype)
+    start = x.astype(wide)
+    # reduce_precision, since a compiler may drop a cast down and up again.
+    end = jax.lax.reduce_precision(start + r.astype(wide), kind.nexp, kind.nmant)
+    return jnp.maximum(size, norms.norm(end - start, norm))
 
 
 def count(outcome: Outcome) -> Counts:
