@@ -48,13 +48,16 @@ __all__ = [
     "Interface",
     "cache_directory",
     "cifar10",
+    "cifar10_crops",
     "composed",
     "describe",
     "fingerprint",
     "from_tfds",
     "image_folder",
     "mnist",
+    "mnist_originals",
     "named",
+    "save_cifar10_crops",
     "scale_cifar10",
     "scale_mnist",
     "split",
@@ -70,6 +73,7 @@ CIFAR10 = (
 _CHECKSUMS = "checksums.json"
 _READING = 2
 """Raised when a folder's files are read as other pixels than before: what is cached is old then."""
+_CROPS = ORIGINALS / "cifar10_crops.npz"
 _CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
@@ -148,6 +152,59 @@ def mnist(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         ValueError: an original is truncated or altered then.
     """
     return Dataset(*_cached("mnist", _prepare_mnist, data_dir), DIGITS)
+
+
+def mnist_originals() -> Dataset:
+    """The arrays of `mnist`, read without tensorflow-datasets, a cache or their checksums.
+
+    For machines that have little beside JAX.
+
+    Raises:
+        FileNotFoundError: an original is missing.
+    """
+    return Dataset(
+        _idx(ORIGINALS / "train-images-idx3-ubyte.gz"),
+        _idx(ORIGINALS / "train-labels-idx1-ubyte.gz").astype(np.int32),
+        _idx(ORIGINALS / "t10k-images-idx3-ubyte.gz"),
+        _idx(ORIGINALS / "t10k-labels-idx1-ubyte.gz").astype(np.int32),
+        DIGITS,
+    )
+
+
+def _idx(path: Path) -> NDArray[np.uint8]:
+    """The images [N, 28, 28, 1] or labels [N] of an idx file."""
+    content = gzip.decompress(path.read_bytes())
+    # A header of four bytes, the last of which is the number of axes, and four more for each axis.
+    n_axes = content[3]
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_axes)
+    return values if n_axes == 1 else values.reshape(-1, 28, 28, 1)
+
+
+def cifar10_crops() -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """The middle 28x28 of 1,000 CIFAR-10 test images, embedded in the repository.
+
+    The first 1,000 in the order in which experiments/evaluate.py draws them, from JPEG files of
+    quality 75 (lossy). `save_cifar10_crops` wrote them.
+
+    Returns:
+        Images [1000, 28, 28, 3] and labels [1000].
+    """
+    with np.load(_CROPS) as saved:
+        return saved["images"], saved["labels"]
+
+
+def save_cifar10_crops(folder: str | os.PathLike[str], path: Path = _CROPS) -> None:
+    """Writes the file that `cifar10_crops` reads.
+
+    Args:
+        folder: all of CIFAR-10, as given to `image_folder`.
+        path: where to write.
+    """
+    images = image_folder(folder)
+    n = len(images.test_labels)
+    chosen = split(n, n, seed=0)[1][:1000]
+    crops = images.test_images[chosen][:, 2:30, 2:30]
+    np.savez_compressed(path, images=crops, labels=images.test_labels[chosen])
 
 
 def cifar10(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
@@ -506,11 +563,8 @@ def _prepare_mnist(directory: Path) -> _Arrays:
                 return {"train": examples("train"), "test": examples("t10k")}
 
             def _generate_examples(self, images: Any, labels: Any) -> Iterator[tuple[int, Any]]:
-                # An idx file: a header of four bytes and four more for each axis, then the values.
-                pixels = np.frombuffer(gzip.decompress(images.read_bytes()), np.uint8, offset=16)
-                digits = np.frombuffer(gzip.decompress(labels.read_bytes()), np.uint8, offset=8)
-                for i, image in enumerate(pixels.reshape(len(digits), 28, 28)):
-                    yield i, {"image": Image.fromarray(image), "label": int(digits[i])}
+                for i, (image, digit) in enumerate(zip(_idx(images), _idx(labels), strict=True)):
+                    yield i, {"image": Image.fromarray(image[..., 0]), "label": int(digit)}
 
     config = tfds.download.DownloadConfig(
         manual_dir=ORIGINALS, force_checksums_validation=True, try_download_gcs=False
