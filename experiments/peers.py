@@ -163,14 +163,15 @@ def training(
     y: NDArray[np.int32],
     *,
     eps: float | None,
+    device: str = "cpu",
 ) -> Callable[[], Any]:
     """Return one training step by SGD with momentum: plain, or LWA with Adv_Loss of an l2 size."""
     import torch
     from torch.nn import functional
 
-    net = torch_net(params)
+    net = torch_net(params).to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-    batch, labels = images(x), torch.from_numpy(y.astype(np.int64))
+    batch, labels = images(x).to(device), torch.from_numpy(y.astype(np.int64)).to(device)
 
     def step() -> Any:
         at = batch

@@ -27,6 +27,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+import jaxadv
 from experiments import data, models, options, parallel
 from jaxadv.types import Params
 
@@ -74,8 +75,12 @@ LABELS = {
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    packages = ("jaxadv", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "python": platform.python_version(),
+        "jaxadv": jaxadv.__version__,  # known to a checkout that isn't installed, too
+        **{name: version(name) for name in packages},
+    }
 
 
 def device() -> str:

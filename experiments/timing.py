@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 from rich.progress import track
 
@@ -69,9 +69,9 @@ def _time(call: Call, seconds: float) -> float:
     return (time.perf_counter() - start) / n
 
 
-def matrix_products(size: int = 2048) -> Call:
+def matrix_products(size: int = 2048, dtype: DTypeLike = jnp.float32) -> Call:
     """Return a product of two square matrices, `2 size**3` operations."""
-    a = jnp.ones((size, size), jnp.float32)
+    a = jnp.ones((size, size), dtype)
     return lambda: _dot(a, a)
 
 
@@ -169,6 +169,8 @@ class Quiet:
     @staticmethod
     def _now() -> tuple[float, float, float, float]:
         """Return all cores' seconds: elapsed, busy, taken by the machine's host, and this run's."""
+        import psutil  # of all here only this needs it, and a machine with a GPU may not have it
+
         cores = psutil.cpu_times()
         busy = cores.user + cores.system + getattr(cores, "nice", 0.0)
         own = psutil.Process().cpu_times()

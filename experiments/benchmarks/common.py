@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from experiments import models, parallel, report
@@ -137,7 +138,7 @@ def training_calls(
     return calls
 
 
-def step_objectives(net: Classifier, *, all_kinds: bool) -> dict[str, Any]:
+def step_objectives(net: nn.Module, *, all_kinds: bool) -> dict[str, Any]:
     """Return what the steps that are timed minimise."""
     apply_fn = function(net)
     kinds = {
