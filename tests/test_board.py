@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -100,9 +101,16 @@ def test_a_record_without_nets_is_an_error(settings):
         board.run(dataclasses.replace(settings, record="cifar10"), Console(file=io.StringIO()))
 
 
+IN_HISTORY = ("dropout", "goodfellow", "lwa_rep")  # as experiments/results/README.md says
+
+
 @pytest.mark.parametrize("folder", ["board", "autoattack", "autoattack/reference"])
 def test_recorded_figures_are_of_the_recorded_weights(folder):
-    rows = report.load_rows(board.RESULTS / folder / "results.json")
+    rows = [
+        row
+        for row in report.load_rows(board.RESULTS / folder / "results.json")
+        if Path(row["method"]).name not in IN_HISTORY
+    ]
     found = {
         method: evaluate.digest(
             report.load_params(board.RESULTS / method / "params.safetensors", jnp.float32)
