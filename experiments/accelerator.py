@@ -1,0 +1,386 @@
+"""What a GPU or TPU makes of jaxadv, put on record by one command.
+
+    python experiments/accelerator.py                # all parts, under 8 minutes on one GPU
+    python experiments/accelerator.py --parts b c    # some of them
+    python experiments/accelerator.py --quick        # a small form, under 3 minutes on 2 CPU cores
+
+    a  the library's tests of exactness, contract and attacks, under exact float32 products
+    b  robust accuracies of recorded nets, image by image beside a CPU's
+    e  LeNet's multi-step net, trained from scratch
+    c  steps and attacks a second, as a share of what large matrix products reach
+    d  training steps by hand in PyTorch beside ours, where it is installed
+
+Needs no network and, beside JAX, only flax, optax, orbax-checkpoint, rich, safetensors, and for (a)
+pytest, chex, hypothesis and mpmath; jaxadv may run from a checkout. Each part is a process with a
+time-out. It writes PART.json to --out after each figure; interrupted, it keeps those that it has.
+The exit status is the number of parts that failed: of time, of tests, or since (b) differs from the
+CPU's verdicts in results/accelerator/cpu (made by --parts b --timeout 36000).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import math
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import data, models, parallel, peers, protocol, recipes, report, timing, training
+from experiments.benchmarks import common, rates
+from jaxadv import attack, evaluate, perturb
+from jaxadv.types import ApplyFn, Bounds, Params, PerturbFn
+
+Figure = dict[str, Any]
+
+RESULTS = common.ROOT / "experiments" / "results"
+CPU = RESULTS / "accelerator" / "cpu" / "b.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What each part is told."""
+
+    out: Path
+    """Where its JSON goes."""
+    quick: bool = False
+    """Whether it runs in the small form."""
+    seconds: float = 36_000
+    """Its time-out."""
+
+
+class Record:
+    """A part's JSON: an interrupted run's figures, if it has any, and what is added to them."""
+
+    def __init__(self, part: str, settings: Settings) -> None:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        self._path = settings.out / f"{part}.json"
+        self._start = time.perf_counter()
+        self._row: report.Row = {
+            "experiment": "accelerator",
+            "part": part,
+            "device": report.device(),
+            "versions": report.versions(),
+            "settings": {"quick": settings.quick},
+            "finished": False,
+        }
+        known = [row for row in report.load_rows(self._path) if self._row.items() <= row.items()]
+        self.figures: list[Figure] = known[0]["figures"] if known else []
+        self._before = known[0]["seconds"] if known else 0
+
+    def done(self, **identity: Any) -> bool:
+        """Say whether a figure with these entries is there."""
+        return any(identity.items() <= figure.items() for figure in self.figures)
+
+    def save(self, *, finished: bool) -> None:
+        """Write the file."""
+        seconds = round(self._before + time.perf_counter() - self._start, 1)
+        row = {**self._row, "finished": finished, "seconds": seconds, "figures": self.figures}
+        report.save_rows(self._path, [row])
+
+
+# (a)
+
+TESTS = (
+    "exactness", "perturb", "alpha", "jacobian", "norms", "inputs", "objectives", "train", "pgd",
+    "apgd", "fab", "square", "minimal", "autoattack",
+)  # fmt: skip
+
+
+def tests(settings: Settings, record: Record) -> Iterator[Figure]:
+    """Run files of tests, several at a time where there are cores for it."""
+    end = time.perf_counter() + settings.seconds - 10  # so that none outlives this part
+    names = ("alpha",) if settings.quick else TESTS
+    with ThreadPoolExecutor(max(report.cores() // 2, 1)) as pool:
+        runs = [pool.submit(_tested, name, end) for name in names if not record.done(tests=name)]
+        for run_ in as_completed(runs):
+            yield run_.result()
+
+
+def _tested(name: str, end: float) -> Figure:
+    """Return how many tests of a file passed, and the names of those that didn't."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = Path(folder) / "outcome.xml"
+        options = ["-q", f"--junitxml={outcome}", f"tests/test_{name}.py"]
+        options += ["-o", "addopts=--strict-markers -m 'not slow'"]  # ours take pytest-xdist
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", *options],
+                cwd=common.ROOT, capture_output=True, text=True, timeout=max(end - start, 1),
+                env={**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            return {"tests": name, "failure": f"test_{name}.py took over {error.timeout:.0f} s"}
+        cases = list(ElementTree.parse(outcome).iter("testcase")) if outcome.is_file() else []
+    kinds = [{child.tag for child in case} for case in cases]
+    failed = [
+        f"{case.get('name')}"
+        for case, kind in zip(cases, kinds, strict=True)
+        if kind & {"failure", "error"}
+    ]
+    skipped = sum("skipped" in kind for kind in kinds)
+    figure: Figure = {
+        "tests": name,
+        "passed": len(cases) - len(failed) - skipped,
+        "skipped": skipped,
+        "failed": failed,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    if done.returncode:
+        why = ", ".join(failed) or (done.stdout + done.stderr)[-500:]
+        figure["failure"] = f"test_{name}.py: {why}"
+    return figure
+
+
+# (b)
+
+
+class Case(NamedTuple):
+    """A recorded net, as it is attacked."""
+
+    net: str
+    eps: float
+    bounds: Bounds
+    quick: Mapping[str, int]
+    """How many images each attack has in the small form."""
+
+
+MNIST, CIFAR10 = (0.0, 1.0), (-117 / 256, 139 / 256)
+CASES = (
+    Case("mnist_mlp/lwa", 1.5, MNIST, {"one-step": 1000, "pgd": 100, "standard": 20}),
+    Case("mnist_lenet/lwa_multi", 1.5, MNIST, {"one-step": 100, "pgd": 20}),
+    Case("cifar10/normal", 0.5, CIFAR10, {"one-step": 100, "pgd": 20}),
+)
+ATTACKS: dict[str, Mapping[str, PerturbFn]] = {
+    "one-step": {"one-step": perturb.loss},
+    "pgd": {"pgd": attack.pgd},
+    "standard": attack.standard("l2"),
+}
+ALLOWED = 4 / 1000
+"""The share of verdicts that may differ from a CPU's."""
+
+
+def verdicts(settings: Settings, record: Record) -> Iterator[Figure]:
+    """Attack recorded nets, and compare with a CPU's verdicts on the same images."""
+    # Exact float32 products first; by default a GPU's may be TF32, a TPU's bfloat16.
+    on_cpu = jax.default_backend() == "cpu"
+    precisions = ("highest",) if on_cpu else ("highest", "default")
+    for precision, case, name in itertools.product(precisions, CASES, ATTACKS):
+        identity = {
+            "net": case.net, "attack": name, "norm": "l2", "eps": case.eps, "precision": precision,
+        }  # fmt: skip
+        params = report.load_params(RESULTS / case.net / "params.safetensors", jnp.float32)
+        apply_fn = models.function(models.recognised(params))
+        images = _test_images(case.net)
+        if settings.quick:
+            images = protocol.Images(*(part[: case.quick.get(name, 0)] for part in images))
+        if len(images.y) and not record.done(**identity):
+            with jax.default_matmul_precision(precision):
+                found = attacked(apply_fn, params, images, name, case)
+            yield compared(identity | found)
+
+
+def attacked(
+    apply_fn: ApplyFn, params: Params, images: protocol.Images, name: str, case: Case
+) -> Figure:
+    """Return what an attack leaves of some images, in numbers and image by image."""
+    start = time.perf_counter()
+    keys = jax.random.split(jax.random.key(0), 1000)[: len(images.y)]  # those of a full run
+    found = evaluate.ensemble(
+        apply_fn, params, *images, ATTACKS[name], eps=case.eps, key=keys, bounds=case.bounds
+    )
+    return {
+        "n": len(images.y),
+        "clean": evaluate.accuracy(found.outcome.clean),
+        "robust": evaluate.accuracy(found.outcome.robust),
+        "seconds": round(time.perf_counter() - start, 1),
+        "verdicts": "".join("1" if robust else "0" for robust in found.outcome.robust),
+    }
+
+
+def compared(figure: Figure) -> Figure:
+    """Return the figure with how many verdicts differ from the CPU's; unchanged without these."""
+    identity = {key: figure[key] for key in ("net", "attack", "norm", "eps")}
+    known = [other for row in report.load_rows(CPU) for other in row["figures"]]
+    same = [other["verdicts"] for other in known if identity.items() <= other.items()]
+    if not same:
+        return figure
+    n = figure["n"]
+    differ = sum(a != b for a, b in zip(figure["verdicts"], same[0][:n], strict=True))
+    figure = {**figure, "differ from CPU": differ}
+    if differ > math.ceil(ALLOWED * n) and figure["precision"] == "highest":
+        figure["failure"] = (
+            f"expected a CPU's verdicts on {figure['net']} under {figure['attack']}, got {differ} "
+            f"others of {n}"
+        )
+    return figure
+
+
+def _test_images(net: str) -> protocol.Images:
+    """Return the 1,000 test images that experiments/evaluate.py takes first."""
+    if net.startswith("cifar10"):
+        pixels, labels = data.cifar10_crops()
+        return protocol.Images(jnp.asarray(data.scale_cifar10(pixels)), jnp.asarray(labels))
+    mnist = data.mnist_originals()
+    return _digits(mnist.test_images[:1000], mnist.test_labels[:1000])
+
+
+def _digits(pixels: Any, labels: Any) -> protocol.Images:
+    return protocol.Images(jnp.asarray(data.scale_mnist(pixels)), jnp.asarray(labels))
+
+
+# (e)
+
+
+def trained(settings: Settings, record: Record) -> Iterator[Figure]:
+    """Train a net as the record of LeNet's says, and attack it."""
+    case = CASES[1]
+    rows = report.load_rows(RESULTS / "mnist_lenet" / "results.json")
+    made = next(row["settings"] for row in rows if row["method"] == "lwa_multi")
+    fields = {field.name: made[field.name] for field in dataclasses.fields(recipes.MultiStep)}
+    fields |= {"widths": tuple(made["widths"]), "eps": made["train_eps"]}
+    method, n_train, n_test = recipes.MultiStep(**fields), 60_000, 1000
+    if settings.quick:
+        method, n_train, n_test = dataclasses.replace(method, epochs=2, warmup=1), 2000, 100
+    mnist = data.mnist_originals()
+    task = protocol.Task(
+        experiment="accelerator", methods={}, normal=method, names=recipes.NAMES,
+        make_net=lambda method: models.lenet(method.widths), network=lambda _: made["network"],
+        train=_digits(mnist.train_images[:n_train], mnist.train_labels[:n_train]),
+        test=_digits(mnist.test_images[:n_test], mnist.test_labels[:n_test]),
+        source="the original files",
+    )  # fmt: skip
+    own = protocol.Settings(out=settings.out, n_pgd=n_test, batch_size=made["batch_size"])
+    shutil.rmtree(own.out / "checkpoints", ignore_errors=True)  # a time from scratch is wanted
+    with training.bars(parallel.start()) as progress:
+        net = protocol.train("lwa_multi", method, 0, own, task, progress)
+    for name in ("one-step", "pgd") if settings.quick else ATTACKS:
+        yield {
+            "net": case.net, "epochs": method.epochs, "training images": n_train,
+            "training seconds": round(net.fitted.seconds, 1), "attack": name,
+            **attacked(net.apply_fn, net.params, task.test, name, case),
+        }  # fmt: skip
+
+
+# (c)
+
+
+def timed(settings: Settings, record: Record) -> Iterator[Figure]:
+    """Time steps and attacks of small nets and a large one."""
+    return rates.run(quick=settings.quick, done=record.done)
+
+
+# (d)
+
+
+def by_hand(settings: Settings, record: Record) -> Iterator[Figure]:
+    """Time training steps of a batch of 100 in turn with the same written in PyTorch."""
+    if importlib.util.find_spec("torch") is None:
+        yield {"skipped": "PyTorch isn't installed"}
+        return
+    import torch
+
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        yield {"skipped": f"PyTorch {torch.__version__} has no CUDA device"}
+        return
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any, as JAX does
+    rounds, seconds = (1, 0.05) if settings.quick else (5, 0.1)
+    epoch_steps = 20
+    for name in ("mlp",) if settings.quick else ("mlp", "lenet", "vgg-1"):
+        net, shape = common.make_net(name)
+        x, y = common.some_images(100, shape)
+        params = models.init(net, jax.random.key(0), x)
+        steps = common.step_objectives(net, all_kinds=False)
+        own = common.training_calls(steps, params, x, y, epoch_steps)
+        for kind, eps in {"plain": None, "LWA": 1.5}.items():
+            arrays = params, np.asarray(x), np.asarray(y)
+            calls = {
+                "step": own[f"{kind}, step"],
+                "epoch": own[f"{kind}, epoch"],
+                "PyTorch": peers.training(*arrays, eps=eps, device=device),
+            }
+            times = timing.in_turn(calls, rounds, seconds=seconds)
+            times["epoch"] /= epoch_steps
+            yield {
+                "net": name, "objective": kind, "images": 100, "torch": torch.__version__,
+                **{f"ms, {way}": common.milliseconds(taken) for way, taken in times.items()},
+                "PyTorch / step": common.ratio(times["PyTorch"], times["step"]),
+                "PyTorch / epoch": common.ratio(times["PyTorch"], times["epoch"]),
+            }  # fmt: skip
+
+
+PARTS: dict[str, tuple[Callable[[Settings, Record], Iterator[Figure]], float]] = {
+    # In this order, with their time-outs: 465 s together.
+    "a": (tests, 110),
+    "b": (verdicts, 125),
+    "e": (trained, 90),
+    "c": (timed, 120),
+    "d": (by_hand, 20),
+}
+
+
+def run(part: str, settings: Settings) -> None:
+    """Run a part in this process, which ends with an error where a figure says so."""
+    parallel.start()  # what is compiled is kept for the next run
+    record = Record(part, settings)
+    for figure in PARTS[part][0](settings, record):
+        record.figures.append(figure)
+        record.save(finished=False)
+    record.save(finished=True)
+    failures = [figure["failure"] for figure in record.figures if "failure" in figure]
+    if failures:
+        raise SystemExit("\n".join(failures))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line; return how many parts failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="a small form")
+    parser.add_argument("--out", type=Path, default=Path("runs/accelerator"))
+    parser.add_argument("--timeout", type=float, help="seconds of each part, for its own")
+    chosen = parser.parse_args(arguments)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # (a) is several processes
+    failed = 0
+    for part in [name for name in PARTS if name in chosen.parts]:
+        seconds = chosen.timeout or PARTS[part][1]
+        settings = Settings(chosen.out, chosen.quick, seconds)
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(part, settings))
+        start = time.perf_counter()
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            ended = f"stopped: expected to be done within {seconds:g} s; --timeout gives it more"
+        else:
+            ended = f"{'failed' if process.exitcode else 'done'}"
+        failed += process.exitcode != 0
+        print(f"({part}) {time.perf_counter() - start:.0f} s, {ended}", flush=True)
+    print(f"The figures are in {chosen.out}.")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
