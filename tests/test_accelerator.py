@@ -1,5 +1,6 @@
 """`experiments/accelerator.py`: what it needs, compares and keeps, and what a CPU's record says."""
 
+import itertools
 import subprocess
 import sys
 from functools import partial
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
-from experiments import accelerator, data, models, report, timing
+from experiments import accelerator, data, evaluate, models, report, timing
 from experiments.benchmarks import common, rates
 from jaxadv import attack, train
 
@@ -37,6 +39,27 @@ def test_the_embedded_images_are_read_without_a_cache():
     images, labels = data.cifar10_crops()
     assert (images.shape, images.dtype) == ((1000, 28, 28, 3), np.uint8)
     assert set(labels) == set(range(10))
+
+
+def test_the_crops_are_the_inputs_of_an_evaluation(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for part, name, i in itertools.product(("train", "test"), ("a", "b"), range(3)):
+        place = tmp_path / "images" / part / name
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(place / f"{i}.png")
+    monkeypatch.setenv("JAXADV_DATA", str(tmp_path))
+    data.save_cifar10_crops(tmp_path / "images", tmp_path / "crops.npz")
+    with np.load(tmp_path / "crops.npz") as saved:
+        x, y = data.scale_cifar10(saved["images"]), saved["labels"]
+    weights = accelerator.RESULTS / "cifar10" / "normal" / "params.safetensors"
+    problem = evaluate.load(
+        evaluate.Settings(
+            str(weights), data=str(tmp_path / "images"), subtract=117, divide=256, crop=28
+        )
+    )
+    np.testing.assert_array_equal(x, problem.x, strict=True)
+    np.testing.assert_array_equal(y, problem.y, strict=True)
+    assert problem.bounds == accelerator.CIFAR10
 
 
 def test_each_file_of_tests_is_there():
