@@ -107,7 +107,7 @@ TESTS = (
 def tests(settings: Settings, record: Record) -> Iterator[Figure]:
     """Run files of tests, several at a time where there are cores for it."""
     end = time.perf_counter() + settings.seconds - 10  # so that none outlives this part
-    names = ("alpha",) if settings.quick else TESTS
+    names = ("jacobian",) if settings.quick else TESTS
     with ThreadPoolExecutor(max(report.cores() // 2, 1)) as pool:
         runs = [pool.submit(_tested, name, end) for name in names if not record.done(tests=name)]
         for run_ in as_completed(runs):
@@ -184,17 +184,16 @@ def verdicts(settings: Settings, record: Record) -> Iterator[Figure]:
     on_cpu = jax.default_backend() == "cpu"
     precisions = ("highest",) if on_cpu else ("highest", "default")
     for precision, case, name in itertools.product(precisions, CASES, ATTACKS):
+        n = case.quick.get(name, 0) if settings.quick else 1000
         identity = {
-            "net": case.net, "attack": name, "norm": "l2", "eps": case.eps, "precision": precision,
+            "net": case.net, "attack": name, "norm": "l2", "eps": case.eps, "n": n,
+            "precision": precision,
         }  # fmt: skip
-        params = report.load_params(RESULTS / case.net / "params.safetensors", jnp.float32)
-        apply_fn = models.function(models.recognised(params))
-        images = _test_images(case.net)
-        if settings.quick:
-            images = protocol.Images(*(part[: case.quick.get(name, 0)] for part in images))
-        if len(images.y) and not record.done(**identity):
+        if n and not record.done(**identity):
+            params = report.load_params(RESULTS / case.net / "params.safetensors", jnp.float32)
+            apply_fn = models.function(models.recognised(params))
             with jax.default_matmul_precision(precision):
-                found = attacked(apply_fn, params, images, name, case)
+                found = attacked(apply_fn, params, _test_images(case.net, n), name, case)
             yield compared(identity | found)
 
 
@@ -208,7 +207,6 @@ def attacked(
         apply_fn, params, *images, ATTACKS[name], eps=case.eps, key=keys, bounds=case.bounds
     )
     return {
-        "n": len(images.y),
         "clean": evaluate.accuracy(found.outcome.clean),
         "robust": evaluate.accuracy(found.outcome.robust),
         "seconds": round(time.perf_counter() - start, 1),
@@ -234,13 +232,14 @@ def compared(figure: Figure) -> Figure:
     return figure
 
 
-def _test_images(net: str) -> protocol.Images:
-    """Return the 1,000 test images that experiments/evaluate.py takes first."""
+def _test_images(net: str, n: int) -> protocol.Images:
+    """Return the first of the test images, in the order in which evaluate.py takes them."""
     if net.startswith("cifar10"):
         pixels, labels = data.cifar10_crops()
-        return protocol.Images(jnp.asarray(data.scale_cifar10(pixels)), jnp.asarray(labels))
+        scaled = data.scale_cifar10(pixels[:n])
+        return protocol.Images(jnp.asarray(scaled), jnp.asarray(labels[:n]))
     mnist = data.mnist_originals()
-    return _digits(mnist.test_images[:1000], mnist.test_labels[:1000])
+    return _digits(mnist.test_images[:n], mnist.test_labels[:n])
 
 
 def _digits(pixels: Any, labels: Any) -> protocol.Images:
@@ -259,7 +258,7 @@ def trained(settings: Settings, record: Record) -> Iterator[Figure]:
     fields |= {"widths": tuple(made["widths"]), "eps": made["train_eps"]}
     method, n_train, n_test = recipes.MultiStep(**fields), 60_000, 1000
     if settings.quick:
-        method, n_train, n_test = dataclasses.replace(method, epochs=2, warmup=1), 2000, 100
+        method, n_train, n_test = dataclasses.replace(method, epochs=1, warmup=1), 1000, 100
     mnist = data.mnist_originals()
     task = protocol.Task(
         experiment="accelerator", methods={}, normal=method, names=recipes.NAMES,
@@ -272,10 +271,10 @@ def trained(settings: Settings, record: Record) -> Iterator[Figure]:
     shutil.rmtree(own.out / "checkpoints", ignore_errors=True)  # a time from scratch is wanted
     with training.bars(parallel.start()) as progress:
         net = protocol.train("lwa_multi", method, 0, own, task, progress)
-    for name in ("one-step", "pgd") if settings.quick else ATTACKS:
+    for name in ("one-step",) if settings.quick else ATTACKS:
         yield {
             "net": case.net, "epochs": method.epochs, "training images": n_train,
-            "training seconds": round(net.fitted.seconds, 1), "attack": name,
+            "training seconds": round(net.fitted.seconds, 1), "attack": name, "n": n_test,
             **attacked(net.apply_fn, net.params, task.test, name, case),
         }  # fmt: skip
 

@@ -130,7 +130,7 @@ def run(*, quick: bool, done: Callable[..., bool]) -> Iterator[dict[str, Any]]:
     rounds, seconds = (1, 0.05) if quick else (5, 0.1)
     size = 512 if quick else 2048 if jax.default_backend() == "cpu" else 8192
     for load in loads(quick=quick):
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("bfloat16",) if quick else ("float32", "bfloat16"):
             net = load.net.clone(dtype=jnp.dtype(dtype))
             apply_fn = models.function(net)
             x, y = common.some_images(load.batch, load.shape, net.classes)
