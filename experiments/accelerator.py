@@ -191,9 +191,10 @@ def verdicts(settings: Settings, record: Record) -> Iterator[Figure]:
         }  # fmt: skip
         if n and not record.done(**identity):
             params = report.load_params(RESULTS / case.net / "params.safetensors", jnp.float32)
-            apply_fn = models.function(models.recognised(params))
+            images = _test_images(case.net, n)
+            apply_fn = models.function(models.recognised(params, images.x.shape[1:]))
             with jax.default_matmul_precision(precision):
-                found = attacked(apply_fn, params, _test_images(case.net, n), name, case)
+                found = attacked(apply_fn, params, images, name, case)
             yield compared(identity | found)
 
 
@@ -265,7 +266,7 @@ def trained(settings: Settings, record: Record) -> Iterator[Figure]:
         make_net=lambda method: models.lenet(method.widths), network=lambda _: made["network"],
         train=_digits(mnist.train_images[:n_train], mnist.train_labels[:n_train]),
         test=_digits(mnist.test_images[:n_test], mnist.test_labels[:n_test]),
-        source="the original files",
+        source="the original files", interface=data.Interface(data.DIGITS, (28, 28, 1), 0, 256),
     )  # fmt: skip
     own = protocol.Settings(out=settings.out, n_pgd=n_test, batch_size=made["batch_size"])
     shutil.rmtree(own.out / "checkpoints", ignore_errors=True)  # a time from scratch is wanted
