@@ -153,13 +153,15 @@ def alpha(
         top, after = jacobian.top_wrong(logits, is_y)
         found = distances(jnp.argmax(after, axis=1)[:, None], top)
         found = jax.tree.map(lambda leaf: leaf[:, 0], found)
-        better = ~best.reachable & found.reachable & jnp.any(after > -jnp.inf, axis=1)
+        hidden = ~best.reachable & ~wrong & jnp.any(after > -jnp.inf, axis=1)
+        better = hidden & found.reachable
         return jax.tree.map(
             lambda new, old: jnp.where(inputs.batched(better, old), new, old), found, best
         )
 
     # Where y and the top wrong class have the same gradient, it hides all others.
-    best = lax.cond(jnp.all(best.reachable), lambda: best, past_top_wrong)
+    if classes.shape[1] > 1:
+        best = lax.cond(jnp.all(best.reachable), lambda: best, past_top_wrong)
     direction = norms.steepest(best.d.astype(inputs.wide(x.dtype)), norm)
     if eps is None:
         length = jnp.where(wrong, 0, jnp.exp(jnp.where(wrong, 0, best.distance)))

@@ -52,7 +52,7 @@ def main():
         eps=0.5, bounds=(0.0, 1.0),
     )  # fmt: skip
     robust = jaxadv.evaluate.accuracy(found.robust)
-    print(f"loss {info.loss:.3f}, robust accuracy {robust:.3f}")
+    print(f"loss {info.loss:.3f}, accuracy under PGD {robust:.3f}")
 
 
 if __name__ == "__main__":

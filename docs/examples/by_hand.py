@@ -42,8 +42,11 @@ def main():
         state = jaxadv.train.init(init(jax.random.key(1)), tx, key=jax.random.key(2))
         for _ in range(300):
             state, _ = step(state, (x, y))
-        found = jaxadv.evaluate.robust(apply_fn, state.params, x, y, jaxadv.attack.pgd, eps=0.4)
-        accuracies[name] = jaxadv.evaluate.accuracy(found.robust)
+        found = jaxadv.evaluate.ensemble(
+            apply_fn, state.params, x, y, jaxadv.attack.standard("l2"),
+            eps=0.4, key=jax.random.key(3),
+        )  # fmt: skip
+        accuracies[name] = jaxadv.evaluate.accuracy(found.outcome.robust)
         print(f"{name}: robust accuracy {accuracies[name]:.3f}")
     return accuracies
 

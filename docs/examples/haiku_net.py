@@ -29,7 +29,7 @@ def main():
         net.apply, state.params, x, y, jaxadv.attack.pgd, eps=0.5, bounds=(0.0, 1.0)
     )
     robust = jaxadv.evaluate.accuracy(found.robust)
-    print(f"loss {info.loss[-1]:.3f}, robust accuracy {robust:.3f}")
+    print(f"loss {info.loss[-1]:.3f}, accuracy under PGD {robust:.3f}")
     return robust
 
 

@@ -27,7 +27,7 @@ def main():
         average, ema_state = average_of(state.params, ema_state)
     found = jaxadv.evaluate.robust(apply_fn, average, x, y, jaxadv.attack.pgd, eps=0.3)
     robust = jaxadv.evaluate.accuracy(found.robust)
-    print(f"eps {info.aux.eps:.2f}, robust accuracy of the average {robust:.3f}")
+    print(f"eps {info.aux.eps:.2f}, accuracy of the average under PGD {robust:.3f}")
     assert jnp.isclose(info.aux.eps, 0.3)
     return robust
 
