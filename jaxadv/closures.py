@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import host
+from jaxadv import host, inputs
 from jaxadv.types import Params
 
-__all__ = ["hashable", "keyed", "pair"]
+__all__ = ["hashable", "keyed", "method", "pair"]
 
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # which jit takes
@@ -62,6 +62,26 @@ def hashable(name: str, function: Any) -> None:
             f"expected a hashable {name}, got {type(function).__name__} ({error}); pass a function "
             "that takes the net's arrays as params, with equinox: params, static = "
             "eqx.partition(net, eqx.is_inexact_array), and eqx.combine(params, static) inside"
+        ) from error
+
+
+def method(name: str, perturb_fn: Any) -> None:
+    """Check that a program can be compiled for a method, and that it takes what it will be given.
+
+    Raises:
+      TypeError: if it isn't a function, has no hash, or another signature.
+    """
+    hashable(name, perturb_fn)
+    try:
+        signature = inspect.signature(perturb_fn)
+    except ValueError:  # of a built-in function
+        return
+    try:
+        signature.bind(None, None, None, None, eps=None, key=None, bounds=None)
+    except TypeError as error:
+        raise TypeError(
+            f"expected {name} to take (apply_fn, params, x, y, *, eps, key, bounds), got "
+            f"{signature} ({error}); see jaxadv.types.PerturbFn"
         ) from error
 
 
@@ -106,7 +126,7 @@ def keyed(apply_fn: Any, params: Params, x: Any) -> Any:
     draws = (jax.random.key(0),) if _draws(apply_fn) else ()
 
     def anew(*args: Any) -> Any:  # another function each time: of the same, JAX knows the trace
-        return apply_fn(*args)
+        return inputs.called(apply_fn, *args)
 
     traced = jax.make_jaxpr(anew)(params, x, *draws)
     constants = list(_constants(traced))

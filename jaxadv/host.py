@@ -98,7 +98,7 @@ def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
             f"expected arrays, got a tracer: {name} loops over a data set on the host; "
             "under jit, vmap or grad use evaluate.correct or evaluate.measure on a batch"
         )
-    x, y = (a if hasattr(a, "dtype") else np.asarray(a) for a in (x, y))
+    x, y = inputs.native(x), inputs.native(y)
     inputs.are_examples(x)
     inputs.labels(y, len(x))
     return x, y
@@ -130,7 +130,8 @@ def outside(bounds: Bounds, x: Any) -> str:
     """
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)  # which the net sees
     lo, hi = (
-        np.asarray(bound)[0] for bound in inputs.box(bounds, jnp.zeros((1, *x.shape[1:]), dtype))
+        np.asarray(bound)[0]
+        for bound in inputs.box(fetch(bounds), jnp.zeros((1, *x.shape[1:]), dtype))
     )
     if not len(x):
         return ""
@@ -164,10 +165,7 @@ def one_batch(x: Any, batch_size: int) -> jax.ShapeDtypeStruct:
       TypeError: if `batch_size` isn't an integer.
       ValueError: if `batch_size` < 1.
     """
-    if not isinstance(batch_size, int | np.integer):
-        raise TypeError(f"expected an integer batch_size, got {batch_size!r}; 500 suits most nets")
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}; 500 suits most machines")
+    inputs.at_least(1, "batch_size", batch_size, "500 suits most machines")
     size = spread(x).multiple(max(1, min(batch_size, len(x))))
     return jax.ShapeDtypeStruct((size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
 

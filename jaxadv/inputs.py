@@ -15,20 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv.types import ApplyFn, Bounds, Eps, Params
+from jaxadv.types import Bounds, Eps, Params
 
 __all__ = [
     "apply",
     "are_examples",
+    "at_least",
     "batched",
     "box",
+    "called",
     "examples",
     "finite",
     "keys",
     "labels",
     "logits_of",
     "losses_of",
+    "native",
+    "one_key",
     "paired",
+    "perturbation",
     "radius",
     "right",
     "solvable",
@@ -47,35 +52,80 @@ def batched(a: jax.Array, like: jax.Array) -> jax.Array:
     return a.reshape(a.shape + (1,) * (like.ndim - 1))
 
 
-def examples(x: Any) -> jax.Array:
+def at_least(least: int, name: str, value: Any, cure: str) -> None:
+    """Check a count: of steps, restarts, classes.
+
+    Raises:
+      TypeError: if it isn't an integer that is known before tracing.
+      ValueError: if it is less than `least`.
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"expected an integer {name}, got {value!r}; {cure}")
+    if value < least:
+        raise ValueError(f"expected {name} >= {least}, got {value}; {cure}")
+
+
+def native(a: Any) -> Any:
+    """Return a JAX array as it is, and anything else as a NumPy array that JAX can take.
+
+    That is one in the machine's byte order, of no more than 64 bits. Containers that index by
+    something else than the place of a row, as those with row labels do, become plain arrays.
+    """
+    if isinstance(a, jax.Array) or hasattr(a, "__jax_array__"):
+        return jnp.asarray(a)
+    a = np.asarray(a)
+    dtype = np.dtype(np.float64) if a.dtype == np.longdouble else a.dtype.newbyteorder("=")
+    return a.astype(dtype, copy=False)
+
+
+def examples(x: Any, name: str = "x") -> jax.Array:
     """Check a batch of inputs: floating point, `[B, ...]` with a batch axis and at least one more.
 
     Raises:
       TypeError: if `x` is not floating point.
       ValueError: if `x` has no batch axis or its examples have no entries.
     """
-    x = jnp.asarray(x)
-    are_examples(x)
-    return x
+    x = native(x)
+    are_examples(x, name)
+    return jnp.asarray(x)
 
 
-def are_examples(x: Any) -> None:
+def are_examples(x: Any, name: str = "x") -> None:
     """Check as `examples` does, without moving the array.
 
     Raises:
       As `examples`.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"expected x of a floating-point dtype, got {x.dtype}; cast pixels first, e.g. "
-            "x.astype(jnp.float32) / 255; tokens have no gradient: pass their embeddings as x, and "
-            "the net from there on as apply_fn"
+        cure = (
+            "cast pixels first, e.g. x.astype(jnp.float32) / 255; tokens have no gradient: pass "
+            "their embeddings as x, and the net from there on as apply_fn"
         )
+        cure = cure if name == "x" else f"cast it, e.g. {name}.astype(jnp.float32)"
+        raise TypeError(f"expected {name} of a floating-point dtype, got {x.dtype}; {cure}")
     if x.ndim < 2 or math.prod(x.shape[1:]) == 0:
         raise ValueError(
-            f"expected x of shape [B, ...], a batch of non-empty examples, got {x.shape}; "
-            "a single example becomes a batch of one by x[None]"
+            f"expected {name} of shape [B, ...], a batch of non-empty examples, got {x.shape}; "
+            f"a single example becomes a batch of one by {name}[None]"
         )
+
+
+def perturbation(r: Any, x: Any) -> Any:
+    """Check what somebody's method returned, without moving it.
+
+    Raises:
+      TypeError: if it isn't a floating-point array.
+      ValueError: if it isn't of x's shape.
+    """
+    if r is None:
+        raise TypeError("expected r, an array like x, got None; return the perturbation")
+    r = native(r)
+    if r.shape != x.shape:
+        raise ValueError(
+            f"expected r of x's shape {x.shape}, got {r.shape}; pass one perturbation per example"
+        )
+    are_examples(r, "r")
+    return r
 
 
 def labels(y: Any, n: int) -> jax.Array:
@@ -85,17 +135,17 @@ def labels(y: Any, n: int) -> jax.Array:
       TypeError: if `y` is not of an integer dtype.
       ValueError: if `y` is not of shape `[n]`.
     """
-    y = y if isinstance(y, jax.Array) else np.asarray(y)
+    y = native(y)
+    if y.shape == (n, 1):  # whose argmax would be class 0 throughout
+        cure = "a column of labels becomes [B] by y[:, 0]"
+    elif y.ndim == 1:
+        cure = "class numbers are cast by y.astype(int); names become numbers by np.unique"
+    else:
+        cure = "one-hot or soft labels become integers by jnp.argmax(y, axis=-1)"
     if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise TypeError(
-            f"expected integer labels [B], got {y.dtype} of shape {y.shape}; "
-            "one-hot or soft labels become integers by jnp.argmax(y, axis=-1)"
-        )
+        raise TypeError(f"expected integer labels [B], got {y.dtype} of shape {y.shape}; {cure}")
     if y.ndim != 1:
-        raise ValueError(
-            f"expected integer labels of shape [{n}], got {y.shape}; "
-            "one-hot labels become integers by jnp.argmax(y, axis=-1)"
-        )
+        raise ValueError(f"expected integer labels of shape [{n}], got {y.shape}; {cure}")
     if y.shape[0] != n:
         raise ValueError(
             f"expected as many labels as examples, got {y.shape[0]} labels for {n} examples; "
@@ -110,7 +160,7 @@ def paired(x: jax.Array, y: Any) -> jax.Array:
     Raises:
       ValueError: if they are not.
     """
-    y = y if isinstance(y, jax.Array) else np.asarray(y)
+    y = native(y)
     if y.shape[:1] != x.shape[:1]:
         raise ValueError(
             f"expected as many labels as examples, got y of shape {y.shape} for {x.shape[0]} "
@@ -125,9 +175,24 @@ def _as_classes(y: Any) -> Any:
     return y.clip(-1, 2**31 - 1) if y.dtype.itemsize > 4 else y
 
 
-def apply(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:
+def called(apply_fn: Any, params: Params, x: Any, *key: Any) -> Any:
+    """Call a net; what it raises gets a note of what it was called with, and of the cure."""
+    try:
+        return apply_fn(params, x, *key)
+    except Exception as error:
+        with_key = ", key" if key else ""
+        error.add_note(
+            f"raised by apply_fn(params, x{with_key}) for x of shape {x.shape} and dtype {x.dtype}."
+            " If the net takes other inputs, pass a function that converts x. One that draws random"
+            " numbers, (params, x, key), is attacked by attack.pgd or attack.apgd with samples=1 or"
+            " more, and any other with samples=0."
+        )
+        raise
+
+
+def apply(apply_fn: Any, params: Params, x: jax.Array, *key: jax.Array) -> jax.Array:
     """Call a classifier and check what it returns, see `logits_of`."""
-    return logits_of(apply_fn(params, x), x.shape[0])
+    return logits_of(called(apply_fn, params, x, *key), x.shape[0])
 
 
 def logits_of(logits: Any, n: int) -> jax.Array:
@@ -140,7 +205,8 @@ def logits_of(logits: Any, n: int) -> jax.Array:
     if not isinstance(logits, jax.Array | np.ndarray):
         raise TypeError(
             f"expected apply_fn to return logits, one array, got {type(logits).__name__}; wrap it "
-            "so that it returns the logits alone, e.g. lambda params, x: apply_fn(params, x)[0]"
+            "so that it returns only these, e.g. lambda params, x: apply_fn(params, x)[0], or "
+            '["logits"]'
         )
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(
@@ -252,9 +318,7 @@ def box(bounds: Bounds, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             f"expected bounds that broadcast to x of shape {x.shape}, got shapes "
             f"{np.shape(bounds[0])} and {np.shape(bounds[1])}; pass numbers or arrays like x"
         ) from error
-    if all(isinstance(b, int | float | np.ndarray | np.generic) for b in bounds) and not np.all(
-        np.less_equal(bounds[0], bounds[1])
-    ):
+    if not any(isinstance(b, jax.Array) for b in bounds) and not np.all(np.less_equal(*bounds)):
         raise ValueError(f"expected bounds (lo, hi) with lo <= hi, got {bounds!r}; swap them")
     return lo, hi
 
@@ -272,13 +336,7 @@ def keys(key: jax.Array | None, n: int, name: str) -> jax.Array:
             "or one key per example"
         )
     cure = "pass jax.random.key(seed), or one key per example, jax.random.split(key, batch_size)"
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not typed:
-        width = jax.random.key_data(jax.random.key(0)).shape
-        raw = getattr(key, "dtype", None) == jnp.uint32 and np.shape(key)[-1:] == width
-        if not raw:
-            raise TypeError(f"expected a key, got {key!r}; {cure}")
-        key = jax.random.wrap_key_data(key)
+    key = _typed(key, cure)
     if key.shape == (n,):
         return key
     if key.shape == ():
@@ -286,3 +344,25 @@ def keys(key: jax.Array | None, n: int, name: str) -> jax.Array:
     raise ValueError(
         f"expected one key or {n} keys, one per example, got keys of shape {key.shape}; {cure}"
     )
+
+
+def one_key(key: Any) -> None:
+    """Check that this is one key.
+
+    Raises:
+      TypeError: if it isn't a key (a seed, say).
+      ValueError: if it is several.
+    """
+    cure = "pass jax.random.key(seed)"
+    typed = _typed(key, cure)
+    if typed.shape != ():
+        raise ValueError(f"expected one key, got keys of shape {typed.shape}; {cure}")
+
+
+def _typed(key: Any, cure: str) -> jax.Array:
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    width = jax.random.key_data(jax.random.key(0)).shape
+    if getattr(key, "dtype", None) != jnp.uint32 or np.shape(key)[-1:] != width:
+        raise TypeError(f"expected a key, got {key!r}; {cure}")
+    return jax.random.wrap_key_data(key)

@@ -20,7 +20,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,20 +55,30 @@ def logits(w: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.stack([-half, half], axis=1)
 
 
-def _margins(w: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Check a data set of signed labels; return them in x's dtype, and y w.x, `[B]`, in norms'."""
+class _Data(NamedTuple):
+    """A checked data set of signed labels, in x's dtype, and y w.x, `[B]`, in the dtype of norms."""
+
+    w: jax.Array
+    x: jax.Array
+    y: jax.Array
+    margins: jax.Array
+
+
+def _data(w: jax.Array, x: jax.Array, y: jax.Array) -> _Data:
     x, w, y = inputs.examples(x), jnp.asarray(w), jnp.asarray(y)
     if x.ndim != 2 or w.shape != x.shape[1:] or y.shape != x.shape[:1]:
         raise ValueError(
             f"expected w [D], x [B, D] and y [B], got {w.shape}, {x.shape} and {y.shape}; "
             "flatten images by x.reshape(len(x), -1)"
         )
+    inputs.are_examples(w[None], "w")
     if not isinstance(y, jax.core.Tracer) and np.any(np.abs(np.asarray(y)) != 1):
         raise ValueError(
             "expected labels -1 and +1, got other values; labels 0 and 1 become these by 2 * y - 1"
         )
     wide = inputs.wide(jnp.result_type(x, w))
-    return y.astype(x.dtype), y.astype(wide) * (x.astype(wide) @ w.astype(wide))
+    margins = y.astype(wide) * (x.astype(wide) @ w.astype(wide))
+    return _Data(w, x, y.astype(x.dtype), margins)
 
 
 def adversary(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> jax.Array:
@@ -101,7 +111,7 @@ def adversary(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm)
     References:
       Huang et al., 2015, Appendix A, the proof of Proposition B.
     """
-    y, _ = _margins(w, x, y)
+    w, x, y, _ = _data(w, x, y)
     sizes = inputs.radius(eps, x).astype(x.dtype)
     return -(sizes * y)[:, None] * norms.steepest(w[None], norm).astype(x.dtype)
 
@@ -136,7 +146,7 @@ def loss(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> j
     References:
       Huang et al., 2015, Appendix A, Proposition B (with the loss's sign put right).
     """
-    _, margins = _margins(w, x, y)
+    w, x, _, margins = _data(w, x, y)
     size = norms.norm(w[None], norms.dual(norm))  # [1]
     return jax.nn.softplus(inputs.radius(eps, x) * size - margins)
 
@@ -215,10 +225,9 @@ def fit(
     References:
       Huang et al., 2015, Appendix A, Equation 6 and Proposition D.
     """
-    if steps < 1:
-        raise ValueError(f"expected steps >= 1, got {steps}; 200 suits the default optimiser")
+    inputs.at_least(1, "steps", steps, "200 suits the default optimiser")
     full = optax.with_extra_args_support(optax.lbfgs() if tx is None else tx)
-    _margins(w, x, y)
+    w, x, y, _ = _data(w, x, y)
 
     def value_fn(w: jax.Array) -> jax.Array:
         return objective(w, x, y, eps=eps, norm=norm)
@@ -229,6 +238,5 @@ def fit(
         updates, state = full.update(grad, state, w, value=value, grad=grad, value_fn=value_fn)
         return (optax.apply_updates(w, updates), state), value
 
-    w = jnp.asarray(w)
     (w, _), values = lax.scan(step, (w, full.init(w)), None, length=steps)
     return w, values

@@ -128,7 +128,7 @@ def _geometry(norm: Norm) -> _Geometry:
 
 
 def _flat(v: jax.Array) -> jax.Array:
-    v = inputs.examples(v)
+    v = inputs.examples(v, "v")
     return v.reshape(v.shape[0], math.prod(v.shape[1:])).astype(inputs.wide(v.dtype))
 
 
@@ -280,6 +280,7 @@ def steepest(g: jax.Array, norm: Norm) -> jax.Array:
     References:
       Huang et al., 2015, Proposition 3 and Section 6.1.1.
     """
+    g = inputs.examples(g, "g")
     u, _, usable = _scaled_if_finite(_flat(g))
     direction = jnp.where(usable[:, None], _geometry(norm).steepest(u), 0)
     return direction.reshape(g.shape).astype(g.dtype)
@@ -309,6 +310,7 @@ def rescale(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
     References:
       Huang et al., 2015, Algorithm 2 and Section 6.1.2.
     """
+    v = inputs.examples(v, "v")
     flat = _flat(v)
     rescaled = _flat_rescale(flat, inputs.radius(eps, flat), norm)
     usable = jnp.isfinite(jnp.max(jnp.abs(flat), axis=1, keepdims=True))
@@ -338,6 +340,7 @@ def project(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
       >>> norms.project(jnp.array([[3.0, -4.0]]), 2.0, "linf").tolist()
       [[2.0, -2.0]]
     """
+    v = inputs.examples(v, "v")
     flat = _flat(v)
     eps = inputs.radius(eps, flat)
     u, m = _scaled(flat)
@@ -351,7 +354,7 @@ def sample(keys: jax.Array, x: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
     r"""A point of the ball around 0, uniformly at random, for each example.
 
     Args:
-      keys: one key per example, `[B]`.
+      keys: one key per example, `[B]`, or one key, which is split.
       x: `[B, ...]`, floating point; only its shape and dtype are used.
       eps: the radius, a scalar or `[B]`; a negative traced value counts as 0.
       norm: the norm of the ball.
@@ -376,6 +379,7 @@ def sample(keys: jax.Array, x: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
       density `exp(-|t|^p)`, normalised, at a radius distributed as U^(1/D).
     """
     x = inputs.examples(x)
+    keys = inputs.keys(keys, x.shape[0], "norms.sample")
     n_entries = math.prod(x.shape[1:])
     dtype = inputs.wide(x.dtype)
     geometry = _geometry(norm)
@@ -406,7 +410,9 @@ def confine(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
       Of x's shape and dtype.
 
     Raises:
-      ValueError: if `bounds` is not a pair with lo <= hi, or doesn't broadcast to `x`.
+      TypeError: if `x` or `r` is not floating point.
+      ValueError: if r is not of x's shape; if `bounds` is not a pair with lo <= hi, or doesn't
+        broadcast to `x`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -414,6 +420,8 @@ def confine(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
       >>> norms.confine(jnp.array([[0.75, 0.5]]), jnp.array([[1.0, -0.25]]), (0.0, 1.0)).tolist()
       [[0.25, -0.25]]
     """
+    x = inputs.examples(x)
+    r = jnp.asarray(inputs.perturbation(r, x))
     if bounds is None:
         return r if r.dtype == x.dtype else _rounded_toward_zero(r, x.dtype).astype(x.dtype)
     lo, hi = inputs.box(bounds, x)

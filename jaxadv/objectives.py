@@ -123,7 +123,7 @@ def natural(
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
-        x, y = batch
+        x, y = _examples(batch)
         logits, model_state = run(params, model_state, x, key)
         return _mean_loss(loss_fn, logits, x, y), (model_state, _aux(logits, y))
 
@@ -177,7 +177,7 @@ def adversarial(
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
-        x, y = batch
+        x, y = _examples(batch)
         attack_key, train_key = jax.random.split(key)
         r, size = _constant_perturbation(
             perturb_fn, apply_fn, _variables(params, model_state), x, y, eps, step, attack_key,
@@ -241,7 +241,7 @@ def mixed(
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
-        x, y = batch
+        x, y = _examples(batch)
         attack_key, train_key = jax.random.split(key)
         r, size = _constant_perturbation(
             perturb_fn, apply_fn, _variables(params, model_state), x, y, eps, step, attack_key,
@@ -307,7 +307,7 @@ def virtual(
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
-        x, y = batch
+        x, y = _examples(batch)
         attack_key, train_key = jax.random.split(key)
         r, size = _constant_perturbation(
             perturb_fn, apply_fn, _variables(params, model_state), x, y, eps, step, attack_key,
@@ -381,7 +381,7 @@ def representation(
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
-        x, y = batch
+        x, y = _examples(batch)
         attack_key, encode_key, classify_key = jax.random.split(key, 3)
         h, new_state = encode(params, model_state, x, encode_key)
         r, size = _constant_perturbation(
@@ -398,15 +398,49 @@ def _variables(params: Params, model_state: Any) -> Any:
     return params if model_state is None else (params, model_state)
 
 
+def _examples(batch: Any) -> tuple[Any, Any]:
+    """Check that a batch is a pair of arrays, of at least one example.
+
+    Raises:
+      TypeError: if it isn't a pair.
+      ValueError: if it is empty, so that its mean loss would be NaN.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise TypeError(
+            f"expected a batch (x, y), got {got}; pass a pair, e.g. "
+            '(batch["image"], batch["label"])'
+        )
+    x, y = map(inputs.native, batch)
+    if x.shape[:1] == (0,):
+        raise ValueError("expected a batch of at least one example, got none; leave it out")
+    return x, y
+
+
 def _trained(apply_fn: ApplyFn | EncodeFn, train_fn: TrainFn | None) -> TrainFn:
     """Return `train_fn`, or `apply_fn` with its signature."""
     if train_fn is not None:
-        return train_fn
+        return _checked(train_fn)
 
     def run(
         params: Params, model_state: Any, x: jax.Array, key: jax.Array, /
     ) -> tuple[jax.Array, Any]:
         return apply_fn(_variables(params, model_state), x), model_state
+
+    return run
+
+
+def _checked(train_fn: TrainFn) -> TrainFn:
+    def run(
+        params: Params, model_state: Any, x: jax.Array, key: jax.Array, /
+    ) -> tuple[jax.Array, Any]:
+        out = train_fn(params, model_state, x, key)
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(
+                f"expected train_fn to return (output, model_state), got {type(out).__name__}; "
+                "return the state that came where the net has none"
+            )
+        return out
 
     return run
 
@@ -428,13 +462,13 @@ def _constant_perturbation(
     through the adversary's loop, and an adversary needs none; the stop at r is for what else a
     `perturb_fn` may have closed over.
     """
-    variables, x = lax.stop_gradient((variables, x))
+    variables, x = lax.stop_gradient((variables, inputs.examples(x)))
     number = eps.size if isinstance(eps, Relative) else eps
     size = inputs.radius(number(step) if callable(number) else number, x)
     if isinstance(eps, Relative):
         size = size * norms.norm(x, eps.norm)
     r = perturb_fn(apply_fn, variables, x, y, eps=size, key=key, bounds=bounds)
-    return lax.stop_gradient(r), size
+    return lax.stop_gradient(inputs.perturbation(r, x)), size
 
 
 def _mean_loss(loss_fn: LossFn, logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

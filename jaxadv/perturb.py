@@ -109,8 +109,8 @@ def alpha(
       Propositions 3 and 4, Section 6.1.2.
     """
     for name, value in (("candidates", candidates), ("chunk", chunk)):
-        if value is not None and value < 1:
-            raise ValueError(f"expected {name} >= 1, or None for all classes; got {value}")
+        if value is not None:
+            inputs.at_least(1, name, value, "None is for all classes")
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
     logits, rows_of = jacobian.class_pullback(apply_fn, params, x, y)
@@ -348,8 +348,7 @@ def virtual(
     References:
       Miyato et al., "Distributional Smoothing with Virtual Adversarial Training", 2015, Section 3.
     """
-    if steps < 1:
-        raise ValueError(f"expected steps >= 1, got {steps}; one power iteration is the usual")
+    inputs.at_least(1, "steps", steps, "one power iteration is the usual")
     x = inputs.examples(x)
     if y is not None:
         y = inputs.labels(y, x.shape[0])

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxadv import loops, meshes
+from jaxadv import inputs, loops, meshes
 from jaxadv.types import Objective, Params
 
 __all__ = ["StepInfo", "TrainState", "init", "make_epoch", "make_step", "update"]
@@ -78,7 +78,8 @@ def init(
 
     Raises:
       TypeError: if a leaf of `params` can't be trained, with its path; if `tx` isn't a
-        transformation.
+        transformation, or `key` a key.
+      ValueError: if `key` is several keys.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -89,6 +90,7 @@ def init(
     """
     _check_transformation(tx)
     _check_trainable(params)
+    inputs.one_key(key)
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), model_state, key)
     return jax.tree.map(_copy, state)
 
@@ -244,7 +246,9 @@ def make_epoch(
     Returns:
       `epoch(state, data, order=None) -> (state, StepInfo)`, jitted. Without `order`, `data` is a
       pytree of batches stacked on a first axis, `[S, B, ...]`. With `order`, integers `[S, B]`,
-      `data` is a pytree of examples, `[N, ...]`, and step s takes those that `order[s]` names.
+      `data` is a pytree of examples, `[N, ...]`, and step s takes those that `order[s]` names. A
+      number of N or more makes the loss NaN, so that it is seen. It raises what `update` does, and
+      `ValueError` if `order` isn't integers `[S, B]`.
       The leaves of `StepInfo` are stacked, `[S]`.
 
     Example:
@@ -268,11 +272,29 @@ def make_epoch(
     def epoch(
         state: TrainState, data: Any, order: jax.Array | None = None
     ) -> tuple[TrainState, StepInfo]:
+        if order is not None:
+            order = _order(order)
+
         @loops.body
         def one(state: TrainState, item: Any) -> tuple[TrainState, StepInfo]:
-            batch = item if order is None else jax.tree.map(lambda a: a[item], data)
+            batch = item if order is None else jax.tree.map(lambda a: _rows(a, item), data)
             return update(objective, tx, state, batch)
 
         return lax.scan(one, state, data if order is None else order)
 
     return jax.jit(epoch, donate_argnums=(0,) if donate else ())
+
+
+def _order(order: Any) -> jax.Array:
+    order = jnp.asarray(order)
+    if order.ndim != 2 or not jnp.issubdtype(order.dtype, jnp.integer):
+        raise ValueError(
+            f"expected order of integers [S, B], got {order.dtype} of shape {order.shape}; make "
+            "one, e.g. jax.random.permutation(key, n)[: steps * size].reshape(steps, size)"
+        )
+    return order
+
+
+def _rows(data: jax.Array, rows: jax.Array) -> jax.Array:
+    # By plain indexing, a row beyond the last would be the last, without a word.
+    return data.at[rows].get(mode="fill")

@@ -227,8 +227,7 @@ def apgd_targeted(
     References:
       Croce and Hein, 2020, Section 4.
     """
-    if n_targets < 1:
-        raise ValueError(f"expected n_targets >= 1, got {n_targets}; 9 is the published number")
+    inputs.at_least(1, "n_targets", n_targets, "9 is the published number")
     y = inputs.labels(y, np.shape(x)[0])
     x, y, eps = _checked(x, y, eps, norm, steps, bounds)
     apply_fn = closures.keyed(apply_fn, params, x)
@@ -239,8 +238,7 @@ def apgd_targeted(
 def _checked(
     x: jax.Array, y: jax.Array, eps: Eps, norm: Norm, steps: int, bounds: Bounds | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    if steps < 1:
-        raise ValueError(f"expected steps >= 1, got {steps}; 100 is the published number")
+    inputs.at_least(1, "steps", steps, "100 is the published number")
     norms.dual(norm)  # known?
     x = inputs.examples(x)
     y = inputs.paired(x, y)

@@ -244,7 +244,7 @@ def check_attacks(attacks: Mapping[str, PerturbFn]) -> None:
     """Check that these are attacks by name.
 
     Raises:
-      TypeError: if they aren't a mapping, or one isn't a hashable function.
+      TypeError: if they aren't a mapping, or one isn't a hashable function of their signature.
       ValueError: if there are none.
     """
     if not isinstance(attacks, Mapping):
@@ -255,7 +255,7 @@ def check_attacks(attacks: Mapping[str, PerturbFn]) -> None:
     if not attacks:
         raise ValueError("expected at least one attack, got none; pass attack.standard(norm)")
     for name, method in attacks.items():
-        closures.hashable(f"attack {name!r}", method)
+        closures.method(f"attack {name!r}", method)
 
 
 def _batches(
@@ -293,5 +293,5 @@ def _attack(
     eps: jax.Array,
     keys: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    r = method(apply_fn, params, x, y, eps=eps, key=keys, bounds=bounds)
+    r = inputs.perturbation(method(apply_fn, params, x, y, eps=eps, key=keys, bounds=bounds), x)
     return r, ~_right(apply_fn, params, x + r, y)

@@ -92,8 +92,7 @@ def deepfool(
       Moosavi-Dezfooli, Fawzi and Frossard, "DeepFool: a simple and accurate method to fool deep
       neural networks", 2015.
     """
-    if steps < 1:
-        raise ValueError(f"expected steps >= 1, got {steps}; one step is perturb.alpha's")
+    inputs.at_least(1, "steps", steps, "one step is perturb.alpha's")
     if not overshoot >= 0:
         raise ValueError(f"expected overshoot >= 0, got {overshoot}; 0.02 is the published number")
     if output not in _STEPS:

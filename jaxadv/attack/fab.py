@@ -116,8 +116,7 @@ def fab(
       robustness with an ensemble of diverse parameter-free attacks", 2020.
     """
     for name, count in (("steps", steps), ("n_targets", n_targets), ("restarts", restarts)):
-        if count < 1:
-            raise ValueError(f"expected {name} >= 1, got {count}; leave it out for the usual one")
+        inputs.at_least(1, name, count, "leave it out for the usual one")
     for name, value, low, high in (
         ("alpha_max", alpha_max, 0, 1),
         ("eta", eta, 1, math.inf),

@@ -98,8 +98,7 @@ def fmn(
       2021; Rony et al., "Decoupling Direction and Norm for Efficient Gradient-Based L2 Adversarial
       Attacks and Defenses", 2019.
     """
-    if steps < 1:
-        raise ValueError(f"expected steps >= 1, got {steps}; 100 is usual, 1000 thorough")
+    inputs.at_least(1, "steps", steps, "100 is usual, 1000 thorough")
     if step_size is None:
         step_size = 10.0 if norm == "linf" else 1.0
     if not step_size > 0:

@@ -104,8 +104,7 @@ def pgd(
       Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018; Athalye
       et al., "Synthesizing Robust Adversarial Examples", 2018, for the random nets.
     """
-    if steps < 1:
-        raise ValueError(f"expected steps >= 1, got {steps}; one step is perturb.loss")
+    inputs.at_least(1, "steps", steps, "one step is perturb.loss")
     x = inputs.examples(x)
     apply_fn = closures.keyed(apply_fn, params, x)
     y = inputs.paired(x, y)

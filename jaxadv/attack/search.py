@@ -112,8 +112,7 @@ class Problem:
         def draw(sample: jax.Array) -> jax.Array:
             def one(example: jax.Array, key: jax.Array) -> jax.Array:
                 key = jax.random.fold_in(jax.random.fold_in(key, step), sample)
-                logits = self._apply_fn(self._params, example[None], key)
-                return inputs.logits_of(logits, 1)[0]
+                return inputs.apply(self._apply_fn, self._params, example[None], key)[0]
 
             logits = jax.vmap(one)(x, self._keys)
             return logits.astype(inputs.wide(logits.dtype))
@@ -212,12 +211,8 @@ def keys(
       TypeError: if `key` isn't one.
       ValueError: if `restarts` < 1 or `samples` < 0, or a key is missing.
     """
-    if restarts < 1:
-        raise ValueError(f"expected restarts >= 1, got {restarts}; 1 is a single run")
-    if samples < 0:
-        raise ValueError(
-            f"expected samples >= 0, got {samples}; 0 is for a net that draws no random numbers"
-        )
+    inputs.at_least(1, "restarts", restarts, "1 is a single run")
+    inputs.at_least(0, "samples", samples, "0 is for a net that draws no random numbers")
     if random_start or restarts > 1 or samples:
         name = "the net" if samples else "a random start"
         return inputs.keys(key, x.shape[0], name)

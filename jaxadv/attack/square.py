@@ -251,8 +251,7 @@ def square(
             f"expected norm to be one of {', '.join(map(repr, _SEARCHES))}, got {norm!r}; "
             "attack.pgd takes the other norms"
         )
-    if steps < 1:
-        raise ValueError(f"expected steps >= 1, got {steps}; the paper's 5000 are the default")
+    inputs.at_least(1, "steps", steps, "the paper's 5000 are the default")
     if not 0 < p_init <= 1:
         raise ValueError(f"expected 0 < p_init <= 1, got {p_init}; pass a share of the image")
     x = inputs.examples(x)

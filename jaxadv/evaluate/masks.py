@@ -140,10 +140,7 @@ def measure(
     """
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
-    if r.shape != x.shape:
-        raise ValueError(
-            f"expected r of x's shape {x.shape}, got {r.shape}; pass one perturbation per example"
-        )
+    r = jnp.asarray(inputs.perturbation(r, x))
     moved = x + r
     logits, moved_logits = (inputs.apply(apply_fn, params, v) for v in (x, moved))
     right = inputs.right(logits, x, y)
@@ -207,6 +204,7 @@ def merge(*counts: Counts) -> Counts:
       `Counts` of all the examples.
 
     Raises:
+      TypeError: if they aren't `Counts`.
       ValueError: if there are none.
 
     Example:
@@ -217,6 +215,11 @@ def merge(*counts: Counts) -> Counts:
     """
     if not counts:
         raise ValueError("expected at least one batch's counts, got none; pass count(outcome)")
+    if not all(isinstance(of_batch, Counts) for of_batch in counts):
+        raise TypeError(
+            f"expected Counts, got {sorted({type(c).__name__ for c in counts})}; pass "
+            "count(outcome) of each batch, a list of them as merge(*counts)"
+        )
     total, clean, robust, zero, nonfinite, invalid, max_norm = zip(*counts, strict=True)
     sums = [sum(column) for column in (total, clean, robust, zero, nonfinite, invalid)]
     return Counts._make([*sums, reduce(jnp.maximum, max_norm)])
@@ -280,7 +283,8 @@ def worst_case(*masks: Any) -> Mask:
       bool `[n]`.
 
     Raises:
-      ValueError: if there is no mask, or their shapes differ.
+      TypeError: if one isn't a mask of booleans (an accuracy, say).
+      ValueError: if there is no mask, if they are empty, or if their shapes differ.
 
     Example:
       >>> import numpy as np
@@ -294,7 +298,7 @@ def worst_case(*masks: Any) -> Mask:
             f"expected at least one mask, all of one shape [n], got shapes {sorted(shapes)}; "
             "evaluate each attack on the same examples"
         )
-    return np.logical_and.reduce([np.asarray(mask) for mask in masks])
+    return np.logical_and.reduce([booleans(mask) for mask in masks])
 
 
 @meshes.auto_axes()
@@ -372,7 +376,7 @@ def perturbations(
       [False, False]
     """
     x, y = host.arrays("evaluate.perturbations", x, y, (params, eps, key, bounds))
-    closures.hashable("perturb_fn", perturb_fn)
+    closures.method("perturb_fn", perturb_fn)
     apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
     batch = partial(_perturb_batch, apply_fn, perturb_fn, params, host.checked(bounds, x))
     return np.asarray(host.over_batches(batch, (x, y, *host.per_example(x, eps, key)), batch_size))
@@ -428,7 +432,7 @@ def robust(
       (1.0, 0.5)
     """
     x, y = host.arrays("evaluate.robust", x, y, (params, eps, key, bounds, source))
-    closures.hashable("perturb_fn", perturb_fn)
+    closures.method("perturb_fn", perturb_fn)
     norm = budget.norm_of([perturb_fn], norm)
     shape = host.one_batch(x, batch_size)
     apply_fn = closures.keyed(apply_fn, params, shape)
@@ -489,11 +493,7 @@ def outcome(
     """
     x, y = host.arrays("evaluate.outcome", x, y, (params, r))
     apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
-    if np.shape(r) != x.shape:
-        raise ValueError(
-            f"expected r of x's shape {x.shape}, got {np.shape(r)}; "
-            "pass one perturbation per example"
-        )
+    r = inputs.perturbation(r, x)
     leaves = host.over_batches(partial(_measured, apply_fn, norm, params), (x, y, r), batch_size)
     return jax.tree.map(np.asarray, leaves)
 
@@ -544,7 +544,7 @@ def curve(
       [[True, True], [True, False], [False, False]]
     """
     x, y = host.arrays("evaluate.curve", x, y, (params, key, bounds))
-    closures.hashable("perturb_fn", perturb_fn)
+    closures.method("perturb_fn", perturb_fn)
     apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
     values = np.asarray(eps, np.float64)
     if values.ndim != 1:
@@ -575,7 +575,8 @@ def _perturb_batch(
     eps: jax.Array,
     key: jax.Array | None,
 ) -> jax.Array:
-    return perturb_fn(apply_fn, params, x, y, eps=eps, key=key, bounds=bounds)
+    r = perturb_fn(apply_fn, params, x, y, eps=eps, key=key, bounds=bounds)
+    return inputs.perturbation(r, x)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -615,7 +616,7 @@ def _curve_batch(
     eps: jax.Array,
     key: jax.Array | None,
 ) -> jax.Array:
-    r = perturb_fn(apply_fn, params, x, y, eps=eps, key=key, bounds=None)
+    r = inputs.perturbation(perturb_fn(apply_fn, params, x, y, eps=eps, key=key, bounds=None), x)
 
     @loops.body
     def at(size: jax.Array) -> jax.Array:
