@@ -56,7 +56,7 @@ def logits(w: jax.Array, x: jax.Array) -> jax.Array:
 
 
 class _Data(NamedTuple):
-    """A checked data set of signed labels, in x's dtype, and y w.x, `[B]`, in the dtype of norms."""
+    """A checked data set of signed labels, with the margins y w.x, `[B]`."""
 
     w: jax.Array
     x: jax.Array

@@ -216,7 +216,7 @@ def test_the_pass_back_is_compiled_once_however_many_chunks_there_are(problem):
 @pytest.mark.parametrize("name", ["candidates", "chunk"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_less_than_one_class_is_an_error(problem, name, value):
-    with pytest.raises(ValueError, match=f"expected {name} >= 1, or None for all.*got {value}"):
+    with pytest.raises(ValueError, match=f"expected {name} >= 1, got {value}; None is for all"):
         perturb.alpha(net, *problem, **{name: value})
 
 

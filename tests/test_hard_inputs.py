@@ -7,9 +7,10 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxadv import attack, evaluate, inputs, norms, objectives, perturb
+from jaxadv import attack, evaluate, inputs, logistic, norms, objectives, perturb, train
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 EPS = 0.5
@@ -281,3 +282,363 @@ def test_finite_takes_the_size_into_account():
     x, logits = jnp.ones((3, 2)), jnp.ones((3, 2))
     got = inputs.finite(x, logits, jnp.array([1.0, jnp.nan, jnp.inf]))
     np.testing.assert_array_equal(got, [True, False, False])
+
+
+# Counts
+
+COUNTS = {  # by name: who takes it
+    "steps": {
+        "pgd": attack.pgd,
+        "pgd of the divergence": functools.partial(attack.virtual, key=KEYS),
+        "apgd": functools.partial(attack.apgd, key=KEYS),
+        "apgd_targeted": functools.partial(attack.apgd_targeted, key=KEYS),
+        "fab": attack.fab,
+        "fmn": attack.fmn,
+        "deepfool": attack.deepfool,
+        "square": functools.partial(attack.square, key=KEYS),
+        "vat": functools.partial(perturb.virtual, key=KEYS),
+    },
+    "restarts": {"pgd": functools.partial(attack.pgd, key=KEYS)},
+    "samples": {"apgd": functools.partial(attack.apgd, key=KEYS)},
+    "n_targets": {"apgd_targeted": functools.partial(attack.apgd_targeted, key=KEYS)},
+    "candidates": {"alpha": perturb.alpha},
+    "chunk": {"alpha": perturb.alpha},
+}
+
+
+@pytest.mark.parametrize(
+    ("count", "name"), [(count, name) for count, takers in COUNTS.items() for name in takers]
+)
+def test_a_count_is_an_integer(count, name):
+    w, x, y = batch(4, 5)
+    with pytest.raises(TypeError, match=rf"expected an integer {count}, got 2.5; "):
+        COUNTS[count][name](linear, w, x, y, eps=EPS, **{count: 2.5})
+
+
+@pytest.mark.parametrize("steps", [10.0, "10", True, jnp.int32(10)])
+def test_what_is_like_an_integer_is_no_number_of_steps(steps):
+    w, x, y = batch(4, 5)
+    with pytest.raises(TypeError, match=r"expected an integer steps, got .*; one step is"):
+        attack.pgd(linear, w, x, y, eps=EPS, steps=steps)
+
+
+def test_an_integer_of_numpy_is_a_number_of_steps():
+    w, x, y = batch(4, 5)
+    assert attack.pgd(linear, w, x, y, eps=EPS, steps=np.int64(2)).shape == x.shape
+
+
+# Arrays of other libraries, and of other machines
+
+
+class Table:
+    """A column of a data frame after a shuffle: its rows have names, by which it is indexed."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values)
+        self.dtype, self.shape, self.ndim = self.values.dtype, self.values.shape, 1
+
+    def __len__(self):
+        return len(self.values)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+    def __getitem__(self, names):
+        return self.values[::-1][names]
+
+
+def test_labels_are_taken_by_their_place_and_not_by_the_names_of_rows():
+    w, x, y = batch(4, 5)
+    expected = evaluate.clean(linear, w, x, np.array([int(y[0]), 0, 1, 2]))
+    got = evaluate.clean(linear, w, x, Table([int(y[0]), 0, 1, 2]))
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f8", ">f2", np.longdouble])
+def test_numpy_s_other_floats_are_taken(kind):
+    w, x, y = batch(4, 5)
+    foreign = np.asarray(x).astype(kind)
+    assert evaluate.clean(linear, w, foreign, y).all()
+    np.testing.assert_allclose(
+        perturb.loss(linear, w, foreign, y, eps=EPS),
+        perturb.loss(linear, w, x, y, eps=EPS),
+        rtol=1e-2,  # of a float16
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("kind", [">i2", ">i4", ">i8", np.uint64])
+def test_numpy_s_other_integers_are_labels(kind):
+    w, x, y = batch(4, 5)
+    foreign = np.asarray(y).astype(kind)
+    assert evaluate.clean(linear, w, x, foreign).all()
+    np.testing.assert_array_equal(
+        attack.pgd(linear, w, x, foreign, eps=EPS, steps=2),
+        attack.pgd(linear, w, x, y, eps=EPS, steps=2),
+    )
+
+
+def test_a_perturbation_may_be_a_list():
+    w, x, y = batch(4, 5)
+    outcome = evaluate.outcome(linear, w, x, y, np.zeros(x.shape).tolist())
+    assert outcome.robust.all()
+    assert outcome.zero.all()
+
+
+# Labels of the wrong kind get the cure for their kind
+
+
+def test_a_column_of_labels_is_not_told_to_take_an_argmax():
+    w, x, y = batch(4, 5)
+    with pytest.raises(ValueError, match=r"got \(4, 1\); a column of labels becomes .* y\[:, 0\]"):
+        perturb.loss(linear, w, x, y[:, None], eps=EPS)
+
+
+@pytest.mark.parametrize("y", [np.ones(4, np.float32), np.ones(4, bool), list("abca")])
+def test_class_numbers_of_another_dtype_are_told_to_be_cast(y):
+    w, x, _ = batch(4, 5)
+    with pytest.raises(TypeError, match=r"astype\(int\); names become numbers by np.unique"):
+        evaluate.clean(linear, w, x, y)
+
+
+# What callers' functions take and return
+
+
+@pytest.mark.parametrize("driver", [evaluate.robust, evaluate.perturbations, evaluate.curve])
+def test_a_method_of_another_signature_is_named_before_it_is_called(driver):
+    w, x, y = batch(4, 5)
+    with pytest.raises(TypeError, match=r"expected perturb_fn to take .*eps, key, bounds\), got"):
+        driver(linear, w, x, y, lambda f, p, x, y, eps: 0 * x, eps=[EPS])
+
+
+def test_an_attack_of_another_signature_is_named_before_any_runs():
+    w, x, y = batch(4, 5)
+    attacks = {"mine": lambda f, p, x, y, eps: 0 * x}
+    with pytest.raises(TypeError, match=r"expected attack 'mine' to take .*eps, key, bounds\)"):
+        attack.cascade(linear, w, x, y, attacks, eps=EPS)
+
+
+RETURNED = {
+    "nothing": (lambda x: None, TypeError, "expected r, an array like x, got None"),
+    "one row": (lambda x: x[:1], ValueError, r"expected r of x's shape \(4, 5\), got \(1, 5\)"),
+    "integers": (lambda x: x.astype(int), TypeError, "expected r of a floating-point dtype"),
+}
+
+
+@pytest.mark.parametrize("kind", RETURNED)
+@pytest.mark.parametrize("user", ["robust", "perturbations", "curve", "cascade", "objective"])
+def test_what_a_method_returns_is_a_perturbation(user, kind):
+    w, x, y = batch(4, 5)
+    make, error, message = RETURNED[kind]
+
+    def mine(apply_fn, params, x, y, *, eps, key=None, bounds=None):
+        return make(x)
+
+    with pytest.raises(error, match=message):
+        if user == "cascade":
+            attack.cascade(linear, w, x, y, {"mine": mine}, eps=EPS)
+        elif user == "objective":
+            lwa = objectives.adversarial(linear, mine, eps=EPS)
+            lwa(w, None, (x, y), key=KEYS[0], step=0)
+        else:
+            eps = [EPS] if user == "curve" else EPS
+            getattr(evaluate, user)(linear, w, x, y, mine, eps=eps)
+
+
+def note_of(call):
+    with pytest.raises(TypeError) as caught:
+        call()
+    return "".join(caught.value.__notes__)
+
+
+def test_what_a_net_raises_says_what_it_was_called_with():
+    w, x, y = batch(4, 5)
+    source = linear, jnp.ones((7, 3))
+    note = note_of(lambda: evaluate.robust(linear, w, x, y, perturb.loss, eps=EPS, source=source))
+    assert "x of shape (4, 5) and dtype float32. If the net takes other inputs" in note
+
+
+def test_a_net_that_draws_is_told_of_samples():
+    w, x, y = batch(4, 5)
+    note = note_of(lambda: attack.pgd(lambda w, x, key: linear(w, x), w, x, y, eps=EPS))
+    assert "samples=1" in note
+
+
+def test_a_net_that_does_not_draw_is_told_of_no_samples():
+    w, x, y = batch(4, 5)
+    note = note_of(lambda: attack.pgd(linear, w, x, y, eps=EPS, samples=2, key=KEYS))
+    assert "apply_fn(params, x, key)" in note
+    assert "samples=0" in note
+
+
+def test_logits_in_a_dict_are_told_to_be_taken_out():
+    w, x, y = batch(4, 5)
+    with pytest.raises(TypeError, match=r'got dict; wrap it .*\["logits"\]'):
+        perturb.loss(lambda w, x: {"logits": linear(w, x)}, w, x, y, eps=EPS)
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x, y: {"image": x, "label": y}, r"got \['image', 'label'\]; pass a pair"),
+        (lambda x, y: (x, y, y), "got tuple; pass a pair"),
+        (lambda x, y: x, "got ArrayImpl; pass a pair"),
+    ],
+    ids=["dict", "three", "array"],
+)
+def test_a_batch_is_a_pair(make, message):
+    w, x, y = batch(2, 5)  # an array of two rows is no pair
+    with pytest.raises(TypeError, match=rf"expected a batch \(x, y\), {message}"):
+        objectives.natural(linear)(w, None, make(x, y), key=KEYS[0], step=0)
+
+
+def test_an_empty_batch_is_an_error_and_no_loss_of_nan():
+    w, x, y = batch(4, 5)
+    with pytest.raises(ValueError, match="batch of at least one example, got none"):
+        objectives.natural(lambda w, x: x @ w)(w, None, (x[:0], y[:0]), key=KEYS[0], step=0)
+
+
+def test_tokens_are_no_inputs_of_an_adversary():
+    tokens, y = jnp.zeros((4, 5), jnp.int32), jnp.zeros(4, jnp.int32)
+    lwa = objectives.adversarial(linear, perturb.loss, eps=EPS)
+    with pytest.raises(TypeError, match=r"got int32; cast pixels.*embeddings as x"):
+        lwa(jnp.ones((5, 3)), None, (tokens, y), key=KEYS[0], step=0)
+
+
+def test_a_train_fn_without_a_state_is_told_to_return_one():
+    w, x, y = batch(4, 5)
+    natural = objectives.natural(linear, train_fn=lambda params, state, x, key: linear(params, x))
+    with pytest.raises(TypeError, match=r"train_fn to return \(output, model_state\), got Array"):
+        natural(w, None, (x, y), key=KEYS[0], step=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "message"),
+    [
+        (0, TypeError, "expected a key, got 0; pass jax.random.key"),
+        (None, TypeError, "expected a key, got None; pass jax.random.key"),
+        (KEYS, ValueError, r"expected one key, got keys of shape \(4,\)"),
+    ],
+    ids=["seed", "none", "several"],
+)
+def test_a_run_has_one_key(key, error, message):
+    with pytest.raises(error, match=message):
+        train.init(jnp.zeros((5, 3)), optax.sgd(0.1), key=key)
+
+
+def epoch_loss(order):
+    w, x, y = batch(4, 5)
+    epoch = train.make_epoch(objectives.natural(linear), optax.sgd(0.1))
+    state = train.init(w, optax.sgd(0.1), key=KEYS[0])
+    return epoch(state, (x, y), order)[1].loss
+
+
+def test_an_example_beyond_the_last_is_seen_and_is_not_the_last():
+    np.testing.assert_array_equal(np.isnan(epoch_loss(jnp.array([[1, 2], [3, 4]]))), [False, True])
+
+
+@pytest.mark.parametrize("order", [jnp.array([[1.0, 2.0]]), jnp.array([1, 2])])
+def test_an_order_is_of_integers_for_each_step(order):
+    with pytest.raises(ValueError, match=r"expected order of integers \[S, B\], got"):
+        epoch_loss(order)
+
+
+# Measuring, norms and bounds
+
+
+def test_accuracies_are_no_masks():
+    with pytest.raises(ValueError, match=r"expected a mask \[n\]"):
+        evaluate.worst_case(0.5, 0.3)
+    with pytest.raises(TypeError, match="expected a mask of booleans, got float64"):
+        evaluate.worst_case(np.array([0.5, 0.2]), np.array([0.3, 0.0]))
+
+
+def test_a_list_of_counts_is_told_to_be_unpacked():
+    counts = evaluate.Counts(10, 9, 5, 0, 0, 0, 1.5)
+    with pytest.raises(TypeError, match=r"expected Counts, got \['list'\]; .*merge\(\*counts\)"):
+        evaluate.merge([counts, counts])
+
+
+@pytest.mark.parametrize("method", [perturb.loss, attack.pgd])
+def test_reversed_bounds_in_lists_raise(method):
+    w, x, y = batch(4, 5)
+    with pytest.raises(ValueError, match=r"with lo <= hi, got .*; swap them"):
+        method(linear, w, x, y, eps=EPS, bounds=([1.0] * 5, [0.0] * 5))
+
+
+def test_a_data_set_in_reversed_bounds_of_jax_is_told_to_swap_them():
+    w, x, y = batch(4, 5)
+    bounds = jnp.float32(9), jnp.float32(-9)
+    with pytest.raises(ValueError, match=r"with lo <= hi, got .*; swap them"):
+        evaluate.robust(linear, w, x, y, perturb.loss, eps=EPS, bounds=bounds)
+
+
+def test_one_key_draws_a_point_for_each_example():
+    x = jnp.zeros((4, 5))
+    one = norms.sample(jax.random.key(1), x, EPS, "l2")
+    np.testing.assert_array_equal(
+        one, norms.sample(jax.random.split(jax.random.key(1), 4), x, EPS, "l2")
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "error"), [(KEYS[:3], ValueError), (0, TypeError)], ids=["too few", "a seed"]
+)
+def test_points_of_a_ball_take_a_key_each(keys, error):
+    with pytest.raises(error, match=r"expected (one key or 4 keys|a key), .*; pass"):
+        norms.sample(keys, jnp.zeros((4, 5)), EPS, "l2")
+
+
+@pytest.mark.parametrize("function", [norms.steepest, functools.partial(norms.rescale, eps=5.0)])
+def test_directions_of_lists(function):
+    got = function([[3.0, 4.0]], norm="l2")
+    np.testing.assert_allclose(got / jnp.max(got), [[0.75, 1.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("x", "r", "error", "message"),
+    [
+        (np.ones((4, 5), int), np.ones((4, 5)), TypeError, "expected x of a floating-point dtype"),
+        (np.ones((4, 5)), np.ones((4, 5), int), TypeError, "expected r of a floating-point dtype"),
+        (np.ones((4, 5)), np.ones((1, 5)), ValueError, r"expected r of x's shape"),
+    ],
+    ids=["integer x", "integer r", "one row"],
+)
+@pytest.mark.parametrize("bounds", [None, (-1.0, 1.0)])
+def test_what_is_confined_is_a_perturbation_of_x(x, r, error, message, bounds):
+    with pytest.raises(error, match=message):
+        norms.confine(x, r, bounds)
+
+
+def test_logistic_takes_lists():
+    r = logistic.adversary([3.0, 4.0], [[1.0, 1.0]], [1], eps=5.0, norm="l2")
+    np.testing.assert_allclose(r, [[-3, -4]], rtol=1e-6)
+
+
+def test_integer_weights_of_logistic_are_named():
+    with pytest.raises(TypeError, match=r"expected w of a floating-point dtype.*w.astype"):
+        logistic.loss(jnp.array([3, 4]), jnp.ones((1, 2)), jnp.ones(1), eps=1.0, norm="l2")
+
+
+# Right already
+
+
+@pytest.mark.parametrize("name", ["alpha", "loss", "pgd", "fmn"])
+def test_a_float32_input_of_a_float16_net_has_a_float32_perturbation(name):
+    w, x, y = batch(4, 5)
+    r = BOUNDED[name](lambda w, x: linear(w, x).astype(jnp.float16), w, x, y, eps=EPS)
+    assert r.dtype == jnp.float32
+    assert bool(jnp.all(jnp.isfinite(r)))
+    assert float(norms.norm(r, "l2").max()) <= EPS * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["alpha", "loss", "vat", "pgd"])
+def test_an_ensemble_of_parameters_is_perturbed_under_vmap(name):
+    w, x, y = batch(4, 5)
+    ensemble = jnp.stack([w, 2 * w, -w])
+    together = jax.vmap(lambda w: BOUNDED[name](linear, w, x, y, eps=EPS))(ensemble)
+    one = BOUNDED[name](linear, ensemble[2], x, y, eps=EPS)
+    np.testing.assert_allclose(together[2], one, rtol=1e-5, atol=1e-6)  # other programs round so
