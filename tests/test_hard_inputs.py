@@ -425,8 +425,22 @@ RETURNED = {
 }
 
 
+def as_objective(net, w, x, y, method, *, eps):
+    lwa = objectives.adversarial(net, method, eps=eps)
+    return lwa(w, None, (x, y), key=KEYS[0], step=0)
+
+
+USERS = {
+    "robust": evaluate.robust,
+    "perturbations": evaluate.perturbations,
+    "curve": lambda *args, eps: evaluate.curve(*args, eps=[eps]),
+    "cascade": lambda *args, eps: attack.cascade(*args[:4], {"mine": args[4]}, eps=eps),
+    "objective": as_objective,
+}
+
+
 @pytest.mark.parametrize("kind", RETURNED)
-@pytest.mark.parametrize("user", ["robust", "perturbations", "curve", "cascade", "objective"])
+@pytest.mark.parametrize("user", USERS)
 def test_what_a_method_returns_is_a_perturbation(user, kind):
     w, x, y = batch(4, 5)
     make, error, message = RETURNED[kind]
@@ -435,14 +449,7 @@ def test_what_a_method_returns_is_a_perturbation(user, kind):
         return make(x)
 
     with pytest.raises(error, match=message):
-        if user == "cascade":
-            attack.cascade(linear, w, x, y, {"mine": mine}, eps=EPS)
-        elif user == "objective":
-            lwa = objectives.adversarial(linear, mine, eps=EPS)
-            lwa(w, None, (x, y), key=KEYS[0], step=0)
-        else:
-            eps = [EPS] if user == "curve" else EPS
-            getattr(evaluate, user)(linear, w, x, y, mine, eps=eps)
+        USERS[user](linear, w, x, y, mine, eps=EPS)
 
 
 def note_of(call):
