@@ -219,7 +219,7 @@ class Unhashable:
 )
 def test_an_unhashable_net_is_an_error_with_a_cure(name):
     w, x, y = batch(4, 2, 2, 1)
-    with pytest.raises(TypeError, match=r"expected a hashable apply_fn.*got Unhashable; make its"):
+    with pytest.raises(TypeError, match=r"expected a hashable apply_fn.*got Unhashable.*; pass a"):
         BOUNDED[name](Unhashable(), w, x, y, eps=EPS)
 
 
