@@ -43,8 +43,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, models, parallel, peers, protocol, recipes, report, timing, training
+from experiments import (
+    data,
+    models,
+    options,
+    parallel,
+    peers,
+    protocol,
+    recipes,
+    report,
+    timing,
+    training,
+)  # fmt: skip
 from experiments.benchmarks import common, rates
+from experiments.options import OutputFolder, Positive
 from jaxadv import attack, evaluate, perturb
 from jaxadv.types import ApplyFn, Bounds, Params, PerturbFn
 
@@ -55,14 +67,14 @@ CPU = RESULTS / "accelerator" / "cpu" / "b.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(options.Checked):
     """What each part is told."""
 
-    out: Path
+    out: OutputFolder
     """Where its JSON goes."""
     quick: bool = False
     """Whether it runs in the small form."""
-    seconds: float = 36_000
+    seconds: Positive = 36_000
     """Its time-out."""
 
 
@@ -119,11 +131,11 @@ def _tested(name: str, end: float) -> Figure:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         outcome = Path(folder) / "outcome.xml"
-        options = ["-q", f"--junitxml={outcome}", f"tests/test_{name}.py"]
-        options += ["-o", "addopts=--strict-markers -m 'not slow'"]  # ours take pytest-xdist
+        arguments = ["-q", f"--junitxml={outcome}", f"tests/test_{name}.py"]
+        arguments += ["-o", "addopts=--strict-markers -m 'not slow'"]  # ours take pytest-xdist
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "pytest", *options],
+                [sys.executable, "-m", "pytest", *arguments],
                 cwd=common.ROOT, capture_output=True, text=True, timeout=max(end - start, 1),
                 env={**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"},
             )  # fmt: skip

@@ -56,9 +56,9 @@ __all__ = [
 ]
 
 # Stands for a logit of -inf, or further than this below the largest: far enough that its
-# probability is 0 in any dtype, and finite, so that no derivative meets infinity minus infinity.
-# The sum of three of these is still a float32.
-_NEVER = -1e38
+# probability is 0 in any dtype, and finite, so that no derivative meets infinity minus infinity;
+# near enough that its reciprocal, in a ratio of logits, is still a float32.
+_NEVER = -1e30
 
 _CACHED = 20_000_000  # bytes that a pass back may compute and be fast on CPU
 

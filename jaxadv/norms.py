@@ -198,7 +198,7 @@ def log_norm(v: jax.Array, norm: Norm) -> jax.Array:
       >>> import jax.numpy as jnp
       >>> from jaxadv import norms
       >>> norms.log_norm(jnp.full((1, 4), 3e38), "l1").round(3).tolist()
-      [89.985]
+      [89.983]
     """
     u, m = _scaled(_flat(v))
     size = _geometry(norm).size(u)

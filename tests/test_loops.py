@@ -369,7 +369,7 @@ def test_curves_keep_a_net_of_channels_first_off_the_slow_path():
     def run(x):
         sizes = jnp.array([0.0, 1.0])
         return evaluate.masks._curve_batch(
-            apply_fn, perturb.loss, draw(3, 3, 3, 3), sizes, x, Y, jnp.ones(2), None
+            apply_fn, perturb.loss, draw(3, 3, 3, 3), None, sizes, x, Y, jnp.ones(2), None
         )
 
     assert set(in_loops(run, draw(2, 3, 5, 5))) == {FAST[2]}

@@ -20,9 +20,17 @@ def test_the_tables_are_the_records():
 def test_what_is_printed_stands_above_ours_and_the_boards_figures_beside(monkeypatch, tmp_path):
     columns = dict.fromkeys(report.LABELS, 0.5)
     rows = [{"method": "lwa", "eps": eps, "columns": columns} for eps in (0.5, 0.25)]
+    rows = [{"experiment": "cifar10", **row} for row in rows]
     (tmp_path / "cifar10").mkdir()
     report.save_rows(tmp_path / "cifar10" / "results.json", rows)
-    full = {"method": "cifar10/lwa", "norm": "l2", "eps": 0.5, "attack": "standard", "n": 9}
+    full = {
+        "experiment": "evaluate",
+        "method": "cifar10/lwa",
+        "norm": "l2",
+        "eps": 0.5,
+        "attack": "standard",
+        "n": 9,
+    }
     (tmp_path / "board").mkdir()
     report.save_rows(tmp_path / "board" / "results.json", [{**full, "columns": {"robust": 0.4}}])
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
@@ -59,8 +67,21 @@ def test_the_published_ensemble_and_ours_stand_beside_each_other():
 
 def test_ways_of_training_by_one_step_stand_beside_what_autoattack_leaves(monkeypatch, tmp_path):
     columns = {"validation": 0.99, "adv_loss": 0.95, "pgd": 0.7}
-    row = {"method": "four", "seed": 0, "eps": 1.5, "epochs": 2, "train_seconds": 10.0}
-    left = {"method": "four, seed 0", "eps": 1.5, "n": 5, "attack": "standard"}
+    row = {
+        "experiment": "remedies",
+        "method": "four",
+        "seed": 0,
+        "eps": 1.5,
+        "epochs": 2,
+        "train_seconds": 10.0,
+    }
+    left = {
+        "experiment": "evaluate",
+        "method": "four, seed 0",
+        "eps": 1.5,
+        "n": 5,
+        "attack": "standard",
+    }
     (tmp_path / "remedies" / "autoattack").mkdir(parents=True)
     report.save_rows(tmp_path / "remedies" / "results.json", [{**row, "columns": columns}])
     report.save_rows(

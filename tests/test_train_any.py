@@ -250,7 +250,7 @@ def test_another_size_in_training_is_trained_elsewhere(folder, tmp_path):
 
 
 def test_results_without_an_attack_are_an_error_before_training(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "load", pytest.fail)
+    monkeypatch.setattr(data, "named", pytest.fail)
     (tmp_path / "results.json").write_text("[{}]")
     with pytest.raises(
         options.UsageError, match=r"with attack in .*results.json, .*; move it away"

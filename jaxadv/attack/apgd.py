@@ -167,8 +167,8 @@ def apgd(
       classifiers", 2021.
     """
     x, y, eps = _checked(x, y, eps, norm, steps, bounds)
-    apply_fn = closures.keyed(apply_fn, params, x)
     keys = search.keys(key, x, True, restarts, samples)
+    apply_fn = closures.keyed(apply_fn, params, x)
     return _run(
         apply_fn, norm, steps, loss_fn, targeted, restarts, samples, params, x, y, eps, keys, bounds
     )
@@ -230,8 +230,8 @@ def apgd_targeted(
     inputs.at_least(1, "n_targets", n_targets, "9 is the published number")
     y = inputs.labels(y, np.shape(x)[0])
     x, y, eps = _checked(x, y, eps, norm, steps, bounds)
-    apply_fn = closures.keyed(apply_fn, params, x)
     keys = search.keys(key, x, True, 1, 0)
+    apply_fn = closures.keyed(apply_fn, params, x)
     return _run_targets(apply_fn, norm, steps, n_targets, params, x, y, eps, keys, bounds)
 
 

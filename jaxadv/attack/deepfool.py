@@ -102,13 +102,13 @@ def deepfool(
         )
     norms.dual(norm)  # known?
     x = inputs.examples(x)
-    apply_fn = closures.keyed(apply_fn, params, x)
     y = inputs.labels(y, x.shape[0])
     if eps is not None:
         eps = inputs.radius(eps, x)
     if bounds is not None:
         inputs.box(bounds, x)  # now, while they are numbers
     overshoot = max(overshoot, _OVERSHOOT)
+    apply_fn = closures.keyed(apply_fn, params, x)
     return _run(apply_fn, norm, steps, output, params, x, y, eps, overshoot, bounds)
 
 

@@ -128,13 +128,13 @@ def fab(
             )
     norms.dual(norm)
     x = inputs.examples(x)
-    apply_fn = closures.keyed(apply_fn, params, x)
     y = inputs.labels(y, x.shape[0])
     eps = None if eps is None else inputs.radius(eps, x)
     if bounds is not None:
         inputs.box(bounds, x)  # now, while they are numbers
     keys = inputs.keys(key, x.shape[0], "a restart") if restarts > 1 else None
     counts, constants = (steps, n_targets, restarts), (alpha_max, eta, beta)
+    apply_fn = closures.keyed(apply_fn, params, x)
     return _run(apply_fn, norm, params, x, y, eps, counts, constants, keys, bounds)
 
 

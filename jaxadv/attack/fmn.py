@@ -105,12 +105,12 @@ def fmn(
         raise ValueError(f"expected step_size > 0, got {step_size}; 1 suits images in [0, 1]")
     norms.dual(norm)  # known?
     x = inputs.examples(x)
-    apply_fn = closures.keyed(apply_fn, params, x)
     y = inputs.labels(y, x.shape[0])
     if eps is not None:
         eps = inputs.radius(eps, x)
     if bounds is not None:
         inputs.box(bounds, x)  # now, while they are numbers
+    apply_fn = closures.keyed(apply_fn, params, x)
     return _run(apply_fn, norm, steps, targeted, params, x, y, eps, step_size, bounds)
 
 

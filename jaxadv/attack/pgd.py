@@ -106,13 +106,13 @@ def pgd(
     """
     inputs.at_least(1, "steps", steps, "one step is perturb.loss")
     x = inputs.examples(x)
-    apply_fn = closures.keyed(apply_fn, params, x)
     y = inputs.paired(x, y)
     eps = inputs.radius(eps, x)
     step_size = 2.5 * eps / steps if step_size is None else inputs.radius(step_size, x)
     if bounds is not None:
         inputs.box(bounds, x)  # now, while they are numbers
     keys = search.keys(key, x, random_start, restarts, samples)
+    apply_fn = closures.keyed(apply_fn, params, x)
     return _run(
         apply_fn, norm, steps, loss_fn, targeted, random_start, restarts, samples, params, x, y,
         eps, step_size, keys, bounds,

@@ -255,12 +255,12 @@ def square(
     if not 0 < p_init <= 1:
         raise ValueError(f"expected 0 < p_init <= 1, got {p_init}; pass a share of the image")
     x = inputs.examples(x)
-    apply_fn = closures.keyed(apply_fn, params, x)
     y = inputs.labels(y, x.shape[0])
     eps = inputs.radius(eps, x)
     if bounds is not None:
         inputs.box(bounds, x)  # now, while they are numbers
     keys = inputs.keys(key, x.shape[0], "the square attack")
+    apply_fn = closures.keyed(apply_fn, params, x)
     return _run(apply_fn, norm, steps, p_init, targeted, params, x, y, eps, keys, bounds)
 
 
