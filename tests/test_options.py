@@ -25,6 +25,7 @@ NEEDED = {
     "experiments.reference": {"net": NET},
     "experiments.board": {"record": "mnist_mlp"},
     "experiments.known": {"folder": Path()},
+    "experiments.accelerator": {"out": Path()},
 }
 
 
@@ -123,8 +124,8 @@ REFUSED = {
         "--train-eps 1 --method normal": "--train-eps with an adversary, got the method normal",
         "--norm l1 --attacks square": "--norm l2 or linf for the attack square, got l1",
         "--attacks pgd pgd": "--attacks to be different values, got pgd pgd",
-        "--out FILE": "--out to be a folder that can be written to, got .*isn't a folder",
-        "--out FILE/runs": "--out to be a folder that can be written to, got .*isn't a folder",
+        "--out FILE": "--out to be a folder that can be written to, got ",
+        "--out FILE/runs": "--out to be a folder that can be written to, got ",
         "--processes 2": "--coordinator, --processes and --process together",
         "--coordinator here:1 --processes 2 --process 2": "--process to be less than the 2 of",
         "--coordinator here --processes 2 --process 0": "--coordinator to be an address and a port",

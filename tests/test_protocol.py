@@ -136,7 +136,7 @@ def test_a_net_that_is_split_above_its_layers_is_refused_before_any_is_trained(
     method = recipes.Method((), 1, 0.1)
     task = protocol.Task(
         "test", {"lwa_rep": method}, method, {}, lambda method: mlp(method.widths, split=1),
-        lambda _: "none", images, images, "squares",
+        lambda _: "none", images, images, "squares", SQUARES,
     )  # fmt: skip
     with pytest.raises(options.UsageError, match=r"at least 1 blocks .*, got 0; .*--.*\.widths"):
         protocol.run(protocol.Settings(out=tmp_path), task, Console(file=io.StringIO()))
