@@ -22,6 +22,7 @@ from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["deepfool"]
 
+_OUTPUTS = "logits", "probabilities"
 _OVERSHOOT = 2 * search.CROSSING  # at least
 
 
@@ -95,9 +96,9 @@ def deepfool(
     inputs.at_least(1, "steps", steps, "one step is perturb.alpha's")
     if not overshoot >= 0:
         raise ValueError(f"expected overshoot >= 0, got {overshoot}; 0.02 is the published number")
-    if output not in _STEPS:
+    if output not in _OUTPUTS:
         raise ValueError(
-            f"expected output to be one of {', '.join(map(repr, _STEPS))}, got {output!r}; "
+            f"expected output to be one of {', '.join(map(repr, _OUTPUTS))}, got {output!r}; "
             "choose what is linearised"
         )
     norms.dual(norm)  # known?
@@ -113,13 +114,7 @@ def deepfool(
 
 
 def _probability_step(
-    apply_fn: ApplyFn,
-    params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    norm: Norm,
-    bounds: Bounds | None,
-    walls: jax.Array,
+    apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array, norm: Norm
 ) -> jax.Array:
     """Return Adv_Alpha's step, at most a thousand times as long as x is large; it has no box."""
     r = perturb.alpha(apply_fn, params, x, y, norm=norm).astype(inputs.wide(x.dtype))
@@ -128,21 +123,6 @@ def _probability_step(
     size = norms.norm(jnp.clip(r, -1e37, 1e37), norm)  # of more, 1 / size could be flushed to 0
     capped = inputs.batched(longest, x) * unit
     return jnp.where(inputs.batched(size <= longest, x), r, capped)
-
-
-def _logit_step(
-    apply_fn: ApplyFn,
-    params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    norm: Norm,
-    bounds: Bounds | None,
-    walls: jax.Array,
-) -> jax.Array:
-    return search.to_boundary(apply_fn, params, x, y, norm, bounds, walls=walls)
-
-
-_STEPS = {"logits": _logit_step, "probabilities": _probability_step}
 
 
 class _State(NamedTuple):
@@ -185,8 +165,11 @@ def _run(
     def step(state: _State) -> _State:
         r = state.r
         at = inside(r)
-        walls = (norm == "l1") | (state.i >= steps // 2)
-        ahead = _STEPS[output](apply_fn, params, x + at, y, norm, bounds, walls)
+        if output == "logits":
+            walls = (norm == "l1") | (state.i >= steps // 2)
+            ahead = search.to_boundary(apply_fn, params, x + at, y, norm, bounds, walls=walls)
+        else:
+            ahead = _probability_step(apply_fn, params, x + at, y, norm)
         moved = at.astype(r.dtype) + ahead
         near, far = inside(moved), inside(over * moved)
         (hit_near, barely_near), (hit, barely) = crossed(near), crossed(far)
