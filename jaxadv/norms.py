@@ -197,8 +197,8 @@ def log_norm(v: jax.Array, norm: Norm) -> jax.Array:
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxadv import norms
-      >>> norms.log_norm(jnp.full((1, 4), 3e38), "l1").round(3).tolist()
-      [89.983]
+      >>> round(float(norms.log_norm(jnp.full((1, 4), 3e38), "l1")[0]), 3)
+      89.983
     """
     u, m = _scaled(_flat(v))
     size = _geometry(norm).size(u)
