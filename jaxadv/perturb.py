@@ -78,7 +78,7 @@ def alpha(
         a negative traced value counts as 0.
       candidates: consider only this many classes, the likeliest besides y; one backward pass each.
         r may then be larger than the least. None: all K - 1, as in the paper, with a warning where
-        these are over a hundred.
+        these are over a hundred and `chunk` is None.
       chunk: for how many classes at once to go back through the net; the memory is that of so many
         times x and of the backward pass, and r is the same. None: all at once; on CPU as many as
         fit in the cache.
@@ -137,7 +137,7 @@ def alpha(
         return jacobian.Nearest(order, log_size, rows.d, reachable)
 
     classes = jacobian.other_classes(y, n_classes)
-    if candidates is None and n_classes - 1 > _MANY:
+    if candidates is None and chunk is None and n_classes - 1 > _MANY:
         warnings.warn(
             f"perturb.alpha takes {n_classes - 1} backward passes, one for each class but y; "
             "candidates=10 takes 10, for the likeliest classes, and "
