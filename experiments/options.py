@@ -15,6 +15,7 @@ import functools
 import operator
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
@@ -45,12 +46,12 @@ class UsageError(ValueError):
     """What a command was told can't be done. Says what was expected, what it got, and the cure."""
 
 
-class Limit:
+class Limit(ABC):
     """What an annotation says of the values that an option takes."""
 
+    @abstractmethod
     def refusal(self, value: Any) -> tuple[str, str] | None:
         """Return what was expected instead of a value, and the cure; None if it is fine."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class _NotEmpty(Limit):
 
 
 class Distinct(Limit):
-    """Values of which no two are equal."""
+    """Values that all differ."""
 
     def refusal(self, value: tuple[Any, ...]) -> tuple[str, str] | None:
         """Say so, if two are."""

@@ -53,7 +53,7 @@ def pgd(
     The best point of each example is kept over all iterates, the start included: one that is
     misclassified before one that isn't, then by loss. More steps of the same size never do worse.
     The first of several starts is x itself: in high dimension a random point of an l2 ball lies
-    near its surface, and PGD from there alone is often the weaker attack. Restarts skip examples
+    near its surface, and PGD started only there is often the weaker attack. Restarts skip examples
     that are misclassified already. In l1 the direction has one entry: the largest of those that the
     box doesn't stop.
 

@@ -1,6 +1,6 @@
 """What an attack may do: the norm that it has, and whether its perturbations keep to size and box.
 
-A norm is said once, to the attack (`functools.partial(attack.pgd, norm="linf")`); measuring takes
+A norm is given once, to the attack (`functools.partial(attack.pgd, norm="linf")`); measuring takes
 it from there. A perturbation that is larger than eps in it, or leaves the box, makes every figure
 that rests on it wrong, so that it is an error and no result.
 """
