@@ -23,7 +23,7 @@ import optax
 from experiments import options
 from experiments.models import Classifier, function, train_function
 from experiments.options import Count, Positive, Range, Size, Whole
-from jaxadv import attack, jacobian, norms, objectives, perturb
+from jaxadv import attack, losses, norms, objectives, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Bounds, Objective, Params, PerturbFn, Schedule, TrainFn
 
@@ -65,7 +65,7 @@ ADVERSARIES: dict[str, PerturbFn] = {
     "alpha": perturb.alpha,
     "loss": perturb.loss,
     "loss_sign": perturb.loss_sign,
-    "virtual": perturb.virtual,
+    "virtual": perturb.vat,
 }
 
 
@@ -113,7 +113,7 @@ class Robust(Adversarial):
 class MultiStep(Robust):
     """A net that is made by several steps.
 
-    Its adversary is `attack.pgd` for the objectives `adversarial` and `mixed`, and `attack.virtual`
+    Its adversary is `attack.pgd` for the objectives `adversarial` and `mixed`, and `attack.pgd_kl`
     for `virtual`, which is then TRADES; perturbed images stay in the range of pixels.
     """
 
@@ -217,7 +217,7 @@ def make_objective(
     make = {
         "adversarial": objectives.adversarial,
         "mixed": objectives.mixed,
-        "virtual": objectives.virtual,
+        "virtual": objectives.kl_regularized,
     }[method.objective]
     return make(apply_fn, adversary, eps=eps, train_fn=train_fn)
 
@@ -230,8 +230,8 @@ def _multi_step_objective(
     box: Bounds,
 ) -> Objective:
     if method.objective == "virtual":
-        adversary: PerturbFn = partial(attack.virtual, steps=method.steps)
-        return objectives.virtual(
+        adversary: PerturbFn = partial(attack.pgd_kl, steps=method.steps)
+        return objectives.kl_regularized(
             apply_fn, adversary, eps=eps, weight=method.weight, train_fn=train_fn, bounds=box
         )
     adversary = partial(attack.pgd, steps=method.steps, random_start=method.random_start)
@@ -269,9 +269,9 @@ def one_step(
 ) -> jax.Array:
     """Adv_Loss from a random point; `OneStep` says what noise, stride and reach are."""
     start = norms.sample(jax.random.split(key, len(x)), x, noise * eps, "l2")
-    start = norms.confine(x, start, bounds)
+    start = norms.clip_to_box(x, start, bounds)
     step = perturb.loss(apply_fn, params, x + start, y, eps=stride * eps)
-    return norms.confine(x, norms.project(start + step, reach * eps, "l2"), bounds)
+    return norms.clip_to_box(x, norms.project(start + step, reach * eps, "l2"), bounds)
 
 
 def aligned(
@@ -294,7 +294,7 @@ def aligned(
 
         @jax.grad
         def gradient(x: jax.Array) -> jax.Array:  # a positive multiple of cross-entropy's
-            return jnp.sum(jacobian.margin(apply_fn(params, x), y))
+            return jnp.sum(losses.margin(apply_fn(params, x), y))
 
         at, near = (gradient(z).reshape(len(x), -1) for z in (x, x + r.astype(x.dtype)))
         turned = 1 - optax.losses.cosine_similarity(at, near, epsilon=1e-12)

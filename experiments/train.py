@@ -178,8 +178,8 @@ def make_objective(settings: Settings, net: nn.Module, epoch_steps: int) -> Obje
         eps = size
     common: dict[str, Any] = {"eps": eps, "train_fn": train_fn, "bounds": (0.0, 1.0)}
     if settings.method == "trades":
-        diverging = partial(attack.virtual, norm=settings.norm, steps=settings.steps)
-        return objectives.virtual(apply_fn, diverging, weight=settings.weight, **common)
+        diverging = partial(attack.pgd_kl, norm=settings.norm, steps=settings.steps)
+        return objectives.kl_regularized(apply_fn, diverging, weight=settings.weight, **common)
     adversary: PerturbFn = partial(perturb.loss, norm=settings.norm)
     if settings.steps > 1:
         adversary = partial(attack.pgd, norm=settings.norm, steps=settings.steps, random_start=True)

@@ -18,14 +18,17 @@ import numpy as np
 from jaxadv.types import Bounds, Eps, Params
 
 __all__ = [
+    "accum_dtype",
     "apply",
     "are_examples",
     "at_least",
-    "batched",
+    "attackable",
     "box",
     "called",
     "examples",
+    "expand_like",
     "finite",
+    "is_correct",
     "keys",
     "labels",
     "logits_of",
@@ -35,19 +38,16 @@ __all__ = [
     "paired",
     "perturbation",
     "radius",
-    "right",
-    "solvable",
-    "wide",
 ]
 
 
-def wide(dtype: Any) -> Any:
+def accum_dtype(dtype: Any) -> Any:
     """Return the dtype that arithmetic on values of `dtype` is done in: float32 at least."""
     kind = jax.dtypes.canonicalize_dtype(dtype)
     return jnp.dtype(jnp.float32) if jnp.finfo(kind).bits < 32 else kind
 
 
-def batched(a: jax.Array, like: jax.Array) -> jax.Array:
+def expand_like(a: jax.Array, like: jax.Array) -> jax.Array:
     """Reshape `a` of shape `[B]` to `[B, 1, ...]`, so that it broadcasts against `like`."""
     return a.reshape(a.shape + (1,) * (like.ndim - 1))
 
@@ -249,13 +249,13 @@ def finite(x: jax.Array, logits: jax.Array, eps: jax.Array | None = None) -> jax
     return sound if eps is None else sound & jnp.isfinite(eps)
 
 
-def right(logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+def is_correct(logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """Tell which rows are classified right, `[B]`: sound ones of a class that isn't masked."""
     masked = jnp.all(jnp.isneginf(logits), axis=1)  # argmax would name class 0
     return (jnp.argmax(logits, axis=1) == y) & finite(x, logits) & ~masked
 
 
-def solvable(logits: jax.Array, y: jax.Array | None) -> jax.Array:
+def attackable(logits: jax.Array, y: jax.Array | None) -> jax.Array:
     """Tell which rows pose a problem, `[B]`: y is a class with a finite logit, and another is too.
 
     Without labels (`y` None), two classes with a finite logit are enough.
@@ -291,7 +291,7 @@ def radius(eps: Eps, x: Any) -> jax.Array:
             f"expected eps of shape () or [{x.shape[0]}], got {np.shape(eps)}; "
             "pass one size, or one for each example of the batch"
         )
-    eps = jnp.maximum(jnp.asarray(eps).astype(wide(x.dtype)), 0)
+    eps = jnp.maximum(jnp.asarray(eps).astype(accum_dtype(x.dtype)), 0)
     return jnp.broadcast_to(eps, (x.shape[0],))
 
 
@@ -310,7 +310,7 @@ def box(bounds: Bounds, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         )
     try:
         lo, hi = (
-            jnp.broadcast_to(jnp.asarray(b).astype(x.dtype), x.shape).astype(wide(x.dtype))
+            jnp.broadcast_to(jnp.asarray(b).astype(x.dtype), x.shape).astype(accum_dtype(x.dtype))
             for b in bounds
         )
     except ValueError as error:

@@ -23,9 +23,6 @@ top wrong class have the same gradient, these two cancel, and entries of other c
 rounding would leave noise: they are 0. Where nothing is left then, `perturb` looks again without
 the top wrong class.
 
-`margin` is the same idea for the loss: cross-entropy is :math:`\log(1 + e^m)` with :math:`m =
-\mathrm{logsumexp}_{k \ne y} z_k - z_y`, whose gradient never vanishes by rounding.
-
 `nearest` takes of some classes the nearest, going back through the net for a few at a time.
 
 Next: `perturb` makes Algorithm 1 of these; `attack.deepfool` repeats it on logits.
@@ -43,22 +40,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxadv import inputs, loops
+from jaxadv import _cpu, inputs, losses
 from jaxadv.types import ApplyFn, Params
 
 __all__ = [
     "Rows",
     "class_differences",
     "class_pullback",
-    "margin",
     "pullback",
     "softmax_jacobian",
 ]
-
-# Stands for a logit of -inf, or further than this below the largest: far enough that its
-# probability is 0 in any dtype, and finite, so that no derivative meets infinity minus infinity;
-# near enough that its reciprocal, in a ratio of logits, is still a float32.
-_NEVER = -1e30
 
 _CACHED = 20_000_000  # bytes that a pass back may compute and be fast on CPU
 
@@ -131,38 +122,9 @@ def softmax_jacobian(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Arr
 
     def softmax(example: jax.Array) -> jax.Array:
         logits = inputs.apply(apply_fn, params, example[None])[0]
-        return jax.nn.softmax(logits.astype(inputs.wide(logits.dtype)))
+        return jax.nn.softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
 
     return jax.vmap(jax.jacrev(softmax))(x)
-
-
-def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    r"""Cross-entropy's margin form: it grows with the loss and its gradient never vanishes.
-
-    .. math:: m = \mathrm{logsumexp}_{k \ne y} z_k - z_y, \qquad \mathrm{CE} = \log(1 + e^m)
-
-    Args:
-      logits: `[B, K]`, floating point; a logit of -inf masks its class.
-      labels: integers, `[B]`, in 0..K-1.
-
-    Returns:
-      `[B]`, in float32 at least; -inf where no class but y is left.
-
-    Raises:
-      TypeError: if `labels` are not integers.
-      ValueError: if `labels` are not `[B]`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxadv import jacobian
-      >>> jacobian.margin(jnp.array([[3.0, 1.0]]), jnp.array([0])).tolist()
-      [-2.0]
-    """
-    labels = inputs.labels(labels, logits.shape[0])
-    logits = logits.astype(inputs.wide(logits.dtype))
-    is_y = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
-    others = jax.nn.logsumexp(jnp.where(is_y, -jnp.inf, logits), axis=1)
-    return others - jnp.sum(jnp.where(is_y, logits, 0), axis=1)
 
 
 def pullback(
@@ -201,7 +163,7 @@ def pullback(
         (pulled,) = vjp(rows.astype(logits.dtype))
         return pulled
 
-    return logits.astype(inputs.wide(logits.dtype)), pull
+    return logits.astype(inputs.accum_dtype(logits.dtype)), pull
 
 
 def class_differences(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array) -> Rows:
@@ -276,7 +238,7 @@ def class_pullback(
     y = jnp.clip(y, 0, logits.shape[1] - 1)
     # A row that poses no problem gets logits that pose an easy one: whoever discards its result
     # then multiplies its derivatives by 0, and they have to be finite for that.
-    posed = inputs.solvable(logits, y)[:, None]
+    posed = inputs.attackable(logits, y)[:, None]
     small = headroom(logits)
 
     def rows_of(classes: jax.Array, masked: jax.Array | None = None) -> Rows:
@@ -318,7 +280,7 @@ def nearest(
         other = nearest_of(classes)
         less = (other.order < best.order) | jnp.isnan(other.order)
         return jax.tree.map(
-            lambda new, old: jnp.where(inputs.batched(less, new), new, old), other, best
+            lambda new, old: jnp.where(inputs.expand_like(less, new), new, old), other, best
         ), None
 
     if n_chunks == 1:
@@ -328,7 +290,7 @@ def nearest(
     none = jax.tree.map(lambda leaf: jnp.zeros_like(x, leaf.dtype, leaf.shape), of_one)
     none = none._replace(order=jnp.full_like(none.order, jnp.inf))
     # All of them in the loop, where the pass back is compiled once.
-    best, _ = jax.lax.scan(loops.body(nearer), none, chunks)
+    best, _ = jax.lax.scan(_cpu.fast_convolutions(nearer), none, chunks)
     return best
 
 
@@ -353,7 +315,7 @@ def _softmax_rows(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the scaled rows of V `[B, J, K]`, their log scales and gaps `[B, J]`."""
     n_classes = logits.shape[1]
-    z = below_largest(logits)
+    z = losses.shift_logits(logits)
     y = y[:, None]  # [B, 1]
 
     log_z = jax.nn.logsumexp(z, axis=1, keepdims=True)
@@ -361,7 +323,9 @@ def _softmax_rows(
     # log(1 - alpha): only the likeliest class can have an alpha near 1, where 1 - alpha would be
     # lost; its complement is the sum of the others.
     is_top = jax.nn.one_hot(jnp.argmax(z, axis=1), n_classes, dtype=bool)
-    rest_of_top = jax.nn.logsumexp(jnp.where(is_top, _NEVER, z), axis=1, keepdims=True) - log_z
+    rest_of_top = (
+        jax.nn.logsumexp(jnp.where(is_top, losses.MASKED, z), axis=1, keepdims=True) - log_z
+    )
     log_1ma = jnp.where(is_top, rest_of_top, jnp.log1p(-jnp.where(is_top, 0, jnp.exp(log_a))))
 
     def at(values: jax.Array, index: jax.Array) -> jax.Array:
@@ -397,21 +361,6 @@ def without_rounding(rows: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(rows) < jnp.finfo(rows.dtype).epsneg, 0, rows)
 
 
-def top_wrong(logits: jax.Array, is_y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return each row's top wrong class, bool `[B, K]`, and the logits of those after it.
-
-    Args:
-      logits: `[B, K]`.
-      is_y: the true class, bool `[B, K]`.
-
-    Returns:
-      The top wrong class, and logits that are -inf for it and for y.
-    """
-    others = jnp.where(is_y, -jnp.inf, logits)
-    top = jax.nn.one_hot(jnp.argmax(others, axis=1), logits.shape[1], dtype=bool)
-    return top, jnp.where(top, -jnp.inf, others)
-
-
 def headroom(logits: jax.Array) -> jax.Array:
     """Return a factor for cotangents, `[B, 1]`: 1, or small where logits are near overflow.
 
@@ -421,14 +370,3 @@ def headroom(logits: jax.Array) -> jax.Array:
     largest = jnp.max(jnp.where(jnp.isfinite(logits), jnp.abs(logits), 0), axis=1, keepdims=True)
     near = largest > jnp.finfo(logits.dtype).max / 2**10
     return jnp.where(near, 2.0**-12, 1).astype(logits.dtype)
-
-
-def below_largest(logits: jax.Array) -> jax.Array:
-    """Shift logits `[B, K]` so that the largest is 0 and -inf is a large finite negative number.
-
-    The softmax and all that is made of it stay the same; no difference of two entries overflows
-    or is NaN. Rows of nothing but -inf come out finite as well.
-    """
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
-    # A shift changes no softmax, so it is a constant for derivatives.
-    return jnp.maximum(logits - jnp.where(jnp.isneginf(largest), 0, largest), _NEVER)

@@ -76,7 +76,7 @@ def _data(w: jax.Array, x: jax.Array, y: jax.Array) -> _Data:
         raise ValueError(
             "expected labels -1 and +1, got other values; labels 0 and 1 become these by 2 * y - 1"
         )
-    wide = inputs.wide(jnp.result_type(x, w))
+    wide = inputs.accum_dtype(jnp.result_type(x, w))
     margins = y.astype(wide) * (x.astype(wide) @ w.astype(wide))
     return _Data(w, x, y.astype(x.dtype), margins)
 

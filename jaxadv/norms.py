@@ -31,7 +31,7 @@ from jaxadv import inputs
 from jaxadv.types import Bounds, Eps, Norm
 
 __all__ = [
-    "confine",
+    "clip_to_box",
     "dual",
     "is_zero",
     "log_norm",
@@ -129,7 +129,7 @@ def _geometry(norm: Norm) -> _Geometry:
 
 def _flat(v: jax.Array) -> jax.Array:
     v = inputs.examples(v, "v")
-    return v.reshape(v.shape[0], math.prod(v.shape[1:])).astype(inputs.wide(v.dtype))
+    return v.reshape(v.shape[0], math.prod(v.shape[1:])).astype(inputs.accum_dtype(v.dtype))
 
 
 def _scaled(v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -381,7 +381,7 @@ def sample(keys: jax.Array, x: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
     x = inputs.examples(x)
     keys = inputs.keys(keys, x.shape[0], "norms.sample")
     n_entries = math.prod(x.shape[1:])
-    dtype = inputs.wide(x.dtype)
+    dtype = inputs.accum_dtype(x.dtype)
     geometry = _geometry(norm)
 
     def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -393,7 +393,7 @@ def sample(keys: jax.Array, x: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
     return rescale(v, inputs.radius(eps, x) * share, norm)
 
 
-def confine(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
+def clip_to_box(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
     r"""Round r to x's dtype, and shorten it, entry by entry, until x + r lies in a box.
 
     The entries shrink toward 0 and never change sign, so that no norm of r grows. What holds
@@ -417,7 +417,8 @@ def confine(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxadv import norms
-      >>> norms.confine(jnp.array([[0.75, 0.5]]), jnp.array([[1.0, -0.25]]), (0.0, 1.0)).tolist()
+      >>> x, r = jnp.array([[0.75, 0.5]]), jnp.array([[1.0, -0.25]])
+      >>> norms.clip_to_box(x, r, (0.0, 1.0)).tolist()
       [[0.25, -0.25]]
     """
     x = inputs.examples(x)

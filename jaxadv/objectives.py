@@ -6,7 +6,8 @@ Each factory returns an `Objective` for `train.make_step`:
 - `adversarial`: the min-max problem of Equation 2 (LWA), :math:`\sum_i \max_{\|r_i\| \le \epsilon}
   \ell(g(x_i + r_i), y_i)`, with any perturbation method as its inner maximiser.
 - `mixed`: Goodfellow's weighted sum of the clean and the adversarial loss.
-- `virtual`: Miyato's smoothing: the loss, and the divergence to the net's own perturbed output.
+- `kl_regularized`: Miyato's smoothing: the loss, and the divergence to the net's own perturbed
+  output.
 - `representation`: the min-max problem at an inner layer, Equation 4 (LWA_Rep).
 
 The perturbation method is an argument (anything with the signature `types.PerturbFn`): this module
@@ -47,7 +48,7 @@ from jaxadv.types import (
     TrainFn,
 )
 
-__all__ = ["Aux", "Relative", "adversarial", "mixed", "natural", "representation", "virtual"]
+__all__ = ["Aux", "Relative", "adversarial", "kl_regularized", "mixed", "natural", "representation"]
 
 
 def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
@@ -256,7 +257,7 @@ def mixed(
     return objective
 
 
-def virtual(
+def kl_regularized(
     apply_fn: ApplyFn,
     perturb_fn: PerturbFn,
     *,
@@ -276,7 +277,7 @@ def virtual(
 
     Args:
       apply_fn: `(params, x) -> logits`, the deterministic net that the adversary sees.
-      perturb_fn: the inner maximiser; Miyato's is `perturb.virtual`.
+      perturb_fn: the inner maximiser; Miyato's is `perturb.vat`.
       eps: the adversary's size: a number, a schedule of the step, or `Relative`.
       weight: of the divergence, at least 0.
       loss_fn: `(logits, labels) -> [B]`; cross-entropy by default.
@@ -293,7 +294,7 @@ def virtual(
 
     Example:
       >>> from jaxadv import objectives, perturb
-      >>> vat = objectives.virtual(lambda w, x: x @ w, perturb.virtual, eps=1.5, weight=1.0)
+      >>> vat = objectives.kl_regularized(lambda w, x: x @ w, perturb.vat, eps=1.5, weight=1.0)
 
     References:
       Miyato et al., "Distributional Smoothing with Virtual Adversarial Training", 2015;
@@ -316,7 +317,7 @@ def virtual(
         clean, model_state = run(params, model_state, x, train_key)
         moved, model_state = run(params, model_state, x + r, train_key)
         loss = _mean_loss(loss_fn, clean, x, y)
-        p, q = (jax.nn.log_softmax(z.astype(inputs.wide(z.dtype))) for z in (clean, moved))
+        p, q = (jax.nn.log_softmax(z.astype(inputs.accum_dtype(z.dtype))) for z in (clean, moved))
         divergence = optax.losses.kl_divergence_with_log_targets(
             q, lax.stop_gradient(p), where=p > -jnp.inf
         )
@@ -474,7 +475,7 @@ def _constant_perturbation(
 def _mean_loss(loss_fn: LossFn, logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     logits = inputs.logits_of(logits, x.shape[0])
     y = inputs.paired(x, y)
-    losses = loss_fn(logits.astype(inputs.wide(logits.dtype)), y)
+    losses = loss_fn(logits.astype(inputs.accum_dtype(logits.dtype)), y)
     return jnp.mean(inputs.losses_of(losses, x.shape[0]))
 
 

@@ -8,7 +8,7 @@ of the linearised net in closed form (see `norms`):
 - `loss` (Adv_Loss, Section 6.1.1): against the probability of the true class; one backward pass.
   With the linf norm this is the fast gradient sign method (Goodfellow et al., 2014).
 - `loss_sign` (Adv_Loss_Sign): the sign direction of the latter, rescaled to an l2 size.
-- `virtual` (Miyato et al., 2015): away from the net's own output, labels unused.
+- `vat` (Miyato et al., 2015): away from the net's own output, labels unused.
 
 All are pure functions, un-jitted, with one signature (`types.PerturbFn`), and return r, never
 x + r. Set a method's own arguments by `functools.partial(perturb.alpha, norm="linf")`.
@@ -30,10 +30,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, jacobian, meshes, norms
+from jaxadv import inputs, jacobian, losses, meshes, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
-__all__ = ["alpha", "loss", "loss_sign", "virtual"]
+__all__ = ["alpha", "loss", "loss_sign", "vat"]
 
 _MANY = 100  # classes, for which Adv_Alpha takes that many backward passes without a word
 
@@ -116,7 +116,7 @@ def alpha(
     logits, rows_of = jacobian.class_pullback(apply_fn, params, x, y)
     n_classes = logits.shape[1]
     is_y = jax.nn.one_hot(y, n_classes, dtype=bool)
-    z = jacobian.below_largest(logits)
+    z = losses.shift_logits(logits)
     others = jnp.where(is_y | jnp.isneginf(logits), -jnp.inf, z)
     likeliest = jnp.argmax(others, axis=1)
     wrong = jnp.max(others, axis=1) >= jnp.sum(jnp.where(is_y, z, 0), axis=1)
@@ -150,24 +150,24 @@ def alpha(
 
     def past_top_wrong() -> jacobian.Nearest:
         """Return the class after the top wrong one, where no class could be reached."""
-        top, after = jacobian.top_wrong(logits, is_y)
+        top, after = losses.top_wrong(logits, is_y)
         found = distances(jnp.argmax(after, axis=1)[:, None], top)
         found = jax.tree.map(lambda leaf: leaf[:, 0], found)
         hidden = ~best.reachable & ~wrong & jnp.any(after > -jnp.inf, axis=1)
         better = hidden & found.reachable
         return jax.tree.map(
-            lambda new, old: jnp.where(inputs.batched(better, old), new, old), found, best
+            lambda new, old: jnp.where(inputs.expand_like(better, old), new, old), found, best
         )
 
     # Where y and the top wrong class have the same gradient, it hides all others.
     if classes.shape[1] > 1:
         best = lax.cond(jnp.all(best.reachable), lambda: best, past_top_wrong)
-    direction = norms.steepest(best.d.astype(inputs.wide(x.dtype)), norm)
+    direction = norms.steepest(best.d.astype(inputs.accum_dtype(x.dtype)), norm)
     if eps is None:
         length = jnp.where(wrong, 0, jnp.exp(jnp.where(wrong, 0, best.distance)))
     else:
         length = eps = inputs.radius(eps, x)
-    length = inputs.batched(length, x).astype(direction.dtype)
+    length = inputs.expand_like(length, x).astype(direction.dtype)
     r = jnp.where(direction == 0, 0, length * direction)  # 0 times an infinite size is 0
     return _finish(r, x, y, logits, eps, bounds, unusable=~best.reachable)
 
@@ -192,7 +192,7 @@ def loss(
     l2: :math:`-\epsilon T_y / \|T_y\|_2`. linf: :math:`-\epsilon\, \mathrm{sign}(T_y)`, the fast
     gradient sign method. l1: :math:`-\epsilon\, \mathrm{sign}((T_y)_k) e_k` at the largest
     :math:`|(T_y)_k|`. (The minus is missing in print.) The direction of :math:`-T_y` is taken from
-    the gradient of `jacobian.margin`, of which it is a positive multiple that doesn't vanish.
+    the gradient of `losses.margin`, of which it is a positive multiple that doesn't vanish.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
@@ -228,7 +228,7 @@ def loss(
     y = inputs.labels(y, x.shape[0])
     logits, g = _margin_gradient(apply_fn, params, x, y)
     eps = inputs.radius(eps, x)
-    r = inputs.batched(eps, x) * norms.steepest(g, norm)
+    r = inputs.expand_like(eps, x) * norms.steepest(g, norm)
     return _finish(r, x, y, logits, eps, bounds)
 
 
@@ -289,7 +289,7 @@ def loss_sign(
 
 
 @meshes.auto_axes(meshes.as_x)
-def virtual(
+def vat(
     apply_fn: ApplyFn,
     params: Params,
     x: jax.Array,
@@ -339,7 +339,7 @@ def virtual(
       >>> import jax, jax.numpy as jnp
       >>> from jaxadv import perturb
       >>> w = jnp.array([[3.0, -3.0], [4.0, -4.0]])
-      >>> r = perturb.virtual(
+      >>> r = perturb.vat(
       ...     lambda w, x: x @ w, w, jnp.ones((1, 2)), eps=5.0, key=jax.random.key(0)
       ... )
       >>> jnp.abs(r).round(4).tolist()
@@ -352,17 +352,19 @@ def virtual(
     x = inputs.examples(x)
     if y is not None:
         y = inputs.labels(y, x.shape[0])
-    row_keys = inputs.keys(key, x.shape[0], "perturb.virtual")
+    row_keys = inputs.keys(key, x.shape[0], "perturb.vat")
     logits, push = jax.linearize(lambda v: inputs.apply(apply_fn, params, v), x)
     pull = jax.linear_transpose(push, x)
 
-    wide = inputs.wide(x.dtype)
+    wide = inputs.accum_dtype(x.dtype)
     v = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], wide))(row_keys)
     for _ in range(steps):
-        pushed = push(norms.steepest(v, "l2").astype(x.dtype)).astype(inputs.wide(logits.dtype))
+        pushed = push(norms.steepest(v, "l2").astype(x.dtype)).astype(
+            inputs.accum_dtype(logits.dtype)
+        )
         (v,) = pull(_scaled_fisher(logits, pushed).astype(logits.dtype))
     eps = inputs.radius(eps, x)
-    r = inputs.batched(eps, x) * norms.steepest(v.astype(wide), norm)
+    r = inputs.expand_like(eps, x) * norms.steepest(v.astype(wide), norm)
     return _finish(r, x, y, logits, eps, bounds)
 
 
@@ -380,16 +382,16 @@ def _margin_gradient(
 
     def gradient(others: jax.Array) -> jax.Array:
         # In z: the softmax of the other classes, and -1 at y.
-        softmax = jacobian.without_rounding(jax.nn.softmax(jacobian.below_largest(others), axis=1))
+        softmax = jacobian.without_rounding(jax.nn.softmax(losses.shift_logits(others), axis=1))
         g = pull(jacobian.headroom(logits) * jnp.where(is_y, -1, softmax))
-        return g.astype(inputs.wide(g.dtype))
+        return g.astype(inputs.accum_dtype(g.dtype))
 
     g = gradient(jnp.where(is_y, -jnp.inf, logits))
-    _, after = jacobian.top_wrong(logits, is_y)
+    _, after = losses.top_wrong(logits, is_y)
     hidden = norms.is_zero(g) & jnp.any(after > -jnp.inf, axis=1)
 
     def past_top_wrong() -> jax.Array:
-        return jnp.where(inputs.batched(hidden, g), gradient(after), g)
+        return jnp.where(inputs.expand_like(hidden, g), gradient(after), g)
 
     return logits, lax.cond(jnp.any(hidden), past_top_wrong, lambda: g)
 
@@ -400,7 +402,7 @@ def _scaled_fisher(logits: jax.Array, u: jax.Array) -> jax.Array:
     With u relative to the likeliest class's entry, no term is the difference of nearly equal
     numbers, however close to 1 that class's probability is.
     """
-    z = jacobian.below_largest(logits.astype(u.dtype))
+    z = losses.shift_logits(logits.astype(u.dtype))
     log_p = jax.nn.log_softmax(z, axis=1)
     is_top = jax.nn.one_hot(jnp.argmax(z, axis=1), z.shape[1], dtype=bool)
     log_second = jnp.max(jnp.where(is_top, -jnp.inf, log_p), axis=1, keepdims=True)
@@ -421,7 +423,7 @@ def _finish(
     unusable: jax.Array | bool = False,
 ) -> jax.Array:
     """Return r in x's dtype and bounds: 0 in rows that pose no problem, NaN in unsound ones."""
-    solvable = inputs.solvable(logits, y) & ~jnp.asarray(unusable)
-    r = jnp.where(inputs.batched(solvable, x), r, 0)
-    r = norms.confine(x, r, bounds)
-    return jnp.where(inputs.batched(inputs.finite(x, logits, eps), x), r, jnp.nan)
+    solvable = inputs.attackable(logits, y) & ~jnp.asarray(unusable)
+    r = jnp.where(inputs.expand_like(solvable, x), r, 0)
+    r = norms.clip_to_box(x, r, bounds)
+    return jnp.where(inputs.expand_like(inputs.finite(x, logits, eps), x), r, jnp.nan)

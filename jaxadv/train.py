@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxadv import inputs, loops, meshes
+from jaxadv import _cpu, inputs, meshes
 from jaxadv.types import Objective, Params
 
 __all__ = ["StepInfo", "TrainState", "init", "make_epoch", "make_step", "update"]
@@ -226,7 +226,7 @@ def make_step(
     _check_transformation(tx)
 
     @meshes.auto_axes(meshes.as_state)
-    @loops.body
+    @_cpu.fast_convolutions
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
         return update(objective, tx, state, batch)
 
@@ -275,7 +275,7 @@ def make_epoch(
         if order is not None:
             order = _order(order)
 
-        @loops.body
+        @_cpu.fast_convolutions
         def one(state: TrainState, item: Any) -> tuple[TrainState, StepInfo]:
             batch = item if order is None else jax.tree.map(lambda a: _rows(a, item), data)
             return update(objective, tx, state, batch)

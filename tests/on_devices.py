@@ -65,7 +65,7 @@ def main(directory, epochs, axes, *settings):
         name: evaluate.robust(
             net, fitted.state.params, *images, method, eps=0.3, key=key, batch_size=20
         ).robust
-        for name, method in (("pgd", attack.pgd), ("virtual", perturb.virtual))
+        for name, method in (("pgd", attack.pgd), ("virtual", perturb.vat))
     }
     report = evaluate.check(
         net, fitted.state.params, *images, eps=0.3, key=key, steps=5, batch_size=20

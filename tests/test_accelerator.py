@@ -190,9 +190,9 @@ def net(params, x):
 
 ITERATED = {
     "pgd": partial(attack.pgd, random_start=True),
-    "virtual": attack.virtual,
+    "virtual": attack.pgd_kl,
     "apgd": attack.apgd,
-    "apgd_targeted": attack.apgd_targeted,
+    "apgd_multitargeted": attack.apgd_multitargeted,
     "fab": attack.fab,
     "square": attack.square,
     "deepfool": attack.deepfool,

@@ -1,4 +1,4 @@
-"""`jaxadv.attack.apgd`, `apgd_targeted` and `dlr`; the contract of all is in test_search."""
+"""`jaxadv.attack.apgd`, `apgd_multitargeted` and `dlr`; the contract of all is in test_search."""
 
 import functools
 import importlib
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadv import attack, jacobian, norms
+from jaxadv import attack, losses, norms
 from jaxadv.attack import search
-from jaxadv.attack.apgd import _targeted_dlr, _windows
+from jaxadv.attack.apgd import _windows
 
 apgd_module = importlib.import_module("jaxadv.attack.apgd")  # not the function of that name
 
@@ -25,7 +25,7 @@ quick_jit = functools.partial(
 )
 STATIC = ("norm", "steps", "loss_fn", "targeted", "restarts", "samples")
 apgd = quick_jit(attack.apgd, static_argnames=STATIC)
-targeted = quick_jit(attack.apgd_targeted, static_argnames=("norm", "steps", "n_targets"))
+targeted = quick_jit(attack.apgd_multitargeted, static_argnames=("norm", "steps", "n_targets"))
 
 every_norm = pytest.mark.parametrize("norm", ORDER)
 
@@ -91,9 +91,9 @@ def logits_and_labels(scale=1.0):
 def test_dlr_is_its_formula(scale):
     z, y, t = logits_and_labels(scale)
     # Three roundings of differences, relative to the largest logit.
-    np.testing.assert_allclose(attack.dlr(z, y), dlr_of(z, y), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(losses.dlr(z, y), dlr_of(z, y), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(
-        _targeted_dlr(jnp.asarray(t), jnp.asarray(z), jnp.asarray(y)),
+        losses.targeted_dlr(jnp.asarray(z), jnp.asarray(y), target=jnp.asarray(t)),
         targeted_dlr_of(z, y, t),
         rtol=1e-4,
         atol=1e-6,
@@ -102,7 +102,7 @@ def test_dlr_is_its_formula(scale):
 
 def test_dlr_is_positive_where_misclassified_and_at_most_1():
     z, y, _ = logits_and_labels()
-    loss = np.asarray(attack.dlr(z, y))
+    loss = np.asarray(losses.dlr(z, y))
     np.testing.assert_array_equal(loss > 0, z.argmax(axis=1) != y)
     assert (loss[z.argmax(axis=1) == y] >= -1).all()
 
@@ -110,7 +110,11 @@ def test_dlr_is_positive_where_misclassified_and_at_most_1():
 @pytest.mark.parametrize("loss", ["dlr", "targeted"])
 def test_dlr_does_not_change_when_logits_are_shifted_or_scaled(loss):
     z, y, t = logits_and_labels()
-    fn = attack.dlr if loss == "dlr" else functools.partial(_targeted_dlr, jnp.asarray(t))
+    fn = (
+        losses.dlr
+        if loss == "dlr"
+        else functools.partial(losses.targeted_dlr, target=jnp.asarray(t))
+    )
     want = fn(jnp.asarray(z), jnp.asarray(y))
     for other in (z + 3, 100 * z, 0.01 * z - 5):
         # A shift of 5 costs logits of 0.01 three of their seven digits.
@@ -121,24 +125,28 @@ def test_dlr_does_not_change_when_logits_are_shifted_or_scaled(loss):
 @pytest.mark.parametrize("loss", ["dlr", "targeted"])
 def test_where_all_logits_tie_dlr_is_0_with_a_finite_gradient(loss, value):
     z, y = jnp.full((2, K), value), jnp.array([0, 3])
-    fn = attack.dlr if loss == "dlr" else functools.partial(_targeted_dlr, jnp.array([1, 1]))
+    fn = (
+        losses.dlr
+        if loss == "dlr"
+        else functools.partial(losses.targeted_dlr, target=jnp.array([1, 1]))
+    )
     np.testing.assert_array_equal(fn(z, y), 0)
     assert np.isfinite(jax.grad(lambda z: fn(z, y).sum())(z)).all()
 
 
 def test_dlr_of_two_classes_raises():
-    with pytest.raises(ValueError, match=r"at least 3 classes.*\(2, 2\).*jacobian\.margin for 2"):
-        attack.dlr(jnp.zeros((2, 2)), jnp.array([0, 1]))
+    with pytest.raises(ValueError, match=r"at least 3 classes.*\(2, 2\).*losses\.margin for 2"):
+        losses.dlr(jnp.zeros((2, 2)), jnp.array([0, 1]))
 
 
 def test_dlr_takes_integer_labels():
     with pytest.raises(TypeError, match="expected integer labels"):
-        attack.dlr(jnp.zeros((2, 3)), jnp.zeros(2))
+        losses.dlr(jnp.zeros((2, 3)), jnp.zeros(2))
 
 
 def test_with_three_classes_the_targeted_ratio_is_the_difference():
     z = jnp.array([[3.0, 1, 2], [0, 5, 7]])
-    got = _targeted_dlr(jnp.array([2, 0]), z, jnp.array([0, 1]))
+    got = losses.targeted_dlr(z, jnp.array([0, 1]), target=jnp.array([2, 0]))
     np.testing.assert_array_equal(got, [-1, -5])
 
 
@@ -249,7 +257,7 @@ def test_the_best_point_is_that_of_the_algorithm(norm, steps, box, x64):
 
 
 @pytest.mark.parametrize(
-    ("name", "norm"), [*(("apgd", norm) for norm in ORDER), ("apgd_targeted", "l2")]
+    ("name", "norm"), [*(("apgd", norm) for norm in ORDER), ("apgd_multitargeted", "l2")]
 )
 def test_on_a_linear_net_of_two_classes_the_margin_rises_by_eps_times_the_dual_norm(name, norm):
     params, x, y = linear_problem(2)
@@ -259,7 +267,7 @@ def test_on_a_linear_net_of_two_classes_the_margin_rises_by_eps_times_the_dual_n
     ahead, away = (a[np.arange(B), 1 - y] for a in leads(params, x, y))
     want = ahead + eps * np.linalg.norm(away, DUAL[norm], axis=1)
     # An l2 step nears the pole by a factor, the others end in a corner exactly.
-    np.testing.assert_allclose(jacobian.margin(linear(params, x + r), y), want, atol=1e-5)
+    np.testing.assert_allclose(losses.margin(linear(params, x + r), y), want, atol=1e-5)
 
 
 def test_in_many_dimensions_the_sparse_steps_end_in_one_entry():
@@ -309,7 +317,7 @@ def test_on_a_linear_net_the_margin_rises_to_the_most_that_the_box_leaves(norm):
         most = points[inside.sum(axis=0) - 1, np.arange(B)]
     want = ahead + (away * most).sum(axis=1)
     # The published projection, onto the ball and then the box, isn't quite onto both.
-    rise = np.asarray(jacobian.margin(linear(params, x + r), y)) - ahead
+    rise = np.asarray(losses.margin(linear(params, x + r), y)) - ahead
     np.testing.assert_allclose(rise, want - ahead, rtol=0.02 if norm == "l2" else 1e-5)
 
 
@@ -444,7 +452,7 @@ def test_with_soft_labels_it_is_the_loss_that_counts():
 
 def outcome(params, x, y, r):
     z = net(params, x + r)
-    return np.asarray(z.argmax(axis=1)) != y, np.asarray(jacobian.margin(z, y))
+    return np.asarray(z.argmax(axis=1)) != y, np.asarray(losses.margin(z, y))
 
 
 def test_more_restarts_never_do_worse_and_leave_the_fooled_alone():

@@ -22,7 +22,7 @@ PUBLIC = {
         "evaluate",
         "jacobian",
         "logistic",
-        "loops",
+        "losses",
         "norms",
         "objectives",
         "perturb",
@@ -33,17 +33,16 @@ PUBLIC = {
         "Cascade",
         "Stage",
         "apgd",
-        "apgd_targeted",
+        "apgd_multitargeted",
         "autoattack",
         "cascade",
         "deepfool",
-        "dlr",
         "fab",
         "fmn",
         "pgd",
+        "pgd_kl",
         "square",
         "standard",
-        "virtual",
     },
     "jaxadv.evaluate": {
         "Counts",
@@ -70,14 +69,13 @@ PUBLIC = {
         "Rows",
         "class_differences",
         "class_pullback",
-        "margin",
         "pullback",
         "softmax_jacobian",
     },
     "jaxadv.logistic": {"adversary", "fit", "logits", "loss", "objective"},
-    "jaxadv.loops": {"body"},
+    "jaxadv.losses": {"dlr", "logit_margin", "margin", "targeted_dlr"},
     "jaxadv.norms": {
-        "confine",
+        "clip_to_box",
         "dual",
         "is_zero",
         "log_norm",
@@ -91,12 +89,12 @@ PUBLIC = {
         "Aux",
         "Relative",
         "adversarial",
+        "kl_regularized",
         "mixed",
         "natural",
         "representation",
-        "virtual",
     },
-    "jaxadv.perturb": {"alpha", "loss", "loss_sign", "virtual"},
+    "jaxadv.perturb": {"alpha", "loss", "loss_sign", "vat"},
     "jaxadv.train": {"StepInfo", "TrainState", "init", "make_epoch", "make_step", "update"},
     "jaxadv.types": {
         "ApplyFn",
@@ -117,23 +115,23 @@ PUBLIC = {
 CITING = {
     "jaxadv.attack": {
         "apgd",
-        "apgd_targeted",
+        "apgd_multitargeted",
         "autoattack",
         "deepfool",
-        "dlr",
         "fab",
         "fmn",
         "pgd",
+        "pgd_kl",
         "square",
         "standard",
-        "virtual",
     },
     "jaxadv.evaluate": {"check"},
     "jaxadv.jacobian": {"class_differences", "class_pullback", "softmax_jacobian"},
     "jaxadv.logistic": {"adversary", "fit", "loss", "objective"},
+    "jaxadv.losses": {"dlr", "logit_margin", "targeted_dlr"},
     "jaxadv.norms": {"dual", "rescale", "sample", "steepest"},
-    "jaxadv.objectives": {"adversarial", "mixed", "representation", "virtual"},
-    "jaxadv.perturb": {"alpha", "loss", "loss_sign", "virtual"},
+    "jaxadv.objectives": {"adversarial", "kl_regularized", "mixed", "representation"},
+    "jaxadv.perturb": {"alpha", "loss", "loss_sign", "vat"},
     "jaxadv.train": {"make_epoch", "make_step"},
 }
 
@@ -185,7 +183,7 @@ def test_a_name_is_exported_where_it_is_defined(module, name):
 
 def test_every_module_is_public_but_what_handles_arguments_and_loops_on_the_host():
     found = {info.name for info in pkgutil.iter_modules(jaxadv.__path__)}
-    assert found - set(jaxadv.__all__) == {"closures", "host", "inputs", "meshes"}
+    assert found - set(jaxadv.__all__) == {"_cpu", "closures", "host", "inputs", "meshes"}
 
 
 def test_the_version_is_a_version():
@@ -289,8 +287,8 @@ def layers_of(module):
 
 
 CHAIN = [
-    "types", "meshes", "inputs", "host", "closures", "loops", "norms", "jacobian", "perturb",
-    "attack", "evaluate",
+    "types", "meshes", "inputs", "host", "closures", "_cpu", "losses", "norms", "jacobian",
+    "perturb", "attack", "evaluate",
 ]  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def nested(net):
     [
         partial(attack.pgd, steps=2),
         partial(attack.apgd, steps=2, key=KEY),
-        partial(attack.apgd_targeted, steps=2, n_targets=1, key=KEY),
+        partial(attack.apgd_multitargeted, steps=2, n_targets=1, key=KEY),
         partial(attack.fab, steps=2, n_targets=1),
         partial(attack.fmn, steps=2),
         partial(attack.deepfool, steps=2),

@@ -250,7 +250,7 @@ BAD = {
     ),
     "keys of others": (
         lambda: evaluate.robust(
-            linear, W, X, Y, perturb.virtual, eps=1.0, key=jax.random.split(jax.random.key(0), 3)
+            linear, W, X, Y, perturb.vat, eps=1.0, key=jax.random.split(jax.random.key(0), 3)
         ),
         ValueError,
     ),
@@ -346,7 +346,7 @@ def test_a_size_that_is_none_is_refused_whatever_array_it_is_in(driver, kind, si
 
 def test_a_method_that_lacks_its_key_says_so():
     with pytest.raises(ValueError, match="key"):
-        evaluate.robust(linear, W, X, Y, perturb.virtual, eps=1.0)
+        evaluate.robust(linear, W, X, Y, perturb.vat, eps=1.0)
 
 
 # Drivers: each as a function of (w, x, y) and more, all of whose results have a row per example
@@ -402,9 +402,9 @@ def test_the_drivers_do_what_the_batch_functions_do():
 
 # name: a method and a key of the whole data set
 METHODS = {
-    "virtual, one key": (perturb.virtual, jax.random.key(3)),
-    "virtual, raw key": (perturb.virtual, jax.random.PRNGKey(3)),
-    "virtual, keys": (perturb.virtual, jax.random.split(jax.random.key(3), 11)),
+    "virtual, one key": (perturb.vat, jax.random.key(3)),
+    "virtual, raw key": (perturb.vat, jax.random.PRNGKey(3)),
+    "virtual, keys": (perturb.vat, jax.random.split(jax.random.key(3), 11)),
     "pgd": (partial(attack.pgd, steps=3, random_start=True), jax.random.key(3)),
 }
 
@@ -427,9 +427,9 @@ def test_noise_belongs_to_the_example_and_not_to_its_place():
     w, x, y = draw(6)
     keys = jax.random.split(jax.random.key(3), 6)
     back = np.arange(6)[::-1]
-    forth = evaluate.perturbations(linear, w, x, y, perturb.virtual, eps=1.0, key=keys)
+    forth = evaluate.perturbations(linear, w, x, y, perturb.vat, eps=1.0, key=keys)
     turned = evaluate.perturbations(
-        linear, w, x[back], y[back], perturb.virtual, eps=1.0, key=keys[back]
+        linear, w, x[back], y[back], perturb.vat, eps=1.0, key=keys[back]
     )
     np.testing.assert_allclose(turned[back], forth, atol=ATOL)
 

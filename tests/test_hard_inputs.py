@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxadv import attack, evaluate, inputs, logistic, norms, objectives, perturb, train
+from jaxadv import attack, evaluate, inputs, logistic, losses, norms, objectives, perturb, train
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 EPS = 0.5
@@ -18,11 +18,13 @@ BOUNDED = {  # methods whose r has at most size eps, in a few steps
     "alpha": perturb.alpha,
     "loss": perturb.loss,
     "loss_sign": perturb.loss_sign,
-    "vat": functools.partial(perturb.virtual, key=KEYS),
+    "vat": functools.partial(perturb.vat, key=KEYS),
     "pgd": functools.partial(attack.pgd, steps=3),
     "pgd restarts": functools.partial(attack.pgd, steps=3, restarts=2, key=KEYS),
     "apgd": functools.partial(attack.apgd, steps=3, key=KEYS),
-    "apgd_targeted": functools.partial(attack.apgd_targeted, steps=3, n_targets=2, key=KEYS),
+    "apgd_multitargeted": functools.partial(
+        attack.apgd_multitargeted, steps=3, n_targets=2, key=KEYS
+    ),
     "fab": functools.partial(attack.fab, steps=3, n_targets=2),
     "fmn": functools.partial(attack.fmn, steps=3),
     "deepfool": functools.partial(attack.deepfool, steps=3),
@@ -62,7 +64,12 @@ def test_a_gradient_that_is_not_finite_gives_0_in_its_row(name):
     assert bool(jnp.all(jnp.isfinite(r)))
     others = jnp.array([0, 2, 3])
     assert bool(jnp.all(norms.norm(r[others], "l2") > 0))
-    if name not in ("apgd", "apgd_targeted", "pgd restarts", "square"):  # which leave x at random
+    if name not in (
+        "apgd",
+        "apgd_multitargeted",
+        "pgd restarts",
+        "square",
+    ):  # which leave x at random
         np.testing.assert_array_equal(r[1], 0)
 
 
@@ -236,7 +243,7 @@ def test_a_mean_over_the_batch_is_no_loss_of_an_attack(method):
     w, x, y = batch(4, 5)
 
     def mean(logits, labels):
-        return jnp.mean(attack.dlr(logits, labels))
+        return jnp.mean(losses.dlr(logits, labels))
 
     with pytest.raises(ValueError, match=r"one loss per example, \[4\], got shape \(\); leave out"):
         method(linear, w, x, y, eps=EPS, steps=2, loss_fn=mean)
@@ -289,18 +296,18 @@ def test_finite_takes_the_size_into_account():
 COUNTS = {  # by name: who takes it
     "steps": {
         "pgd": attack.pgd,
-        "pgd of the divergence": functools.partial(attack.virtual, key=KEYS),
+        "pgd of the divergence": functools.partial(attack.pgd_kl, key=KEYS),
         "apgd": functools.partial(attack.apgd, key=KEYS),
-        "apgd_targeted": functools.partial(attack.apgd_targeted, key=KEYS),
+        "apgd_multitargeted": functools.partial(attack.apgd_multitargeted, key=KEYS),
         "fab": attack.fab,
         "fmn": attack.fmn,
         "deepfool": attack.deepfool,
         "square": functools.partial(attack.square, key=KEYS),
-        "vat": functools.partial(perturb.virtual, key=KEYS),
+        "vat": functools.partial(perturb.vat, key=KEYS),
     },
     "restarts": {"pgd": functools.partial(attack.pgd, key=KEYS)},
     "samples": {"apgd": functools.partial(attack.apgd, key=KEYS)},
-    "n_targets": {"apgd_targeted": functools.partial(attack.apgd_targeted, key=KEYS)},
+    "n_targets": {"apgd_multitargeted": functools.partial(attack.apgd_multitargeted, key=KEYS)},
     "candidates": {"alpha": perturb.alpha},
     "chunk": {"alpha": perturb.alpha},
 }
@@ -617,7 +624,7 @@ def test_directions_of_lists(function):
 @pytest.mark.parametrize("bounds", [None, (-1.0, 1.0)])
 def test_what_is_confined_is_a_perturbation_of_x(x, r, error, message, bounds):
     with pytest.raises(error, match=message):
-        norms.confine(x, r, bounds)
+        norms.clip_to_box(x, r, bounds)
 
 
 def test_logistic_takes_lists():

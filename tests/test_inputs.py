@@ -21,7 +21,7 @@ METHODS = {
     "minimal": perturb.alpha,
     "loss": functools.partial(perturb.loss, eps=0.5),
     "loss_sign": functools.partial(perturb.loss_sign, eps=0.5),
-    "virtual": functools.partial(perturb.virtual, eps=0.5, key=KEY),
+    "virtual": functools.partial(perturb.vat, eps=0.5, key=KEY),
     "pgd": functools.partial(attack.pgd, eps=0.5, steps=2),
 }
 WITH_LABELS = METHODS | {
@@ -265,7 +265,7 @@ def test_the_radius_has_the_dtype_of_norms_and_one_entry_per_example():
 WITH_BOUNDS = {
     name: functools.partial(lambda fn, bounds: fn(net, W, X, Y, bounds=bounds), fn)
     for name, fn in METHODS.items()
-} | {"confine": lambda bounds: norms.confine(X, X, bounds)}
+} | {"clip_to_box": lambda bounds: norms.clip_to_box(X, X, bounds)}
 with_bounds = pytest.mark.parametrize("name", WITH_BOUNDS)
 
 
@@ -321,7 +321,7 @@ def test_an_unknown_norm_is_named_and_so_are_the_known(name, norm):
 # Keys
 
 WITH_KEY = {
-    "virtual": lambda key: perturb.virtual(net, W, X, eps=0.5, key=key),
+    "virtual": lambda key: perturb.vat(net, W, X, eps=0.5, key=key),
     "pgd": lambda key: attack.pgd(net, W, X, Y, eps=0.5, steps=2, random_start=True, key=key),
 }
 with_key = pytest.mark.parametrize("name", WITH_KEY)
@@ -387,14 +387,14 @@ def test_a_row_poses_a_problem_if_its_label_and_another_class_have_finite_logits
     none = -np.inf
     z = np.array([[0, 1, 2], [0, 1, 2], [0, 1, 2], [none, 1, 2], [0, none, none], [0, none, 2]])
     y = np.array([0, -1, 3, 0, 0, 2])
-    got = inputs.solvable(z.astype(np.float32), y)
+    got = inputs.attackable(z.astype(np.float32), y)
     np.testing.assert_array_equal(got, [True, False, False, False, False, True])
 
 
 def test_without_labels_two_finite_logits_pose_a_problem():
     none = -np.inf
     z = np.array([[0, 1, 2], [none, 1, 2], [none, 1, none], [none] * 3], np.float32)
-    np.testing.assert_array_equal(inputs.solvable(z, None), [True, True, False, False])
+    np.testing.assert_array_equal(inputs.attackable(z, None), [True, True, False, False])
 
 
 @pytest.mark.parametrize(
@@ -402,8 +402,8 @@ def test_without_labels_two_finite_logits_pose_a_problem():
     [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32")],
 )
 def test_arithmetic_is_in_float32_at_least(dtype, wide, strict_dtypes):
-    assert inputs.wide(jnp.dtype(dtype)) == wide
+    assert inputs.accum_dtype(jnp.dtype(dtype)) == wide
 
 
 def test_arithmetic_on_float64_is_in_float64(x64):
-    assert inputs.wide(jnp.dtype("float64")) == "float64"
+    assert inputs.accum_dtype(jnp.dtype("float64")) == "float64"

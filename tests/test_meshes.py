@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxadv import attack, evaluate, loops, meshes, objectives, perturb, train
+from jaxadv import _cpu, attack, evaluate, losses, meshes, objectives, perturb, train
 
 B, K = 4, 4
 KEY = jax.random.key(0)
@@ -61,11 +61,13 @@ METHODS = {
     "alpha, least": perturb.alpha,
     "loss": partial(perturb.loss, eps=0.3, norm="l1", bounds=(0.0, 1.0)),
     "loss_sign": partial(perturb.loss_sign, eps=0.3),
-    "perturb.virtual": partial(perturb.virtual, eps=0.3),
+    "perturb.vat": partial(perturb.vat, eps=0.3),
     "pgd": partial(attack.pgd, eps=0.3, steps=3, random_start=True, bounds=(0.0, 1.0)),
-    "attack.virtual": partial(attack.virtual, eps=0.3, steps=3, norm="linf"),
-    "apgd": partial(attack.apgd, eps=0.3, steps=3, loss_fn=attack.dlr),
-    "apgd_targeted": partial(attack.apgd_targeted, eps=0.3, steps=3, n_targets=2, norm="linf"),
+    "attack.pgd_kl": partial(attack.pgd_kl, eps=0.3, steps=3, norm="linf"),
+    "apgd": partial(attack.apgd, eps=0.3, steps=3, loss_fn=losses.dlr),
+    "apgd_multitargeted": partial(
+        attack.apgd_multitargeted, eps=0.3, steps=3, n_targets=2, norm="linf"
+    ),
     "deepfool": attack.deepfool,
     "fab": partial(attack.fab, steps=3, bounds=(0.0, 1.0)),
     "fmn": partial(attack.fmn, steps=3, norm="l1"),
@@ -131,7 +133,7 @@ def test_derivatives_of_r(plain, spread):
 
 def test_a_loop_of_the_callers(plain, spread):
     def iterated(params, x, y, keys):
-        @loops.body
+        @_cpu.fast_convolutions
         def step(_, x):
             return x + perturb.loss(net, params, x, y, eps=0.1)
 
@@ -159,7 +161,7 @@ ATTACKS = {"loss": perturb.loss, "apgd": partial(attack.apgd, steps=3)}
 EVALUATIONS = {
     "clean": lambda params, x, y, keys: evaluate.clean(net, params, x, y),
     "perturbations": lambda params, x, y, keys: evaluate.perturbations(
-        net, params, x, y, perturb.virtual, eps=0.3, key=keys, bounds=(0.0, 1.0), batch_size=3
+        net, params, x, y, perturb.vat, eps=0.3, key=keys, bounds=(0.0, 1.0), batch_size=3
     ),
     "robust": lambda params, x, y, keys: evaluate.robust(
         net, params, x, y, perturb.loss, eps=0.3, source=(net, params)
@@ -206,7 +208,7 @@ OBJECTIVES = {
     "natural": objectives.natural(net),
     "adversarial": objectives.adversarial(net, perturb.alpha, eps=0.3),
     "mixed": objectives.mixed(net, perturb.loss, eps=0.3),
-    "virtual": objectives.virtual(net, perturb.virtual, eps=0.3),
+    "virtual": objectives.kl_regularized(net, perturb.vat, eps=0.3),
     "representation": objectives.representation(
         lambda params, x: jnp.tanh(x.reshape(len(x), -1) @ params["w"]),
         lambda params, h: h @ params["v"],

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import models
 from experiments.models import Classifier, function, init, lenet, mlp, train_function, vgg
-from jaxadv import jacobian, perturb
+from jaxadv import losses, perturb
 
 X = jnp.asarray(np.random.default_rng(0).random((5, 4, 3, 1)), jnp.float32)
 DIGITS = jnp.asarray(np.random.default_rng(1).random((2, 28, 28, 1)), jnp.float32)
@@ -165,7 +165,7 @@ def test_large_batches_go_through_lenet_in_parts_that_make_no_difference(n):
     apply_fn = function(net)
 
     def loss(params, x, y):
-        return jnp.sum(jacobian.margin(apply_fn(params, x), y))
+        return jnp.sum(losses.margin(apply_fn(params, x), y))
 
     logits, by = [], []
     for part in np.split(np.arange(n), range(60, n, 60)):
@@ -196,7 +196,7 @@ def test_the_windows_of_a_large_batch_arent_all_there_at_once():
 @pytest.mark.parametrize(("net", "x"), [(lenet((9,)), DIGITS), (vgg((32, 32), width=0.25), PHOTOS)])
 def test_every_net_has_derivatives_in_both_modes(net, x):
     params = init(net, jax.random.key(0), x)
-    r = perturb.virtual(function(net), params, x, eps=0.5, key=jax.random.key(1))
+    r = perturb.vat(function(net), params, x, eps=0.5, key=jax.random.key(1))
     # A sum of at most 2352 squares.
     np.testing.assert_allclose(jnp.linalg.norm(r.reshape(2, -1), axis=1), 0.5, rtol=1e-5)
 

@@ -310,6 +310,6 @@ def test_an_unknown_norm_is_named(function):
 
 def test_without_a_box_confine_rounds_toward_0():
     x, r = jnp.zeros((1, 2), jnp.bfloat16), jnp.array([[1.00390625 + 2**-9, -(1 + 2**-9)]])
-    confined = norms.confine(x, r, None)
+    confined = norms.clip_to_box(x, r, None)
     assert confined.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(confined, np.float32), [[1.0, -1.0]])

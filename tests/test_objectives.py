@@ -117,7 +117,7 @@ def every_objective(apply_fn=mlp, perturb_fn=perturb.loss, **kwargs):
         "natural": objectives.natural(apply_fn, **kwargs),
         "adversarial": objectives.adversarial(apply_fn, perturb_fn, eps=0.5, **kwargs),
         "mixed": objectives.mixed(apply_fn, perturb_fn, eps=0.5, **kwargs),
-        "virtual": objectives.virtual(apply_fn, perturb_fn, eps=0.5, **kwargs),
+        "virtual": objectives.kl_regularized(apply_fn, perturb_fn, eps=0.5, **kwargs),
         "representation": objectives.representation(
             lambda params, x: x, apply_fn, perturb_fn, eps=0.5, **kwargs
         ),
@@ -305,7 +305,7 @@ def test_virtual_value_is_cross_entropy_plus_weighted_divergence():
     entropy = np.mean([-references.log_softmax(z)[k] for z, k in zip(clean, y, strict=True)])
     divergence = np.mean([references.kl(p, q) for p, q in zip(clean, moved, strict=True)])
     assert divergence > 0.1, divergence  # or its weight would not be tested
-    loss, _ = call(objectives.virtual(mlp, fixed(3 * R), eps=0.5, weight=3.0))
+    loss, _ = call(objectives.kl_regularized(mlp, fixed(3 * R), eps=0.5, weight=3.0))
     np.testing.assert_allclose(loss, entropy + 3 * divergence, rtol=RTOL)
 
 
@@ -319,7 +319,7 @@ def test_virtual_gradient_of_the_divergence_goes_through_the_perturbed_output_on
         divergence = jnp.sum(jax.scipy.special.xlogy(p, p) - p * log_q, axis=1)
         return mean_loss(params, x, y) + 3 * jnp.mean(divergence)
 
-    _, grad, _ = value_and_grad(objectives.virtual(mlp, fixed(R), eps=0.5, weight=3.0))
+    _, grad, _ = value_and_grad(objectives.kl_regularized(mlp, fixed(R), eps=0.5, weight=3.0))
     close(grad, compiled_grad(explicit, PARAMS, p))
     through_p = compiled_grad(
         lambda params: explicit(params, jax.nn.softmax(mlp(params, x))), PARAMS
@@ -333,7 +333,7 @@ def test_virtual_with_masked_classes_is_that_of_the_classes_that_remain():
         return jnp.concatenate([z, jnp.full_like(z[:, :1], -jnp.inf)], axis=1)
 
     kept, with_mask = (
-        value_and_grad(objectives.virtual(net, fixed(R), eps=0.5)) for net in (mlp, masked)
+        value_and_grad(objectives.kl_regularized(net, fixed(R), eps=0.5)) for net in (mlp, masked)
     )
     chex.assert_tree_all_finite(with_mask)
     close(with_mask[:2], kept[:2])
@@ -342,11 +342,11 @@ def test_virtual_with_masked_classes_is_that_of_the_classes_that_remain():
 @pytest.mark.parametrize("weight", [-0.1, float("nan")])
 def test_virtual_weight_that_is_no_number_at_least_0_raises(weight):
     with pytest.raises(ValueError, match="weight"):
-        objectives.virtual(mlp, perturb.virtual, eps=0.5, weight=weight)
+        objectives.kl_regularized(mlp, perturb.vat, eps=0.5, weight=weight)
 
 
 def test_virtual_draws_its_direction_from_the_key_of_the_step():
-    objective = jax.jit(objectives.virtual(mlp, perturb.virtual, eps=1.0))
+    objective = jax.jit(objectives.kl_regularized(mlp, perturb.vat, eps=1.0))
     losses = [
         objective(PARAMS, None, BATCH, key=key, step=jnp.int32(0))[0]
         for key in (KEY, KEY, jax.random.key(8))
@@ -457,7 +457,7 @@ def test_a_negative_size_raises():
 def test_bounds_are_handed_on_and_kept():
     x, y = BATCH
     box = (-0.5, 0.5)
-    for factory in (objectives.adversarial, objectives.mixed, objectives.virtual):
+    for factory in (objectives.adversarial, objectives.mixed, objectives.kl_regularized):
         calls = []
         call(factory(mlp, recorder(calls), eps=1.0, bounds=box), batch=(np.clip(x, *box), y))
         assert calls[0]["bounds"] == box
@@ -531,7 +531,7 @@ def test_two_passes_update_the_model_state_one_after_the_other():
     variables = VARIABLES["params"], VARIABLES["batch_stats"]
     _, first = net_train(*variables, x, KEY)
     _, want = net_train(variables[0], first, x + R, KEY)
-    for factory in (objectives.mixed, objectives.virtual):
+    for factory in (objectives.mixed, objectives.kl_regularized):
         objective = factory(net_apply, fixed(R), eps=0.5, train_fn=net_train)
         _, (got, _) = call(objective, params=variables[0], model_state=variables[1])
         close(got, want)
@@ -592,7 +592,7 @@ def test_the_two_passes_of_one_step_share_their_dropout():
         keys.append(jax.random.key_data(key).tolist())
         return mlp(params, x), model_state
 
-    for factory in (objectives.mixed, objectives.virtual):
+    for factory in (objectives.mixed, objectives.kl_regularized):
         keys.clear()
         call(factory(mlp, fixed(R), eps=0.5, train_fn=train_fn))
         assert len(keys) == 2
@@ -674,7 +674,7 @@ def test_a_label_out_of_range_is_seen_and_teaches_nothing(name, label):
     bad = np.where(np.arange(B) == 2, label, y)
     objective = every_objective()[name] if name != "virtual" else None
     if objective is None:  # whose divergence has no use for labels, and is the same for any
-        objective = objectives.virtual(mlp, perturb.loss, eps=0.5, weight=0.0)
+        objective = objectives.kl_regularized(mlp, perturb.loss, eps=0.5, weight=0.0)
     differentiated = jax.jit(
         jax.value_and_grad(partial(objective, key=KEY, step=jnp.int32(0)), has_aux=True)
     )

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxadv import attack, evaluate, jacobian, logistic, norms, perturb
+from jaxadv import attack, evaluate, jacobian, logistic, losses, norms, perturb
 
 NORMS = ("l1", "l2", "linf")
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
@@ -32,11 +32,11 @@ METHODS = {
     **each_norm("alpha", perturb.alpha),
     **each_norm("loss", perturb.loss),
     "loss_sign": functools.partial(perturb.loss_sign),
-    **each_norm("virtual", perturb.virtual),
+    **each_norm("virtual", perturb.vat),
     **each_norm("pgd", attack.pgd, steps=3),
 }
 KEYED = {
-    **each_norm("virtual", perturb.virtual),
+    **each_norm("virtual", perturb.vat),
     **each_norm("started", attack.pgd, steps=1, random_start=True),
 }
 SIZED = [name for name in METHODS if not name.startswith("minimal")]
@@ -215,7 +215,7 @@ def test_the_signature_is_that_of_perturb_fn(name):
     assert parameters["key"].default is parameters["bounds"].default is None
 
 
-@pytest.mark.parametrize("fn", [perturb.loss, perturb.loss_sign, perturb.virtual, attack.pgd])
+@pytest.mark.parametrize("fn", [perturb.loss, perturb.loss_sign, perturb.vat, attack.pgd])
 def test_all_but_alpha_need_eps(fn):
     params, x, y, _, key = problem()
     with pytest.raises(TypeError, match="eps"):
@@ -569,7 +569,7 @@ def test_a_box_out_of_reach_changes_nothing_but_rounding(name):
     np.testing.assert_allclose(in_wide_box()[name], plain()[name], rtol=1e-6, atol=1e-7)
 
 
-confine = jax.jit(norms.confine)
+clip_to_box = jax.jit(norms.clip_to_box)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -584,7 +584,7 @@ def test_confined_entries_shrink_keep_their_sign_and_reach_no_further_than_the_b
     x, lo, hi = boxes(seed, dtype, width, edge)
     r = (size * np.random.default_rng(seed + 1).normal(size=x.shape)).astype(np.float32)
     r = r if wide else np.asarray(jnp.asarray(r, dtype))
-    got = (confine if jitted else norms.confine)(x, r, (lo, hi))
+    got = (clip_to_box if jitted else norms.clip_to_box)(x, r, (lo, hi))
     assert_in_box_and_ball("minimal-l2", x, got, lo, hi, None)
     got, r = np.asarray(got, np.float64), np.asarray(r, np.float64)
     assert (np.abs(got) <= np.abs(r)).all()
@@ -885,8 +885,8 @@ def public_functions():
             ),
         }
     return functions | {
-        "confine": (norms.confine, (x, x, box)),
-        "margin": (jacobian.margin, (params["c"], y)),
+        "clip_to_box": (norms.clip_to_box, (x, x, box)),
+        "margin": (losses.margin, (params["c"], y)),
         "softmax_jacobian": (
             lambda p, x: jacobian.softmax_jacobian(lambda p, v: v @ p, p, x),
             (params["w"], x),

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxadv import attack, jacobian
+from jaxadv import attack, losses
 
 NORMS = ("l1", "l2", "linf")
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
@@ -54,7 +54,7 @@ def length(r, norm):
 def outcome(params, x, y, r):
     """Whether each example is misclassified at x + r, and its margin there."""
     z = net(params, x + r)
-    return np.asarray(z.argmax(axis=1)) != y, np.asarray(jacobian.margin(z, y))
+    return np.asarray(z.argmax(axis=1)) != y, np.asarray(losses.margin(z, y))
 
 
 # The best iterate
@@ -141,7 +141,7 @@ def test_on_a_linear_net_the_loss_reaches_minus_the_margin_plus_eps_times_the_du
     away = (w[:, 1] - w[:, 0]) * np.where(y == 0, 1, -1)[:, None]
     margin = -(x @ away.T)[np.arange(B), np.arange(B)] - (b[1] - b[0]) * np.where(y == 0, 1, -1)
     want = -margin + eps * np.linalg.norm(away, DUAL[norm], axis=1)
-    got = jacobian.margin(linear(params, x + r), y)
+    got = losses.margin(linear(params, x + r), y)
     # Float32 sums of D products of about 1.
     np.testing.assert_allclose(got, want, atol=3e-6)
     np.testing.assert_allclose(length(r, norm), eps, rtol=1e-6)
@@ -379,7 +379,7 @@ def test_one_run_has_a_derivative_in_eps():
 
     def rise(eps):
         r = attack.pgd(linear, params, x, y, eps=eps, steps=3)
-        return jacobian.margin(linear(params, x + r), y).sum()
+        return losses.margin(linear(params, x + r), y).sum()
 
     # Each margin rises by eps times the gradient's length.
     slope = B * np.linalg.norm(params[0][:, 1] - params[0][:, 0])
@@ -480,7 +480,7 @@ def divergence(params, x, r):
     return (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
 
 
-virtual = jax.jit(attack.virtual, static_argnums=0, static_argnames=("norm", "steps"))
+virtual = jax.jit(attack.pgd_kl, static_argnums=0, static_argnames=("norm", "steps"))
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])  # steps along one axis suit no curved net
@@ -503,10 +503,10 @@ def test_the_virtual_attack_needs_no_labels_but_a_key():
     np.testing.assert_array_equal(
         r, virtual(net, params, x, y, eps=0.5, norm="l2", steps=2, key=KEYS)
     )
-    with pytest.raises(ValueError, match=r"expected a key: attack\.virtual draws random numbers"):
-        attack.virtual(net, params, x, eps=0.5)
+    with pytest.raises(ValueError, match=r"expected a key: attack\.pgd_kl draws random numbers"):
+        attack.pgd_kl(net, params, x, eps=0.5)
     with pytest.raises(TypeError, match="expected integer labels"):
-        attack.virtual(net, params, x, np.eye(B, K), eps=0.5, key=KEYS)
+        attack.pgd_kl(net, params, x, np.eye(B, K), eps=0.5, key=KEYS)
 
 
 def test_a_masked_class_and_an_unsound_row_do_not_spoil_the_virtual_attack():
@@ -517,6 +517,6 @@ def test_a_masked_class_and_an_unsound_row_do_not_spoil_the_virtual_attack():
 
     bad = x.copy()
     bad[1, 0] = np.nan
-    r = np.asarray(attack.virtual(masked, params, bad, eps=0.5, steps=2, key=KEYS))
+    r = np.asarray(attack.pgd_kl(masked, params, bad, eps=0.5, steps=2, key=KEYS))
     assert np.isnan(r).all(axis=1).tolist() == [False, True] + [False] * (B - 2)
     assert (np.abs(r[[0, *range(2, B)]]).max(axis=1) > 0).all()

@@ -42,8 +42,8 @@ METHODS = {
     ),
     "trades": (
         MultiStep((6, 5), 1, 0.1, eps=0.7, steps=3, objective="virtual", weight=6.0),
-        lambda **kwargs: objectives.virtual(
-            function(NET), lambda *args, **kw: attack.virtual(*args, steps=3, **kw), weight=6.0,
+        lambda **kwargs: objectives.kl_regularized(
+            function(NET), lambda *args, **kw: attack.pgd_kl(*args, steps=3, **kw), weight=6.0,
             **kwargs,
         ),
     ),

@@ -14,7 +14,7 @@ RESULTS = Path(report.__file__).parent / "results"
 ITERATED = {
     "pgd": partial(attack.pgd, steps=10, random_start=True),
     "apgd": partial(attack.apgd, steps=10),
-    "apgd_targeted": partial(attack.apgd_targeted, steps=5, n_targets=2),
+    "apgd_multitargeted": partial(attack.apgd_multitargeted, steps=5, n_targets=2),
     "fab": partial(attack.fab, steps=5, n_targets=2),
     "square": partial(attack.square, steps=50),
     "deepfool": attack.deepfool,

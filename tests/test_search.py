@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadv import attack, norms
+from jaxadv import attack, losses, norms
 from jaxadv.attack import search
 
 NORMS = ("l1", "l2", "linf")
@@ -26,9 +26,9 @@ BUDGET = {
     "apgd-l1": functools.partial(attack.apgd, norm="l1", steps=8),
     "apgd-l2": functools.partial(attack.apgd, norm="l2", steps=8),
     "dlr-linf": functools.partial(
-        attack.apgd, norm="linf", steps=5, loss_fn=attack.dlr, restarts=3
+        attack.apgd, norm="linf", steps=5, loss_fn=losses.dlr, restarts=3
     ),
-    "towards-linf": functools.partial(attack.apgd_targeted, norm="linf", steps=4, n_targets=2),
+    "towards-linf": functools.partial(attack.apgd_multitargeted, norm="linf", steps=4, n_targets=2),
 }
 MINIMAL = {
     **each_norm("fmn", attack.fmn, steps=20),
@@ -419,8 +419,8 @@ def test_without_jit_it_is_the_same_and_the_net_is_traced_once(name):
         (attack.apgd, {"samples": -1}, r"samples >= 0, got -1; 0 is for a net that draws no"),
         (attack.pgd, {"samples": 2, "key": None}, r"a key: the net draws random numbers"),
         (attack.pgd, {"restarts": 2, "key": None}, r"a key: a random start draws random numbers"),
-        (attack.apgd_targeted, {"steps": 0}, r"steps >= 1, got 0; 100 is the published"),
-        (attack.apgd_targeted, {"n_targets": 0}, r"n_targets >= 1, got 0; 9 is the published"),
+        (attack.apgd_multitargeted, {"steps": 0}, r"steps >= 1, got 0; 100 is the published"),
+        (attack.apgd_multitargeted, {"n_targets": 0}, r"n_targets >= 1, got 0; 9 is the published"),
         (attack.fmn, {"steps": 0}, r"steps >= 1, got 0; 100 is usual"),
         (attack.fmn, {"step_size": 0.0}, r"step_size > 0, got 0.0"),
         (attack.fmn, {"step_size": float("nan")}, r"step_size > 0, got nan"),
@@ -435,7 +435,9 @@ def test_a_wrong_number_or_name_is_named_with_its_cure(fn, wrong, match):
         fn(net, params, x, y, **({"eps": eps, "key": key} | wrong))
 
 
-@pytest.mark.parametrize("fn", [attack.apgd, attack.apgd_targeted, attack.fmn, attack.deepfool])
+@pytest.mark.parametrize(
+    "fn", [attack.apgd, attack.apgd_multitargeted, attack.fmn, attack.deepfool]
+)
 def test_wrong_arguments_that_all_methods_share_raise(fn):
     params, x, y, eps, key = problem()
     fn = functools.partial(fn, key=key)
@@ -462,7 +464,7 @@ def test_wrong_arguments_that_all_methods_share_raise(fn):
 
 def test_lead_is_how_far_the_likeliest_other_class_is_above_the_label():
     z = jnp.array([[3.0, 1, 2], [1, 5, -jnp.inf], [1e4, 1e4, 0], [2, 7, 1]])
-    np.testing.assert_array_equal(search.lead(z, jnp.array([0, 0, 1, 1])), [-1, 4, 0, -5])
+    np.testing.assert_array_equal(losses.logit_margin(z, jnp.array([0, 0, 1, 1])), [-1, 4, 0, -5])
 
 
 def test_success_comes_before_loss_in_the_best():

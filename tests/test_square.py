@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import io_callback
 
-from jaxadv import jacobian
+from jaxadv import losses
 from jaxadv.attack.square import _SEARCHES, _peak, _side
 from jaxadv.attack.square import square as eager
 
@@ -160,8 +160,8 @@ def test_a_targeted_search_lowers_the_cross_entropy_until_it_reaches_the_target(
     fn = functools.partial(square, net, params, x, y, norm=norm, targeted=True, key=KEYS)
     r = np.asarray(fn(eps=eps, steps=LONG))
     assert (np.asarray(net(params, x + r)).argmax(axis=1) == y).mean() > 0.5
-    before = jacobian.margin(net(params, x), y)
-    after = jacobian.margin(net(params, x + fn(eps=eps / 30, steps=LONG)), y)
+    before = losses.margin(net(params, x), y)
+    after = losses.margin(net(params, x + fn(eps=eps / 30, steps=LONG)), y)
     assert (after < before).all()
 
 
@@ -174,7 +174,7 @@ def test_success_comes_before_loss():
     x, y = np.zeros((B, S, S, C), np.float32), np.zeros(B, int)
     apart = x.copy()
     apart[:, 0, 0, 0], apart[:, -1, 0, 0] = -1, 1
-    near, far = (jacobian.margin(split(None, a), y) for a in (x, apart))
+    near, far = (losses.margin(split(None, a), y) for a in (x, apart))
     assert (near < far).all()
     r = square(split, None, x, y, eps=1.0, norm="linf", steps=SHORT, targeted=True, key=KEYS)
     assert (np.asarray(split(None, r)).argmax(axis=1) == y).sum() > B / 2

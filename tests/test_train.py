@@ -400,7 +400,7 @@ OBJECTIVES = {
     "natural": objectives.natural(layers),
     "adversarial": objectives.adversarial(layers, perturb.loss, eps=0.3),
     "mixed": objectives.mixed(layers, perturb.loss, eps=0.3),
-    "virtual": objectives.virtual(layers, perturb.virtual, eps=0.3),
+    "virtual": objectives.kl_regularized(layers, perturb.vat, eps=0.3),
     "representation": objectives.representation(
         lambda params, x: jnp.tanh(x @ params[0][0] + params[0][1][None]),
         lambda params, h: h @ params[1][0] + params[1][1][None],

@@ -7,10 +7,10 @@ from functools import partial
 import jax.numpy as jnp
 import pytest
 
-from jaxadv import attack, jacobian, logistic, norms, objectives, perturb, types
+from jaxadv import attack, logistic, losses, norms, objectives, perturb, types
 
 # What `attack` has besides attacks.
-BESIDES = {"Cascade", "Stage", "cascade", "dlr", "standard"}
+BESIDES = {"Cascade", "Stage", "cascade", "standard"}
 PERTURB_FNS = {
     **{name: getattr(perturb, name) for name in perturb.__all__},
     **{name: getattr(attack, name) for name in attack.__all__ if name not in BESIDES},
@@ -20,7 +20,7 @@ OBJECTIVES = {
     "natural": objectives.natural(logistic.logits),
     "adversarial": objectives.adversarial(logistic.logits, perturb.loss, eps=0.5),
     "mixed": objectives.mixed(logistic.logits, perturb.loss, eps=0.5),
-    "virtual": objectives.virtual(logistic.logits, perturb.virtual, eps=0.5),
+    "virtual": objectives.kl_regularized(logistic.logits, perturb.vat, eps=0.5),
     "representation": objectives.representation(
         lambda params, x: x, logistic.logits, perturb.loss, eps=0.5
     ),
@@ -61,7 +61,7 @@ def test_the_logistic_model_is_an_apply_fn():
     accepts(logistic.logits, types.ApplyFn)
 
 
-@pytest.mark.parametrize("loss", [jacobian.margin, attack.dlr])
+@pytest.mark.parametrize("loss", [losses.margin, losses.dlr])
 def test_the_losses_are_loss_fns(loss):
     accepts(loss, types.LossFn)
 

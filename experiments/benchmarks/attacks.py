@@ -21,7 +21,7 @@ METHODS: Mapping[str, tuple[Any, int]] = {  # with passes over the net's product
     "Adv_Loss": (partial(perturb.loss, eps=1.5), 2),
     "Adv_Loss_Sign": (partial(perturb.loss_sign, eps=1.5), 2),
     "Adv_Alpha": (partial(perturb.alpha, eps=1.5), 10),
-    "Miyato": (partial(perturb.virtual, eps=1.5, key=jax.random.key(0)), 0),
+    "Miyato": (partial(perturb.vat, eps=1.5, key=jax.random.key(0)), 0),
     "one step": (partial(perturb.loss, eps=1.5, bounds=(0.0, 1.0)), 2),
     "PGD-40": (partial(attack.pgd, eps=1.5, steps=40, bounds=(0.0, 1.0)), 80),
     "APGD-CE, 100 steps": (

@@ -9,10 +9,9 @@ beforehand.
 
 In a ball of radius eps:
 
-- `pgd`: projected gradient steps in an l1, l2 or linf ball. `virtual`: the same away from the net's
+- `pgd`: projected gradient steps in an l1, l2 or linf ball. `pgd_kl`: the same away from the net's
   own output, for TRADES.
-- `apgd`, `apgd_targeted`: the same with momentum and step sizes that adapt themselves; `dlr` is
-  a loss for them.
+- `apgd`, `apgd_multitargeted`: the same with momentum and step sizes that adapt themselves.
 
 The least perturbation that changes the answer (with eps: cut to that size):
 
@@ -26,27 +25,26 @@ On the host, over a data set: `autoattack`, the standard ensemble of four of the
 which runs any attacks on what those before have left.
 """
 
-from jaxadv.attack.apgd import apgd, apgd_targeted, dlr
+from jaxadv.attack.apgd import apgd, apgd_multitargeted
 from jaxadv.attack.autoattack import Cascade, Stage, autoattack, cascade, standard
 from jaxadv.attack.deepfool import deepfool
 from jaxadv.attack.fab import fab
 from jaxadv.attack.fmn import fmn
-from jaxadv.attack.pgd import pgd, virtual
+from jaxadv.attack.pgd import pgd, pgd_kl
 from jaxadv.attack.square import square
 
 __all__ = [
     "Cascade",
     "Stage",
     "apgd",
-    "apgd_targeted",
+    "apgd_multitargeted",
     "autoattack",
     "cascade",
     "deepfool",
-    "dlr",
     "fab",
     "fmn",
     "pgd",
+    "pgd_kl",
     "square",
     "standard",
-    "virtual",
 ]

@@ -9,7 +9,7 @@ asked for (Croce and Hein, 2021).
 
 Losses: the margin form of cross-entropy (it orders points and directs steps as cross-entropy does,
 and its gradient doesn't die), `dlr`, which doesn't change when the logits are scaled, and in
-`apgd_targeted` the latter's targeted form, for one class after another.
+`apgd_multitargeted` the latter's targeted form, for one class after another.
 """
 
 from __future__ import annotations
@@ -24,74 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import closures, inputs, jacobian, loops, meshes, norms
+from jaxadv import _cpu, closures, inputs, losses, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
-__all__ = ["apgd", "apgd_targeted", "dlr"]
+__all__ = ["apgd", "apgd_multitargeted"]
 
 _RISES = 0.75  # the share of steps that have to raise the loss for the step size to be kept
-
-
-def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    r"""The difference of logits ratio, positive where an example is misclassified.
-
-    .. math:: -\frac{z_y - \max_{k \ne y} z_k}{z_{\pi_1} - z_{\pi_3}}
-
-    with :math:`z_{\pi_1} \ge z_{\pi_2} \ge z_{\pi_3}` the three largest logits. It doesn't change
-    when the logits are shifted or scaled. Its gradient is 0 where y is the third.
-
-    Args:
-      logits: `[B, K]`, floating point, K >= 3.
-      labels: integers, `[B]`, in 0..K-1.
-
-    Returns:
-      `[B]`, in float32 at least; 0 where the three largest logits are equal.
-
-    Raises:
-      TypeError: if `labels` are not integers.
-      ValueError: if `labels` are not `[B]`, or there are fewer than 3 classes.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxadv import attack
-      >>> attack.dlr(jnp.array([[5.0, 2.0, 1.0]]), jnp.array([0])).tolist()
-      [-0.75]
-
-    References:
-      Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-      parameter-free attacks", 2020, Section 4.
-    """
-    if logits.shape[1] < 3:
-        raise ValueError(
-            f"expected logits of at least 3 classes, got shape {logits.shape}; the ratio needs the "
-            "third largest: use jacobian.margin for 2"
-        )
-    labels = inputs.labels(labels, logits.shape[0])
-    top = _largest(logits, 3)
-    return _ratio(search.lead(logits, labels), top[:, 0] - top[:, 2])
-
-
-def _largest(logits: jax.Array, n: int) -> jax.Array:
-    return lax.top_k(jacobian.below_largest(logits.astype(inputs.wide(logits.dtype))), n)[0]
-
-
-def _ratio(above: jax.Array, below: jax.Array) -> jax.Array:
-    zero = below == 0  # double where: no derivative of 0 / 0
-    return jnp.where(zero, 0, above / jnp.where(zero, 1, below))
-
-
-def _targeted_dlr(target: jax.Array, logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return how far the target is above the label, in a unit of the logits' own spread.
-
-    With fewer than four classes there is no such unit, and the difference is what it is.
-    """
-    both = jnp.stack([target, labels], axis=1)
-    z = jnp.take_along_axis(jacobian.below_largest(logits), both, axis=1)
-    if logits.shape[1] < 4:
-        return z[:, 0] - z[:, 1]
-    top = _largest(logits, 4)
-    return _ratio(z[:, 0] - z[:, 1], top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
 
 
 @meshes.auto_axes(meshes.as_x)
@@ -105,7 +44,7 @@ def apgd(
     eps: Eps,
     norm: Norm = "l2",
     steps: int = 100,
-    loss_fn: LossFn = jacobian.margin,
+    loss_fn: LossFn = losses.margin,
     targeted: bool = False,
     restarts: int = 1,
     samples: int = 0,
@@ -135,7 +74,7 @@ def apgd(
       steps: number of steps, at least 1 (in l1 at least 3 are made, one in each of three balls);
         each a forward and a backward pass.
       loss_fn: `(logits, labels) -> [B]`, which is raised (lowered if `targeted`): the default,
-        `jacobian.margin`, is cross-entropy's margin form; `dlr` is the other published one.
+        `losses.margin`, is cross-entropy's margin form; `dlr` is the other published one.
       targeted: y are the classes to reach instead of those to leave.
       restarts: how many random starts, at least 1.
       samples: 0 for a deterministic net. For one that draws random numbers, `apply_fn(params, x,
@@ -175,7 +114,7 @@ def apgd(
 
 
 @meshes.auto_axes(meshes.as_x)
-def apgd_targeted(
+def apgd_multitargeted(
     apply_fn: ApplyFn,
     params: Params,
     x: jax.Array,
@@ -220,7 +159,7 @@ def apgd_targeted(
       >>> import jax, jax.numpy as jnp
       >>> from jaxadv import attack
       >>> x, y = jnp.array([[1.0, 0.0, 0.5, 0.0]]), jnp.array([0])
-      >>> r = attack.apgd_targeted(lambda _, x: x, None, x, y, eps=0.5, key=jax.random.key(0))
+      >>> r = attack.apgd_multitargeted(lambda _, x: x, None, x, y, eps=0.5, key=jax.random.key(0))
       >>> int(jnp.argmax(x + r))
       2
 
@@ -297,7 +236,7 @@ def _run_targets(
 
     def problem_for(target: jax.Array) -> search.Problem:
         return search.Problem(
-            apply_fn, params, x, y, partial(_targeted_dlr, target), targeted=False
+            apply_fn, params, x, y, partial(losses.targeted_dlr, target=target), targeted=False
         )
 
     def run(rank: jax.Array | int) -> search.Best:
@@ -357,7 +296,7 @@ class _Climb(NamedTuple):
 
     def from_highest(self, where: jax.Array) -> _Climb:
         """Go back to the highest point."""
-        rows = inputs.batched(where, self.r)
+        rows = inputs.expand_like(where, self.r)
         return self._replace(
             r=jnp.where(rows, self.highest_r, self.r), g=jnp.where(rows, self.highest_g, self.g)
         )
@@ -375,7 +314,7 @@ def _move(problem: search.Problem, state: _Climb, r: jax.Array, step: jax.Array 
     """Step to r, and look where that is."""
     success, loss, g = problem.gradient(r, step)
     higher = loss > state.highest
-    rows = inputs.batched(higher, r)
+    rows = inputs.expand_like(higher, r)
     return state._replace(
         r=r,
         g=g,
@@ -416,12 +355,12 @@ def _climb(
     """Ascend with momentum; return the highest point and the best."""
     windows = jnp.asarray(_windows(steps), eps.dtype)
 
-    @loops.body
+    @_cpu.fast_convolutions
     def step(i: jax.Array, carry: _Watched) -> _Watched:
         state, rises, halved, before = carry
         at = state.r.astype(state.g.dtype)
         share = jnp.where(i > 0, 0.75, 1).astype(at.dtype)
-        size = inputs.batched(state.step_size, at)
+        size = inputs.expand_like(state.step_size, at)
         ahead = inside(at + size * norms.steepest(state.g, norm)).astype(at.dtype)
         momentum = at - state.previous.astype(at.dtype)
         moved = _move(
@@ -468,7 +407,7 @@ def _climb_l1(
     def nonzeros(r: jax.Array) -> jax.Array:
         return jnp.sum(free(jnp.sign(r), r).reshape(-1, size) != 0, axis=1).astype(eps.dtype)
 
-    @loops.body
+    @_cpu.fast_convolutions
     def step(
         i: jax.Array, carry: tuple[_Climb, jax.Array, jax.Array]
     ) -> tuple[_Climb, jax.Array, jax.Array]:

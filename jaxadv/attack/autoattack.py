@@ -2,9 +2,9 @@
 
 A single attack fails now and then for reasons that have nothing to do with robustness. AutoAttack
 (Croce and Hein, 2020) takes the worst of four that fail for different reasons: `apgd` on
-cross-entropy, `apgd_targeted`, `fab`, and `square`, which doesn't use gradients at all. An example
-that one has fooled needs no other, so each works on the rest (`cascade`, with attacks of one's
-own).
+cross-entropy, `apgd_multitargeted`, `fab`, and `square`, which doesn't use gradients at all. An
+example that one has fooled needs no other, so each works on the rest (`cascade`, with attacks of
+one's own).
 
 These run on the host: which examples go on is known only when an attack has ended.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxadv import closures, host, inputs, meshes, norms
-from jaxadv.attack.apgd import apgd, apgd_targeted
+from jaxadv.attack.apgd import apgd, apgd_multitargeted
 from jaxadv.attack.fab import fab
 from jaxadv.attack.search import fold
 from jaxadv.attack.square import square
@@ -101,7 +101,7 @@ def _standard(norm: Norm) -> Mapping[str, PerturbFn]:
     sparse = norm == "l1"
     attacks: dict[str, PerturbFn] = {
         "apgd-ce": partial(apgd, norm=norm, restarts=5 if sparse else 1),
-        "apgd-t": partial(apgd_targeted, norm=norm, n_targets=5 if sparse else 9),
+        "apgd-t": partial(apgd_multitargeted, norm=norm, n_targets=5 if sparse else 9),
         "fab-t": partial(fab, norm=norm, n_targets=9),
     }
     if not sparse:
@@ -279,7 +279,7 @@ def _batches(
 @partial(jax.jit, static_argnums=0)
 def _right(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
     x = inputs.examples(x)
-    return inputs.right(inputs.apply(apply_fn, params, x), x, inputs.labels(y, x.shape[0]))
+    return inputs.is_correct(inputs.apply(apply_fn, params, x), x, inputs.labels(y, x.shape[0]))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

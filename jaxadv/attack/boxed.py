@@ -35,7 +35,7 @@ def ball(
         return _l1_ball(x, eps, bounds)
 
     def inside(r: jax.Array) -> jax.Array:
-        return norms.confine(x, norms.project(r, eps, norm), bounds)
+        return norms.clip_to_box(x, norms.project(r, eps, norm), bounds)
 
     return inside
 
@@ -50,7 +50,7 @@ def free(x: jax.Array, bounds: Bounds | None) -> Callable[[jax.Array, jax.Array]
     if bounds is None:
         return lambda ascent, r: ascent
     # As far as rounding lets r come: short of hi - x by an ulp, it would never be at the wall.
-    lower, upper = (norms.confine(x, end, bounds) for end in room(x, bounds))
+    lower, upper = (norms.clip_to_box(x, end, bounds) for end in room(x, bounds))
 
     def leave(ascent: jax.Array, r: jax.Array) -> jax.Array:
         stopped = ((r >= upper) & (ascent > 0)) | ((r <= lower) & (ascent < 0))
@@ -89,7 +89,7 @@ def _l1_ball(x: jax.Array, eps: jax.Array, bounds: Bounds) -> Callable[[jax.Arra
         # Rounding may leave it a hair outside; shrinking moves no entry out of the box.
         size = jnp.sum(nearest, axis=1)
         nearest *= jnp.where(size > eps, eps / jnp.where(size > 0, size, 1), 1)[:, None]
-        return norms.confine(x, jnp.sign(r) * nearest.reshape(r.shape), bounds)
+        return norms.clip_to_box(x, jnp.sign(r) * nearest.reshape(r.shape), bounds)
 
     return inside
 

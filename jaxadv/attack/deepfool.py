@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import closures, inputs, loops, meshes, norms, perturb
+from jaxadv import _cpu, closures, inputs, losses, meshes, norms, perturb
 from jaxadv.attack import search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -117,12 +117,12 @@ def _probability_step(
     apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array, norm: Norm
 ) -> jax.Array:
     """Return Adv_Alpha's step, at most a thousand times as long as x is large; it has no box."""
-    r = perturb.alpha(apply_fn, params, x, y, norm=norm).astype(inputs.wide(x.dtype))
+    r = perturb.alpha(apply_fn, params, x, y, norm=norm).astype(inputs.accum_dtype(x.dtype))
     unit = perturb.alpha(apply_fn, params, x, y, norm=norm, eps=1.0).astype(r.dtype)
     longest = 1000 * (1 + norms.norm(x, norm))
     size = norms.norm(jnp.clip(r, -1e37, 1e37), norm)  # of more, 1 / size could be flushed to 0
-    capped = inputs.batched(longest, x) * unit
-    return jnp.where(inputs.batched(size <= longest, x), r, capped)
+    capped = inputs.expand_like(longest, x) * unit
+    return jnp.where(inputs.expand_like(size <= longest, x), r, capped)
 
 
 class _State(NamedTuple):
@@ -146,12 +146,12 @@ def _run(
     overshoot: float,
     bounds: Bounds | None,
 ) -> jax.Array:
-    problem = search.Problem(apply_fn, params, x, y, search.lead, targeted=False)
+    problem = search.Problem(apply_fn, params, x, y, losses.logit_margin, targeted=False)
     clear = search.clearly(problem)
-    over = jnp.asarray(1 + overshoot, inputs.wide(x.dtype))
+    over = jnp.asarray(1 + overshoot, inputs.accum_dtype(x.dtype))
 
     def inside(r: jax.Array) -> jax.Array:
-        return norms.confine(x, r, bounds)
+        return norms.clip_to_box(x, r, bounds)
 
     def crossed(r: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return whether r is on the far side by more than rounding, and whether at all."""
@@ -161,7 +161,7 @@ def _run(
     def more(state: _State) -> Any:
         return (state.i < steps) & ~jnp.all(state.done)
 
-    @loops.body
+    @_cpu.fast_convolutions
     def step(state: _State) -> _State:
         r = state.r
         at = inside(r)
@@ -174,9 +174,9 @@ def _run(
         near, far = inside(moved), inside(over * moved)
         (hit_near, barely_near), (hit, barely) = crossed(near), crossed(far)
         # Where the boundary is curved, further on may be back on this side.
-        point = jnp.where(inputs.batched(hit, r), far, near)
-        stay = inputs.batched(state.done, r)
-        over_it = jnp.where(inputs.batched(barely, r), far, near)
+        point = jnp.where(inputs.expand_like(hit, r), far, near)
+        stay = inputs.expand_like(state.done, r)
+        over_it = jnp.where(inputs.expand_like(barely, r), far, near)
         size = norms.norm(over_it, norm)
         return _State(
             state.i + 1,
@@ -197,6 +197,6 @@ def _run(
         return jnp.where(done, clearly, barely)
 
     found = done | jnp.isfinite(least.size)
-    r = search.shrunk(misleads, jnp.where(inputs.batched(done, x), end, least.r), found)
-    r = jnp.where(inputs.batched(found, r), r, 0)
+    r = search.shrunk(misleads, jnp.where(inputs.expand_like(done, x), end, least.r), found)
+    r = jnp.where(inputs.expand_like(found, r), r, 0)
     return problem.answer(search.within(r, eps, norm), eps)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import closures, inputs, jacobian, loops, meshes, norms
+from jaxadv import _cpu, closures, inputs, jacobian, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -153,10 +153,10 @@ def _run(
 ) -> jax.Array:
     steps, n_targets, restarts = counts
     zero = jnp.int32(0)
-    alpha_max, eta, beta = (jnp.asarray(c, inputs.wide(x.dtype)) for c in constants)
+    alpha_max, eta, beta = (jnp.asarray(c, inputs.accum_dtype(x.dtype)) for c in constants)
     clean = inputs.apply(apply_fn, params, x)
     n_classes = clean.shape[1]
-    posed = inputs.finite(x, clean, eps) & inputs.solvable(clean, y)
+    posed = inputs.finite(x, clean, eps) & inputs.attackable(clean, y)
     posed &= jnp.argmax(clean, axis=1) == y
     is_y = jax.nn.one_hot(y, n_classes, dtype=bool)
     # Likeliest first; y itself is the last.
@@ -170,7 +170,7 @@ def _run(
         return posed if eps is None else posed & (best.size > eps) & (eps > 0)
 
     def inside(r: jax.Array) -> jax.Array:
-        return norms.confine(x, r, bounds)
+        return norms.clip_to_box(x, r, bounds)
 
     def to_plane(w: jax.Array, c: jax.Array, r: jax.Array) -> jax.Array:
         """Return the least d with <w, d> = c for which x + r + d is in the box."""
@@ -178,7 +178,7 @@ def _run(
             return boxed.to_plane(w, c, lower - r, upper - r, norm)
         size = norms.norm(w, norms.dual(norm))
         far = c / jnp.where(size == 0, jnp.inf, size)  # without a gradient, no way at all
-        return inputs.batched(far, w) * norms.steepest(w, norm)
+        return inputs.expand_like(far, w) * norms.steepest(w, norm)
 
     def attempt(i: jax.Array, best: _Best) -> _Best:
         """Attack from one start, each example toward its class of one rank."""
@@ -195,7 +195,7 @@ def _run(
             wrong = (jnp.argmax(logits, axis=1) != y) & jnp.all(logits < jnp.inf, axis=1)
             size = norms.norm(r, norm)
             better = wrong & active(best) & (size < best.size)
-            r = jnp.where(inputs.batched(better, r), r, best.r)
+            r = jnp.where(inputs.expand_like(better, r), r, best.r)
             return _Best(r, jnp.where(better, size, best.size)), wrong
 
         def step(carry: tuple[jax.Array, jax.Array, _Best]) -> tuple[jax.Array, jax.Array, _Best]:
@@ -210,16 +210,16 @@ def _run(
             r = r.astype(w.dtype)
             along = jnp.sum(w * r, axis=tuple(range(1, w.ndim)))
             shrunk = jnp.where(wrong, beta, 1)
-            r = inputs.batched(shrunk, r) * r
+            r = inputs.expand_like(shrunk, r) * r
             d = to_plane(w, (1 - shrunk) * along - gap, r)
             d_0 = to_plane(w, along - gap, jnp.zeros_like(r))
             size, size_0 = norms.norm(d, norm), norms.norm(d_0, norm)
             # Double where: at x, on the plane, both are 0.
             alpha = jnp.minimum(size / jnp.where(size > 0, size + size_0, 1), alpha_max)
-            alpha = inputs.batched(alpha, r)
+            alpha = inputs.expand_like(alpha, r)
             moved = (1 - alpha) * (r + eta * d) + alpha * eta * d_0
             usable = jnp.isfinite(gap + size + size_0)  # or there is no plane to go to
-            return n + 1, inside(jnp.where(inputs.batched(usable, r), moved, r)), best
+            return n + 1, inside(jnp.where(inputs.expand_like(usable, r), moved, r)), best
 
         r = jnp.zeros_like(x)
         if keys is not None:
@@ -236,9 +236,9 @@ def _run(
     # Restarts come last, when there is a smallest r of all classes for their size.
     _, best = lax.while_loop(
         lambda carry: (carry[0] < restarts * n_targets) & jnp.any(wanted(carry[1])),
-        loops.body(lambda carry: (carry[0] + 1, attempt(*carry))),
+        _cpu.fast_convolutions(lambda carry: (carry[0] + 1, attempt(*carry))),
         (zero, _Best(jnp.zeros_like(x), nowhere)),
     )
     r = search.within(best.r, eps, norm)
     sound = inputs.finite(x, clean, eps)
-    return jnp.where(inputs.batched(sound, x), inside(r), jnp.nan)
+    return jnp.where(inputs.expand_like(sound, x), inside(r), jnp.nan)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import closures, inputs, loops, meshes, norms
+from jaxadv import _cpu, closures, inputs, losses, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -128,7 +128,7 @@ def _run(
     bounds: Bounds | None,
 ) -> jax.Array:
     # Climbing the lead over y, or its opposite to reach y.
-    problem = search.Problem(apply_fn, params, x, y, search.lead, targeted=targeted)
+    problem = search.Problem(apply_fn, params, x, y, losses.logit_margin, targeted=targeted)
     clear = search.clearly(problem)
 
     def kept(state: _State, success: jax.Array, loss: jax.Array) -> _State:
@@ -138,7 +138,7 @@ def _run(
             barely=state.barely.with_point(state.r, size, success),
         )
 
-    @loops.body
+    @_cpu.fast_convolutions
     def step(i: jax.Array, state: _State) -> _State:
         success, loss, g = problem.gradient(state.r)
         state = kept(state, success, loss)
@@ -160,7 +160,7 @@ def _run(
         moved = state.r.astype(g.dtype) + step_size * length * norms.steepest(g, "l2")
         return state._replace(r=boxed.ball(x, radius, norm, bounds)(moved), radius=radius)
 
-    zero, nowhere = jnp.zeros_like(x), jnp.full(x.shape[0], jnp.inf, inputs.wide(x.dtype))
+    zero, nowhere = jnp.zeros_like(x), jnp.full(x.shape[0], jnp.inf, inputs.accum_dtype(x.dtype))
     # What is where it should be at x needs no perturbation, however the loop rounds.
     none = search.Least(zero, nowhere)
     there = none._replace(size=jnp.where(clear(*problem.value(zero)), 0, nowhere))
@@ -168,7 +168,7 @@ def _run(
     state = kept(state, *problem.value(state.r))
     if not targeted:  # the boundary of another class than the likeliest may be nearer
         ahead = _PAST * search.to_boundary(apply_fn, params, x, y, norm, bounds, _CLASSES)
-        r = norms.confine(x, ahead, bounds)
+        r = norms.clip_to_box(x, ahead, bounds)
         state = kept(state._replace(r=r), *problem.value(r))
     clearly, barely = (jnp.isfinite(least.size) for least in (state.least, state.barely))
 
@@ -176,6 +176,6 @@ def _run(
         success, loss = problem.value(r)
         return jnp.where(clearly, clear(success, loss), success)
 
-    r = jnp.where(inputs.batched(clearly, x), state.least.r, state.barely.r)
+    r = jnp.where(inputs.expand_like(clearly, x), state.least.r, state.barely.r)
     r = search.shrunk(misleads, r, clearly | barely)
     return problem.answer(search.within(r, eps, norm), eps)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxadv import closures, inputs, jacobian, loops, meshes, norms
+from jaxadv import _cpu, closures, inputs, losses, meshes, norms
 from jaxadv.attack import boxed, search
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
-__all__ = ["pgd", "virtual"]
+__all__ = ["pgd", "pgd_kl"]
 
 # r; whose gradients are taken without the top wrong class; the best points.
 _Carry = tuple[jax.Array, jax.Array, search.Best]
@@ -37,7 +37,7 @@ def pgd(
     norm: Norm = "l2",
     steps: int = 100,
     step_size: Eps | None = None,
-    loss_fn: LossFn = jacobian.margin,
+    loss_fn: LossFn = losses.margin,
     targeted: bool = False,
     random_start: bool = False,
     restarts: int = 1,
@@ -70,7 +70,7 @@ def pgd(
         eps.
       step_size: s, a scalar or `[B]`; None for 2.5 eps / steps.
       loss_fn: `(logits, labels) -> [B]`, which is raised (lowered if `targeted`). The default is
-        `jacobian.margin`.
+        `losses.margin`.
       targeted: y are the classes to reach instead of those to leave.
       random_start: start a single run at a random point of the ball instead of at x.
       restarts: number of starts, at least 1: x (unless there is only one, at random), then random
@@ -120,7 +120,7 @@ def pgd(
 
 
 @meshes.auto_axes(meshes.as_x)
-def virtual(
+def pgd_kl(
     apply_fn: ApplyFn,
     params: Params,
     x: jax.Array,
@@ -134,13 +134,14 @@ def virtual(
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> jax.Array:
-    r"""`perturb.virtual` iterated: PGD away from the net's own output, labels unused.
+    r"""`perturb.vat` iterated: PGD away from the net's own output, labels unused.
 
     .. math:: \max_{\|r\| \le \epsilon} D_{KL}(p(x) \,\|\, p(x + r))
 
     from a random point, since at x the divergence has no gradient. With this adversary
-    `objectives.virtual` is TRADES, its `weight` the paper's :math:`1 / \lambda`. The divergence's
-    gradient, unlike `pgd`'s, dies with a confident net's probabilities: it's for training.
+    `objectives.kl_regularized` is TRADES, its `weight` the paper's :math:`1 / \lambda`. The
+    divergence's gradient, unlike `pgd`'s, dies with a confident net's probabilities: it's for
+    training.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
@@ -166,9 +167,9 @@ def virtual(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxadv import attack, objectives
-      >>> trades = objectives.virtual(lambda w, x: x @ w, attack.virtual, eps=1.5, weight=6.0)
+      >>> trades = objectives.kl_regularized(lambda w, x: x @ w, attack.pgd_kl, eps=1.5, weight=6.0)
       >>> w, x = jnp.array([[3.0, -3.0], [4.0, -4.0]]), jnp.full((1, 2), 0.1)
-      >>> r = attack.virtual(lambda w, x: x @ w, w, x, eps=0.5, key=jax.random.key(0))
+      >>> r = attack.pgd_kl(lambda w, x: x @ w, w, x, eps=0.5, key=jax.random.key(0))
       >>> bool(jnp.allclose(jnp.abs(r), jnp.array([[0.3, 0.4]]), atol=0.05))
       True
 
@@ -179,9 +180,9 @@ def virtual(
     x = inputs.examples(x)
     if y is not None:
         inputs.labels(y, x.shape[0])
-    keys = inputs.keys(key, x.shape[0], "attack.virtual")
+    keys = inputs.keys(key, x.shape[0], "attack.pgd_kl")
     logits = inputs.apply(apply_fn, params, x)
-    own = jax.nn.log_softmax(logits.astype(inputs.wide(logits.dtype)))
+    own = jax.nn.log_softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
     return pgd(
         apply_fn, params, x, own, eps=eps, norm=norm, steps=steps, step_size=step_size,
         loss_fn=_divergence, random_start=True, key=keys, bounds=bounds,
@@ -216,15 +217,15 @@ def _run(
         apply_fn, params, x, y, loss_fn, targeted=targeted, samples=samples, keys=draws
     )
     # From step to step r has the dtype of norms: a bfloat16 r would swallow small steps.
-    wide = x.astype(inputs.wide(x.dtype))
+    wide = x.astype(inputs.accum_dtype(x.dtype))
     inside = boxed.ball(wide, eps, norm, bounds)
     free = boxed.free(wide, bounds if norm == "l1" else None)
 
     def rounded(r: jax.Array) -> jax.Array:
-        return r if r.dtype == x.dtype else norms.confine(x, r, bounds)
+        return r if r.dtype == x.dtype else norms.clip_to_box(x, r, bounds)
 
     def run(restart: jax.Array | int) -> search.Best:
-        @loops.body
+        @_cpu.fast_convolutions
         def step(i: jax.Array, carry: _Carry) -> _Carry:
             r, without_top, best = carry
             at = rounded(r)
@@ -233,7 +234,7 @@ def _run(
             direction = norms.steepest(free(g, r), norm)
             # After a gradient of 0 the next is without the top wrong class, or with it again.
             without_top ^= norms.is_zero(g)
-            return inside(r + inputs.batched(step_size, x) * direction), without_top, best
+            return inside(r + inputs.expand_like(step_size, x) * direction), without_top, best
 
         first = restart * (steps + 1)
         r = jnp.zeros_like(wide)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import inputs, jacobian, loops, norms
+from jaxadv import _cpu, inputs, jacobian, losses, norms
 from jaxadv.attack import boxed
 from jaxadv.types import ApplyFn, Bounds, LossFn, Norm, Params
 
@@ -30,7 +30,6 @@ __all__ = [
     "clearly",
     "fold",
     "keys",
-    "lead",
     "nothing",
     "restarted",
     "shrunk",
@@ -61,7 +60,7 @@ class Best(NamedTuple):
 
     def _choose(self, better: jax.Array, other: Best) -> Best:
         return Best(
-            jnp.where(inputs.batched(better, self.r), other.r, self.r),
+            jnp.where(inputs.expand_like(better, self.r), other.r, self.r),
             jnp.where(better, other.success, self.success),
             jnp.where(better, other.loss, self.loss),
         )
@@ -70,7 +69,9 @@ class Best(NamedTuple):
 def nothing(x: jax.Array) -> Best:
     """Return r = 0 with the loss that any point is better than."""
     n = x.shape[0]
-    return Best(jnp.zeros_like(x), jnp.zeros(n, bool), jnp.full(n, -jnp.inf, inputs.wide(x.dtype)))
+    return Best(
+        jnp.zeros_like(x), jnp.zeros(n, bool), jnp.full(n, -jnp.inf, inputs.accum_dtype(x.dtype))
+    )
 
 
 class Problem:
@@ -101,13 +102,13 @@ class Problem:
         self._targeted, self._samples = targeted, samples
         self._keys: Any = keys
         self.clean = jnp.mean(self._draws(x, 0), axis=0)  # [B, K]
-        self.posed = inputs.solvable(self.clean, y if self._integer else None)
+        self.posed = inputs.attackable(self.clean, y if self._integer else None)
 
     def _draws(self, x: jax.Array, step: jax.Array | int) -> jax.Array:
         """Return logits `[samples, B, K]`."""
         if not self._samples:
             logits = inputs.apply(self._apply_fn, self._params, x)
-            return logits.astype(inputs.wide(logits.dtype))[None]
+            return logits.astype(inputs.accum_dtype(logits.dtype))[None]
 
         def draw(sample: jax.Array) -> jax.Array:
             def one(example: jax.Array, key: jax.Array) -> jax.Array:
@@ -115,7 +116,7 @@ class Problem:
                 return inputs.apply(self._apply_fn, self._params, example[None], key)[0]
 
             logits = jax.vmap(one)(x, self._keys)
-            return logits.astype(inputs.wide(logits.dtype))
+            return logits.astype(inputs.accum_dtype(logits.dtype))
 
         return jax.vmap(draw)(jnp.arange(self._samples))
 
@@ -126,7 +127,9 @@ class Problem:
             return inputs.losses_of(self._loss_fn(logits, self.y), self.x.shape[0])
 
         loss = (-1 if self._targeted else 1) * jnp.mean(jax.vmap(of_one)(draws), axis=0)
-        return loss.astype(inputs.wide(self.x.dtype))  # in 64-bit mode logits may be wider than x
+        return loss.astype(
+            inputs.accum_dtype(self.x.dtype)
+        )  # in 64-bit mode logits may be wider than x
 
     def _losses(
         self, r: jax.Array, step: jax.Array | int, without_top: jax.Array | None = None
@@ -142,7 +145,7 @@ class Problem:
 
     def _without_top(self, logits: jax.Array, where: jax.Array) -> jax.Array:
         is_y = jax.nn.one_hot(self.y, logits.shape[1], dtype=bool)
-        top, after = jacobian.top_wrong(logits, is_y)
+        top, after = losses.top_wrong(logits, is_y)
         where &= jnp.any(after > -jnp.inf, axis=1)
         return jnp.where(top & where[:, None], -jnp.inf, logits)
 
@@ -172,12 +175,12 @@ class Problem:
             r, step, without_top
         )
         # A bfloat16 gradient's direction would swallow small steps.
-        return self._succeeds(logits), loss, g.astype(inputs.wide(g.dtype))
+        return self._succeeds(logits), loss, g.astype(inputs.accum_dtype(g.dtype))
 
     def answer(self, r: jax.Array, eps: jax.Array | None) -> jax.Array:
         """Return r, 0 where no problem is posed, NaN where x, its logits or eps are not finite."""
-        r = jnp.where(inputs.batched(self.posed, r), r, 0)
-        return jnp.where(inputs.batched(inputs.finite(self.x, self.clean, eps), r), r, jnp.nan)
+        r = jnp.where(inputs.expand_like(self.posed, r), r, 0)
+        return jnp.where(inputs.expand_like(inputs.finite(self.x, self.clean, eps), r), r, jnp.nan)
 
 
 def restarted(run: Callable[[jax.Array | int], Best], restarts: int, initial: Best) -> Best:
@@ -194,7 +197,7 @@ def restarted(run: Callable[[jax.Array | int], Best], restarts: int, initial: Be
     def more(carry: tuple[jax.Array, Best]) -> Any:
         return (carry[0] < restarts) & ~jnp.all(carry[1].success)
 
-    @loops.body
+    @_cpu.fast_convolutions
     def again(carry: tuple[jax.Array, Best]) -> tuple[jax.Array, Best]:
         i, best = carry
         return i + 1, best.unless_done(run(i))
@@ -229,14 +232,6 @@ def streams(keys: jax.Array | None) -> tuple[Any, Any]:
     return (None, None) if keys is None else (fold(keys, 0), fold(keys, 1))
 
 
-def lead(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return how far the likeliest class but the label is above it, `[B]`: > 0 is misclassified."""
-    logits = jacobian.below_largest(logits.astype(inputs.wide(logits.dtype)))
-    is_y = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
-    z_y = jnp.sum(jnp.where(is_y, logits, 0), axis=1)
-    return jnp.max(jnp.where(is_y, -jnp.inf, logits), axis=1) - z_y
-
-
 def clearly(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return the function that tells which successes, of which lead, are more than rounding.
 
@@ -265,7 +260,7 @@ class Least(NamedTuple):
         """Return the smaller of these and another point, for each example that it succeeds on."""
         less = success & (size < self.size)
         return Least(
-            jnp.where(inputs.batched(less, r), r, self.r), jnp.where(less, size, self.size)
+            jnp.where(inputs.expand_like(less, r), r, self.r), jnp.where(less, size, self.size)
         )
 
 
@@ -303,7 +298,7 @@ def to_boundary(
     logits, pull = jacobian.pullback(apply_fn, params, x)
     n_classes = logits.shape[1]
     y = jnp.clip(y, 0, n_classes - 1)
-    z = jacobian.below_largest(logits)
+    z = losses.shift_logits(logits)
     z_y = jnp.take_along_axis(z, y[:, None], axis=1)
     at_y = jax.nn.one_hot(y, n_classes)
     free = jax.vmap(boxed.free(x, bounds), in_axes=(1, None), out_axes=1)
@@ -329,7 +324,7 @@ def to_boundary(
         # A thousandth past it: to lengthen the step moves none of its entries that are at a wall.
         gap = 1.001 * size * norms.norm(d, norms.dual(norm))
         return boxed.to_plane(d, gap, *boxed.room(x, bounds), norm)
-    return inputs.batched(size, x) * norms.steepest(d, norm)
+    return inputs.expand_like(size, x) * norms.steepest(d, norm)
 
 
 def shrunk(succeeds: Callable[[jax.Array], jax.Array], r: jax.Array, found: jax.Array) -> jax.Array:
@@ -340,10 +335,10 @@ def shrunk(succeeds: Callable[[jax.Array], jax.Array], r: jax.Array, found: jax.
       r: perturbations `[B, ...]`.
       found: which of them succeed; the others come back as they are.
     """
-    dtype = inputs.wide(r.dtype)
+    dtype = inputs.accum_dtype(r.dtype)
 
     def scaled(t: jax.Array) -> jax.Array:
-        return (inputs.batched(t, r) * r.astype(dtype)).astype(r.dtype)
+        return (inputs.expand_like(t, r) * r.astype(dtype)).astype(r.dtype)
 
     def coarse(low: jax.Array, high: jax.Array) -> jax.Array:
         return high - low > 1e-3 * high
@@ -352,7 +347,7 @@ def shrunk(succeeds: Callable[[jax.Array], jax.Array], r: jax.Array, found: jax.
         i, low, high = carry
         return (i < 64) & jnp.any(coarse(low, high))
 
-    @loops.body
+    @_cpu.fast_convolutions
     def halve(carry: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
         i, low, high = carry
         middle = (low + high) / 2
@@ -365,11 +360,13 @@ def shrunk(succeeds: Callable[[jax.Array], jax.Array], r: jax.Array, found: jax.
     # Between 0 and 0 there is nothing to look for.
     high = (found & (norms.norm(r, "linf") > 0)).astype(dtype)
     _, _, t = lax.while_loop(more, halve, (jnp.int32(0), jnp.zeros_like(high), high))
-    return jnp.where(inputs.batched(found, r), scaled(t), r)
+    return jnp.where(inputs.expand_like(found, r), scaled(t), r)
 
 
 def within(r: jax.Array, eps: jax.Array | None, norm: Norm) -> jax.Array:
     """Return the nearest point of the ball of radius eps; r itself if there is no eps."""
     if eps is None:
         return r
-    return norms.confine(r, norms.project(r.astype(inputs.wide(r.dtype)), eps, norm), None)
+    return norms.clip_to_box(
+        r, norms.project(r.astype(inputs.accum_dtype(r.dtype)), eps, norm), None
+    )

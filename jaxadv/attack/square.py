@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import closures, inputs, jacobian, loops, meshes, norms
+from jaxadv import _cpu, closures, inputs, losses, meshes, norms
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["square"]
@@ -307,9 +307,9 @@ def _run(
 
     def judge(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         hit = (jnp.argmax(logits, axis=1) == y) == targeted
-        z = logits.astype(inputs.wide(logits.dtype))
+        z = logits.astype(inputs.accum_dtype(logits.dtype))
         if targeted:
-            loss = jacobian.margin(z, y)  # in the order of cross-entropy, and never saturated
+            loss = losses.margin(z, y)  # in the order of cross-entropy, and never saturated
         else:
             is_y = jax.nn.one_hot(y, z.shape[1], dtype=bool)
             others = jnp.max(jnp.where(is_y, -jnp.inf, z), axis=1)
@@ -324,12 +324,12 @@ def _run(
         return jax.random.uniform(key, (channels + 5,), jnp.float32)
 
     def query(walk: _Walk, r: jax.Array) -> _Walk:
-        r = norms.confine(x, r, bounds)
+        r = norms.clip_to_box(x, r, bounds)
         loss, fooled = judge(logits_of(x + r))
         better = ~walk.done & (fooled | (loss < walk.loss))
         return _Walk(
             walk.step + 1,
-            jnp.where(inputs.batched(better, r), r, walk.r),
+            jnp.where(inputs.expand_like(better, r), r, walk.r),
             jnp.where(better, loss, walk.loss),
             walk.done | fooled,
         )
@@ -337,16 +337,16 @@ def _run(
     def unfinished(walk: _Walk) -> jax.Array:
         return (walk.step <= steps) & ~jnp.all(walk.done)
 
-    @loops.body
+    @_cpu.fast_convolutions
     def step(walk: _Walk) -> _Walk:
         halved = jnp.sum(walk.step - 1 > jnp.array(halvings, jnp.int32), dtype=jnp.int32)
         u = jax.vmap(draw)(keys_of(walk.step))
         return query(walk, lax.switch(halved, moves, walk.r.astype(eps.dtype), u, eps))
 
     loss, fooled = judge(clean)
-    done = fooled | ~inputs.solvable(clean, y) | ~finite | (eps == 0)  # r stays 0
+    done = fooled | ~inputs.attackable(clean, y) | ~finite | (eps == 0)  # r stays 0
     walk = _Walk(jnp.int32(0), jnp.zeros_like(x), jnp.full_like(loss, jnp.inf), done)
     start = jax.vmap(partial(search.start, image))
     walk = query(walk, start(keys_of(walk.step), eps))
     walk = lax.while_loop(unfinished, step, walk)
-    return unfolded(jnp.where(inputs.batched(finite, x), walk.r, jnp.nan))
+    return unfolded(jnp.where(inputs.expand_like(finite, x), walk.r, jnp.nan))

@@ -100,5 +100,5 @@ def keep(
     if stray:
         raise ValueError(
             f"expected attacks that keep x + r within bounds, got {stray}; confine what an attack "
-            "of your own returns, by jaxadv.norms.confine"
+            "of your own returns, by jaxadv.norms.clip_to_box"
         )

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
-from jaxadv import attack, closures, host, inputs, jacobian, meshes, norms, perturb
+from jaxadv import attack, closures, host, inputs, jacobian, losses, meshes, norms, perturb
 from jaxadv.evaluate.masks import accuracy, clean, perturbations
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params
 
@@ -163,7 +163,7 @@ def check(
     endless: Bounds | None = None
     if bounds is not None:
         host.checked(bounds, x)
-        lo, hi = (jnp.asarray(bound, inputs.wide(x.dtype)) for bound in bounds)
+        lo, hi = (jnp.asarray(bound, inputs.accum_dtype(x.dtype)) for bound in bounds)
         # One program for both: in no box at all, it would be another.
         box, endless = (lo, hi), (jnp.full_like(lo, -jnp.inf), jnp.full_like(hi, jnp.inf))
     shape = host.one_batch(x, batch_size)
@@ -392,9 +392,9 @@ def _gradient_kinds(
 ) -> dict[str, dict[str, jax.Array]]:
     """Return for each loss whose gradients are exactly 0, and whose not finite: one program."""
     logits, pull = jacobian.pullback(apply_fn, params, x)
-    losses = {"ce": optax.softmax_cross_entropy_with_integer_labels, "margin": jacobian.margin}
+    of = {"ce": optax.softmax_cross_entropy_with_integer_labels, "margin": losses.margin}
     if logits.shape[1] > 2:
-        losses["dlr"] = attack.dlr
+        of["dlr"] = losses.dlr
     of_example = tuple(range(1, x.ndim))
 
     def kinds(loss_fn: LossFn) -> dict[str, jax.Array]:
@@ -404,7 +404,7 @@ def _gradient_kinds(
             "non-finite": ~jnp.all(jnp.isfinite(g), axis=of_example),
         }
 
-    return {name: kinds(loss_fn) for name, loss_fn in losses.items()}
+    return {name: kinds(loss_fn) for name, loss_fn in of.items()}
 
 
 def _nearest_other(

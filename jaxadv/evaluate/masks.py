@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import closures, host, inputs, loops, meshes, norms
+from jaxadv import _cpu, closures, host, inputs, meshes, norms
 from jaxadv.evaluate import budget
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
@@ -105,7 +105,7 @@ def correct(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array) -> ja
     """
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
-    return inputs.right(inputs.apply(apply_fn, params, x), x, y)
+    return inputs.is_correct(inputs.apply(apply_fn, params, x), x, y)
 
 
 @meshes.auto_axes(meshes.of_rows)
@@ -143,12 +143,12 @@ def measure(
     r = jnp.asarray(inputs.perturbation(r, x))
     moved = x + r
     logits, moved_logits = (inputs.apply(apply_fn, params, v) for v in (x, moved))
-    right = inputs.right(logits, x, y)
+    right = inputs.is_correct(logits, x, y)
     finite = inputs.finite(x, logits) & inputs.finite(moved, moved_logits)
     of_example = tuple(range(1, r.ndim))
     return Outcome(
         clean=right,
-        robust=right & inputs.right(moved_logits, moved, y),
+        robust=right & inputs.is_correct(moved_logits, moved, y),
         norm=_realised(x, r, norm),
         zero=jnp.all(r == 0, axis=of_example),
         nonfinite=~(finite & jnp.all(jnp.isfinite(r), axis=of_example)),
@@ -159,7 +159,7 @@ def measure(
 def _realised(x: jax.Array, r: jax.Array, norm: Norm) -> jax.Array:
     """Return the sizes of r, or of the change that x + r really is in a narrow dtype."""
     size = norms.norm(r, norm)
-    wide = inputs.wide(x.dtype)
+    wide = inputs.accum_dtype(x.dtype)
     if x.dtype == wide:
         return size
     kind = jnp.finfo(x.dtype)
@@ -553,7 +553,7 @@ def curve(
         )
     for size in values.tolist():
         inputs.radius(size, x)
-    sizes = jnp.asarray(values, inputs.wide(x.dtype))
+    sizes = jnp.asarray(values, inputs.accum_dtype(x.dtype))
     batch = partial(_curve_batch, apply_fn, perturb_fn, params, host.checked(bounds, x), sizes)
     masks = host.over_batches(batch, (x, y, *host.per_example(x, 1.0, key)), batch_size)
     return np.asarray(masks).T
@@ -618,9 +618,9 @@ def _curve_batch(
 ) -> jax.Array:
     r = inputs.perturbation(perturb_fn(apply_fn, params, x, y, eps=eps, key=key, bounds=None), x)
 
-    @loops.body
+    @_cpu.fast_convolutions
     def at(size: jax.Array) -> jax.Array:
-        scaled = norms.confine(x, size * r.astype(size.dtype), bounds)
+        scaled = norms.clip_to_box(x, size * r.astype(size.dtype), bounds)
         return correct(apply_fn, params, x + scaled, y)
 
     # One size at a time: a batch of the usual size fills the machine already.

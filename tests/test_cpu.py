@@ -1,4 +1,4 @@
-"""`jaxadv.loops`: convolutions in loops have the layout that is fast on CPU, and the same values.
+"""`jaxadv._cpu`: convolutions in loops have the layout that is fast on CPU, and the same values.
 
 What decides the speed is counted here.
 """
@@ -16,7 +16,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from jaxadv import attack, evaluate, loops, objectives, perturb, train
+from jaxadv import _cpu, attack, evaluate, loops, objectives, perturb, train
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -76,8 +76,10 @@ def test_values_and_gradients_are_the_same_and_every_layout_is_the_fast_one(name
         return jnp.sum(jnp.sin(y))
 
     step = jax.value_and_grad(total, argnums=(0, 1))
-    chex.assert_trees_all_close(loops.body(step)(x, w), step(x, w), rtol=RTOL, atol=ATOL)
-    found = layouts(loops.body(step), x, w)
+    chex.assert_trees_all_close(
+        _cpu.fast_convolutions(step)(x, w), step(x, w), rtol=RTOL, atol=ATOL
+    )
+    found = layouts(_cpu.fast_convolutions(step), x, w)
     # The gradient of the weights is a sum of matrix products, but for images that lack few rows.
     n = 3 if (name, "rhs" if "rhs_dilation" in more else "lhs" if more else "") in LACKING else 2
     assert found == [FAST[len(strides)]] * n
@@ -105,12 +107,12 @@ def test_results_have_more_rows_than_the_image_where_few_are_missing(
     def convolve(x, w):
         return lax.conv_general_dilated(x, w, (strides, 1), padding, **NHWC)
 
-    text = str(jax.make_jaxpr(loops.body(convolve))(x, w))
+    text = str(jax.make_jaxpr(_cpu.fast_convolutions(convolve))(x, w))
     (found,) = re.findall(r"f32\[2,(\d+),\d+,4\] = conv_general_dilated", text)
     assert int(found) == rows
     # The same sums of the same numbers: what is added is cut off.
     np.testing.assert_allclose(
-        loops.body(convolve)(x, w), convolve(x, w), rtol=RTOL, atol=ATOL, strict=True
+        _cpu.fast_convolutions(convolve)(x, w), convolve(x, w), rtol=RTOL, atol=ATOL, strict=True
     )
 
 
@@ -141,18 +143,22 @@ def test_in_gradients_of_weights_kernels_have_more_rows_than_the_image_where_few
 
         return jax.grad(total)(w)
 
-    text = str(jax.make_jaxpr(loops.body(gradient))(x, w))
+    text = str(jax.make_jaxpr(_cpu.fast_convolutions(gradient))(x, w))
     results = re.findall(r"f32\[3,\d+,\d+,20\] = conv_general_dilated\[", text)
     longer = re.findall(rf":f32\[{rows},\d+,2,20\] = pad\[", text)
     assert (len(results), len(longer)) == ((1, 1) if rows else (0, 0))
     np.testing.assert_allclose(
-        loops.body(gradient)(x, w), gradient(x, w), rtol=RTOL, atol=ATOL * size, strict=True
+        _cpu.fast_convolutions(gradient)(x, w),
+        gradient(x, w),
+        rtol=RTOL,
+        atol=ATOL * size,
+        strict=True,
     )
 
     # XLA exchanges operands of which the kernel is the larger, and has no fast program for that.
     @jax.jit
     def looped(w, xs):
-        return lax.scan(lambda w, x: (loops.body(gradient)(x, w), None), w, xs)
+        return lax.scan(lambda w, x: (_cpu.fast_convolutions(gradient)(x, w), None), w, xs)
 
     assert "rhs_reversal" not in looped.lower(w, x[None]).compile().as_text()
 
@@ -175,10 +181,12 @@ def test_grouped_convolutions_keep_their_values(groups, rows):
         return jnp.sum(jnp.sin(convolve(x, w)))
 
     step = jax.value_and_grad(total, argnums=(0, 1))
-    chex.assert_trees_all_close(loops.body(step)(x, w), step(x, w), rtol=RTOL, atol=ATOL)
-    assert set(layouts(loops.body(step), x, w)) == {FAST[2]}
+    chex.assert_trees_all_close(
+        _cpu.fast_convolutions(step)(x, w), step(x, w), rtol=RTOL, atol=ATOL
+    )
+    assert set(layouts(_cpu.fast_convolutions(step), x, w)) == {FAST[2]}
     # Channels convolved each by itself are fastest as they are.
-    text = str(jax.make_jaxpr(loops.body(convolve))(x, w))
+    text = str(jax.make_jaxpr(_cpu.fast_convolutions(convolve))(x, w))
     assert f"f32[4,{rows},6,8] = conv_general_dilated" in re.sub(r"\w+:(f32\S+)", r"\1", text)
 
 
@@ -233,8 +241,8 @@ NESTED = {
 @pytest.mark.parametrize("name", NESTED)
 def test_convolutions_are_found_wherever_they_are(name):
     f, x, w = NESTED[name], draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
-    chex.assert_trees_all_close(loops.body(f)(x, w), f(x, w), rtol=RTOL, atol=ATOL)
-    assert set(layouts(loops.body(f), x, w)) == {FAST[2]}
+    chex.assert_trees_all_close(_cpu.fast_convolutions(f)(x, w), f(x, w), rtol=RTOL, atol=ATOL)
+    assert set(layouts(_cpu.fast_convolutions(f), x, w)) == {FAST[2]}
 
 
 @pytest.mark.parametrize("name", sorted(set(NESTED) - {"while"}))  # it has no reverse mode
@@ -242,7 +250,7 @@ def test_a_body_has_its_own_derivatives(name):
     f, x, w = NESTED[name], draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
     gradient = jax.grad(lambda f, x, w: jnp.sum(f(x, w) ** 2), argnums=(1, 2))
     chex.assert_trees_all_close(
-        gradient(loops.body(f), x, w), gradient(f, x, w), rtol=RTOL, atol=1e-3
+        gradient(_cpu.fast_convolutions(f), x, w), gradient(f, x, w), rtol=RTOL, atol=1e-3
     )
 
 
@@ -251,7 +259,7 @@ def test_a_body_may_close_over_what_is_traced():
 
     @jax.jit
     def run(x, w):
-        return lax.fori_loop(0, 2, loops.body(lambda i, x: plain(x, w)), x)
+        return lax.fori_loop(0, 2, _cpu.fast_convolutions(lambda i, x: plain(x, w)), x)
 
     np.testing.assert_allclose(run(x, w), plain(plain(x, w), w), rtol=RTOL, atol=ATOL)
 
@@ -262,7 +270,9 @@ def test_a_body_without_convolutions_gives_the_same_bits_and_keeps_its_trees():
         return {"x": carry["x"] * 2 + noise, "n": carry["n"] + 1}, (noise, None)
 
     carry, key = {"x": draw(3), "n": 0}, jax.random.key(0)
-    chex.assert_trees_all_equal(jax.jit(loops.body(f))(carry, key), jax.jit(f)(carry, key))
+    chex.assert_trees_all_equal(
+        jax.jit(_cpu.fast_convolutions(f))(carry, key), jax.jit(f)(carry, key)
+    )
 
 
 def test_a_function_is_traced_once():
@@ -270,7 +280,9 @@ def test_a_function_is_traced_once():
 
     @jax.jit
     def run(x):
-        return loops.body(lambda x: (traces.append(1), plain(x, jnp.ones((3, 3, 3, 3))))[1])(x)
+        return _cpu.fast_convolutions(
+            lambda x: (traces.append(1), plain(x, jnp.ones((3, 3, 3, 3))))[1]
+        )(x)
 
     run(draw(2, 3, 5, 5))
     assert len(traces) == 1
@@ -279,7 +291,7 @@ def test_a_function_is_traced_once():
 def test_other_backends_keep_the_function(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x, w = draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
-    assert layouts(loops.body(plain), x, w) == layouts(plain, x, w) != [FAST[2]]
+    assert layouts(_cpu.fast_convolutions(plain), x, w) == layouts(plain, x, w) != [FAST[2]]
 
 
 def test_what_is_in_a_shard_map_stays_as_it_is():
@@ -291,7 +303,7 @@ def test_what_is_in_a_shard_map_stays_as_it_is():
         return lax.psum(plain(x, w), "d")
 
     f = jax.shard_map(total, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
-    got = jax.jit(loops.body(f))(x, w)
+    got = jax.jit(_cpu.fast_convolutions(f))(x, w)
     np.testing.assert_allclose(got, plain(x, w), rtol=RTOL, atol=ATOL)
 
 
@@ -300,7 +312,7 @@ def test_scopes_keep_their_names():
         with jax.named_scope("here"):
             return jnp.sin(x)
 
-    lowered = jax.jit(loops.body(f)).lower(jnp.ones(3))
+    lowered = jax.jit(_cpu.fast_convolutions(f)).lower(jnp.ones(3))
     assert "here/sin" in lowered.as_text(debug_info=True)
 
 
@@ -323,12 +335,12 @@ ATTACKS = {
     "pgd, restarts": partial(attack.pgd, eps=0.5, steps=2, restarts=2),
     "apgd": partial(attack.apgd, eps=0.5, steps=4, restarts=2),
     "apgd l1": partial(attack.apgd, norm="l1", eps=0.5, steps=4),
-    "apgd_targeted": partial(attack.apgd_targeted, eps=0.5, steps=4, n_targets=2),
+    "apgd_multitargeted": partial(attack.apgd_multitargeted, eps=0.5, steps=4, n_targets=2),
     "deepfool": attack.deepfool,
     "fmn": partial(attack.fmn, steps=2),
     "fab": partial(attack.fab, steps=2, n_targets=2),
     "square": partial(attack.square, eps=0.5, steps=2, bounds=(0.0, 1.0)),
-    "virtual": partial(attack.virtual, eps=0.5, steps=2),
+    "virtual": partial(attack.pgd_kl, eps=0.5, steps=2),
 }
 
 
@@ -416,8 +428,10 @@ def test_a_weight_gradient_in_parts_is_the_same(name, most, monkeypatch):
     monkeypatch.setattr(loops, "_MORE", 0)  # rows, so that none is a convolution
     gradient = jax.grad(total)
     # Against a sum in one piece of the same numbers, in another order.
-    chex.assert_trees_all_close(loops.body(gradient)(w, x), gradient(w, x), rtol=RTOL, atol=ATOL)
-    assert "while" in jax.jit(loops.body(gradient)).lower(w, x).as_text()
+    chex.assert_trees_all_close(
+        _cpu.fast_convolutions(gradient)(w, x), gradient(w, x), rtol=RTOL, atol=ATOL
+    )
+    assert "while" in jax.jit(_cpu.fast_convolutions(gradient)).lower(w, x).as_text()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -429,7 +443,7 @@ def test_parts_are_summed_in_float32_and_have_the_dtype_of_the_whole(dtype, monk
         return jnp.sum(lax.conv_general_dilated(x, w, (1, 1), "VALID", **NHWC).astype(jnp.float32))
 
     monkeypatch.setattr(loops, "_PATCHES", 1)
-    found = jax.jit(loops.body(jax.grad(total)))(w)
+    found = jax.jit(_cpu.fast_convolutions(jax.grad(total)))(w)
     assert found.dtype == dtype
     # In bfloat16, a sum of ones and fours would stop at 256.
     np.testing.assert_array_equal(found.astype(jnp.float32), 4 * 512)
@@ -455,9 +469,9 @@ def test_examples_that_several_devices_share_arent_taken_in_parts(monkeypatch):
 
     monkeypatch.setattr(loops, "_MORE", 0)
     forward = 1
-    assert convolutions(loops.body(gradient), w) == forward
+    assert convolutions(_cpu.fast_convolutions(gradient), w) == forward
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert convolutions(loops.body(gradient), w) == forward + 1
+    assert convolutions(_cpu.fast_convolutions(gradient), w) == forward + 1
 
 
 def convolutions(function, *args):
@@ -484,7 +498,7 @@ def test_what_convolves_nothing_is_as_outside_a_loop(name):
         return jnp.sum(lax.conv_general_dilated(x, w, (stride, stride), padding, **NHWC))
 
     step = jax.value_and_grad(total, argnums=(0, 1))
-    chex.assert_trees_all_equal(loops.body(step)(x, w), step(x, w))
+    chex.assert_trees_all_equal(_cpu.fast_convolutions(step)(x, w), step(x, w))
 
 
 def test_a_gradient_of_many_places_isnt_made_place_by_place():
@@ -499,12 +513,14 @@ def test_a_gradient_of_many_places_isnt_made_place_by_place():
             )
         )(w)
 
-    assert convolutions(loops.body(gradient), w) == 2
-    chex.assert_trees_all_close(loops.body(gradient)(w), gradient(w), rtol=RTOL, atol=ATOL)
+    assert convolutions(_cpu.fast_convolutions(gradient), w) == 2
+    chex.assert_trees_all_close(
+        _cpu.fast_convolutions(gradient)(w), gradient(w), rtol=RTOL, atol=ATOL
+    )
 
 
 def test_a_body_takes_keywords_and_keeps_its_name():
-    @loops.body
+    @_cpu.fast_convolutions
     def scaled(x, *, by):
         return by * x
 
@@ -525,7 +541,7 @@ def test_parts_can_be_summed_in_a_shard_map(monkeypatch):
     monkeypatch.setattr(loops, "_PATCHES", 1)
     spec = jax.sharding.PartitionSpec
     sharded = jax.shard_map(
-        lambda x, ws: loops.body(gradient)(x, ws[0]),
+        lambda x, ws: _cpu.fast_convolutions(gradient)(x, ws[0]),
         mesh=mesh, in_specs=spec("data"), out_specs=spec("data"),
     )  # fmt: skip
     chex.assert_trees_all_close(sharded(x, w[None]), gradient(x, w), rtol=RTOL, atol=ATOL)
@@ -583,18 +599,18 @@ def test_where_jax_has_renamed_what_is_read_a_function_is_unchanged_with_one_war
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(2):
-            got = loops.body(lambda x, w: jnp.sin(plain(x, w)))(x, w)
+            got = _cpu.fast_convolutions(lambda x, w: jnp.sin(plain(x, w)))(x, w)
             np.testing.assert_array_equal(got, expected)
     (one,) = caught
     assert one.category is RuntimeWarning
-    assert re.match(rf"jaxadv.loops.body cannot read .* jax {jax.__version__} ", str(one.message))
+    assert re.match(rf"jaxadv cannot read .* jax {jax.__version__} ", str(one.message))
 
 
 def test_where_jax_has_renamed_its_convolution_a_function_is_unchanged(monkeypatch):
     monkeypatch.delattr(lax, "conv_general_dilated_p")
     x, w = draw(2, 3, 5, 5), draw(3, 3, 3, 3, seed=1)
     with pytest.warns(RuntimeWarning, match="conv_general_dilated_p.*leaves them unchanged"):
-        got = loops.body(plain)(x, w)
+        got = _cpu.fast_convolutions(plain)(x, w)
     np.testing.assert_array_equal(got, plain(x, w))
 
 
@@ -603,4 +619,4 @@ def test_an_error_of_the_function_is_its_own():
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        loops.body(failing)(1.0)
+        _cpu.fast_convolutions(failing)(1.0)

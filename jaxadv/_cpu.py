@@ -14,9 +14,8 @@ whose kernel, has more rows than its image: so those that lack a few are given t
 the gradient of the weights lacks too many; it is faster as a sum of matrix products, each of a few
 examples, whose patches fit into a cache.
 
-`body` does what XLA leaves out. Every loop of this library over a net is written with it
-(`train.make_epoch`, all of `attack`), and so is `train.make_step`; it is public for loops of your
-own, and for steps.
+`fast_convolutions` does what XLA leaves out. Every loop of this library over a net is written with
+it (`train.make_epoch`, all of `attack`), and so is `train.make_step`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["body"]
+__all__ = ["fast_convolutions"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,7 +41,7 @@ _PLACES = 64
 _MORE = 0.25  # of the rows there are: to add so many takes less time than it saves
 
 
-def body(function: F) -> F:
+def fast_convolutions(function: F) -> F:
     """Put a loop's body in the form that XLA runs fast on CPU; on other backends, it is unchanged.
 
     The function is traced, and each convolution in it, the gradients' included, is made on
@@ -63,10 +62,10 @@ def body(function: F) -> F:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jax import lax
-      >>> from jaxadv import loops
+      >>> from jaxadv import _cpu
       >>> def half(i, x):
       ...     return x - 0.25 * jax.grad(lambda x: jnp.sum(x**2))(x)
-      >>> float(lax.fori_loop(0, 3, loops.body(half), 8.0))
+      >>> float(lax.fori_loop(0, 3, _cpu.fast_convolutions(half), 8.0))
       1.0
 
     References:
@@ -84,7 +83,7 @@ def body(function: F) -> F:
             unchanged = function(*args, **kwargs)  # which raises what is the function's own error
             # At one place and with one text, which Python's default filter shows once.
             warnings.warn(
-                f"jaxadv.loops.body cannot read functions traced by jax {jax.__version__} "
+                f"jaxadv cannot read functions traced by jax {jax.__version__} "
                 f"({type(error).__name__}: {error}), and leaves them unchanged: results are right, "
                 "but convolutions in loops may be slow on CPU. Update jaxadv, or install a version "
                 "of jax that it is tested with.",

@@ -1,0 +1,202 @@
+r"""Losses that attacks raise: functions `(logits, labels) -> [B]`, as `types.LossFn` has them.
+
+- `margin`: cross-entropy's margin form. It orders points and directs steps as cross-entropy does,
+  and its gradient doesn't vanish where the net is confident.
+- `logit_margin`: by how much the top wrong class leads y, positive exactly where an example is
+  misclassified.
+- `dlr` and `targeted_dlr`: the difference of logits ratio, which doesn't change when the logits are
+  scaled.
+
+All of them are in float32 at least, and take a logit of -inf as a class that is masked. Any other
+loss per example serves as well, optax's with integer labels for instance.
+
+Next: `perturb` takes one step along the gradient of `margin`; `attack` takes many, along any.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxadv import inputs
+
+__all__ = ["dlr", "logit_margin", "margin", "targeted_dlr"]
+
+# Stands for a logit of -inf, or further than this below the largest: far enough that its
+# probability is 0 in any dtype, and finite, so that no derivative meets infinity minus infinity;
+# near enough that its reciprocal, in a ratio of logits, is still a float32.
+MASKED = -1e30
+
+
+def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    r"""Cross-entropy's margin form: it grows with the loss and its gradient never vanishes.
+
+    .. math:: m = \mathrm{logsumexp}_{k \ne y} z_k - z_y, \qquad \mathrm{CE} = \log(1 + e^m)
+
+    Args:
+      logits: `[B, K]`, floating point; a logit of -inf masks its class.
+      labels: integers, `[B]`, in 0..K-1.
+
+    Returns:
+      `[B]`, in float32 at least; -inf where no class but y is left.
+
+    Raises:
+      TypeError: if `labels` are not integers.
+      ValueError: if `labels` are not `[B]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import losses
+      >>> losses.margin(jnp.array([[3.0, 1.0]]), jnp.array([0])).tolist()
+      [-2.0]
+    """
+    labels = inputs.labels(labels, logits.shape[0])
+    logits = logits.astype(inputs.accum_dtype(logits.dtype))
+    is_y = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
+    others = jax.nn.logsumexp(jnp.where(is_y, -jnp.inf, logits), axis=1)
+    return others - jnp.sum(jnp.where(is_y, logits, 0), axis=1)
+
+
+def logit_margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    r"""The top wrong class's lead over the label, positive where an example is misclassified.
+
+    .. math:: \max_{k \ne y} z_k - z_y
+
+    Args:
+      logits: `[B, K]`, floating point; a logit of -inf masks its class.
+      labels: integers, `[B]`, in 0..K-1.
+
+    Returns:
+      `[B]`, in float32 at least.
+
+    Raises:
+      TypeError: if `labels` are not integers.
+      ValueError: if `labels` are not `[B]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import losses
+      >>> losses.logit_margin(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([0])).tolist()
+      [-1.0]
+
+    References:
+      Carlini and Wagner, "Towards Evaluating the Robustness of Neural Networks", 2017.
+    """
+    labels = inputs.labels(labels, logits.shape[0])
+    logits = shift_logits(logits.astype(inputs.accum_dtype(logits.dtype)))
+    is_y = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
+    z_y = jnp.sum(jnp.where(is_y, logits, 0), axis=1)
+    return jnp.max(jnp.where(is_y, -jnp.inf, logits), axis=1) - z_y
+
+
+def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    r"""The difference of logits ratio, positive where an example is misclassified.
+
+    .. math:: -\frac{z_y - \max_{k \ne y} z_k}{z_{\pi_1} - z_{\pi_3}}
+
+    with :math:`z_{\pi_1} \ge z_{\pi_2} \ge z_{\pi_3}` the three largest logits. It doesn't change
+    when the logits are shifted or scaled. Its gradient is 0 where y is the third.
+
+    Args:
+      logits: `[B, K]`, floating point, K >= 3.
+      labels: integers, `[B]`, in 0..K-1.
+
+    Returns:
+      `[B]`, in float32 at least; 0 where the three largest logits are equal.
+
+    Raises:
+      TypeError: if `labels` are not integers.
+      ValueError: if `labels` are not `[B]`, or there are fewer than 3 classes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import losses
+      >>> losses.dlr(jnp.array([[5.0, 2.0, 1.0]]), jnp.array([0])).tolist()
+      [-0.75]
+
+    References:
+      Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+      parameter-free attacks", 2020, Section 4.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(
+            f"expected logits of at least 3 classes, got shape {logits.shape}; the ratio needs the "
+            "third largest: use losses.margin for 2"
+        )
+    top = _largest(logits, 3)
+    return _ratio(logit_margin(logits, labels), top[:, 0] - top[:, 2])
+
+
+def targeted_dlr(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> jax.Array:
+    r"""The difference of logits ratio toward one class, positive where the target leads the label.
+
+    .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
+
+    With fewer than four classes there is no such denominator, and it is :math:`z_t - z_y`.
+
+    Args:
+      logits: `[B, K]`, floating point.
+      labels: integers, `[B]`, in 0..K-1.
+      target: t, integers, `[B]`, in 0..K-1.
+
+    Returns:
+      `[B]`, in float32 at least; 0 where the four largest logits are equal.
+
+    Raises:
+      TypeError: if `labels` or `target` are not integers.
+      ValueError: if `labels` or `target` are not `[B]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import losses
+      >>> z, y = jnp.array([[5.0, 3.0, 2.0, 0.0]]), jnp.array([0])
+      >>> losses.targeted_dlr(z, y, target=jnp.array([1])).tolist()
+      [-0.5]
+
+    References:
+      Croce and Hein, 2020, Section 4.
+    """
+    labels, target = (inputs.labels(k, logits.shape[0]) for k in (labels, target))
+    both = jnp.stack([target, labels], axis=1)
+    shifted = shift_logits(logits.astype(inputs.accum_dtype(logits.dtype)))
+    z = jnp.take_along_axis(shifted, both, axis=1)
+    if logits.shape[1] < 4:
+        return z[:, 0] - z[:, 1]
+    top = _largest(logits, 4)
+    return _ratio(z[:, 0] - z[:, 1], top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
+
+
+def _largest(logits: jax.Array, n: int) -> jax.Array:
+    return lax.top_k(shift_logits(logits.astype(inputs.accum_dtype(logits.dtype))), n)[0]
+
+
+def _ratio(above: jax.Array, below: jax.Array) -> jax.Array:
+    zero = below == 0  # double where: no derivative of 0 / 0
+    return jnp.where(zero, 0, above / jnp.where(zero, 1, below))
+
+
+def shift_logits(logits: jax.Array) -> jax.Array:
+    """Shift logits `[B, K]` so that the largest is 0, and replace -inf by `MASKED`.
+
+    The softmax and every difference of logits stay the same; no difference of two entries overflows
+    or is NaN. A row of -inf throughout becomes finite as well.
+    """
+    largest = lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
+    # A shift changes no softmax, so it is a constant for derivatives.
+    return jnp.maximum(logits - jnp.where(jnp.isneginf(largest), 0, largest), MASKED)
+
+
+def top_wrong(logits: jax.Array, is_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Find each row's top wrong class.
+
+    Args:
+      logits: `[B, K]`.
+      is_y: the true class, bool `[B, K]`.
+
+    Returns:
+      The top wrong class, bool `[B, K]`, and the logits with -inf for it and for y.
+    """
+    others = jnp.where(is_y, -jnp.inf, logits)
+    top = jax.nn.one_hot(jnp.argmax(others, axis=1), logits.shape[1], dtype=bool)
+    return top, jnp.where(top, -jnp.inf, others)
