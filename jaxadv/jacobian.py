@@ -20,10 +20,10 @@ through the net: :math:`d_j e^{-c_j}`, one backward pass for each class but y.
 
 What remains is the rounding of the pull-back itself, the net's own backward pass. Where y and the
 top wrong class have the same gradient, these two cancel, and entries of other classes below
-rounding would leave noise: they are 0. Where nothing is left then, `perturb` looks again without
-the top wrong class.
+rounding would leave noise: they are 0. Where all entries are, `perturb` looks again without the top
+wrong class.
 
-`nearest` takes of some classes the nearest, going back through the net for a few at a time.
+`nearest` finds each example's nearest class, backpropagating a few classes at a time.
 
 Next: `perturb` makes Algorithm 1 of these; `attack.deepfool` repeats it on logits.
 
@@ -39,6 +39,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxadv import _cpu, inputs, losses
 from jaxadv.types import ApplyFn, Params
@@ -51,7 +52,7 @@ __all__ = [
     "softmax_jacobian",
 ]
 
-_CACHED = 20_000_000  # bytes that a pass back may compute and be fast on CPU
+_CACHED = 20_000_000  # bytes that a backward pass may compute and stay fast on CPU
 
 
 class Rows(NamedTuple):
@@ -76,13 +77,13 @@ class Nearest(NamedTuple):
     """For each example, how far it is to J classes, or to the nearest of them: then without J.
 
     Attributes:
-      order: the least is taken, `[B, J]`.
+      rank_by: the least is taken, `[B, J]`.
       distance: how far it is, or the logarithm of that, `[B, J]`.
       d: the gradient of the class's lead over y, up to a positive factor, `[B, J, ...]`.
       reachable: whether there is a way to it, `[B, J]`.
     """
 
-    order: jax.Array
+    rank_by: jax.Array
     distance: jax.Array
     d: jax.Array
     reachable: jax.Array
@@ -133,8 +134,8 @@ def pullback(
     """One forward pass, and the function that takes rows of `[B, K]` back to the input.
 
     This is what `jax.jacrev` is made of, over the whole batch at once: since rows don't interact,
-    the cotangents of all examples go back together, and `jax.vmap` over several cotangents shares
-    the forward pass.
+    the cotangents of all examples are pulled back together, and `jax.vmap` over several cotangents
+    shares the forward pass.
 
     Args:
       apply_fn: `(params, x) -> logits`.
@@ -196,7 +197,7 @@ def class_differences(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Ar
       Huang et al., 2015, Section 2, Equation 1.
     """
     logits, rows_of = class_pullback(apply_fn, params, x, y)
-    return rows_of(other_classes(inputs.labels(y, logits.shape[0]), logits.shape[1]))
+    return rows_of(wrong_classes(logits, inputs.labels(y, logits.shape[0])))
 
 
 def class_pullback(
@@ -236,8 +237,8 @@ def class_pullback(
     y = inputs.labels(y, x.shape[0])
     logits, pull = pullback(apply_fn, params, x)
     y = jnp.clip(y, 0, logits.shape[1] - 1)
-    # A row that poses no problem gets logits that pose an easy one: whoever discards its result
-    # then multiplies its derivatives by 0, and they have to be finite for that.
+    # Rows without an attackable class get dummy logits, so that their (discarded) derivatives are
+    # finite: 0 * inf would be NaN.
     posed = inputs.attackable(logits, y)[:, None]
     small = headroom(logits)
 
@@ -257,28 +258,28 @@ def nearest(
     classes: jax.Array,
     chunk: int | None = None,
 ) -> Nearest:
-    """Return the nearest of some classes, gone back for a chunk at a time.
+    """Find each example's nearest class, backpropagating `chunk` classes at a time.
 
     Args:
       distances: from classes `[B, J]` to their distances, by J backward passes.
-      x: what the passes go back to, `[B, ...]`.
+      x: `[B, ...]`, which the gradients are taken in.
       classes: `[B, J]`.
-      chunk: for how many of them at once. None: all; on CPU as many as fit in the cache.
+      chunk: number of classes per backward pass. None: all; on CPU as many as fit in the cache.
     """
     n_chunks = math.ceil(classes.shape[1] / (chunk or _at_once(distances, classes)))
     size = math.ceil(classes.shape[1] / n_chunks)
-    # What is left over in the last chunk is its last class, again.
+    # The last chunk is filled up with its last class.
     classes = jnp.pad(classes, ((0, 0), (0, n_chunks * size - classes.shape[1])), mode="edge")
     chunks = classes.reshape(classes.shape[0], n_chunks, size).swapaxes(0, 1)
 
     def nearest_of(classes: jax.Array) -> Nearest:
         found = distances(classes)
-        at = jnp.arange(classes.shape[0]), jnp.argmin(found.order, axis=1)
+        at = jnp.arange(classes.shape[0]), jnp.argmin(found.rank_by, axis=1)
         return jax.tree.map(lambda leaf: leaf[at], found)
 
     def nearer(best: Nearest, classes: jax.Array) -> tuple[Nearest, None]:
         other = nearest_of(classes)
-        less = (other.order < best.order) | jnp.isnan(other.order)
+        less = (other.rank_by < best.rank_by) | jnp.isnan(other.rank_by)
         return jax.tree.map(
             lambda new, old: jnp.where(inputs.expand_like(less, new), new, old), other, best
         ), None
@@ -288,26 +289,36 @@ def nearest(
     of_one = jax.eval_shape(nearest_of, chunks[0])
     # Like x, or in a `shard_map` the loop's carry would differ from what it becomes.
     none = jax.tree.map(lambda leaf: jnp.zeros_like(x, leaf.dtype, leaf.shape), of_one)
-    none = none._replace(order=jnp.full_like(none.order, jnp.inf))
+    none = none._replace(rank_by=jnp.full_like(none.rank_by, jnp.inf))
     # All of them in the loop, where the pass back is compiled once.
-    best, _ = jax.lax.scan(_cpu.fast_convolutions(nearer), none, chunks)
+    best, _ = lax.scan(_cpu.fast_convolutions(nearer), none, chunks)
     return best
 
 
-def _at_once(go_back: Callable[[jax.Array], Nearest], classes: jax.Array) -> int:
-    """Say for how many classes `[B, J]` at once a pass back through a net is fastest."""
+def _at_once(backpropagate: Callable[[jax.Array], Nearest], classes: jax.Array) -> int:
+    """Return the number of classes `[B, J]` per backward pass that is fastest."""
     if jax.default_backend() != "cpu":
         return classes.shape[1]
-    steps = jax.make_jaxpr(go_back)(classes[:, :1]).eqns
+    steps = jax.make_jaxpr(backpropagate)(classes[:, :1]).eqns
     of_one = sum(v.aval.size * v.aval.dtype.itemsize for step in steps for v in step.outvars)
     return max(_CACHED // max(of_one, 1), 1)
 
 
-def other_classes(y: jax.Array, n_classes: int) -> jax.Array:
-    """Return each class but y, ascending, `[B, K - 1]`, of y's dtype; y is clipped into 0..K-1."""
-    y = jnp.clip(y, 0, n_classes - 1)[:, None]
+def wrong_classes(logits: jax.Array, y: jax.Array, n: int | None = None) -> jax.Array:
+    """Return the classes but y, ascending, `[B, J]`: all K - 1, or the n of largest logit.
+
+    Args:
+      logits: `[B, K]`.
+      y: integer labels, `[B]`; clipped into 0..K-1.
+      n: how many; None, or K - 1 and more, for all.
+    """
+    n_classes = logits.shape[1]
+    y = jnp.clip(y, 0, n_classes - 1)
+    if n is not None and n < n_classes - 1:
+        is_y = jax.nn.one_hot(y, n_classes, dtype=bool)
+        return jnp.sort(lax.top_k(jnp.where(is_y, -jnp.inf, logits), n)[1], axis=1)
     j = jnp.arange(n_classes - 1, dtype=y.dtype)[None]
-    return j + (j >= y).astype(y.dtype)
+    return j + (j >= y[:, None]).astype(y.dtype)
 
 
 def _softmax_rows(

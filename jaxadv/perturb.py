@@ -1,4 +1,4 @@
-r"""The paper's perturbations: from a net, a batch and its labels, the r that harms most.
+r"""The paper's perturbations: the most harmful r for a net, a batch and its labels.
 
 Each is one linearised step, made of exact derivatives (see `jacobian`), with the best perturbation
 of the linearised net in closed form (see `norms`):
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxadv import inputs, jacobian, losses, meshes, norms
+from jaxadv.problem import Problem
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["alpha", "loss", "loss_sign", "vat"]
@@ -76,12 +77,11 @@ def alpha(
       norm: the norm that is minimal, or of size eps: `"l1"`, `"l2"` or `"linf"`.
       eps: None for the least perturbation of the linearised net, else a size, a scalar or `[B]`;
         a negative traced value counts as 0.
-      candidates: consider only this many classes, the likeliest besides y; one backward pass each.
+      candidates: consider only this many wrong classes, the likeliest; one backward pass each.
         r may then be larger than the least. None: all K - 1, as in the paper, with a warning where
         these are over a hundred and `chunk` is None.
-      chunk: for how many classes at once to go back through the net; the memory is that of so many
-        times x and of the backward pass, and r is the same. None: all at once; on CPU as many as
-        fit in the cache.
+      chunk: number of classes per backward pass; memory grows with it, the result doesn't change.
+        None: all at once; on CPU as many as fit in the cache.
       key: ignored; this method draws nothing.
       bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
 
@@ -111,9 +111,10 @@ def alpha(
     for name, value in (("candidates", candidates), ("chunk", chunk)):
         if value is not None:
             inputs.at_least(1, name, value, "None is for all classes")
-    x = inputs.examples(x)
-    y = inputs.labels(y, x.shape[0])
+    problem = Problem.of(apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds)
+    x, y = problem.x, problem.y
     logits, rows_of = jacobian.class_pullback(apply_fn, params, x, y)
+    problem = problem.with_logits(logits)
     n_classes = logits.shape[1]
     is_y = jax.nn.one_hot(y, n_classes, dtype=bool)
     z = losses.shift_logits(logits)
@@ -136,7 +137,6 @@ def alpha(
         order = lax.stop_gradient(jnp.where(wrong[:, None], only, order))
         return jacobian.Nearest(order, log_size, rows.d, reachable)
 
-    classes = jacobian.other_classes(y, n_classes)
     if candidates is None and chunk is None and n_classes - 1 > _MANY:
         warnings.warn(
             f"perturb.alpha takes {n_classes - 1} backward passes, one for each class but y; "
@@ -144,8 +144,7 @@ def alpha(
             f"candidates={n_classes - 1} all of them without this warning",
             stacklevel=3,  # past the decorator
         )
-    if candidates is not None and candidates < n_classes - 1:
-        classes = jnp.sort(lax.top_k(jnp.where(is_y, -jnp.inf, z), candidates)[1], axis=1)
+    classes = jacobian.wrong_classes(z, y, candidates)
     best = jacobian.nearest(distances, x, classes, chunk)  # I
 
     def past_top_wrong() -> jacobian.Nearest:
@@ -163,13 +162,13 @@ def alpha(
     if classes.shape[1] > 1:
         best = lax.cond(jnp.all(best.reachable), lambda: best, past_top_wrong)
     direction = norms.steepest(best.d.astype(inputs.accum_dtype(x.dtype)), norm)
-    if eps is None:
+    length = problem.eps
+    if length is None:
         length = jnp.where(wrong, 0, jnp.exp(jnp.where(wrong, 0, best.distance)))
-    else:
-        length = eps = inputs.radius(eps, x)
     length = inputs.expand_like(length, x).astype(direction.dtype)
     r = jnp.where(direction == 0, 0, length * direction)  # 0 times an infinite size is 0
-    return _finish(r, x, y, logits, eps, bounds, unusable=~best.reachable)
+    r = jnp.where(inputs.expand_like(best.reachable, x), r, 0)
+    return problem.answer(problem.clip_to_box(r))
 
 
 @meshes.auto_axes(meshes.as_x)
@@ -192,7 +191,7 @@ def loss(
     l2: :math:`-\epsilon T_y / \|T_y\|_2`. linf: :math:`-\epsilon\, \mathrm{sign}(T_y)`, the fast
     gradient sign method. l1: :math:`-\epsilon\, \mathrm{sign}((T_y)_k) e_k` at the largest
     :math:`|(T_y)_k|`. (The minus is missing in print.) The direction of :math:`-T_y` is taken from
-    the gradient of `losses.margin`, of which it is a positive multiple that doesn't vanish.
+    the gradient of `losses.margin`, which is a positive multiple of it and doesn't vanish.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
@@ -224,12 +223,10 @@ def loss(
       Huang et al., 2015, Section 6.1.1; Goodfellow et al., "Explaining and Harnessing Adversarial
       Examples", 2014, for the linf norm.
     """
-    x = inputs.examples(x)
-    y = inputs.labels(y, x.shape[0])
-    logits, g = _margin_gradient(apply_fn, params, x, y)
-    eps = inputs.radius(eps, x)
-    r = inputs.expand_like(eps, x) * norms.steepest(g, norm)
-    return _finish(r, x, y, logits, eps, bounds)
+    problem = Problem.of(apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds)
+    problem, g = _margin_gradient(problem)
+    r = inputs.expand_like(problem.eps, g) * norms.steepest(g, norm)
+    return problem.answer(problem.clip_to_box(r))
 
 
 @meshes.auto_axes(meshes.as_x)
@@ -280,12 +277,10 @@ def loss_sign(
     References:
       Huang et al., 2015, Section 7.1.
     """
-    x = inputs.examples(x)
-    y = inputs.labels(y, x.shape[0])
-    logits, g = _margin_gradient(apply_fn, params, x, y)
-    eps = inputs.radius(eps, x)
-    r = norms.rescale(norms.steepest(g, "linf"), eps, "l2")
-    return _finish(r, x, y, logits, eps, bounds)
+    problem = Problem.of(apply_fn, params, x, y, norm="l2", eps=eps, bounds=bounds)
+    problem, g = _margin_gradient(problem)
+    r = norms.rescale(norms.steepest(g, "linf"), problem.eps, "l2")
+    return problem.answer(problem.clip_to_box(r))
 
 
 @meshes.auto_axes(meshes.as_x)
@@ -349,36 +344,33 @@ def vat(
       Miyato et al., "Distributional Smoothing with Virtual Adversarial Training", 2015, Section 3.
     """
     inputs.at_least(1, "steps", steps, "one power iteration is the usual")
-    x = inputs.examples(x)
-    if y is not None:
-        y = inputs.labels(y, x.shape[0])
-    row_keys = inputs.keys(key, x.shape[0], "perturb.vat")
+    problem = Problem.of(
+        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, key=key, drawn_by="perturb.vat"
+    )
+    x = problem.x
     logits, push = jax.linearize(lambda v: inputs.apply(apply_fn, params, v), x)
     pull = jax.linear_transpose(push, x)
 
     wide = inputs.accum_dtype(x.dtype)
-    v = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], wide))(row_keys)
+    v = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], wide))(problem.keys)
     for _ in range(steps):
         pushed = push(norms.steepest(v, "l2").astype(x.dtype)).astype(
             inputs.accum_dtype(logits.dtype)
         )
         (v,) = pull(_scaled_fisher(logits, pushed).astype(logits.dtype))
-    eps = inputs.radius(eps, x)
-    r = inputs.expand_like(eps, x) * norms.steepest(v.astype(wide), norm)
-    return _finish(r, x, y, logits, eps, bounds)
+    r = inputs.expand_like(problem.eps, x) * norms.steepest(v.astype(wide), norm)
+    return problem.with_logits(logits).answer(problem.clip_to_box(r))
 
 
-def _margin_gradient(
-    apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return the logits `[B, K]`, and the gradient `[B, ...]` of logsumexp_{k != y} z_k - z_y.
+def _margin_gradient(problem: Problem) -> tuple[Problem, jax.Array]:
+    """Return the problem with its logits, and the gradient of logsumexp_{k != y} z_k - z_y.
 
     The gradient, up to a positive factor, is in float32 at least: a direction rounded before it is
     scaled has another size. Where it is 0, and so says nothing of the other classes, it is the
     gradient without the top wrong class.
     """
-    logits, pull = jacobian.pullback(apply_fn, params, x)
-    is_y = jax.nn.one_hot(y, logits.shape[1], dtype=bool)
+    logits, pull = jacobian.pullback(problem.apply_fn, problem.params, problem.x)
+    is_y = jax.nn.one_hot(problem.y, logits.shape[1], dtype=bool)
 
     def gradient(others: jax.Array) -> jax.Array:
         # In z: the softmax of the other classes, and -1 at y.
@@ -393,7 +385,8 @@ def _margin_gradient(
     def past_top_wrong() -> jax.Array:
         return jnp.where(inputs.expand_like(hidden, g), gradient(after), g)
 
-    return logits, lax.cond(jnp.any(hidden), past_top_wrong, lambda: g)
+    g = lax.cond(jnp.any(hidden), past_top_wrong, lambda: g)
+    return problem.with_logits(logits), g
 
 
 def _scaled_fisher(logits: jax.Array, u: jax.Array) -> jax.Array:
@@ -411,19 +404,3 @@ def _scaled_fisher(logits: jax.Array, u: jax.Array) -> jax.Array:
     u = u - jnp.sum(jnp.where(is_top, u, 0), axis=1, keepdims=True)
     mean = jnp.sum(w * u, axis=1, keepdims=True)  # <p, u> / p_second
     return jnp.where(is_top, -jnp.exp(log_p) * mean, w * (u - jnp.exp(log_second) * mean))
-
-
-def _finish(
-    r: jax.Array,
-    x: jax.Array,
-    y: jax.Array | None,
-    logits: jax.Array,
-    eps: jax.Array | None,
-    bounds: Bounds | None,
-    unusable: jax.Array | bool = False,
-) -> jax.Array:
-    """Return r in x's dtype and bounds: 0 in rows that pose no problem, NaN in unsound ones."""
-    solvable = inputs.attackable(logits, y) & ~jnp.asarray(unusable)
-    r = jnp.where(inputs.expand_like(solvable, x), r, 0)
-    r = norms.clip_to_box(x, r, bounds)
-    return jnp.where(inputs.expand_like(inputs.finite(x, logits, eps), x), r, jnp.nan)

@@ -1,7 +1,6 @@
 """`jaxadv.attack.apgd`, `apgd_multitargeted` and `dlr`; the contract of all is in test_search."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,8 @@ import numpy as np
 import pytest
 
 from jaxadv import attack, losses, norms
-from jaxadv.attack import search
-from jaxadv.attack.apgd import _windows
-
-apgd_module = importlib.import_module("jaxadv.attack.apgd")  # not the function of that name
+from jaxadv.attack import _apgd
+from jaxadv.problem import fold
 
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
@@ -64,103 +61,17 @@ def leads(params, x, y):
     return z - z[rows, y][:, None], w.T[None] - w.T[y][:, None]
 
 
-# DLR
-
-
-def dlr_of(z, y):
-    z = np.asarray(z, np.float64)
-    top = np.sort(z, axis=1)[:, ::-1]
-    own = z[np.arange(len(y)), y]
-    other = np.array([np.delete(row, k).max() for row, k in zip(z, y, strict=True)])
-    return -(own - other) / (top[:, 0] - top[:, 2])
-
-
-def targeted_dlr_of(z, y, t):
-    z, rows = np.asarray(z, np.float64), np.arange(len(y))
-    top = np.sort(z, axis=1)[:, ::-1]
-    return -(z[rows, y] - z[rows, t]) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
-
-
-def logits_and_labels(scale=1.0):
-    rng = np.random.default_rng(2)
-    z = (scale * rng.normal(size=(50, K))).astype(np.float32)
-    return z, rng.integers(K, size=50), rng.integers(K, size=50)
-
-
-@pytest.mark.parametrize("scale", [1e-4, 1, 1e4])
-def test_dlr_is_its_formula(scale):
-    z, y, t = logits_and_labels(scale)
-    # Three roundings of differences, relative to the largest logit.
-    np.testing.assert_allclose(losses.dlr(z, y), dlr_of(z, y), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(
-        losses.targeted_dlr(jnp.asarray(z), jnp.asarray(y), target=jnp.asarray(t)),
-        targeted_dlr_of(z, y, t),
-        rtol=1e-4,
-        atol=1e-6,
-    )
-
-
-def test_dlr_is_positive_where_misclassified_and_at_most_1():
-    z, y, _ = logits_and_labels()
-    loss = np.asarray(losses.dlr(z, y))
-    np.testing.assert_array_equal(loss > 0, z.argmax(axis=1) != y)
-    assert (loss[z.argmax(axis=1) == y] >= -1).all()
-
-
-@pytest.mark.parametrize("loss", ["dlr", "targeted"])
-def test_dlr_does_not_change_when_logits_are_shifted_or_scaled(loss):
-    z, y, t = logits_and_labels()
-    fn = (
-        losses.dlr
-        if loss == "dlr"
-        else functools.partial(losses.targeted_dlr, target=jnp.asarray(t))
-    )
-    want = fn(jnp.asarray(z), jnp.asarray(y))
-    for other in (z + 3, 100 * z, 0.01 * z - 5):
-        # A shift of 5 costs logits of 0.01 three of their seven digits.
-        np.testing.assert_allclose(fn(jnp.asarray(other), jnp.asarray(y)), want, atol=2e-3)
-
-
-@pytest.mark.parametrize("value", [0.0, 1e4, -1e4, 3e38])
-@pytest.mark.parametrize("loss", ["dlr", "targeted"])
-def test_where_all_logits_tie_dlr_is_0_with_a_finite_gradient(loss, value):
-    z, y = jnp.full((2, K), value), jnp.array([0, 3])
-    fn = (
-        losses.dlr
-        if loss == "dlr"
-        else functools.partial(losses.targeted_dlr, target=jnp.array([1, 1]))
-    )
-    np.testing.assert_array_equal(fn(z, y), 0)
-    assert np.isfinite(jax.grad(lambda z: fn(z, y).sum())(z)).all()
-
-
-def test_dlr_of_two_classes_raises():
-    with pytest.raises(ValueError, match=r"at least 3 classes.*\(2, 2\).*losses\.margin for 2"):
-        losses.dlr(jnp.zeros((2, 2)), jnp.array([0, 1]))
-
-
-def test_dlr_takes_integer_labels():
-    with pytest.raises(TypeError, match="expected integer labels"):
-        losses.dlr(jnp.zeros((2, 3)), jnp.zeros(2))
-
-
-def test_with_three_classes_the_targeted_ratio_is_the_difference():
-    z = jnp.array([[3.0, 1, 2], [0, 5, 7]])
-    got = losses.targeted_dlr(z, jnp.array([0, 1]), target=jnp.array([2, 0]))
-    np.testing.assert_array_equal(got, [-1, -5])
-
-
 # The algorithm
 
 
 def test_the_checkpoints_of_100_steps_are_the_published_ones():
-    windows = _windows(100)
+    windows = _apgd._windows(100)
     np.testing.assert_array_equal(np.flatnonzero(windows) + 1, [22, 41, 57, 70, 80, 87, 93, 99])
     np.testing.assert_array_equal(windows[windows > 0], [22, 19, 16, 13, 10, 7, 6, 6])
 
 
 def test_one_step_has_a_checkpoint_too():
-    np.testing.assert_array_equal(_windows(1), [1])
+    np.testing.assert_array_equal(_apgd._windows(1), [1])
 
 
 def margin_and_gradient(params, v, label):
@@ -238,7 +149,7 @@ def test_the_best_point_is_that_of_the_algorithm(norm, steps, box, x64):
     if box is not None:
         x = np.clip(x, *box)
     eps = np.linspace(0.05, 0.8, B)
-    starts = search.fold(search.streams(KEYS)[0], 0)
+    starts = fold(fold(KEYS, 0), 0)
     starts = np.asarray(norms.sample(starts, jnp.asarray(x), jnp.asarray(eps), norm))
     got = apgd(net, params, x, y, eps=eps, norm=norm, steps=steps, key=KEYS, bounds=box)
     halvings = 0
@@ -282,13 +193,13 @@ def test_in_many_dimensions_the_sparse_steps_end_in_one_entry():
 
 def test_in_l1_the_start_is_the_nearest_point_to_normal_noise(monkeypatch):
     begun = []
-    climb = apgd_module._climb_l1
+    climb = _apgd._climb_l1
 
-    def watched(free, problem, r, *args):
+    def watched(problem, r, *args):
         jax.debug.callback(lambda r: begun.append(np.asarray(r)), r, ordered=True)
-        return climb(free, problem, r, *args)
+        return climb(problem, r, *args)
 
-    monkeypatch.setattr(apgd_module, "_climb_l1", watched)
+    monkeypatch.setattr(_apgd, "_climb_l1", watched)
     w, x = np.ones((200, 2), np.float32), np.full((B, 200), 0.5, np.float32)
     attack.apgd(
         lambda w, x: x @ w, w, x, np.zeros(B, int), eps=2.0, norm="l1", steps=3, key=KEYS,

@@ -26,11 +26,14 @@ PUBLIC = {
         "norms",
         "objectives",
         "perturb",
+        "problem",
         "train",
         "types",
     },
     "jaxadv.attack": {
+        "AttackInfo",
         "Cascade",
+        "Found",
         "Stage",
         "apgd",
         "apgd_multitargeted",
@@ -41,8 +44,10 @@ PUBLIC = {
         "fmn",
         "pgd",
         "pgd_kl",
+        "reports",
         "square",
         "standard",
+        "with_info",
     },
     "jaxadv.evaluate": {
         "Counts",
@@ -95,6 +100,15 @@ PUBLIC = {
         "representation",
     },
     "jaxadv.perturb": {"alpha", "loss", "loss_sign", "vat"},
+    "jaxadv.problem": {
+        "Best",
+        "Least",
+        "Problem",
+        "beyond_rounding",
+        "bisect_to_boundary",
+        "fold",
+        "run_restarts",
+    },
     "jaxadv.train": {"StepInfo", "TrainState", "init", "make_epoch", "make_step", "update"},
     "jaxadv.types": {
         "ApplyFn",
@@ -183,7 +197,7 @@ def test_a_name_is_exported_where_it_is_defined(module, name):
 
 def test_every_module_is_public_but_what_handles_arguments_and_loops_on_the_host():
     found = {info.name for info in pkgutil.iter_modules(jaxadv.__path__)}
-    assert found - set(jaxadv.__all__) == {"_cpu", "closures", "host", "inputs", "meshes"}
+    assert found - set(jaxadv.__all__) == {"_cpu", "boxes", "closures", "host", "inputs", "meshes"}
 
 
 def test_the_version_is_a_version():
@@ -248,7 +262,8 @@ def test_what_is_from_a_paper_says_which_and_where(module, name):
 @pytest.mark.parametrize(("module", "name"), TUPLES)
 def test_every_field_of_a_tuple_is_documented(module, name):
     _, sections = documentation(module, name)
-    fields = getattr(importlib.import_module(module), name)._fields
+    of = getattr(importlib.import_module(module), name)
+    fields = inspect.get_annotations(of)
     assert re.findall(r"(?m)^  (\w+): ", sections["Attributes"]) == list(fields)
 
 
@@ -287,8 +302,8 @@ def layers_of(module):
 
 
 CHAIN = [
-    "types", "meshes", "inputs", "host", "closures", "_cpu", "losses", "norms", "jacobian",
-    "perturb", "attack", "evaluate",
+    "types", "meshes", "inputs", "host", "closures", "_cpu", "losses", "norms", "boxes", "jacobian",
+    "problem", "perturb", "attack", "evaluate",
 ]  # fmt: skip
 
 

@@ -28,6 +28,11 @@ def test_a_net_by_hand_learns_to_withstand():
     assert lwa > normal
 
 
+def test_an_attack_of_ones_own_beats_one_step():
+    one_step, many = run(DOCS / "examples" / "new_attack.py")
+    assert many < one_step < 1
+
+
 @pytest.mark.slow
 def test_the_tutorial_makes_a_net_robust():
     clean, withstood, clean_after, withstood_after, *ensembles = run(
@@ -45,7 +50,7 @@ def test_the_tutorial_makes_a_net_robust():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "example",
-    [e for e in EXAMPLES if e.stem not in ("by_hand", "own_images", "tutorial")],
+    [e for e in EXAMPLES if e.stem not in ("by_hand", "new_attack", "own_images", "tutorial")],
     ids=lambda e: e.stem,
 )
 def test_examples_run(example):

@@ -14,7 +14,7 @@ import pytest
 import references
 
 from jaxadv import attack
-from jaxadv.attack.fab import fab
+from jaxadv.attack import fab
 
 NORMS = ("l1", "l2", "linf")
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}

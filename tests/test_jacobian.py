@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadv import jacobian, losses
+from jaxadv import jacobian
 
 B, D, H, K = 5, 7, 6, 4
 
@@ -239,45 +239,3 @@ def test_class_differences_cost_one_forward_pass_and_one_pull_back_for_each_clas
     # What is not a matrix product is linear in the width: a few per cent. A second forward pass
     # would make it (classes + 1) / classes.
     assert 0.99 < flops / (classes * forward) < 1.1
-
-
-# The margin
-
-
-def test_cross_entropy_is_log_1_plus_e_to_the_margin(x64):
-    z = np.random.default_rng(4).normal(size=(B, K)) * 3
-    y = np.array([0, 3, 1, 2, 3])
-    cross_entropy = np.log(np.exp(z).sum(axis=1)) - z[np.arange(B), y]
-    got = np.logaddexp(0, losses.margin(jnp.asarray(z), y))
-    np.testing.assert_allclose(got, cross_entropy, rtol=1e-13)
-
-
-def test_the_gradient_of_cross_entropy_is_a_sigmoid_times_that_of_the_margin(x64):
-    z = np.random.default_rng(5).normal(size=(B, K)) * 3
-    y = np.array([0, 3, 1, 2, 3])
-    a = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
-    m, g = losses.margin(jnp.asarray(z), y), jax.grad(lambda z: losses.margin(z, y).sum())(z)
-    want = a - np.eye(K)[y]
-    np.testing.assert_allclose(g / (1 + np.exp(-m))[:, None], want, atol=1e-14)
-
-
-def test_the_gradient_of_the_margin_has_no_confidence_at_which_it_vanishes():
-    y = np.array([0, 3, 1, 2, 3])
-    for scale in (1, 1e2, 1e4, 1e30):
-        z = np.float32(scale) * np.eye(K, dtype=np.float32)[y]
-        g = np.asarray(jax.grad(lambda z: losses.margin(z, y).sum())(z))
-        np.testing.assert_array_equal(g[np.arange(B), y], -1)
-        np.testing.assert_allclose(g.sum(axis=1), 0, atol=1e-6)
-
-
-def test_the_margin_is_minus_infinity_where_no_class_but_y_is_left():
-    z = np.array([[-np.inf, 2, -np.inf], [1, 2, -np.inf]], np.float32)
-    np.testing.assert_array_equal(losses.margin(jnp.asarray(z), np.array([1, 0])), [-np.inf, 1])
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_the_margin_is_in_float32_at_least(dtype, strict_dtypes):
-    z = jnp.asarray([[11.0, 0.0, 3.0]], dtype)
-    got = losses.margin(z, np.array([0]))
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, np.log(1 + np.exp(3)) - 11, rtol=1e-6)

@@ -11,8 +11,8 @@ import pytest
 from jax.experimental import io_callback
 
 from jaxadv import losses
-from jaxadv.attack.square import _SEARCHES, _peak, _side
-from jaxadv.attack.square import square as eager
+from jaxadv.attack import square as eager
+from jaxadv.attack._square import _SEARCHES, _peak, _side
 
 NORMS = ("l2", "linf")
 ORDER = {"l2": 2, "linf": np.inf}

@@ -25,16 +25,19 @@ On the host, over a data set: `autoattack`, the standard ensemble of four of the
 which runs any attacks on what those before have left.
 """
 
-from jaxadv.attack.apgd import apgd, apgd_multitargeted
+from jaxadv.attack._apgd import apgd, apgd_multitargeted
+from jaxadv.attack._deepfool import deepfool
+from jaxadv.attack._fab import fab
+from jaxadv.attack._fmn import fmn
+from jaxadv.attack._info import AttackInfo, Found, reports, with_info
+from jaxadv.attack._pgd import pgd, pgd_kl
+from jaxadv.attack._square import square
 from jaxadv.attack.autoattack import Cascade, Stage, autoattack, cascade, standard
-from jaxadv.attack.deepfool import deepfool
-from jaxadv.attack.fab import fab
-from jaxadv.attack.fmn import fmn
-from jaxadv.attack.pgd import pgd, pgd_kl
-from jaxadv.attack.square import square
 
 __all__ = [
+    "AttackInfo",
     "Cascade",
+    "Found",
     "Stage",
     "apgd",
     "apgd_multitargeted",
@@ -45,6 +48,8 @@ __all__ = [
     "fmn",
     "pgd",
     "pgd_kl",
+    "reports",
     "square",
     "standard",
+    "with_info",
 ]

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxadv import closures, host, inputs, meshes, norms
-from jaxadv.attack.apgd import apgd, apgd_multitargeted
-from jaxadv.attack.fab import fab
-from jaxadv.attack.search import fold
-from jaxadv.attack.square import square
+from jaxadv.attack._apgd import apgd, apgd_multitargeted
+from jaxadv.attack._fab import fab
+from jaxadv.attack._square import square
+from jaxadv.problem import fold
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
 __all__ = ["Cascade", "Stage", "autoattack", "cascade", "standard"]

@@ -1,4 +1,4 @@
-"""`jaxadv.attack.boxed`: ball, box and plane together, against slow references."""
+"""`jaxadv.boxes`: ball, box and plane together, against slow references."""
 
 import functools
 
@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import references
 
-from jaxadv.attack import boxed
-from jaxadv.attack.boxed import ball
+from jaxadv import boxes
+from jaxadv.boxes import drop_blocked, project_ball_and_box
 
 NORMS = ("l1", "l2", "linf")
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 D = 5
 
 every_norm = pytest.mark.parametrize("norm", NORMS)
-to_plane = jax.jit(boxed.to_plane, static_argnums=4)
+to_plane = jax.jit(boxes.project_hyperplane_in_box, static_argnums=4)
 
 
 def length(r, norm):
@@ -117,7 +117,7 @@ def test_the_nearest_point_of_the_l1_ball_and_the_box():
     x[:, 0] = 1  # on a face
     r = (2 * rng.normal(size=(n, D))).astype(np.float32)
     eps = np.linspace(0, 5, n).astype(np.float32)
-    got = np.asarray(ball(x, jnp.asarray(eps), "l1", (-1.0, 1.0))(r))
+    got = np.asarray(project_ball_and_box(r, x, jnp.asarray(eps), "l1", (-1.0, 1.0)))
     want = [dykstra(*map(np.float64, (r[i], x[i], eps[i])), -1, 1) for i in range(n)]
     np.testing.assert_allclose(got, want, atol=2e-5)  # Dykstra's own precision
     assert (np.abs(got.astype(np.float64)).sum(axis=1) <= eps * (1 + 1e-6)).all()
@@ -129,33 +129,33 @@ def test_the_nearest_point_of_the_l1_ball_and_the_box():
 
 def test_a_point_inside_the_l1_ball_and_the_box_stays_where_it_is():
     x, r = np.full((1, 4), 0.5, np.float32), np.array([[0.25, -0.5, 0, 0.125]], np.float32)
-    got = ball(x, jnp.array([1.0]), "l1", (0.0, 1.0))(r)
+    got = project_ball_and_box(r, x, jnp.array([1.0]), "l1", (0.0, 1.0))
     np.testing.assert_array_equal(got, r)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_the_room_reaches_from_wall_to_wall(dtype):
+def test_the_limits_reach_from_bound_to_bound(dtype):
     x = jnp.asarray([[-1.0, 0.25, 0.2, 3.0]], dtype)  # the last is out of the box
-    lower, upper = boxed.room(x, (-1.0, 0.25))
+    lower, upper = boxes.box_limits(x, (-1.0, 0.25))
     assert lower.dtype == upper.dtype == jnp.float32
     near = np.asarray(x, np.float32)
     np.testing.assert_array_equal(lower, np.minimum(-1 - near, 0))
     np.testing.assert_array_equal(upper, np.maximum(np.float32(0.25) - near, 0))
 
 
-def test_an_ascent_keeps_what_no_wall_stops():
+def test_a_gradient_keeps_the_entries_that_the_box_does_not_block():
     x = np.array([[0.0, 0.0, 1.0, 1.0, 0.5, 0.2]], np.float32)
     r = np.array([[0.0, 0.0, 0.0, 0.0, 0.5, -0.2]], np.float32)
     ascent = np.array([[-3.0, 3.0, -2.0, 2.0, 1.0, -1.0]], np.float32)
-    got = boxed.free(x, (0.0, 1.0))(ascent, r)
+    got = drop_blocked(ascent, r, x, (0.0, 1.0))
     np.testing.assert_array_equal(got, [[0, 3, -2, 0, 0, 0]])
-    np.testing.assert_array_equal(boxed.free(x, None)(ascent, r), ascent)
+    np.testing.assert_array_equal(drop_blocked(ascent, r, x, None), ascent)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_an_entry_that_was_taken_to_its_wall_is_stopped(dtype):
+def test_an_entry_that_reached_its_bound_is_blocked(dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.uniform(-1, 0.2, (20, D)), dtype)
-    far = ball(x, jnp.full(20, 100.0), "l1", (-1.0, 0.2))(9 * jnp.ones_like(x))
-    got = boxed.free(x, (-1.0, 0.2))(np.ones((20, D), np.float32), far)
+    far = project_ball_and_box(9 * jnp.ones_like(x), x, jnp.full(20, 100.0), "l1", (-1.0, 0.2))
+    got = drop_blocked(np.ones((20, D), np.float32), far, x, (-1.0, 0.2))
     np.testing.assert_array_equal(got, 0)

@@ -1,15 +1,16 @@
-r"""Fast minimum-norm attack: the boundary, approached from both sides by a ball that breathes.
+r"""Fast minimum-norm attack: gradient steps in a ball that shrinks after a success, else grows.
 
-A budget attack answers whether some r of size eps misleads the net; this one asks how small r can
-be, for each example by itself, in one run. Steps climb the lead of the likeliest wrong class; after
-each, r is projected onto a ball whose radius grows while r doesn't mislead the net and shrinks when
-it does, by a share that anneals (Pintor et al., 2021). For l2 that is close to the decoupled
-direction and norm attack of Rony et al. (2019). A class that is less likely may be nearer: one step
-of DeepFool from x is tried as well. The least that is found is then scaled down to the boundary.
+An attack in a ball answers whether some r of size eps misleads the net; this one asks how small r
+can be, for each example, in one run. Steps climb the logit margin; after each, r is projected onto
+a ball whose radius grows while r doesn't mislead the net and shrinks when it does, by a share that
+anneals (Pintor et al., 2021). For l2 that is close to the decoupled direction and norm attack of
+Rony et al. (2019). A class that is less likely may be nearer: one step of DeepFool from x is tried
+as well. The smallest perturbation found is then scaled down to the boundary.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -17,28 +18,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import _cpu, closures, inputs, losses, meshes, norms
-from jaxadv.attack import boxed, search
+from jaxadv import _cpu, inputs, norms
+from jaxadv.attack._deepfool import boundary_step
+from jaxadv.attack._info import Answer, Found, reports
+from jaxadv.problem import Least, Problem, beyond_rounding, bisect_to_boundary
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["fmn"]
 
 # From the first step to the last, by a cosine: the share by which the radius changes, and the
 # length of a step relative to the first.
-_BREATH = 0.05, 0.001
+_CHANGE = 0.05, 0.001
 _STEP = 1.0, 0.01
-_CLASSES = 10  # the likeliest ones, to whose linearised boundaries one step is tried as well
-_PAST = 1.001  # how far: a boundary that isn't quite straight is crossed too
+_CLASSES = 10  # the likeliest wrong ones, toward which one step of DeepFool is tried as well
+_PAST = 1.001  # the length of that step, so that a slightly curved boundary is crossed too
 
 
 class _State(NamedTuple):
     r: jax.Array
     radius: jax.Array
-    least: search.Least  # by more than rounding
-    barely: search.Least  # by however little
+    least: Least  # by more than rounding
+    barely: Least  # by however little
 
 
-@meshes.auto_axes(meshes.as_x)
+@reports
 def fmn(
     apply_fn: ApplyFn,
     params: Params,
@@ -53,7 +56,7 @@ def fmn(
     targeted: bool = False,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
-) -> jax.Array:
+) -> Found:
     r"""Fast minimum-norm attack: the least perturbation that changes the net's answer.
 
     .. math:: \min_r \|r\| \quad \text{s.t.} \quad \max_{k \ne y} z_k(x + r) \ge z_y(x + r)
@@ -103,33 +106,17 @@ def fmn(
         step_size = 10.0 if norm == "linf" else 1.0
     if not step_size > 0:
         raise ValueError(f"expected step_size > 0, got {step_size}; 1 suits images in [0, 1]")
-    norms.dual(norm)  # known?
-    x = inputs.examples(x)
-    y = inputs.labels(y, x.shape[0])
-    if eps is not None:
-        eps = inputs.radius(eps, x)
-    if bounds is not None:
-        inputs.box(bounds, x)  # now, while they are numbers
-    apply_fn = closures.keyed(apply_fn, params, x)
-    return _run(apply_fn, norm, steps, targeted, params, x, y, eps, step_size, bounds)
+    problem = Problem.of(
+        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, targeted=targeted
+    )
+    return Found(problem, *_run(problem.keyed(), step_size, steps=steps))
 
 
-@partial(jax.jit, static_argnums=range(4))
-def _run(
-    apply_fn: ApplyFn,
-    norm: Norm,
-    steps: int,
-    targeted: bool,
-    params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    eps: jax.Array | None,
-    step_size: float,
-    bounds: Bounds | None,
-) -> jax.Array:
-    # Climbing the lead over y, or its opposite to reach y.
-    problem = search.Problem(apply_fn, params, x, y, losses.logit_margin, targeted=targeted)
-    clear = search.clearly(problem)
+@partial(jax.jit, static_argnames="steps")
+def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
+    problem = problem.start()
+    x, norm = problem.x, problem.norm
+    clear = beyond_rounding(problem)
 
     def kept(state: _State, success: jax.Array, loss: jax.Array) -> _State:
         size = norms.norm(state.r, norm)
@@ -144,38 +131,39 @@ def _run(
         state = kept(state, success, loss)
         success = clear(success, loss)
         anneal = (1 + jnp.cos(jnp.pi * i.astype(g.dtype) / steps)) / 2
-        breath, length = (end + (start - end) * anneal for start, end in (_BREATH, _STEP))
+        change, length = (end + (start - end) * anneal for start, end in (_CHANGE, _STEP))
         slope = norms.norm(g, norms.dual(norm))
         # Without a usable gradient no way to the boundary is known: any radius will do.
         flat = ~((slope > 0) & jnp.isfinite(slope))
         # A little past where the boundary would be if the net were linear, until it has been
         # crossed once; on it, rounding might never let r cross. And past the last radius, since
-        # the walls of the box can keep a step from gaining what the slope promises.
+        # the box can keep a step from gaining what the slope promises.
         away = norms.norm(state.r, norm) + jnp.abs(loss) / jnp.where(flat, 1, slope)
         away = jnp.maximum(away, state.radius)
-        crossed = jnp.isfinite(state.least.size)
-        outward = jnp.where(crossed, state.radius, away) * (1 + breath)
-        inward = jnp.minimum(state.radius * (1 - breath), state.least.size)
+        outward = jnp.where(state.least.found, state.radius, away) * (1 + change)
+        inward = jnp.minimum(state.radius * (1 - change), state.least.size)
         radius = jnp.where(success, inward, outward)
         moved = state.r.astype(g.dtype) + step_size * length * norms.steepest(g, "l2")
-        return state._replace(r=boxed.ball(x, radius, norm, bounds)(moved), radius=radius)
+        return state._replace(r=replace(problem, eps=radius).project(moved), radius=radius)
 
-    zero, nowhere = jnp.zeros_like(x), jnp.full(x.shape[0], jnp.inf, inputs.accum_dtype(x.dtype))
+    zero, none = jnp.zeros_like(x), Least.empty(x)
     # What is where it should be at x needs no perturbation, however the loop rounds.
-    none = search.Least(zero, nowhere)
-    there = none._replace(size=jnp.where(clear(*problem.value(zero)), 0, nowhere))
-    state = lax.fori_loop(0, steps, step, _State(zero, jnp.zeros_like(nowhere), there, none))
+    there = none._replace(size=jnp.where(clear(*problem.value(zero)), 0, none.size))
+    state = _State(zero, jnp.zeros_like(none.size), there, none)
+    state = lax.fori_loop(0, steps, step, state)
     state = kept(state, *problem.value(state.r))
-    if not targeted:  # the boundary of another class than the likeliest may be nearer
-        ahead = _PAST * search.to_boundary(apply_fn, params, x, y, norm, bounds, _CLASSES)
-        r = norms.clip_to_box(x, ahead, bounds)
+    if not problem.targeted:  # the boundary of another class than the likeliest may be nearer
+        r = problem.clip_to_box(_PAST * boundary_step(problem, zero, _CLASSES))
         state = kept(state._replace(r=r), *problem.value(r))
-    clearly, barely = (jnp.isfinite(least.size) for least in (state.least, state.barely))
+    clearly, barely = state.least.found, state.barely.found
 
     def misleads(r: jax.Array) -> jax.Array:
         success, loss = problem.value(r)
         return jnp.where(clearly, clear(success, loss), success)
 
     r = jnp.where(inputs.expand_like(clearly, x), state.least.r, state.barely.r)
-    r = search.shrunk(misleads, r, clearly | barely)
-    return problem.answer(search.within(r, eps, norm), eps)
+    r, tries = bisect_to_boundary(misleads, r, clearly | barely)
+    r = problem.clip_to_ball(r)
+    n_tried = 0 if problem.targeted else min(_CLASSES, problem.logits.shape[1] - 1)
+    forward = steps + (4 if problem.targeted else 6) + tries
+    return problem.answer(r), forward, jnp.full_like(tries, steps + n_tried)

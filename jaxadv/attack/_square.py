@@ -1,11 +1,11 @@
 r"""Square attack: a random search that asks for logits and never for a gradient.
 
-A net whose gradients lead nowhere may resist `pgd` without being robust. This search never looks at
-them (Andriushchenko et al., 2020). Each query repaints one square window of the best perturbation
-so far, at a random place, and is kept if the loss has fallen. The windows shrink as the search goes
-on. All of the budget is in use all the time: in linf every entry is painted plus or minus eps, and
-in l2 a window gets a bump with all the energy there is, its own, that of a second window, which is
-emptied, and what the box had cut off.
+A net whose gradients are useless (gradient masking) may resist `pgd` without being robust. This
+search needs no gradient (Andriushchenko et al., 2020). Each query repaints one square window of the
+best perturbation so far, at a random place, and is kept if the loss improves. The windows shrink as
+the search goes on. The perturbation always uses the whole radius: in linf every entry is plus or
+minus eps; in l2 a window gets a bump whose energy is its own, that of a second window, which is set
+to 0, and what the box has cut off.
 
 Inputs that aren't images are laid out as one, a vector row by row in a square; a window then is
 some runs of neighbouring entries.
@@ -27,7 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import _cpu, closures, inputs, losses, meshes, norms
+from jaxadv import _cpu, inputs, losses, norms
+from jaxadv.attack._info import Answer, Found, reports
+from jaxadv.problem import Best, Problem, fold
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["square"]
@@ -45,12 +47,11 @@ class _Search(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """The best perturbation so far, by (success, loss), of each example."""
+    """How far the search has come."""
 
     step: jax.Array  # [], the next query's number: 0 for the start, t for the t-th move
-    r: jax.Array  # [B, H, W, C]
-    loss: jax.Array  # [B]
-    done: jax.Array  # [B], those that are fooled or pose no problem
+    best: Best  # r as images; `success` also where nothing is to be searched
+    queries: jax.Array  # [B], until each example was fooled
 
 
 def _sign(u: jax.Array) -> jax.Array:
@@ -129,7 +130,7 @@ def _l2_start(shape: tuple[int, ...], key: jax.Array, eps: jax.Array) -> jax.Arr
 
 
 def _l2_move(r: jax.Array, u: jax.Array, eps: jax.Array, side: int) -> jax.Array:
-    r"""Add a bump to a window, empty another, and give the first what there is to spend.
+    r"""Add a bump to a window, set another to 0, and give the first all the energy available.
 
     In units of eps, per channel and with C of them, the first window's new energy is
 
@@ -180,7 +181,7 @@ def _side(norm: Norm, p_init: float, halvings: int, height: int, width: int) -> 
     return min(_SEARCHES[norm].side(side), height, width)
 
 
-@meshes.auto_axes(meshes.as_x)
+@reports
 def square(
     apply_fn: ApplyFn,
     params: Params,
@@ -195,7 +196,7 @@ def square(
     targeted: bool = False,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
-) -> jax.Array:
+) -> Found:
     r"""Random search over square windows, in a ball around x.
 
     .. math:: r_{t+1} = \begin{cases} q_t & \ell(x + q_t) < \ell(x + r_t) \\ r_t & \text{otherwise}
@@ -215,7 +216,7 @@ def square(
       y: integer labels, `[B]`.
       eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
       norm: the ball's norm: `"l2"` or `"linf"`.
-      steps: number of queries, at least 1, after that of x and that of the start.
+      steps: number of queries, at least 1, beyond those of x and of the start.
       p_init: the first windows' share of the image, in (0, 1].
       targeted: y are the classes to reach instead of those to leave.
       key: one key, or one per example, `[B]`.
@@ -254,32 +255,18 @@ def square(
     inputs.at_least(1, "steps", steps, "the paper's 5000 are the default")
     if not 0 < p_init <= 1:
         raise ValueError(f"expected 0 < p_init <= 1, got {p_init}; pass a share of the image")
-    x = inputs.examples(x)
-    y = inputs.labels(y, x.shape[0])
-    eps = inputs.radius(eps, x)
-    if bounds is not None:
-        inputs.box(bounds, x)  # now, while they are numbers
-    keys = inputs.keys(key, x.shape[0], "the square attack")
-    apply_fn = closures.keyed(apply_fn, params, x)
-    return _run(apply_fn, norm, steps, p_init, targeted, params, x, y, eps, keys, bounds)
+    problem = Problem.of(
+        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, targeted=targeted, key=key,
+        loss_fn=losses.margin if targeted else losses.logit_margin, drawn_by="the square attack",
+    )  # fmt: skip
+    return Found(problem, *_run(problem.keyed(), steps=steps, p_init=p_init))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run(
-    apply_fn: ApplyFn,
-    norm: Norm,
-    steps: int,
-    p_init: float,
-    targeted: bool,
-    params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    eps: jax.Array,
-    keys: jax.Array,
-    bounds: Bounds | None,
-) -> jax.Array:
-    search = _SEARCHES[norm]
-    shape = x.shape
+@partial(jax.jit, static_argnames=("steps", "p_init"))
+def _run(problem: Problem, *, steps: int, p_init: float) -> Answer:
+    problem = problem.start()
+    eps, bounds, search = problem.eps, problem.bounds, _SEARCHES[problem.norm]
+    shape = problem.x.shape
     height, width, channels = image = _image_shape(shape[1:])
     size, padding = math.prod(shape[1:]), math.prod(image) - math.prod(shape[1:])
 
@@ -290,63 +277,41 @@ def _run(
     def unfolded(v: jax.Array) -> jax.Array:
         return v.reshape(shape[0], size + padding)[:, :size].reshape(shape)
 
-    def logits_of(v: jax.Array) -> jax.Array:
-        return inputs.apply(apply_fn, params, unfolded(v))
-
-    if bounds is not None or padding:  # whose room in the box is 0
-        lo, hi = inputs.box((-jnp.inf, jnp.inf) if bounds is None else bounds, x)
+    if bounds is not None or padding:  # which the box leaves no room
+        lo, hi = inputs.box((-jnp.inf, jnp.inf) if bounds is None else bounds, problem.x)
         bounds = folded(lo), folded(hi)
-    x = folded(x)
+    x = folded(problem.x)
     halvings = [step for step in _HALVINGS if step < steps - 1]  # those that some step comes after
     moves = [
-        jax.vmap(partial(search.move, side=_side(norm, p_init, n, height, width)))
+        jax.vmap(partial(search.move, side=_side(problem.norm, p_init, n, height, width)))
         for n in range(len(halvings) + 1)
     ]
-    clean = logits_of(x)
-    finite = inputs.finite(x, clean, eps)
-
-    def judge(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hit = (jnp.argmax(logits, axis=1) == y) == targeted
-        z = logits.astype(inputs.accum_dtype(logits.dtype))
-        if targeted:
-            loss = losses.margin(z, y)  # in the order of cross-entropy, and never saturated
-        else:
-            is_y = jax.nn.one_hot(y, z.shape[1], dtype=bool)
-            others = jnp.max(jnp.where(is_y, -jnp.inf, z), axis=1)
-            loss = jnp.sum(jnp.where(is_y, z, 0), axis=1) - others
-        sound = ~jnp.isnan(loss) & jnp.all(logits < jnp.inf, axis=1)
-        return jnp.where(sound, loss, jnp.inf), hit & sound  # what overflows fools nobody
-
-    def keys_of(step: jax.Array) -> jax.Array:
-        return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
 
     def draw(key: jax.Array) -> jax.Array:
         return jax.random.uniform(key, (channels + 5,), jnp.float32)
 
     def query(walk: _Walk, r: jax.Array) -> _Walk:
         r = norms.clip_to_box(x, r, bounds)
-        loss, fooled = judge(logits_of(x + r))
-        better = ~walk.done & (fooled | (loss < walk.loss))
-        return _Walk(
-            walk.step + 1,
-            jnp.where(inputs.expand_like(better, r), r, walk.r),
-            jnp.where(better, loss, walk.loss),
-            walk.done | fooled,
-        )
+        success, loss = problem.value(unfolded(r))
+        loss = jnp.where(loss < jnp.inf, loss, -jnp.inf)  # a logit that overflows is no gain
+        queries = walk.queries + (~walk.best.success).astype(jnp.int32)
+        return _Walk(walk.step + 1, walk.best.unless_done(Best(r, success, loss)), queries)
 
     def unfinished(walk: _Walk) -> jax.Array:
-        return (walk.step <= steps) & ~jnp.all(walk.done)
+        return (walk.step <= steps) & ~jnp.all(walk.best.success)
 
     @_cpu.fast_convolutions
     def step(walk: _Walk) -> _Walk:
         halved = jnp.sum(walk.step - 1 > jnp.array(halvings, jnp.int32), dtype=jnp.int32)
-        u = jax.vmap(draw)(keys_of(walk.step))
-        return query(walk, lax.switch(halved, moves, walk.r.astype(eps.dtype), u, eps))
+        u = jax.vmap(draw)(fold(problem.keys, walk.step))
+        return query(walk, lax.switch(halved, moves, walk.best.r.astype(eps.dtype), u, eps))
 
-    loss, fooled = judge(clean)
-    done = fooled | ~inputs.attackable(clean, y) | ~finite | (eps == 0)  # r stays 0
-    walk = _Walk(jnp.int32(0), jnp.zeros_like(x), jnp.full_like(loss, jnp.inf), done)
+    finite = inputs.finite(problem.x, problem.logits, eps)
+    over = problem.succeeds(problem.logits) | ~problem.attackable | ~finite | (eps == 0)
+    none = Best.empty(x)._replace(success=over)  # where r stays 0
+    walk = _Walk(jnp.int32(0), none, jnp.zeros(x.shape[0], jnp.int32))
     start = jax.vmap(partial(search.start, image))
-    walk = query(walk, start(keys_of(walk.step), eps))
+    walk = query(walk, start(fold(problem.keys, walk.step), eps))
     walk = lax.while_loop(unfinished, step, walk)
-    return unfolded(jnp.where(inputs.expand_like(finite, x), walk.r, jnp.nan))
+    r = problem.answer(unfolded(walk.best.r))
+    return r, 1 + walk.queries, jnp.zeros_like(walk.queries)

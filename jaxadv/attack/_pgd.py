@@ -1,31 +1,33 @@
 r"""Projected gradient descent: the loss's steepest steps, projected back onto the ball.
 
-Where the one-step methods of `perturb` trust one linearisation, this one follows the loss, and so
-tells how much of a one-step robust accuracy is real (Madry et al., 2018). The loss is by default
-the margin form of cross-entropy, whose gradient doesn't die where the net is confident.
+Where the one-step methods of `perturb` trust one linearisation, PGD follows the loss, and so tells
+how much of a one-step robust accuracy is real (Madry et al., 2018). The default loss is the margin
+form of cross-entropy, whose gradient doesn't vanish where the net is confident.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxadv import _cpu, closures, inputs, losses, meshes, norms
-from jaxadv.attack import boxed, search
+from jaxadv import _cpu, boxes, inputs, losses, norms
+from jaxadv.attack._info import Answer, Found, reports
+from jaxadv.problem import Best, Problem, fold, run_restarts
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
 __all__ = ["pgd", "pgd_kl"]
 
 # r; whose gradients are taken without the top wrong class; the best points.
-_Carry = tuple[jax.Array, jax.Array, search.Best]
+_Carry = tuple[jax.Array, jax.Array, Best]
 
 
-@meshes.auto_axes(meshes.as_x)
+@reports
 def pgd(
     apply_fn: ApplyFn | StochasticFn,
     params: Params,
@@ -44,7 +46,7 @@ def pgd(
     samples: int = 0,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
-) -> jax.Array:
+) -> Found:
     r"""Projected gradient descent in a ball around x.
 
     .. math:: r_{t+1} = \Pi_{\|r\| \le \epsilon}\bigl(r_t + s \arg\max_{\|u\| \le 1}
@@ -54,19 +56,19 @@ def pgd(
     misclassified before one that isn't, then by loss. More steps of the same size never do worse.
     The first of several starts is x itself: in high dimension a random point of an l2 ball lies
     near its surface, and PGD started only there is often the weaker attack. Restarts skip examples
-    that are misclassified already. In l1 the direction has one entry: the largest of those that the
-    box doesn't stop.
+    that are misclassified already. In l1 the direction has one entry: the largest that the box
+    doesn't block.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: labels, handed to `loss_fn` unchanged; integers `[B]` for the default loss. For other
-        labels (soft targets) the best point is that of greatest loss.
+        labels (soft targets) the best point is the one of highest loss.
       eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
       steps: number of steps, at least 1; each a forward and a backward pass. In l1 a step moves one
-        entry, in a box at most to its wall: images in [0, 1] need several steps for each unit of
+        entry, in a box at most to its bound: images in [0, 1] need several steps for each unit of
         eps.
       step_size: s, a scalar or `[B]`; None for 2.5 eps / steps.
       loss_fn: `(logits, labels) -> [B]`, which is raised (lowered if `targeted`). The default is
@@ -105,21 +107,18 @@ def pgd(
       et al., "Synthesizing Robust Adversarial Examples", 2018, for the random nets.
     """
     inputs.at_least(1, "steps", steps, "one step is perturb.loss")
-    x = inputs.examples(x)
-    y = inputs.paired(x, y)
-    eps = inputs.radius(eps, x)
-    step_size = 2.5 * eps / steps if step_size is None else inputs.radius(step_size, x)
-    if bounds is not None:
-        inputs.box(bounds, x)  # now, while they are numbers
-    keys = search.keys(key, x, random_start, restarts, samples)
-    apply_fn = closures.keyed(apply_fn, params, x)
-    return _run(
-        apply_fn, norm, steps, loss_fn, targeted, random_start, restarts, samples, params, x, y,
-        eps, step_size, keys, bounds,
+    inputs.at_least(1, "restarts", restarts, "1 is a single run")
+    problem = Problem.of(
+        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, loss_fn=loss_fn, any_labels=True,
+        targeted=targeted, samples=samples, key=key,
+        drawn_by="a random start" if random_start or restarts > 1 else None,
     )  # fmt: skip
+    size = _step_size(step_size, problem, steps)
+    answer = _run(problem.keyed(), size, steps=steps, random_start=random_start, restarts=restarts)
+    return Found(problem, *answer)
 
 
-@meshes.auto_axes(meshes.as_x)
+@reports
 def pgd_kl(
     apply_fn: ApplyFn,
     params: Params,
@@ -133,14 +132,14 @@ def pgd_kl(
     step_size: Eps | None = None,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
-) -> jax.Array:
+) -> Found:
     r"""`perturb.vat` iterated: PGD away from the net's own output, labels unused.
 
     .. math:: \max_{\|r\| \le \epsilon} D_{KL}(p(x) \,\|\, p(x + r))
 
     from a random point, since at x the divergence has no gradient. With this adversary
     `objectives.kl_regularized` is TRADES, its `weight` the paper's :math:`1 / \lambda`. The
-    divergence's gradient, unlike `pgd`'s, dies with a confident net's probabilities: it's for
+    divergence's gradient, unlike `pgd`'s, vanishes with a confident net's probabilities: use it for
     training.
 
     Args:
@@ -177,16 +176,26 @@ def pgd_kl(
       Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", 2019;
       Miyato et al., "Distributional Smoothing with Virtual Adversarial Training", 2015.
     """
+    inputs.at_least(1, "steps", steps, "one step is perturb.vat's")
     x = inputs.examples(x)
     if y is not None:
         inputs.labels(y, x.shape[0])
     keys = inputs.keys(key, x.shape[0], "attack.pgd_kl")
     logits = inputs.apply(apply_fn, params, x)
     own = jax.nn.log_softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
-    return pgd(
-        apply_fn, params, x, own, eps=eps, norm=norm, steps=steps, step_size=step_size,
-        loss_fn=_divergence, random_start=True, key=keys, bounds=bounds,
+    problem = Problem.of(
+        apply_fn, params, x, own, norm=norm, eps=eps, bounds=bounds, loss_fn=_divergence,
+        any_labels=True, key=keys, drawn_by="attack.pgd_kl",
     )  # fmt: skip
+    size = _step_size(step_size, problem, steps)
+    answer = _run(problem.keyed(), size, steps=steps, random_start=True, restarts=1)
+    return Found(problem, *answer)
+
+
+def _step_size(step_size: Eps | None, problem: Problem, steps: int) -> jax.Array:
+    if step_size is None:
+        return cast(jax.Array, 2.5 * problem.eps / steps)
+    return inputs.radius(step_size, problem.x)
 
 
 def _divergence(logits: jax.Array, log_p: jax.Array) -> jax.Array:
@@ -194,56 +203,47 @@ def _divergence(logits: jax.Array, log_p: jax.Array) -> jax.Array:
     return optax.losses.kl_divergence_with_log_targets(log_q, log_p, where=log_p > -jnp.inf)
 
 
-@partial(jax.jit, static_argnums=range(8))
+@partial(jax.jit, static_argnames=("steps", "random_start", "restarts"))
 def _run(
-    apply_fn: Callable[..., jax.Array],
-    norm: Norm,
-    steps: int,
-    loss_fn: LossFn,
-    targeted: bool,
-    random_start: bool,
-    restarts: int,
-    samples: int,
-    params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    eps: jax.Array,
-    step_size: jax.Array,
-    keys: jax.Array | None,
-    bounds: Bounds | None,
-) -> jax.Array:
-    starts, draws = search.streams(keys)
-    problem = search.Problem(
-        apply_fn, params, x, y, loss_fn, targeted=targeted, samples=samples, keys=draws
-    )
+    problem: Problem, step_size: jax.Array, *, steps: int, random_start: bool, restarts: int
+) -> Answer:
+    problem = problem.start()
+    x, eps, norm = problem.x, problem.eps, problem.norm
     # From step to step r has the dtype of norms: a bfloat16 r would swallow small steps.
-    wide = x.astype(inputs.accum_dtype(x.dtype))
-    inside = boxed.ball(wide, eps, norm, bounds)
-    free = boxed.free(wide, bounds if norm == "l1" else None)
+    wide = replace(problem, x=x.astype(eps.dtype))
+    size = inputs.expand_like(step_size, x)
 
     def rounded(r: jax.Array) -> jax.Array:
-        return r if r.dtype == x.dtype else norms.clip_to_box(x, r, bounds)
+        return r if r.dtype == x.dtype else problem.clip_to_box(r)
 
-    def run(restart: jax.Array | int) -> search.Best:
+    def start(restart: jax.Array | int) -> jax.Array:
+        at_x = jnp.zeros_like(wide.x)
+        if not random_start and restarts == 1:
+            return at_x
+        keys = fold(fold(problem.keys, 0), restart)
+        drawn = wide.project(norms.sample(keys, x, eps, norm))
+        return drawn if restarts == 1 else jnp.where(restart > 0, drawn, at_x)
+
+    def run(restart: jax.Array | int) -> Best:
+        first = restart * (steps + 1)
+
         @_cpu.fast_convolutions
         def step(i: jax.Array, carry: _Carry) -> _Carry:
             r, without_top, best = carry
             at = rounded(r)
             success, loss, g = problem.gradient(at, first + i, without_top)
             best = best.with_point(at, success, loss)
-            direction = norms.steepest(free(g, r), norm)
             # After a gradient of 0 the next is without the top wrong class, or with it again.
             without_top ^= norms.is_zero(g)
-            return inside(r + inputs.expand_like(step_size, x) * direction), without_top, best
+            if norm == "l1":
+                g = boxes.drop_blocked(g, r, wide.x, problem.bounds)
+            return wide.project(r + size * norms.steepest(g, norm)), without_top, best
 
-        first = restart * (steps + 1)
-        r = jnp.zeros_like(wide)
-        if random_start or restarts > 1:
-            at_random = inside(norms.sample(search.fold(starts, restart), x, eps, norm))
-            r = at_random if restarts == 1 else jnp.where(restart > 0, at_random, r)
-        with_all = jnp.zeros_like(eps, bool)
-        r, _, best = lax.fori_loop(0, steps, step, (r, with_all, search.nothing(x)))
+        carry = start(restart), jnp.zeros_like(eps, bool), Best.empty(x)
+        r, _, best = lax.fori_loop(0, steps, step, carry)
         at = rounded(r)
         return best.with_point(at, *problem.value(at, first + steps))
 
-    return problem.answer(search.restarted(run, restarts, search.nothing(x)).r, eps)
+    best, runs = run_restarts(run, restarts, x)
+    draws = max(problem.samples, 1)
+    return problem.answer(best.r), draws * (1 + runs * (steps + 1)), draws * runs * steps

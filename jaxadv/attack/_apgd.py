@@ -1,11 +1,11 @@
 r"""Auto-PGD: projected gradient ascent with momentum that chooses its own step sizes.
 
-PGD's figure depends on a step size that somebody chose. This one starts with steps as long as the
-ball is wide, and halves them, for each example by itself, whenever the loss has risen too seldom
-since the last of some fixed checkpoints, or hasn't reached a new maximum; it then goes on from the
-best point so far (Croce and Hein, 2020). In an l1 ball, where dense steps are useless, steps are
-sparse, and how sparse is adapted in the same way, in three balls that shrink to the one that is
-asked for (Croce and Hein, 2021).
+PGD depends on a step size that somebody has to choose. Auto-PGD starts with steps as long as the
+ball is wide. At fixed checkpoints it halves the step size of each example whose loss has risen too
+seldom since the last one, or hasn't reached a new maximum, and continues from that example's best
+point (Croce and Hein, 2020). In an l1 ball, where dense steps are useless, steps are sparse; their
+sparsity is adapted in the same way, in three balls that shrink to the ball of radius eps (Croce and
+Hein, 2021).
 
 Losses: the margin form of cross-entropy (it orders points and directs steps as cross-entropy does,
 and its gradient doesn't die), `dlr`, which doesn't change when the logits are scaled, and in
@@ -15,7 +15,7 @@ and its gradient doesn't die), `dlr`, which doesn't change when the logits are s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import _cpu, closures, inputs, losses, meshes, norms
-from jaxadv.attack import boxed, search
+from jaxadv import _cpu, boxes, inputs, losses, norms
+from jaxadv.attack._info import Answer, Found, reports
+from jaxadv.problem import Best, Problem, fold, run_restarts
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
 __all__ = ["apgd", "apgd_multitargeted"]
@@ -33,7 +34,7 @@ __all__ = ["apgd", "apgd_multitargeted"]
 _RISES = 0.75  # the share of steps that have to raise the loss for the step size to be kept
 
 
-@meshes.auto_axes(meshes.as_x)
+@reports
 def apgd(
     apply_fn: ApplyFn | StochasticFn,
     params: Params,
@@ -50,7 +51,7 @@ def apgd(
     samples: int = 0,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
-) -> jax.Array:
+) -> Found:
     r"""Auto-PGD: gradient ascent with momentum and step sizes that halve when it gets stuck.
 
     .. math:: z_{t+1} &= \Pi\bigl(r_t + s_t \arg\max_{\|u\| \le 1} \langle \nabla \ell, u
@@ -61,14 +62,14 @@ def apgd(
     (and the box). For l1: sparse steps without momentum, see the module.
 
     The point that is returned is the best of all iterates: one that is misclassified before one
-    that isn't, then by loss. Restarts leave an example alone that has been fooled before.
+    that isn't, then by loss. Restarts skip the examples that have been fooled.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: labels, handed to `loss_fn` unchanged; integers `[B]` for the default loss. For other
-        labels (soft targets) the best point is that of greatest loss.
+        labels (soft targets) the best point is the one of highest loss.
       eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
       steps: number of steps, at least 1 (in l1 at least 3 are made, one in each of three balls);
@@ -105,15 +106,16 @@ def apgd(
       parameter-free attacks", 2020; "Mind the box: l1-APGD for sparse adversarial attacks on image
       classifiers", 2021.
     """
-    x, y, eps = _checked(x, y, eps, norm, steps, bounds)
-    keys = search.keys(key, x, True, restarts, samples)
-    apply_fn = closures.keyed(apply_fn, params, x)
-    return _run(
-        apply_fn, norm, steps, loss_fn, targeted, restarts, samples, params, x, y, eps, keys, bounds
-    )
+    inputs.at_least(1, "steps", steps, "100 is the published number")
+    inputs.at_least(1, "restarts", restarts, "1 is a single run")
+    problem = Problem.of(
+        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, loss_fn=loss_fn, any_labels=True,
+        targeted=targeted, samples=samples, key=key, drawn_by="a random start",
+    )  # fmt: skip
+    return Found(problem, *_run(problem.keyed(), steps=steps, restarts=restarts))
 
 
-@meshes.auto_axes(meshes.as_x)
+@reports
 def apgd_multitargeted(
     apply_fn: ApplyFn,
     params: Params,
@@ -127,13 +129,13 @@ def apgd_multitargeted(
     n_targets: int = 9,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
-) -> jax.Array:
+) -> Found:
     r"""Auto-PGD towards each of the likeliest wrong classes in turn, by the targeted DLR loss.
 
     .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
 
-    for t the likeliest class but y, the next, and so on; an example that has been fooled is left
-    alone. (With fewer than four classes: :math:`z_t - z_y`.)
+    for t the top wrong class, the next, and so on. Examples that have been fooled are skipped.
+    (With fewer than four classes: :math:`z_t - z_y`.)
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
@@ -167,84 +169,47 @@ def apgd_multitargeted(
       Croce and Hein, 2020, Section 4.
     """
     inputs.at_least(1, "n_targets", n_targets, "9 is the published number")
-    y = inputs.labels(y, np.shape(x)[0])
-    x, y, eps = _checked(x, y, eps, norm, steps, bounds)
-    keys = search.keys(key, x, True, 1, 0)
-    apply_fn = closures.keyed(apply_fn, params, x)
-    return _run_targets(apply_fn, norm, steps, n_targets, params, x, y, eps, keys, bounds)
-
-
-def _checked(
-    x: jax.Array, y: jax.Array, eps: Eps, norm: Norm, steps: int, bounds: Bounds | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
     inputs.at_least(1, "steps", steps, "100 is the published number")
-    norms.dual(norm)  # known?
-    x = inputs.examples(x)
-    y = inputs.paired(x, y)
-    if bounds is not None:
-        inputs.box(bounds, x)  # now, while they are numbers
-    return x, y, inputs.radius(eps, x)
+    problem = Problem.of(
+        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, key=key,
+        drawn_by="a random start",
+    )  # fmt: skip
+    return Found(problem, *_run_targets(problem.keyed(), steps=steps, n_targets=n_targets))
 
 
-@partial(jax.jit, static_argnums=range(7))
-def _run(
-    apply_fn: Callable[..., jax.Array],
-    norm: Norm,
-    steps: int,
-    loss_fn: LossFn,
-    targeted: bool,
-    restarts: int,
-    samples: int,
-    params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    eps: jax.Array,
-    keys: jax.Array,
-    bounds: Bounds | None,
-) -> jax.Array:
-    starts, draws = search.streams(keys)
-    problem = search.Problem(
-        apply_fn, params, x, y, loss_fn, targeted=targeted, samples=samples, keys=draws
-    )
+@partial(jax.jit, static_argnames=("steps", "restarts"))
+def _run(problem: Problem, *, steps: int, restarts: int) -> Answer:
+    problem = problem.start()
+    keys = fold(problem.keys, 0)
+    draws = max(problem.samples, 1)
+    passes = draws * sum(n + 1 for _, n in _phases(problem.norm, steps))
+    # Numbers of steps, by which a random net's draws differ.
+    stride = len(_PHASES[problem.norm]) * (steps + 1)
 
-    def run(restart: jax.Array | int) -> search.Best:
-        first = restart * len(_PHASES[norm]) * (steps + 1)
-        return _ascend(problem, search.fold(starts, restart), eps, norm, steps, bounds, first)
+    def run(restart: jax.Array | int) -> Best:
+        return _ascend(problem, fold(keys, restart), steps, restart * stride)
 
-    return problem.answer(search.restarted(run, restarts, search.nothing(x)).r, eps)
+    best, runs = run_restarts(run, restarts, problem.x)
+    return problem.answer(best.r), draws + runs * passes, runs * passes
 
 
-@partial(jax.jit, static_argnums=range(4))
-def _run_targets(
-    apply_fn: ApplyFn,
-    norm: Norm,
-    steps: int,
-    n_targets: int,
-    params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    eps: jax.Array,
-    keys: jax.Array,
-    bounds: Bounds | None,
-) -> jax.Array:
-    logits = inputs.apply(apply_fn, params, x)
+@partial(jax.jit, static_argnames=("steps", "n_targets"))
+def _run_targets(problem: Problem, *, steps: int, n_targets: int) -> Answer:
+    problem = problem.start()
+    logits, y = problem.logits, problem.y
     is_y = jax.nn.one_hot(y, logits.shape[1], dtype=bool)
     n_targets = min(n_targets, logits.shape[1] - 1)
     largest, targets = lax.top_k(jnp.where(is_y, -jnp.inf, logits), n_targets)  # [B, n_targets]
-    # A masked class is out of reach: once more towards the likeliest instead.
+    # A masked class is out of reach: the top wrong class is tried once more instead.
     targets = jnp.where(jnp.isneginf(largest), targets[:, :1], targets)
+    passes = sum(n + 1 for _, n in _phases(problem.norm, steps))
 
-    def problem_for(target: jax.Array) -> search.Problem:
-        return search.Problem(
-            apply_fn, params, x, y, partial(losses.targeted_dlr, target=target), targeted=False
-        )
+    def run(rank: jax.Array | int) -> Best:
+        toward = partial(losses.targeted_dlr, target=targets[:, rank])
+        return _ascend(replace(problem, loss_fn=toward), fold(problem.keys, rank), steps, 0)
 
-    def run(rank: jax.Array | int) -> search.Best:
-        starts = search.fold(keys, rank)
-        return _ascend(problem_for(targets[:, rank]), starts, eps, norm, steps, bounds, 0)
-
-    best = search.restarted(run, n_targets, search.nothing(x))
-    return problem_for(targets[:, 0]).answer(best.r, eps)
+    best, runs = run_restarts(run, n_targets, problem.x)
+    return problem.answer(best.r), 1 + runs * passes, runs * passes
 
 
 # The radius of the ball, in eps, and the share of the steps that are made in it.
@@ -255,63 +220,59 @@ _PHASES: dict[Norm, tuple[tuple[float, float], ...]] = {
 }
 
 
-def _ascend(
-    problem: search.Problem,
-    starts: jax.Array,
-    eps: jax.Array,
-    norm: Norm,
-    steps: int,
-    bounds: Bounds | None,
-    first: jax.Array | int,
-) -> search.Best:
-    """Run once from a random point; return the best of the ball of radius eps."""
-    x = problem.x
-    climb = partial(_climb_l1, boxed.free(x, bounds)) if norm == "l1" else partial(_climb, norm)
-    phases = _PHASES[norm]
-    counts = [max(1, round(share * steps)) for _, share in phases[:-1]]
+def _phases(norm: Norm, steps: int) -> list[tuple[float, int]]:
+    """Return the balls that an ascent goes through: their radius in eps, their number of steps."""
+    factors, shares = zip(*_PHASES[norm], strict=True)
+    counts = [max(1, round(share * steps)) for share in shares[:-1]]
     counts.append(max(1, steps - sum(counts)))
+    return list(zip(factors, counts, strict=True))
+
+
+def _ascend(problem: Problem, keys: jax.Array, steps: int, first: jax.Array | int) -> Best:
+    """Run once from a random point; return the best of the ball of radius eps."""
+    x, eps, norm = problem.x, problem.eps, problem.norm
+    phases = _phases(norm, steps)
     if norm == "l1":  # whose ball is all corners: of the nearest point most entries are 0
-        r = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], eps.dtype))(starts)
+        r = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], eps.dtype))(keys)
     else:
-        r = norms.sample(starts, x, phases[0][0] * eps, norm)
-    for (factor, _), n in zip(phases, counts, strict=True):
-        inside = boxed.ball(x, factor * eps, norm, bounds)
-        r, best = climb(problem, inside(r), factor * eps, n, inside, first)
+        r = norms.sample(keys, x, phases[0][0] * eps, norm)
+    climb = _climb_l1 if norm == "l1" else _climb
+    for factor, n in phases:
+        ball = replace(problem, eps=factor * eps)
+        r, best = climb(ball, ball.project(r), n, first)
         first = first + n + 1
     return best
 
 
 class _Climb(NamedTuple):
-    """What the ascent of each example has come to; every leaf has B rows."""
+    """The state of each example's ascent; every leaf has B rows."""
 
     r: jax.Array
     g: jax.Array  # the gradient there
     previous: jax.Array  # the r before
-    loss: jax.Array  # where the last step led, whether or not that was gone back from
+    loss: jax.Array  # where the last step led, whether or not that point was kept
     highest: jax.Array
     highest_r: jax.Array
     highest_g: jax.Array
     step_size: jax.Array
-    best: search.Best  # by success first, which `highest` isn't
+    best: Best  # by success first, which `highest` isn't
 
     def from_highest(self, where: jax.Array) -> _Climb:
-        """Go back to the highest point."""
+        """Return to the highest point, in some rows."""
         rows = inputs.expand_like(where, self.r)
         return self._replace(
             r=jnp.where(rows, self.highest_r, self.r), g=jnp.where(rows, self.highest_g, self.g)
         )
 
 
-def _begin(
-    problem: search.Problem, r: jax.Array, step_size: jax.Array, first: jax.Array | int
-) -> _Climb:
+def _begin(problem: Problem, r: jax.Array, step_size: jax.Array, first: jax.Array | int) -> _Climb:
     success, loss, g = problem.gradient(r, first)
-    best = search.nothing(problem.x).with_point(r, success, loss)
+    best = Best.empty(problem.x).with_point(r, success, loss)
     return _Climb(r, g, r, loss, loss, r, g, step_size, best)
 
 
-def _move(problem: search.Problem, state: _Climb, r: jax.Array, step: jax.Array | int) -> _Climb:
-    """Step to r, and look where that is."""
+def _move(problem: Problem, state: _Climb, r: jax.Array, step: jax.Array | int) -> _Climb:
+    """Step to r, and record its loss and gradient."""
     success, loss, g = problem.gradient(r, step)
     higher = loss > state.highest
     rows = inputs.expand_like(higher, r)
@@ -344,15 +305,10 @@ _Watched = tuple[_Climb, jax.Array, jax.Array, jax.Array]
 
 
 def _climb(
-    norm: Norm,
-    problem: search.Problem,
-    r: jax.Array,
-    eps: jax.Array,
-    steps: int,
-    inside: Callable[[jax.Array], jax.Array],
-    first: jax.Array | int,
-) -> tuple[jax.Array, search.Best]:
+    problem: Problem, r: jax.Array, steps: int, first: jax.Array | int
+) -> tuple[jax.Array, Best]:
     """Ascend with momentum; return the highest point and the best."""
+    eps, inside = problem.eps, problem.project
     windows = jnp.asarray(_windows(steps), eps.dtype)
 
     @_cpu.fast_convolutions
@@ -361,7 +317,7 @@ def _climb(
         at = state.r.astype(state.g.dtype)
         share = jnp.where(i > 0, 0.75, 1).astype(at.dtype)
         size = inputs.expand_like(state.step_size, at)
-        ahead = inside(at + size * norms.steepest(state.g, norm)).astype(at.dtype)
+        ahead = inside(at + size * norms.steepest(state.g, problem.norm)).astype(at.dtype)
         momentum = at - state.previous.astype(at.dtype)
         moved = _move(
             problem, state, inside(at + share * (ahead - at) + (1 - share) * momentum),
@@ -388,21 +344,19 @@ def _climb(
 
 
 def _climb_l1(
-    free: Callable[[jax.Array, jax.Array], jax.Array],
-    problem: search.Problem,
-    r: jax.Array,
-    eps: jax.Array,
-    steps: int,
-    inside: Callable[[jax.Array], jax.Array],
-    first: jax.Array | int,
-) -> tuple[jax.Array, search.Best]:
+    problem: Problem, r: jax.Array, steps: int, first: jax.Array | int
+) -> tuple[jax.Array, Best]:
     """Ascend by sparse steps; return the highest point and the best.
 
-    Unlike the published one's, a step has no entries that a wall of the box stops, nor do these
-    count when the next one's are: on images with much black or white they would be most of it.
+    Unlike the published attack's, a step leaves out the entries that the box blocks, and so does
+    the next step's sparsity: on images with many saturated pixels they would dominate.
     """
+    eps, inside = problem.eps, problem.project
     size = math.prod(r.shape[1:])
     every = max(int(0.04 * steps), 1)
+
+    def free(g: jax.Array, r: jax.Array) -> jax.Array:
+        return boxes.drop_blocked(g, r, problem.x, problem.bounds)
 
     def nonzeros(r: jax.Array) -> jax.Array:
         return jnp.sum(free(jnp.sign(r), r).reshape(-1, size) != 0, axis=1).astype(eps.dtype)

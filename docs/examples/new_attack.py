@@ -1,0 +1,61 @@
+"""MI-FGSM (Dong et al., 2018), which is not in the library: sign steps along summed gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import jaxadv
+from jaxadv import losses, norms
+from jaxadv.attack import Found, reports
+from jaxadv.problem import Best, Problem
+
+
+@reports
+def mifgsm(apply_fn, params, x, y, /, *, eps, steps=10, decay=1.0, key=None, bounds=None):
+    problem = Problem.of(
+        apply_fn, params, x, y, norm="linf", eps=eps, bounds=bounds, loss_fn=losses.margin
+    )
+    return Found(problem, *_run(problem.keyed(), decay, steps=steps))
+
+
+@partial(jax.jit, static_argnames="steps")
+def _run(problem, decay, *, steps):
+    problem = problem.start()
+    size = problem.eps.reshape(-1, *(1,) * (problem.x.ndim - 1)) / steps
+
+    def step(_, carry):
+        r, velocity, best = carry
+        success, loss, g = problem.gradient(r)
+        best = best.with_point(r, success, loss)
+        velocity = decay * velocity + norms.rescale(g, 1.0, "l1")
+        return problem.project(r + size * jnp.sign(velocity)), velocity, best
+
+    zero = jnp.zeros_like(problem.x)
+    r, _, best = lax.fori_loop(0, steps, step, (zero, zero, Best.empty(zero)))
+    best = best.with_point(r, *problem.value(r))
+    passes = jnp.full(best.success.shape, steps)
+    return problem.answer(best.r), passes + 2, passes
+
+
+def main():
+    def apply_fn(params, x):
+        return jnp.tanh(x @ params["hidden"]) @ params["out"]
+
+    hidden, out, images = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "hidden": jax.random.normal(hidden, (20, 30)),
+        "out": jax.random.normal(out, (30, 5)),
+    }
+    x = jax.random.normal(images, (400, 20))
+    y = apply_fn(params, x).argmax(axis=1)
+    one_step = partial(jaxadv.perturb.loss, norm="linf")
+    for name, method in {"one step": one_step, "MI-FGSM": mifgsm}.items():
+        r = method(apply_fn, params, x, y, eps=0.1)
+        right = jaxadv.evaluate.correct(apply_fn, params, x + r, y).mean()
+        print(f"{name}: {right:.3f} right at x + r")
+
+
+if __name__ == "__main__":
+    main()

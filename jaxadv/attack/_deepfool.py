@@ -1,0 +1,249 @@
+r"""DeepFool: least steps over the nearest linearised boundary, until it is crossed.
+
+One step is `perturb.alpha` without a size, on logits instead of probabilities: for each wrong class
+j the distance to the linearised boundary is :math:`|z_y - z_j| / \|\nabla (z_j - z_y)\|_*`, and
+the nearest class is taken. On probabilities it *is* Adv_Alpha, repeated (Huang et al., 2015,
+Algorithm 1). The softmax of a confident net is flat, so that these steps are far too long, and it
+is the final bisection that makes r small.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxadv import _cpu, inputs, jacobian, losses, norms, perturb
+from jaxadv.attack._info import Answer, Found, reports
+from jaxadv.boxes import box_limits, drop_blocked, project_hyperplane_in_box
+from jaxadv.problem import CROSSING, Least, Problem, beyond_rounding, bisect_to_boundary
+from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
+
+__all__ = ["deepfool"]
+
+_OUTPUTS = "logits", "probabilities"
+_OVERSHOOT = 2 * CROSSING  # at least
+
+
+@reports
+def deepfool(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    /,
+    *,
+    eps: Eps | None = None,
+    norm: Norm = "l2",
+    steps: int = 50,
+    overshoot: float = 0.02,
+    output: Literal["logits", "probabilities"] = "logits",
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+) -> Found:
+    r"""DeepFool: repeated least steps over the nearest linearised decision boundary.
+
+    .. math:: r \leftarrow r + \frac{|z_y - z_I|}{\|d_I\|_*} \arg\max_{\|u\| \le 1} \langle d_I, u
+              \rangle, \qquad d_j = \nabla_x (z_j - z_y)(x + r), \quad
+              I = \arg\min_j \frac{|z_y - z_j|}{\|d_j\|_*}
+
+    until :math:`(1 + \text{overshoot}) r` changes the answer; then a bisection between 0 and there.
+
+    In a box, l2 and linf steps include the entries that the box blocks. Such a step falls short of
+    the boundary, and many short steps end at a smaller r than a few long ones. After half of the
+    steps blocked entries are excluded, so that the boundary is reached.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: integer labels, `[B]`.
+      eps: None for the least r found. With a size, a scalar or `[B]`: where that r is larger, the
+        nearest point of the ball of that radius, so that sizes never exceed eps.
+      norm: the norm that is minimal: `"l1"`, `"l2"` or `"linf"`.
+      steps: number of steps at most, at least 1; each three forward and K - 1 backward passes.
+      overshoot: by how much r is lengthened to cross the boundary, at least 0; below 2e-4 it is
+        that, or rounding would decide whether r has crossed.
+      output: what to linearise: `"logits"`, or `"probabilities"` for Adv_Alpha repeated. Its steps
+        ignore the box, and for a confident net they are so long that they end in a corner of it;
+        where the answer there is still y, it finds nothing.
+      key: ignored; this method draws nothing.
+      bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
+
+    Returns:
+      r, of x's shape and dtype: exactly 0 where x is misclassified already, and where no r that
+      changes the answer was found. Rows are 0 or NaN as in `perturb`.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if shapes don't match, if the norm or the output is unknown, if a Python `eps` is
+        negative, if `steps` < 1, if `overshoot` < 0, or if `bounds` is not a pair.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import attack
+      >>> w = jnp.array([[3.0, -3.0], [4.0, -4.0]])
+      >>> x, y = jnp.array([[1.0, 0.5]]), jnp.array([0])
+      >>> r = attack.deepfool(lambda w, x: x @ w, w, x, y)
+      >>> bool(jnp.allclose(r, jnp.array([[-0.6, -0.8]]), rtol=0.01))
+      True
+
+    References:
+      Moosavi-Dezfooli, Fawzi and Frossard, "DeepFool: a simple and accurate method to fool deep
+      neural networks", 2015.
+    """
+    inputs.at_least(1, "steps", steps, "one step is perturb.alpha's")
+    if not overshoot >= 0:
+        raise ValueError(f"expected overshoot >= 0, got {overshoot}; 0.02 is the published number")
+    if output not in _OUTPUTS:
+        raise ValueError(
+            f"expected output to be one of {', '.join(map(repr, _OUTPUTS))}, got {output!r}; "
+            "choose what to linearise"
+        )
+    problem = Problem.of(apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds)
+    overshoot = max(overshoot, _OVERSHOOT)
+    return Found(problem, *_run(problem.keyed(), overshoot, steps=steps, output=output))
+
+
+def boundary_step(
+    problem: Problem,
+    r: jax.Array,
+    candidates: int | None = None,
+    *,
+    unblocked: jax.Array | bool = True,
+) -> jax.Array:
+    r"""Return the least step from x + r onto the nearest linearised boundary between two logits.
+
+    .. math:: \min_{d, j \ne y} \|d\| \quad \text{s.t.} \quad
+              \langle \nabla (z_j - z_y), d \rangle = z_y - z_j
+
+    In l1, whose step has one entry that the box may stop halfway, it is the least step inside the
+    box to a thousandth beyond the boundary.
+
+    Args:
+      problem: of integer labels.
+      r: perturbations, `[B, ...]`, of x's dtype.
+      candidates: consider only this many classes, the likeliest wrong ones; all if None. Each costs
+        a backward pass.
+      unblocked: whether distances count only the entries that the box doesn't block, a bool or a
+        traced one.
+
+    Returns:
+      The step, of x's shape, in the dtype of norms; 0 where no boundary can be seen.
+    """
+    x, y, norm, bounds = problem.x + r, problem.y, problem.norm, problem.bounds
+    logits, pull = jacobian.pullback(problem.apply_fn, problem.params, x)
+    n_classes = logits.shape[1]
+    y = jnp.clip(y, 0, n_classes - 1)
+    z = losses.shift_logits(logits)
+    z_y = jnp.take_along_axis(z, y[:, None], axis=1)
+    at_y = jax.nn.one_hot(y, n_classes)
+
+    def free(g: jax.Array) -> jax.Array:
+        return drop_blocked(g, jnp.zeros_like(x), x, bounds)
+
+    def distances(j: jax.Array) -> jacobian.Nearest:  # to classes [B, J]
+        rows = jax.nn.one_hot(j, n_classes) - at_y[:, None]
+        d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, J, ...]
+        d = jnp.where(unblocked, jax.vmap(free, in_axes=1, out_axes=1)(d), d)
+        slope = norms.norm(d.reshape(j.size, *x.shape[1:]), norms.dual(norm)).reshape(j.shape)
+        usable = (slope > 0) & jnp.isfinite(slope)
+        reachable = usable & ~jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
+        behind = jnp.abs(z_y - jnp.take_along_axis(z, j, axis=1)).astype(slope.dtype)
+        size = jnp.where(reachable, behind / jnp.where(reachable, slope, 1), jnp.inf)
+        return jacobian.Nearest(size, size, d, reachable)
+
+    classes = jacobian.wrong_classes(z, y, candidates)
+    best = jacobian.nearest(distances, x, classes)
+    size = jnp.where(best.reachable, best.distance, 0)
+    d = best.d.astype(size.dtype)
+    if norm == "l1" and bounds is not None:
+        # A thousandth past it: to lengthen the step moves none of its entries that are at a bound.
+        gap = 1.001 * size * norms.norm(d, norms.dual(norm))
+        return project_hyperplane_in_box(d, gap, *box_limits(x, bounds), norm)
+    return inputs.expand_like(size, x) * norms.steepest(d, norm)
+
+
+def _probability_step(problem: Problem, r: jax.Array) -> jax.Array:
+    """Return Adv_Alpha's step, at most 1000 times as long as x is large; it ignores the box."""
+    x, norm = problem.x + r, problem.norm
+    alpha = partial(perturb.alpha, problem.apply_fn, problem.params, x, problem.y, norm=norm)
+    step = alpha().astype(inputs.accum_dtype(x.dtype))
+    unit = alpha(eps=1.0).astype(step.dtype)
+    longest = 1000 * (1 + norms.norm(x, norm))
+    size = norms.norm(jnp.clip(step, -1e37, 1e37), norm)  # of more, 1 / size could flush to 0
+    capped = inputs.expand_like(longest, x) * unit
+    return jnp.where(inputs.expand_like(size <= longest, x), step, capped)
+
+
+class _State(NamedTuple):
+    i: jax.Array
+    r: jax.Array  # the sum of the steps, in the dtype of norms
+    end: jax.Array  # where the last step led
+    done: jax.Array  # [B]; whether that is misclassified by more than rounding
+    barely: Least  # points that are misclassified at all
+    taken: jax.Array  # [B]; how many steps
+
+
+@partial(jax.jit, static_argnames=("steps", "output"))
+def _run(problem: Problem, overshoot: float, *, steps: int, output: str) -> Answer:
+    problem = problem.start()
+    x, norm = problem.x, problem.norm
+    clear = beyond_rounding(problem)
+    over = jnp.asarray(1 + overshoot, inputs.accum_dtype(x.dtype))
+
+    def crossed(r: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return whether r is on the far side by more than rounding, and whether at all."""
+        success, loss = problem.value(r)
+        return clear(success, loss) | ~problem.attackable, success
+
+    def more(state: _State) -> Any:
+        return (state.i < steps) & ~jnp.all(state.done)
+
+    @_cpu.fast_convolutions
+    def step(state: _State) -> _State:
+        at = problem.clip_to_box(state.r)
+        if output == "probabilities":
+            ahead = _probability_step(problem, at)
+        else:
+            unblocked = (norm == "l1") | (state.i >= steps // 2)
+            ahead = boundary_step(problem, at, unblocked=unblocked)
+        moved = at.astype(over.dtype) + ahead
+        near, far = problem.clip_to_box(moved), problem.clip_to_box(over * moved)
+        (hit_near, barely_near), (hit, barely) = crossed(near), crossed(far)
+        # Where the boundary is curved, further on may be back on this side.
+        point = jnp.where(inputs.expand_like(hit, x), far, near)
+        past = jnp.where(inputs.expand_like(barely, x), far, near)
+        stay = inputs.expand_like(state.done, x)
+        success = (barely | barely_near) & ~state.done
+        return _State(
+            state.i + 1,
+            jnp.where(stay, state.r, moved),
+            jnp.where(stay, state.end, point),
+            state.done | hit | hit_near,
+            state.barely.with_point(past, norms.norm(past, norm), success),
+            state.taken + (~state.done).astype(jnp.int32),
+        )
+
+    zero = jnp.zeros_like(x)
+    none = jnp.zeros(x.shape[0], jnp.int32)
+    start = _State(
+        jnp.int32(0), zero.astype(over.dtype), zero, crossed(zero)[0], Least.empty(x), none
+    )
+    _, _, end, done, least, taken = lax.while_loop(more, step, start)
+
+    def misleads(r: jax.Array) -> jax.Array:
+        clearly, barely = crossed(r)
+        return jnp.where(done, clearly, barely)
+
+    found = done | least.found
+    r = jnp.where(inputs.expand_like(done, x), end, least.r)
+    r, tries = bisect_to_boundary(misleads, r, found)
+    r = problem.clip_to_ball(jnp.where(inputs.expand_like(found, r), r, 0))
+    logits = output == "logits"
+    forward = 3 + (3 if logits else 4) * taken + tries
+    backward = (1 if logits else 2) * (problem.logits.shape[1] - 1) * taken
+    return problem.answer(r), forward, backward

@@ -1,0 +1,480 @@
+r"""The problem that every attack solves, and what all of them do with it.
+
+A `Problem` is what an attack is given: the net, the examples, and the threat model (norm, radius,
+box). It checks these once; it judges a perturbation, the same way for every attack (`value`,
+`gradient`); and it settles the rows that no attack can do anything about (`answer`). What an attack
+adds to it is its algorithm. The one-step methods of `perturb` use it as well, without `start`.
+
+An attack keeps its best perturbation of each example in one of two records:
+
+- `Best`, if it searches a ball: the point of highest loss, misclassified ones first.
+- `Least`, if it searches for the smallest perturbation: the smallest that is misclassified.
+
+`run_restarts` repeats an attack from other points, and `bisect_to_boundary` shortens what an attack
+has found. `attack` is written with these; the documentation has a page that writes a new attack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxadv import _cpu, boxes, closures, inputs, losses, norms
+from jaxadv.types import Bounds, Eps, LossFn, Norm, Params
+
+__all__ = [
+    "Best",
+    "Least",
+    "Problem",
+    "beyond_rounding",
+    "bisect_to_boundary",
+    "fold",
+    "run_restarts",
+]
+
+CROSSING = 1e-4  # how far past the boundary, relative to the way there, is past it for certain
+
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Problem:
+    """Perturb x, within a threat model, so that a loss of the net rises.
+
+    Make one by `Problem.of`, which checks the arguments. It is a pytree: the functions, the norm
+    and the two settings are static, the arrays are traced.
+
+    With `samples`, the net draws random numbers, `apply_fn(params, x, key)`: each evaluation draws
+    that many for each example by the example's own key, and averages losses and logits (expectation
+    over transformation, Athalye et al., 2018). Examples then go through the net one by one, so that
+    what is drawn for one doesn't depend on its batch.
+
+    Attributes:
+      apply_fn: `(params, x) -> logits`.
+      loss_fn: `(logits, labels) -> [B]`, to be raised, or lowered if `targeted`.
+      norm: the norm of the perturbation.
+      targeted: y are the classes to reach instead of those to leave.
+      samples: how many draws of a random net are averaged; 0 for a deterministic net.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`.
+      y: labels, integers `[B]`, or whatever `loss_fn` takes; None for a loss without labels.
+      eps: the radius of the ball, `[B]`, in the dtype of norms; None for the least perturbation.
+      bounds: the box that x + r stays in, or None.
+      keys: one key per example, `[B]`, or None.
+      logits: the net's output at x, `[B, K]`; None before `start`.
+      attackable: which rows have a class to leave and one to reach, bool `[B]`; None before
+        `start`.
+    """
+
+    apply_fn: Callable[..., jax.Array] = field(metadata=_STATIC)
+    loss_fn: LossFn = field(metadata=_STATIC)
+    norm: Norm = field(metadata=_STATIC)
+    targeted: bool = field(metadata=_STATIC)
+    samples: int = field(metadata=_STATIC)
+    params: Params
+    x: jax.Array
+    y: Any
+    eps: Any
+    bounds: Bounds | None
+    keys: Any
+    logits: Any = None
+    attackable: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        apply_fn: Callable[..., jax.Array],
+        params: Params,
+        x: Any,
+        y: Any,
+        *,
+        norm: Norm,
+        eps: Eps | None,
+        bounds: Bounds | None,
+        loss_fn: LossFn = losses.logit_margin,
+        any_labels: bool = False,
+        targeted: bool = False,
+        samples: int = 0,
+        key: jax.Array | None = None,
+        drawn_by: str | None = None,
+    ) -> Problem:
+        """Check an attack's arguments, and return the problem that they pose.
+
+        Args:
+          apply_fn: the net.
+          params: its parameters.
+          x: `[B, ...]`, floating point.
+          y: integer labels, `[B]`; None for a method that uses none.
+          norm: `"l1"`, `"l2"` or `"linf"`.
+          eps: the radius, a scalar or `[B]`, or None.
+          bounds: `(lo, hi)`, or None.
+          loss_fn: the loss to be raised.
+          any_labels: y may be whatever `loss_fn` takes, soft labels for instance.
+          targeted: y are the classes to reach.
+          samples: how many draws of a random net are averaged.
+          key: one key, or one per example, `[B]`.
+          drawn_by: what draws random numbers, for the message where the key is missing; None if
+            nothing does.
+
+        Raises:
+          TypeError: if `x` isn't floating point, `y` not integers, or `key` isn't a key.
+          ValueError: if shapes don't match, the norm is unknown, a Python `eps` is negative,
+            `samples` < 0, `bounds` isn't a pair, or a key is missing.
+        """
+        norms.dual(norm)  # known?
+        inputs.at_least(0, "samples", samples, "0 is for a net that draws no random numbers")
+        x = inputs.examples(x)
+        if y is not None:
+            y = inputs.paired(x, y) if any_labels else inputs.labels(y, x.shape[0])
+        if eps is not None:
+            eps = inputs.radius(eps, x)
+        if bounds is not None:
+            inputs.box(bounds, x)  # now, while they are numbers
+        drawn_by = "the net" if samples else drawn_by
+        keys = None if drawn_by is None else inputs.keys(key, x.shape[0], drawn_by)
+        return cls(
+            apply_fn, loss_fn, norm, targeted, samples, params, x, y, eps, bounds, keys
+        )  # fmt: skip
+
+    def keyed(self) -> Problem:
+        """Return the problem as an argument of a compiled attack.
+
+        Arrays that `apply_fn` has captured are then part of the compiled program's key.
+        """
+        return replace(self, apply_fn=closures.keyed(self.apply_fn, self.params, self.x))
+
+    def start(self) -> Problem:
+        """Return the problem with the net's logits at x, which judging a perturbation needs."""
+        return self.with_logits(jnp.mean(self._draws(self.x, 0), axis=0))
+
+    def with_logits(self, logits: jax.Array) -> Problem:
+        """Return the problem with these logits at x, `[B, K]`."""
+        attackable = inputs.attackable(logits, self.y if self._has_classes else None)
+        return replace(self, logits=logits, attackable=attackable)
+
+    @property
+    def _has_classes(self) -> bool:
+        return self.y is not None and jnp.issubdtype(self.y.dtype, jnp.integer) and self.y.ndim == 1
+
+    def _draws(self, x: jax.Array, step: jax.Array | int) -> jax.Array:
+        """Return logits `[samples, B, K]`."""
+        if not self.samples:
+            logits = inputs.apply(self.apply_fn, self.params, x)
+            return logits.astype(inputs.accum_dtype(logits.dtype))[None]
+        keys = fold(self.keys, 1)  # fold(keys, 0) is for starts
+
+        def draw(sample: jax.Array) -> jax.Array:
+            def one(example: jax.Array, key: jax.Array) -> jax.Array:
+                key = jax.random.fold_in(jax.random.fold_in(key, step), sample)
+                return inputs.apply(self.apply_fn, self.params, example[None], key)[0]
+
+            logits = jax.vmap(one)(x, keys)
+            return logits.astype(inputs.accum_dtype(logits.dtype))
+
+        return jax.vmap(draw)(jnp.arange(self.samples))
+
+    def _loss(self, draws: jax.Array) -> jax.Array:
+        """Return the loss of each example, `[B]`, from logits `[samples, B, K]`."""
+
+        def of_one(logits: jax.Array) -> jax.Array:
+            return inputs.losses_of(self.loss_fn(logits, self.y), self.x.shape[0])
+
+        loss = (-1 if self.targeted else 1) * jnp.mean(jax.vmap(of_one)(draws), axis=0)
+        return loss.astype(inputs.accum_dtype(self.x.dtype))  # with x64, logits may be wider than x
+
+    def _losses(
+        self, r: jax.Array, step: jax.Array | int, without_top: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        draws = self._draws(self.x + r, step)
+        # The logits of rows that can't be attacked may be infinite, and their derivatives NaN.
+        draws = jnp.where(self.attackable[None, :, None], draws, 0)
+        loss = climbed = self._loss(draws)
+        if without_top is not None and self._has_classes and not self.targeted:
+            climbed = self._loss(jax.vmap(self._without_top, (0, None))(draws, without_top))
+        # A sum over examples, so that the gradient of each is its own.
+        return jnp.sum(climbed), (loss, jnp.mean(draws, axis=0))
+
+    def _without_top(self, logits: jax.Array, where: jax.Array) -> jax.Array:
+        is_y = jax.nn.one_hot(self.y, logits.shape[1], dtype=bool)
+        top, after = losses.top_wrong(logits, is_y)
+        where &= jnp.any(after > -jnp.inf, axis=1)
+        return jnp.where(top & where[:, None], -jnp.inf, logits)
+
+    def succeeds(self, logits: jax.Array) -> jax.Array:
+        """Tell for which rows of logits `[B, K]` the attack has its way, bool `[B]`."""
+        if not self._has_classes:
+            return jnp.zeros(self.x.shape[0], bool)
+        hit = (jnp.argmax(logits, axis=1) == self.y) == self.targeted
+        return hit & jnp.all(logits < jnp.inf, axis=1)  # NaN and +inf are no answer
+
+    def value(self, r: jax.Array, step: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
+        """Return whether each example is where the attack wants it, and its loss, both `[B]`."""
+        _, (loss, logits) = self._losses(r, step)
+        return self.succeeds(logits), loss
+
+    def gradient(
+        self, r: jax.Array, step: jax.Array | int = 0, without_top: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the same, and the loss's gradient in r, in the dtype of norms.
+
+        Args:
+          r: perturbations, `[B, ...]`.
+          step: the number of the step, for a net that draws random numbers.
+          without_top: bool `[B]`, whose gradients are taken without the top wrong class. Where that
+            class has y's own gradient, it hides those of all others.
+        """
+        (_, (loss, logits)), g = jax.value_and_grad(self._losses, has_aux=True)(
+            r, step, without_top
+        )
+        # A bfloat16 gradient's direction would swallow small steps.
+        return self.succeeds(logits), loss, g.astype(inputs.accum_dtype(g.dtype))
+
+    def clip_to_box(self, r: jax.Array) -> jax.Array:
+        """Return r rounded to x's dtype, and shortened until x + r lies in the box."""
+        return norms.clip_to_box(self.x, r, self.bounds)
+
+    def clip_to_ball(self, r: jax.Array) -> jax.Array:
+        """Return the point of the ball of radius eps nearest to r; r itself where eps is None."""
+        if self.eps is None:
+            return r
+        nearest = norms.project(r.astype(self.eps.dtype), self.eps, self.norm)
+        return norms.clip_to_box(r, nearest, None)
+
+    def project(self, r: jax.Array) -> jax.Array:
+        """Return the point of the ball and the box nearest to r, `[B, ...]`, rounded to x's dtype.
+
+        In l2 it is the nearest point of the ball, clipped to the box.
+        """
+        return boxes.project_ball_and_box(r, self.x, self.eps, self.norm, self.bounds)
+
+    def answer(self, r: jax.Array) -> jax.Array:
+        """Return r, 0 in rows that can't be attacked, NaN where x, its logits or eps are unsound.
+
+        Args:
+          r: of x's shape and dtype, in the box.
+        """
+        r = jnp.where(inputs.expand_like(self.attackable, r), r, 0)
+        sound = inputs.finite(self.x, self.logits, self.eps)
+        return jnp.where(inputs.expand_like(sound, r), r, jnp.nan)
+
+
+class Best(NamedTuple):
+    """Each example's most harmful perturbation so far, by (success, loss).
+
+    Attributes:
+      r: `[B, ...]`.
+      success: whether it succeeds, bool `[B]`.
+      loss: its loss, `[B]`.
+    """
+
+    r: jax.Array
+    success: jax.Array
+    loss: jax.Array
+
+    @classmethod
+    def empty(cls, x: jax.Array) -> Best:
+        """Return r = 0 with a loss that any point exceeds."""
+        n = x.shape[0]
+        loss = jnp.full(n, -jnp.inf, inputs.accum_dtype(x.dtype))
+        return cls(jnp.zeros_like(x), jnp.zeros(n, bool), loss)
+
+    def with_point(self, r: jax.Array, success: jax.Array, loss: jax.Array) -> Best:
+        """Return the better of these and another point, for each example."""
+        better = jnp.where(success == self.success, loss > self.loss, success)
+        return self._choose(better, Best(r, success, loss))
+
+    def unless_done(self, other: Best) -> Best:
+        """Return these where they succeed already, and the better of both elsewhere."""
+        return self._choose(~self.success & (other.success | (other.loss > self.loss)), other)
+
+    def _choose(self, better: jax.Array, other: Best) -> Best:
+        return Best(
+            jnp.where(inputs.expand_like(better, self.r), other.r, self.r),
+            jnp.where(better, other.success, self.success),
+            jnp.where(better, other.loss, self.loss),
+        )
+
+
+class Least(NamedTuple):
+    """Each example's smallest perturbation that succeeds so far.
+
+    Attributes:
+      r: `[B, ...]`; 0 before one is found.
+      size: its norm, `[B]`; inf before one is found.
+    """
+
+    r: jax.Array
+    size: jax.Array
+
+    @classmethod
+    def empty(cls, x: jax.Array) -> Least:
+        """Return r = 0 of infinite size, before anything is found."""
+        size = jnp.full(x.shape[0], jnp.inf, inputs.accum_dtype(x.dtype))
+        return cls(jnp.zeros_like(x), size)
+
+    @property
+    def found(self) -> jax.Array:
+        """Whether there is one, bool `[B]`."""
+        return jnp.isfinite(self.size)
+
+    def with_point(self, r: jax.Array, size: jax.Array, success: jax.Array) -> Least:
+        """Return the smaller of these and another point, for each example that it succeeds on."""
+        less = success & (size < self.size)
+        return Least(
+            jnp.where(inputs.expand_like(less, r), r, self.r), jnp.where(less, size, self.size)
+        )
+
+
+def fold(keys: jax.Array, data: jax.Array | int) -> jax.Array:
+    """Derive a key of each example for one more purpose, or one more run.
+
+    Args:
+      keys: `[B]`.
+      data: an integer.
+
+    Returns:
+      Keys, `[B]`.
+
+    Example:
+      >>> import jax
+      >>> from jaxadv import problem
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> bool((problem.fold(keys, 7)[1] == jax.random.fold_in(keys[1], 7)).all())
+      True
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def run_restarts(
+    run: Callable[[jax.Array | int], Best], restarts: int, x: jax.Array
+) -> tuple[Best, jax.Array]:
+    """Repeat an attack; an example that has been fooled is left as it is.
+
+    Args:
+      run: from the number of the run to the best of it.
+      restarts: how many runs, at most: none is made once all examples are fooled.
+      x: `[B, ...]`.
+
+    Returns:
+      The best of all runs, and how many of them each example needed, `[B]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv.problem import Best, run_restarts
+      >>> def run(i):  # fools the first example at once, the second in the third run
+      ...     r = jnp.full((2, 1), i, jnp.float32)
+      ...     return Best(r, jnp.array([True, i == 2]), jnp.zeros(2))
+      >>> best, runs = run_restarts(run, 5, jnp.zeros((2, 1)))
+      >>> best.r.tolist(), runs.tolist()
+      ([[0.0], [2.0]], [1, 3])
+    """
+    best, runs = Best.empty(x), jnp.zeros(x.shape[0], jnp.int32)
+    if restarts == 1:  # a loop of unknown length has no reverse-mode derivative
+        return best.unless_done(run(0)), runs + 1
+
+    def more(carry: tuple[jax.Array, Best, jax.Array]) -> Any:
+        return (carry[0] < restarts) & ~jnp.all(carry[1].success)
+
+    @_cpu.fast_convolutions
+    def again(carry: tuple[jax.Array, Best, jax.Array]) -> tuple[jax.Array, Best, jax.Array]:
+        i, best, runs = carry
+        return i + 1, best.unless_done(run(i)), runs + (~best.success).astype(jnp.int32)
+
+    _, best, runs = lax.while_loop(more, again, (jnp.int32(0), best, runs))
+    return best, runs
+
+
+def beyond_rounding(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return a predicate that accepts a success only if its logit margin exceeds rounding error.
+
+    A least perturbation ends on the decision boundary, which one program may round to one side and
+    the next to the other. Past it by `CROSSING` of the way there, and by some ulps of the largest
+    logit, r is on the far side in both.
+
+    Args:
+      problem: with the logits at x (`Problem.start`).
+
+    Returns:
+      A function from what `Problem.value` returns, success and loss, to bool `[B]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv.problem import Problem, beyond_rounding
+      >>> x, y = jnp.array([[1.0, 0.0]]), jnp.array([0])
+      >>> problem = Problem.of(lambda _, x: x, None, x, y, norm="l2", eps=None, bounds=None)
+      >>> clear = beyond_rounding(problem.start())
+      >>> clear(jnp.array([True]), jnp.array([1e-6])).tolist()
+      [False]
+    """
+    started, start = problem.value(jnp.zeros_like(problem.x))
+    finite = jnp.isfinite(problem.logits)
+    size = jnp.max(jnp.where(finite, jnp.abs(problem.logits), 0), axis=1)
+    ulps = (16 * jnp.finfo(start.dtype).eps * size).astype(start.dtype)
+    least = jnp.where(started, start, jnp.maximum(CROSSING * jnp.abs(start), ulps))
+
+    def clear(success: jax.Array, loss: jax.Array) -> jax.Array:
+        return success & (loss >= least)
+
+    return clear
+
+
+# The number of halvings; low and high ends; how often each example was tried.
+_Bisection = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def bisect_to_boundary(
+    succeeds: Callable[[jax.Array], jax.Array], r: jax.Array, found: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Scale each r down as far as a bisection between 0 and r still finds success.
+
+    Args:
+      succeeds: from perturbations to bool `[B]`.
+      r: perturbations `[B, ...]`.
+      found: which of them succeed; the others come back as they are.
+
+    Returns:
+      The perturbations, and how often each was tried, `[B]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv.problem import bisect_to_boundary
+      >>> r, tries = bisect_to_boundary(
+      ...     lambda r: r[:, 0] >= 3, jnp.array([[8.0]]), jnp.array([True])
+      ... )
+      >>> r.round(1).tolist(), tries.tolist()
+      ([[3.0]], [12])
+    """
+    dtype = inputs.accum_dtype(r.dtype)
+
+    def scaled(t: jax.Array) -> jax.Array:
+        return (inputs.expand_like(t, r) * r.astype(dtype)).astype(r.dtype)
+
+    def coarse(low: jax.Array, high: jax.Array) -> jax.Array:
+        return high - low > 1e-3 * high
+
+    def more(carry: _Bisection) -> jax.Array:
+        i, low, high, _ = carry
+        return (i < 64) & jnp.any(coarse(low, high))
+
+    @_cpu.fast_convolutions
+    def halve(carry: _Bisection) -> _Bisection:
+        i, low, high, tries = carry
+        middle = (low + high) / 2
+        hit = succeeds(scaled(middle))
+        # An example that is done stays as it is, however long the others take.
+        going = coarse(low, high)
+        low = jnp.where(going & ~hit, middle, low)
+        return i + 1, low, jnp.where(going & hit, middle, high), tries + going.astype(jnp.int32)
+
+    # Between 0 and 0 there is nothing to search.
+    high = (found & (norms.norm(r, "linf") > 0)).astype(dtype)
+    none = jnp.zeros(found.shape, jnp.int32)
+    _, _, t, tries = lax.while_loop(more, halve, (jnp.int32(0), jnp.zeros_like(high), high, none))
+    return jnp.where(inputs.expand_like(found, r), scaled(t), r), tries

@@ -1,0 +1,189 @@
+"""`jaxadv.problem`: what attacks are made of; the contract of attacks is in test_search."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxadv import attack, perturb
+from jaxadv.attack import with_info
+from jaxadv.problem import Best, Problem, bisect_to_boundary, run_restarts
+
+ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
+
+
+def length(norm, r):
+    return np.linalg.norm(np.asarray(r, np.float64), ORDER[norm], axis=1)
+
+
+def problem(x, norm="l2", eps=None):
+    y = np.zeros(len(x), int)
+    return Problem.of(lambda _, x: x, None, x, y, norm=norm, eps=eps, bounds=None)
+
+
+def test_success_comes_before_loss_in_the_best():
+    r = jnp.arange(4.0)[:, None]
+    flags, loss = jnp.array([True, True, False, False]), jnp.array([1.0, 1, 1, 1])
+    best = Best(r, flags, loss)
+    other = Best(-1 - r, jnp.array([True, False, True, False]), jnp.array([2.0, 2, 0, 0]))
+    np.testing.assert_array_equal(best.with_point(*other).r[:, 0], [-1, 1, -3, 3])
+    np.testing.assert_array_equal(best.with_point(*other).success, [True, True, True, False])
+    np.testing.assert_array_equal(best.with_point(*other).loss, [2, 1, 0, 1])
+    # What succeeds is left alone, though the other has a higher loss.
+    np.testing.assert_array_equal(best.unless_done(other).r[:, 0], [0, 1, -3, 3])
+    np.testing.assert_array_equal(best.unless_done(other).loss, [1, 1, 0, 1])
+
+
+def test_bisection_finds_the_boundary_to_a_thousandth():
+    edge = jnp.array([0.9, 0.013, 1.0, 0.5, 0.3])
+    r, found = jnp.full((5, 1), 2.0), jnp.array([True, True, True, True, False])
+    got, _ = bisect_to_boundary(lambda r: r[:, 0] >= 2 * edge, r, found)
+    got = got[:, 0] / 2
+    assert (got >= edge)[:4].all()
+    assert (got <= edge * 1.0011)[:4].all()
+    assert got[4] == 1
+
+
+def test_bisecting_one_takes_no_longer_for_another():
+    near, far = jnp.array([0.9]), jnp.array([0.9, 1e-6])
+    (one, tries), (two, more) = (
+        bisect_to_boundary(lambda r, e=e: r[:, 0] >= e, jnp.ones((e.size, 1)), e > 0)
+        for e in (near, far)
+    )
+    np.testing.assert_array_equal(one[0], two[0])
+    assert tries[0] == more[0] < more[1]
+
+
+def test_bisecting_0_asks_nothing():
+    asked = []
+
+    def succeeds(r):
+        jax.debug.callback(lambda: asked.append(1))
+        return jnp.ones(2, bool)
+
+    r, tries = bisect_to_boundary(succeeds, jnp.array([[0.0], [1.0]]), jnp.array([True, False]))
+    jax.effects_barrier()
+    np.testing.assert_array_equal(r, [[0], [1]])
+    assert not asked
+    np.testing.assert_array_equal(tries, 0)
+
+
+@pytest.mark.parametrize("norm", ORDER)
+def test_clip_to_ball_leaves_no_bfloat16_outside_of_the_ball(norm):
+    r = jnp.asarray(np.random.default_rng(3).normal(size=(50, 7)), jnp.bfloat16)
+    eps = np.linspace(0, 6, 50).astype(np.float32)
+    got = problem(r, norm, eps).clip_to_ball(r)
+    assert got.dtype == r.dtype
+    size = length(norm, got)
+    assert (size <= eps * (1 + 1e-6)).all()
+    fits = length(norm, r) <= eps
+    assert 0 < fits.sum() < 50
+    np.testing.assert_array_equal(got[fits], r[fits])
+    # Toward 0 by an ulp of each entry at the most.
+    assert (size >= 0.99 * eps)[~fits].all()
+
+
+def test_runs_stop_once_all_are_fooled():
+    def run(i):
+        hit = jnp.array([True, i >= 1])
+        return Best(jnp.full((2, 1), i, jnp.float32), hit, jnp.full(2, i, jnp.float32))
+
+    x = jnp.zeros((2, 1))
+    for restarts, r, needed in ((5, [0, 1], [1, 2]), (1, [0, 0], [1, 1])):
+        best, runs = run_restarts(run, restarts, x)
+        np.testing.assert_array_equal(best.r[:, 0], r)
+        np.testing.assert_array_equal(runs, needed)
+    # Of failures the one of greatest loss is kept.
+    best, runs = run_restarts(lambda i: run(i)._replace(success=jnp.zeros(2, bool)), 4, x)
+    np.testing.assert_array_equal(best.r, [[3], [3]])
+    np.testing.assert_array_equal(runs, 4)
+
+
+# What an attack reports
+
+
+W = jnp.array([[3.0, -3.0, 1.0], [4.0, -4.0, 2.0]])
+X = jnp.array([[1.0, 1.0], [2.0, 1.0], [-1.0, -1.0]])  # the last is misclassified
+Y = jnp.array([0, 0, 0])
+
+
+def net(w, x):
+    return x @ w
+
+
+REPORTING = {
+    "pgd": functools.partial(attack.pgd, eps=3.0, steps=4),
+    "pgd_kl": functools.partial(attack.pgd_kl, eps=3.0, steps=4),
+    "apgd": functools.partial(attack.apgd, eps=3.0, steps=4),
+    "apgd_multitargeted": functools.partial(attack.apgd_multitargeted, eps=3.0, steps=4),
+    "square": functools.partial(attack.square, eps=3.0, steps=20),
+    "deepfool": attack.deepfool,
+    "fab": functools.partial(attack.fab, steps=4),
+    "fmn": functools.partial(attack.fmn, steps=4),
+}
+
+
+def test_every_attack_reports():
+    assert set(REPORTING) == set(attack.__all__) & {
+        name for name in attack.__all__ if hasattr(getattr(attack, name), "with_report")
+    }
+
+
+@pytest.mark.parametrize("name", REPORTING)
+def test_the_report_is_of_the_same_r(name):
+    method, key = REPORTING[name], jax.random.split(jax.random.key(0), 3)
+    r, info = with_info(method)(net, W, X, Y, key=key)
+    np.testing.assert_array_equal(r, method(net, W, X, Y, key=key))
+    for leaf in info:
+        assert leaf.shape == (3,)
+    if name != "pgd_kl":  # which knows no labels
+        np.testing.assert_array_equal(info.success, net(W, X + r).argmax(1) != Y)
+
+
+def calls(name):
+    """The forward and backward passes that an attack makes, and those that it reports."""
+    forward, backward = [], []
+
+    @jax.custom_vjp
+    def counted(x):
+        jax.debug.callback(lambda: forward.append(1))
+        return x
+
+    def bwd(_, g):
+        jax.debug.callback(lambda: backward.append(1))
+        return (g,)
+
+    counted.defvjp(lambda x: (counted(x), None), bwd)
+    key = jax.random.split(jax.random.key(0), 1)
+    of = (lambda w, x: counted(x) @ w), W, X[:1], Y[:1]
+    jax.block_until_ready(REPORTING[name](*of, key=key))
+    jax.effects_barrier()
+    made = len(forward), len(backward)
+    _, info = with_info(REPORTING[name])(*of, key=key)
+    return made, (int(info.forward[0]), int(info.backward[0]))
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd", "apgd_multitargeted", "fab", "square"])
+def test_passes_are_counted_as_they_are_made(name):
+    made, reported = calls(name)
+    assert made == reported
+
+
+def test_what_a_restart_does_not_look_at_any_more_costs_nothing():
+    method = functools.partial(attack.pgd, eps=1.0, steps=4, restarts=3, key=jax.random.key(0))
+    _, info = with_info(method)(net, W, X, Y)
+    fooled = np.asarray(info.success)
+    assert 0 < fooled.sum() < 3
+    np.testing.assert_array_equal(info.backward, np.where(fooled, 4, 12))
+    np.testing.assert_array_equal(info.forward, 1 + np.where(fooled, 5, 15))
+
+
+def test_info_under_jit_and_of_a_method_that_counts_nothing():
+    run = jax.jit(lambda w, x: with_info(REPORTING["fmn"])(net, w, x, Y))
+    r, info = run(W, X)
+    np.testing.assert_allclose(r, REPORTING["fmn"](net, W, X, Y), atol=1e-6)
+    assert info.forward.dtype == info.backward.dtype == jnp.int32
+    with pytest.raises(TypeError, match=r"expected an attack of jaxadv\.attack.*attack\.reports"):
+        with_info(perturb.loss)
