@@ -27,6 +27,7 @@ example has no part in the gradient, and counts as wrong.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -173,6 +174,7 @@ def adversarial(
       Huang et al., 2015, Equation 2, Algorithm 2, Proposition 6.
     """
     run = _trained(apply_fn, train_fn)
+    adversary = _adversary(perturb_fn, apply_fn, eps, bounds)
 
     @meshes.auto_axes(meshes.as_objective)
     def objective(
@@ -180,10 +182,7 @@ def adversarial(
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
         x, y = _examples(batch)
         attack_key, train_key = jax.random.split(key)
-        r, size = _constant_perturbation(
-            perturb_fn, apply_fn, _variables(params, model_state), x, y, eps, step, attack_key,
-            bounds,
-        )  # fmt: skip
+        r, size = adversary(_variables(params, model_state), x, y, step, attack_key)
         logits, model_state = run(params, model_state, x + r, train_key)
         return _mean_loss(loss_fn, logits, x, y), (model_state, _aux(logits, y, r, size))
 
@@ -237,6 +236,7 @@ def mixed(
     if not 0 <= weight <= 1:
         raise ValueError(f"expected a weight in [0, 1], got {weight}; it is the clean loss's share")
     run = _trained(apply_fn, train_fn)
+    adversary = _adversary(perturb_fn, apply_fn, eps, bounds)
 
     @meshes.auto_axes(meshes.as_objective)
     def objective(
@@ -244,10 +244,7 @@ def mixed(
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
         x, y = _examples(batch)
         attack_key, train_key = jax.random.split(key)
-        r, size = _constant_perturbation(
-            perturb_fn, apply_fn, _variables(params, model_state), x, y, eps, step, attack_key,
-            bounds,
-        )  # fmt: skip
+        r, size = adversary(_variables(params, model_state), x, y, step, attack_key)
         clean, model_state = run(params, model_state, x, train_key)
         logits, model_state = run(params, model_state, x + r, train_key)
         loss = weight * _mean_loss(loss_fn, clean, x, y)
@@ -303,6 +300,7 @@ def kl_regularized(
     if not weight >= 0:
         raise ValueError(f"expected a weight >= 0, got {weight}; it multiplies the divergence")
     run = _trained(apply_fn, train_fn)
+    adversary = _adversary(perturb_fn, apply_fn, eps, bounds)
 
     @meshes.auto_axes(meshes.as_objective)
     def objective(
@@ -310,10 +308,7 @@ def kl_regularized(
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
         x, y = _examples(batch)
         attack_key, train_key = jax.random.split(key)
-        r, size = _constant_perturbation(
-            perturb_fn, apply_fn, _variables(params, model_state), x, y, eps, step, attack_key,
-            bounds,
-        )  # fmt: skip
+        r, size = adversary(_variables(params, model_state), x, y, step, attack_key)
         clean, model_state = run(params, model_state, x, train_key)
         moved, model_state = run(params, model_state, x + r, train_key)
         loss = _mean_loss(loss_fn, clean, x, y)
@@ -377,6 +372,7 @@ def representation(
     """
     encode = _trained(encode_fn, encode_train_fn)
     classify = _trained(classify_fn, classify_train_fn)
+    adversary = _adversary(perturb_fn, classify_fn, eps, None)
 
     @meshes.auto_axes(meshes.as_objective)
     def objective(
@@ -385,10 +381,7 @@ def representation(
         x, y = _examples(batch)
         attack_key, encode_key, classify_key = jax.random.split(key, 3)
         h, new_state = encode(params, model_state, x, encode_key)
-        r, size = _constant_perturbation(
-            perturb_fn, classify_fn, _variables(params, model_state), h, y, eps, step, attack_key,
-            None,
-        )  # fmt: skip
+        r, size = adversary(_variables(params, model_state), h, y, step, attack_key)
         logits, new_state = classify(params, new_state, h + r, classify_key)
         return _mean_loss(loss_fn, logits, x, y), (new_state, _aux(logits, y, r, size))
 
@@ -446,30 +439,28 @@ def _checked(train_fn: TrainFn) -> TrainFn:
     return run
 
 
-def _constant_perturbation(
-    perturb_fn: PerturbFn,
-    apply_fn: ApplyFn,
-    variables: Any,
-    x: jax.Array,
-    y: jax.Array,
-    eps: Size,
-    step: jax.Array,
-    key: jax.Array,
-    bounds: Bounds | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Return r, a constant for derivatives (Proposition 6), and the sizes asked for, `[B]`.
+def _adversary(
+    perturb_fn: PerturbFn, apply_fn: ApplyFn, eps: Size, bounds: Bounds | None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Return a function from a batch to r, a constant, and the sizes asked for, `[B]`.
 
-    The inputs are constants as well, so that differentiating an objective never traces derivatives
-    through the adversary's loop, and an adversary needs none; the stop at r is for what else a
-    `perturb_fn` may have closed over.
+    r is a constant for derivatives by Proposition 6. The inputs are constants as well, so that
+    differentiating an objective never traces derivatives through the adversary's loop, and an
+    adversary needs none; the stop at r is for what else a `perturb_fn` may have closed over.
     """
-    variables, x = lax.stop_gradient((variables, inputs.examples(x)))
-    number = eps.size if isinstance(eps, Relative) else eps
-    size = inputs.radius(number(step) if callable(number) else number, x)
-    if isinstance(eps, Relative):
-        size = size * norms.norm(x, eps.norm)
-    r = perturb_fn(apply_fn, variables, x, y, eps=size, key=key, bounds=bounds)
-    return lax.stop_gradient(inputs.perturbation(r, x)), size
+
+    def perturb(
+        variables: Any, x: jax.Array, y: jax.Array, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        variables, x = lax.stop_gradient((variables, inputs.examples(x)))
+        number = eps.size if isinstance(eps, Relative) else eps
+        size = inputs.radius(number(step) if callable(number) else number, x)
+        if isinstance(eps, Relative):
+            size = size * norms.norm(x, eps.norm)
+        r = perturb_fn(apply_fn, variables, x, y, eps=size, key=key, bounds=bounds)
+        return lax.stop_gradient(inputs.perturbation(r, x)), size
+
+    return perturb
 
 
 def _mean_loss(loss_fn: LossFn, logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
