@@ -16,7 +16,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from jaxadv import _cpu, attack, evaluate, loops, objectives, perturb, train
+from jaxadv import _cpu, attack, evaluate, objectives, perturb, train
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -424,8 +424,8 @@ def test_a_weight_gradient_in_parts_is_the_same(name, most, monkeypatch):
         y = lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=numbers)
         return jnp.sum(jnp.sin(y))
 
-    monkeypatch.setattr(loops, "_PATCHES", most)
-    monkeypatch.setattr(loops, "_MORE", 0)  # rows, so that none is a convolution
+    monkeypatch.setattr(_cpu, "_PATCHES", most)
+    monkeypatch.setattr(_cpu, "_MORE", 0)  # rows, so that none is a convolution
     gradient = jax.grad(total)
     # Against a sum in one piece of the same numbers, in another order.
     chex.assert_trees_all_close(
@@ -442,7 +442,7 @@ def test_parts_are_summed_in_float32_and_have_the_dtype_of_the_whole(dtype, monk
     def total(w):
         return jnp.sum(lax.conv_general_dilated(x, w, (1, 1), "VALID", **NHWC).astype(jnp.float32))
 
-    monkeypatch.setattr(loops, "_PATCHES", 1)
+    monkeypatch.setattr(_cpu, "_PATCHES", 1)
     found = jax.jit(_cpu.fast_convolutions(jax.grad(total)))(w)
     assert found.dtype == dtype
     # In bfloat16, a sum of ones and fours would stop at 256.
@@ -455,8 +455,8 @@ def test_parts_are_summed_in_float32_and_have_the_dtype_of_the_whole(dtype, monk
      (101, 9000, 51)],
 )  # fmt: skip
 def test_parts_have_as_many_examples_as_fit_and_are_of_one_size(examples, most, n, monkeypatch):
-    monkeypatch.setattr(loops, "_PATCHES", most)
-    assert loops._part(examples, 100) == n
+    monkeypatch.setattr(_cpu, "_PATCHES", most)
+    assert _cpu._part(examples, 100) == n
 
 
 def test_examples_that_several_devices_share_arent_taken_in_parts(monkeypatch):
@@ -467,7 +467,7 @@ def test_examples_that_several_devices_share_arent_taken_in_parts(monkeypatch):
             w
         )
 
-    monkeypatch.setattr(loops, "_MORE", 0)
+    monkeypatch.setattr(_cpu, "_MORE", 0)
     forward = 1
     assert convolutions(_cpu.fast_convolutions(gradient), w) == forward
     monkeypatch.setattr(jax, "device_count", lambda: 2)
@@ -538,7 +538,7 @@ def test_parts_can_be_summed_in_a_shard_map(monkeypatch):
             lambda w: jnp.sum(lax.conv_general_dilated(x, w, (1, 1), "SAME", **NHWC) ** 2)
         )(w)[None]
 
-    monkeypatch.setattr(loops, "_PATCHES", 1)
+    monkeypatch.setattr(_cpu, "_PATCHES", 1)
     spec = jax.sharding.PartitionSpec
     sharded = jax.shard_map(
         lambda x, ws: _cpu.fast_convolutions(gradient)(x, ws[0]),
