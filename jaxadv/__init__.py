@@ -17,7 +17,7 @@ Everything is a function of your own `apply_fn(params, x) -> logits` and `params
 `perturb` has the one-step methods of Huang et al., "Learning with a Strong Adversary", 2015, and
 `attack` the iterated ones; `objectives` and `train` make a jitted min-max step of one of them and
 an optax optimiser; `evaluate` counts what stays right. Below them: `norms` and `jacobian`, and
-`inputs`, which checks what every function is given, and `loops`, which keeps convolutions fast in
+`inputs`, which checks what every function is given, and `_cpu`, which keeps convolutions fast in
 loops on CPU. `logistic` is the paper's Appendix A. `types` names the signatures.
 """
 
