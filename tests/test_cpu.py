@@ -404,7 +404,7 @@ def test_a_weight_gradient_in_parts_is_the_same(name, most, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_parts_are_summed_in_float32_and_cast_to_the_dtype(dtype, monkeypatch):
-    x, w = jnp.ones((512, 4, 4, 1), dtype), jnp.ones((3, 3, 1, 1), dtype)
+    x, w = jnp.ones((512, 6, 6, 1), dtype), jnp.ones((3, 3, 1, 1), dtype)
 
     def total(w):
         return jnp.sum(convolution(padding="VALID")(x, w).astype(jnp.float32))
@@ -412,8 +412,8 @@ def test_parts_are_summed_in_float32_and_cast_to_the_dtype(dtype, monkeypatch):
     monkeypatch.setattr(_convolutions, "PATCH_BYTES", 1)
     found = jax.jit(_cpu.fast_convolutions(jax.grad(total)))(w)
     assert found.dtype == dtype
-    # In bfloat16, a sum of ones and fours would stop at 256.
-    np.testing.assert_array_equal(found.astype(jnp.float32), 4 * 512)
+    # In bfloat16, a sum of sixteens would stop at 4096.
+    np.testing.assert_array_equal(found.astype(jnp.float32), 16 * 512)
 
 
 @pytest.mark.parametrize(
