@@ -64,3 +64,11 @@ def test_the_lowest_versions_tested_are_the_lowest_declared():
             (least,) = requirement.specifier
             pinned = pins[canonicalize_name(requirement.name)]
             assert pinned in SpecifierSet(f"~={least.version}.0"), line
+
+
+def test_the_extras_that_ci_adds_to_one_environment_include_those_before():
+    # So that the README's command for the tests finds in .venv what it would install itself.
+    extras = PROJECT["optional-dependencies"]
+    (everything,) = (Requirement(line) for line in extras["dev"] if line.startswith("jaxadv"))
+    assert everything.extras == {"docs", "test"}
+    assert all("jaxadv[experiments]" in extras[name] for name in everything.extras)
