@@ -16,7 +16,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from jaxadv import _cpu, attack, evaluate, loops, objectives, perturb, train
+from jaxadv import _cpu, attack, loops, objectives, perturb, train
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -372,19 +372,6 @@ def test_epochs_keep_a_flax_net_off_the_slow_path(adversary):
     # A gradient in x, one in the parameters, their forward passes.
     assert len(inside) >= 6
     assert set(inside) == {FAST[2]}
-
-
-def test_curves_keep_a_net_of_channels_first_off_the_slow_path():
-    def apply_fn(w, x):
-        return jnp.sum(plain(x, w), axis=(2, 3))
-
-    def run(x):
-        sizes = jnp.array([0.0, 1.0])
-        return evaluate.masks._curve_batch(
-            apply_fn, perturb.loss, draw(3, 3, 3, 3), None, sizes, x, Y, jnp.ones(2), None
-        )
-
-    assert set(in_loops(run, draw(2, 3, 5, 5))) == {FAST[2]}
 
 
 def in_loops(function, *args):

@@ -9,11 +9,9 @@ import pytest
 
 from jaxadv import attack, logistic, losses, norms, objectives, perturb, types
 
-# What `attack` has besides attacks.
-BESIDES = {"Cascade", "Stage", "cascade", "standard"}
 PERTURB_FNS = {
     **{name: getattr(perturb, name) for name in perturb.__all__},
-    **{name: getattr(attack, name) for name in attack.__all__ if name not in BESIDES},
+    **{name: getattr(attack, name) for name in attack.__all__},
     "partial": partial(perturb.loss, norm="linf"),
 }
 OBJECTIVES = {

@@ -21,12 +21,10 @@ The least perturbation that changes the answer (with eps: cut to that size):
 
 Without gradients: `square`, random search by square windows of an image.
 
-On the host, over a data set: `autoattack`, the standard ensemble of four of them, and `cascade`,
-which runs any attacks on what those before have left.
+AutoAttack, the standard ensemble of four of them, loops on the host: `evaluate.attack_and_score`.
 """
 
 from jaxadv.attack.apgd import apgd, apgd_multitargeted
-from jaxadv.attack.autoattack import Cascade, Stage, autoattack, cascade, standard
 from jaxadv.attack.deepfool import deepfool
 from jaxadv.attack.fab import fab
 from jaxadv.attack.fmn import fmn
@@ -34,17 +32,12 @@ from jaxadv.attack.pgd import pgd, pgd_kl
 from jaxadv.attack.square import square
 
 __all__ = [
-    "Cascade",
-    "Stage",
     "apgd",
     "apgd_multitargeted",
-    "autoattack",
-    "cascade",
     "deepfool",
     "fab",
     "fmn",
     "pgd",
     "pgd_kl",
     "square",
-    "standard",
 ]
