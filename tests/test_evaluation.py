@@ -439,7 +439,7 @@ def test_pixels_may_lie_outside_of_a_box_that_is_not_kept(folder):
 
 def test_results_without_what_a_table_needs_are_an_error_before_any_attack(folder, monkeypatch):
     (row, _) = run(folder)
-    monkeypatch.setattr(evaluate.evaluate, "ensemble", pytest.fail)
+    monkeypatch.setattr(evaluate.evaluate, "attack_and_score", pytest.fail)
     for rows, lacking in (([{}], "method"), ([{**row, "subtract": None}], "subtract")):
         Path("out/results.json").write_text(json.dumps(rows))
         with pytest.raises(options.UsageError, match=f"in out/results.json, .*without {lacking};"):
