@@ -112,7 +112,7 @@ class Record:
 
 TESTS = (
     "exactness", "perturb", "alpha", "jacobian", "norms", "inputs", "objectives", "train", "pgd",
-    "apgd", "fab", "square", "minimal", "autoattack",
+    "apgd", "fab", "square", "minimal", "ensemble",
 )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ CASES = (
 ATTACKS: dict[str, Mapping[str, PerturbFn]] = {
     "one-step": {"one-step": perturb.loss},
     "pgd": {"pgd": attack.pgd},
-    "standard": attack.standard("l2"),
+    "standard": evaluate.autoattack("l2"),
 }
 ALLOWED = 4 / 1000
 """The share of verdicts that may differ from a CPU's."""
@@ -216,7 +216,7 @@ def attacked(
     """Return what an attack leaves of some images, in numbers and image by image."""
     start = time.perf_counter()
     keys = jax.random.split(jax.random.key(0), 1000)[: len(images.y)]  # those of a full run
-    found = evaluate.ensemble(
+    found = evaluate.attack_and_score(
         apply_fn, params, *images, ATTACKS[name], eps=case.eps, key=keys, bounds=case.bounds
     )
     return {

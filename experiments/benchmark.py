@@ -11,7 +11,7 @@ machine is marked as not valid, and the command ends with an error.
   (`train.make_epoch`), against a floor, about the least that it can take, and against a step
   written by hand in PyTorch. On CPU also over as many simulated devices as there are cores.
 - `loops`: the library's loops over a net of plain `flax.linen.Conv`, against a Python loop over a
-  jitted step; XLA has a trap there on CPU (see `jaxadv/_cpu.py`).
+  jitted step; XLA has a trap there on CPU (see `jaxadv/_cpu`).
 - `attacks`: perturbations of 1,000 test images, against the floor and against other libraries.
 - `growth`: what batch, classes, steps and input size cost, in time and memory.
 - `devices`: a step of one batch over more and more devices; on CPU, simulated ones.

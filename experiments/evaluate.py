@@ -156,7 +156,7 @@ def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
     Raises:
       UsageError: if the attack isn't made for the norm.
     """
-    standard = attack.standard(norm)
+    standard = evaluate.autoattack(norm)
     if name == "standard":
         return standard
     if name in standard:
@@ -480,7 +480,7 @@ def _block(
         params = parallel.replicate(mesh, problem.params)
         x, y = parallel.spread(mesh, (problem.x[rows], problem.y[rows]))
         begin = time.perf_counter()
-        found = evaluate.ensemble(
+        found = evaluate.attack_and_score(
             problem.apply_fn, params, x, y, parts,
             eps=identity["eps"], norm=settings.norm, key=keys[rows], bounds=problem.bounds,
             batch_size=settings.batch_size,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -34,7 +34,7 @@ from experiments import data, evaluate, models, options, peers, report
 from experiments.options import Checked, Count, OutputFolder, Seed, Size
 from jaxadv import attack
 from jaxadv import evaluate as measure
-from jaxadv.types import Bounds, Params, PerturbFn
+from jaxadv.types import Params, PerturbFn
 
 BOX = (0.0, 1.0)
 
@@ -95,19 +95,11 @@ def load(path: Path) -> Params:
 @cache
 def minimal(steps: int) -> Mapping[str, PerturbFn]:
     """Return the attacks; the same objects each time, so that they are compiled once."""
-
-    def of_any_size(method: Callable[..., jax.Array]) -> PerturbFn:
-        def least(*problem: Any, bounds: Bounds | None = None, **_: Any) -> jax.Array:
-            return method(*problem, bounds=bounds)  # with a size, FAB ends at the first that fits
-
-        return least
-
-    methods: dict[str, Callable[..., jax.Array]] = {
+    return {
         "FMN": partial(attack.fmn, steps=steps),
         "FAB, targeted": attack.fab,
         "DeepFool": attack.deepfool,
     }
-    return {name: of_any_size(method) for name, method in methods.items()}
 
 
 def run(settings: Settings, console: Console) -> list[report.Row]:
@@ -121,7 +113,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         params = weights[name]
         net = models.recognised(params, pixels.shape[1:])
         apply_fn = models.function(net)
-        right = measure.clean(apply_fn, params, pixels, labels)
+        right = measure.score(apply_fn, params, pixels, labels).clean
         chosen = np.flatnonzero(right)[: settings.n]
         x, y = pixels[chosen], labels[chosen]
         key = jax.random.key(settings.seed)
@@ -129,8 +121,10 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         least = np.full(len(y), np.inf)
         for attack_name, method in minimal(settings.steps).items():
             start = time.perf_counter()
-            r = measure.perturbations(apply_fn, params, x, y, method, eps=0.0, bounds=BOX)
-            outcome = measure.outcome(apply_fn, params, x, y, r)
+            # Without a size: with one, FAB ends at the first r that fits.
+            outcome = measure.attack_and_score(
+                apply_fn, params, x, y, method, eps=None, bounds=BOX
+            ).outcome
             size = np.where(outcome.robust, np.inf, outcome.norm)
             least = np.minimum(least, size)
             medians[attack_name] = float(np.median(size))

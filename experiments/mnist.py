@@ -197,9 +197,9 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
 def _digits(net: Net, test: Images, eps: float) -> report.Digits:
     """Return r, and the predictions before and after it, for the first eight images."""
     # All the images of a batch, of the size that the net's scores have compiled this for.
-    r = evaluate.perturbations(
+    r = evaluate.attack_and_score(
         net.apply_fn, net.params, *test, perturb.alpha, eps=eps, batch_size=len(test.y)
-    )[:8]
+    ).r[:8]
     x = np.asarray(test.x[:8])
     before, after = (
         np.asarray(jax.jit(net.apply_fn)(net.params, z)).argmax(-1) for z in (x, x + r)

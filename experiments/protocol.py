@@ -179,12 +179,12 @@ def train(
     if task.augment:
         objective = recipes.augmented(objective, task.augment)
     watched = scored(task, settings.n_pgd)
-    outcome = partial(
-        evaluate.robust, apply_fn, eps=settings.eps[0], batch_size=settings.eval_batch
+    attacked = partial(
+        evaluate.attack_and_score, apply_fn, eps=settings.eps[0], batch_size=settings.eval_batch
     )
 
     def watch(state: TrainState) -> dict[str, float]:
-        seen = outcome(recipes.result(method, state), *watched, perturb.loss)
+        seen = attacked(recipes.result(method, state), *watched, perturb.loss).outcome
         return {
             "validation": evaluate.accuracy(seen.clean),
             "adv_loss": evaluate.accuracy(seen.robust),
@@ -291,10 +291,10 @@ def directions(
     """Return each one-step method's perturbations of l2 size 1, which serve all sizes."""
     found = {}
     for column, method in ONE_STEP.items():
-        found[column] = evaluate.perturbations(
+        found[column] = evaluate.attack_and_score(
             net.apply_fn, net.params, *scored(task), method,
             eps=1.0, batch_size=settings.eval_batch,
-        )  # fmt: skip
+        ).r  # fmt: skip
         tick()
     return found
 
@@ -312,32 +312,27 @@ def score(
     """Return the columns of one row and what was counted on the way."""
     batch_size = settings.eval_batch
     images = scored(task)
-    clean = evaluate.clean(net.apply_fn, net.params, *images, batch_size=batch_size)
-    transferred = evaluate.clean(
-        net.apply_fn, net.params, images.x + fixed, images.y, batch_size=batch_size
-    )
+    scores = partial(evaluate.score, net.apply_fn, net.params, batch_size=batch_size)
+    clean = scores(*images).clean
+    transferred = scores(images.x + fixed, images.y).clean
     columns = {
         "validation": evaluate.accuracy(clean),
-        "fixed": evaluate.accuracy(evaluate.worst_case(clean, transferred)),
+        "fixed": evaluate.accuracy(clean & transferred),
     }
-    outcomes = {
-        column: evaluate.outcome(net.apply_fn, net.params, *images, eps * r, batch_size=batch_size)
-        for column, r in one_step.items()
-    }
-    outcomes["pgd"] = evaluate.robust(
+    outcomes = {column: scores(*images, eps * r) for column, r in one_step.items()}
+    outcomes["pgd"] = evaluate.attack_and_score(
         net.apply_fn, net.params, *scored(task, settings.n_pgd), pgd,
         eps=eps, batch_size=batch_size,
-    )  # fmt: skip
+    ).outcome  # fmt: skip
     tick()
     counts = {}
     for column, outcome in outcomes.items():
         columns[column] = evaluate.accuracy(outcome.robust)
-        total = evaluate.count(outcome)
         counts[column] = {
-            "zero": int(total.zero),
-            "nonfinite": int(total.nonfinite),
-            "invalid": int(total.invalid),
-            "max_norm": float(total.max_norm),
+            "zero": int(outcome.zero.sum()),
+            "nonfinite": int(outcome.nonfinite.sum()),
+            "invalid": int(outcome.invalid.sum()),
+            "max_norm": float(np.where(np.isfinite(outcome.norm), outcome.norm, 0).max()),
         }
     return {"columns": columns, "counts": counts}
 
@@ -351,12 +346,12 @@ def curves(
 ) -> dict[str, list[float]]:
     """Return the accuracy at each size of the paper's figures."""
     images = scored(task)
-    right = partial(evaluate.clean, net.apply_fn, net.params, batch_size=settings.eval_batch)
-    clean = right(*images)
+    scores = partial(evaluate.score, net.apply_fn, net.params, batch_size=settings.eval_batch)
+    clean = scores(*images).clean
     found: dict[str, list[float]] = {"eps": list(settings.curve)}
     for column, r in one_step.items():
-        masks = (right(images.x + eps * r, images.y) for eps in settings.curve)
-        found[column] = [evaluate.accuracy(evaluate.worst_case(clean, mask)) for mask in masks]
+        masks = (scores(images.x + eps * r, images.y).clean for eps in settings.curve)
+        found[column] = [evaluate.accuracy(clean & mask) for mask in masks]
         tick()
     return found
 
@@ -388,11 +383,11 @@ def _make_fixed(settings: Settings, task: Task, progress: Progress) -> dict[floa
     net = _fixed_net(settings, task, progress)
     batch_size = settings.eval_batch
     images = scored(task)
-    one = evaluate.perturbations(*net, *images, perturb.loss, eps=1.0, batch_size=batch_size)
+    one = evaluate.attack_and_score(*net, *images, perturb.loss, eps=1.0, batch_size=batch_size).r
     fixed = {}
     for eps in settings.eps:
-        own = evaluate.clean(*net, images.x + eps * one, images.y, batch_size=batch_size)
-        fixed[eps] = _Fixed(eps * one, evaluate.accuracy(own))
+        own = evaluate.score(*net, images.x + eps * one, images.y, batch_size=batch_size)
+        fixed[eps] = _Fixed(eps * one, evaluate.accuracy(own.clean))
     return fixed
 
 

@@ -269,10 +269,10 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
 
     def watch(state: TrainState) -> dict[str, float]:
         one_step = partial(perturb.loss, norm=settings.norm)
-        seen = evaluate.robust(
+        seen = evaluate.attack_and_score(
             apply_fn, trained(state), watched_x, watched_y, one_step,
             eps=settings.eps, bounds=(0.0, 1.0), batch_size=100,
-        )  # fmt: skip
+        ).outcome  # fmt: skip
         return {
             "test": evaluate.accuracy(seen.clean),
             "one_step": evaluate.accuracy(seen.robust),
@@ -316,8 +316,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             interface = data.Interface(images.classes, x.shape[1:], subtract=0, divide=255)
             report.save_params(settings.out / "params.safetensors", params, interface=interface)
             save_history(settings.out, fitted.history)
-        right = evaluate.clean(apply_fn, params, watched_x, watched_y, batch_size=100)
-        advice = untaught(evaluate.accuracy(right), y, settings)
+        seen = evaluate.score(apply_fn, params, watched_x, watched_y, batch_size=100)
+        advice = untaught(evaluate.accuracy(seen.clean), y, settings)
         if advice:
             console.print(advice, style="bold")
         rows: list[report.Row] = []
@@ -372,7 +372,7 @@ def attacked(
     for start in range(0, len(y), block):
         part = slice(start, start + block)
         x_part, y_part = parallel.spread(mesh, (x[part], y[part]))
-        found = evaluate.ensemble(
+        found = evaluate.attack_and_score(
             apply_fn, params, x_part, y_part, parts,
             eps=settings.eps, norm=settings.norm, key=keys[part], bounds=(0.0, 1.0),
             batch_size=block,

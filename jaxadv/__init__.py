@@ -9,14 +9,13 @@ Everything is a function of your own `apply_fn(params, x) -> logits` and `params
 >>> params = {"w": jnp.array([[1.0, -1.0], [0.0, 2.0]])}
 >>> x, y = jnp.array([[2.0, 0.5]]), jnp.array([0])
 >>> r = jaxadv.perturb.alpha(apply_fn, params, x, y, eps=1.5)
->>> jaxadv.evaluate.correct(apply_fn, params, x, y).tolist()
-[True]
->>> jaxadv.evaluate.correct(apply_fn, params, x + r, y).tolist()
-[False]
+>>> outcome = jaxadv.evaluate.measure(apply_fn, params, x, y, r)
+>>> outcome.clean.tolist(), outcome.robust.tolist()
+([True], [False])
 
 `perturb` has the one-step methods of Huang et al., "Learning with a Strong Adversary", 2015, and
 `attack` the iterated ones; `objectives` and `train` make a jitted min-max step of one of them and
-an optax optimiser; `evaluate` counts what stays right. Below them: `problem`, what every
+an optax optimiser; `evaluate` scores a net under attack. Below them: `problem`, what every
 attack is written with, `losses`, `norms` and `jacobian`. `logistic` is the paper's Appendix A.
 `types` names the signatures.
 """

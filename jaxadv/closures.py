@@ -59,8 +59,8 @@ def hashable(name: str, function: Any) -> None:
         hash(function)
     except TypeError as error:
         raise TypeError(
-            f"expected a hashable {name}, got {type(function).__name__} ({error}); pass a function "
-            "that takes the net's arrays as params, with equinox: params, static = "
+            f"expected {name} to be hashable, got {type(function).__name__} ({error}); pass a "
+            "function that takes the net's arrays as params, with equinox: params, static = "
             "eqx.partition(net, eqx.is_inexact_array), and eqx.combine(params, static) inside"
         ) from error
 

@@ -1,8 +1,8 @@
 """What loops over a data set on the host: its arguments checked once, its batches of one shape.
 
-The functions of the library that take a whole data set (`evaluate`, `attack.autoattack`) are the
-only ones that can't run under a caller's trace. What an example gets doesn't depend on the batch
-that it falls into: it brings its own size and its own key.
+The functions of `evaluate` that take a whole data set are the only ones that can't run under a
+caller's trace. What an example gets doesn't depend on the batch that it falls into: it brings its
+own size and its own key.
 
 Where the examples `x` lie on several devices (`jax.sharding.NamedSharding` of their first axis), so
 does each batch; on a mesh of Explicit axes all of it runs with Auto ones (`meshes`). With several
@@ -96,7 +96,7 @@ def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
     if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((x, y, others, jnp.zeros(())))):
         raise TypeError(
             f"expected arrays, got a tracer: {name} loops over a data set on the host; "
-            "under jit, vmap or grad use evaluate.correct or evaluate.measure on a batch"
+            "under jit, vmap or grad use evaluate.measure on a batch"
         )
     x, y = inputs.native(x), inputs.native(y)
     inputs.are_examples(x)
@@ -147,14 +147,16 @@ def outside(bounds: Bounds, x: Any) -> str:
     return ""
 
 
-def per_example(x: Any, eps: Eps, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+def per_example(x: Any, eps: Eps | None, key: jax.Array | None) -> tuple[Any, jax.Array | None]:
     """Return the size and the key of each example: what it gets doesn't depend on its batch.
 
     Raises:
       As `inputs.radius` and `inputs.keys`; here the values of a JAX array are known, and it is
       refused where a number is.
     """
-    sizes = inputs.radius(fetch(eps) if isinstance(eps, jax.Array) else eps, x)
+    if isinstance(eps, jax.Array):
+        eps = fetch(eps)
+    sizes = None if eps is None else inputs.radius(eps, x)
     return sizes, None if key is None else inputs.keys(key, len(x), "")
 
 

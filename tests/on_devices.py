@@ -58,13 +58,13 @@ def main(directory, epochs, axes, *settings):
         )
     images, key = parallel.spread(mesh, (x, y)), jax.random.key(2)
     attacks = {"loss": perturb.loss, "apgd": partial(attack.apgd, steps=5)}
-    found = attack.cascade(
+    found = evaluate.attack_and_score(
         net, fitted.state.params, *images, attacks, eps=0.3, key=key, batch_size=20
     )
     robust = {
-        name: evaluate.robust(
+        name: evaluate.attack_and_score(
             net, fitted.state.params, *images, method, eps=0.3, key=key, batch_size=20
-        ).robust
+        ).outcome.robust
         for name, method in (("pgd", attack.pgd), ("virtual", perturb.vat))
     }
     report = evaluate.check(
@@ -76,7 +76,7 @@ def main(directory, epochs, axes, *settings):
         "losses": [epoch["loss"] for epoch in fitted.history],
         "w": np.asarray(fitted.state.params[0]).tolist(),
         "robust": {name: mask.tolist() for name, mask in robust.items()},
-        "cascade": found.robust.tolist(),
+        "several": found.outcome.robust.tolist(),
         "r": found.r.tolist(),
         "flags": [flag.name for flag in report.flags],
         "figures": report.figures,

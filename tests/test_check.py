@@ -1,7 +1,6 @@
 """`evaluate.check`: each flag on a net that is built to raise it, and none on healthy nets."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,7 @@ import pytest
 
 from experiments import models
 from jaxadv import attack, evaluate, objectives, train
-
-check = importlib.import_module("jaxadv.evaluate.check")  # not the function of that name
+from jaxadv.evaluate import _check
 
 N, D, K = 60, 16, 3
 KEY = jax.random.key(2)
@@ -76,12 +74,12 @@ def names_of(look, net, *args):
     return flags
 
 
-outputs = functools.partial(names_of, check._look_at_outputs)
+outputs = functools.partial(names_of, _check._look_at_outputs)
 
 
 def gradients(net):
     x, _, _ = data()
-    return names_of(check._look_at_gradients, net, np.zeros_like(x), np.ones(N, bool), N)
+    return names_of(_check._look_at_gradients, net, np.zeros_like(x), np.ones(N, bool), N)
 
 
 # Healthy nets
@@ -278,11 +276,11 @@ def test_one_broken_example_hides_nothing_of_the_others():
 
     assert outputs(net) == {"probabilities"}
     x, _, w = data()
-    want = check._nearest_other(linear, w, x, "l2", N)
+    want = _check._nearest_other(linear, w, x, "l2", N)
     assert np.isfinite(want).all()
     x = x.copy()
     x[20] = np.nan
-    got = check._nearest_other(linear, w, x, "l2", N)
+    got = _check._nearest_other(linear, w, x, "l2", N)
     np.testing.assert_array_equal(np.isinf(got), np.arange(N) == 20)
     assert (np.delete(got, 20) >= np.delete(want, 20)).all()
 
@@ -328,7 +326,7 @@ def test_gradients_that_vanish_where_an_attack_ended_are_noticed():
         (0, True, set()),
     ):
         flags = names_of(
-            check._look_at_gradients, ledge, np.full_like(start, moved), np.full(N, standing), N
+            _check._look_at_gradients, ledge, np.full_like(start, moved), np.full(N, standing), N
         )
         assert flags == want
 

@@ -118,33 +118,32 @@ stateful = pytest.mark.parametrize("name", STATEFUL)
 
 
 @stateful
-def test_clean_sees_weights_that_have_changed(name):
+def test_a_score_sees_weights_that_have_changed(name):
     make, function = STATEFUL[name]
     net = make()
     apply_fn = function(net)
-    assert evaluate.clean(apply_fn, None, X, Y).all()
+    assert evaluate.score(apply_fn, None, X, Y).clean.all()
     net.turn()
-    assert not evaluate.clean(apply_fn, None, X, Y).any()
+    assert not evaluate.score(apply_fn, None, X, Y).clean.any()
+
+
+def attacked(*args, **kwargs):
+    return evaluate.attack_and_score(*args, **kwargs).outcome.robust
+
+
+def fooling(*args):
+    r = evaluate.attack_and_score(*args, perturb.loss, eps=5.0).r
+    return ~evaluate.score(identity, None, X, Y, r).robust
 
 
 DRIVERS = {
-    "clean": evaluate.clean,
-    "robust": lambda *args: evaluate.robust(*args, attack.pgd, eps=1e-3).robust,
+    "score": lambda *args: evaluate.score(*args, np.zeros_like(X)).robust,
+    "one attack": lambda *args: attacked(*args, attack.pgd, eps=1e-3),
+    "its perturbations": fooling,
+    "several attacks": lambda *args: attacked(*args, {"pgd": attack.pgd}, eps=1e-3),
     "source": lambda net, p, x, y: (
-        evaluate.robust(identity, p, x, y, perturb.loss, eps=5.0, source=(net, p)).robust == 0
+        ~attacked(identity, p, x, y, perturb.loss, eps=5.0, source=(net, p))
     ),
-    "perturbations": lambda *args: (
-        np.all(evaluate.perturbations(*args, perturb.loss, eps=5.0) + X != X, axis=1)
-        & ~evaluate.clean(
-            identity, None, X + evaluate.perturbations(*args, perturb.loss, eps=5.0), Y
-        )
-    ),
-    "curve": lambda *args: evaluate.curve(*args, perturb.loss, eps=[0.0])[0],
-    "outcome": lambda *args: evaluate.outcome(*args, np.zeros_like(X)).robust,
-    "ensemble": lambda *args: (
-        evaluate.ensemble(*args, {"pgd": attack.pgd}, eps=1e-3).outcome.robust
-    ),
-    "cascade": lambda *args: attack.cascade(*args, {"pgd": attack.pgd}, eps=1e-3).robust,
 }
 
 
@@ -231,33 +230,33 @@ class Attack:
         return attack.pgd(*args, steps=self.steps, **kwargs)
 
 
-@pytest.mark.parametrize("driver", ["clean", "robust", "ensemble", "check", "cascade"])
+@pytest.mark.parametrize(
+    "driver",
+    [
+        evaluate.score,
+        partial(evaluate.attack_and_score, attacks=perturb.loss, eps=1.0),
+        partial(evaluate.check, eps=1.0, key=KEY),
+    ],
+    ids=["score", "attack_and_score", "check"],
+)
 def test_a_net_that_has_no_hash_is_refused_with_the_cure(driver):
-    calls = {
-        "clean": evaluate.clean,
-        "robust": partial(evaluate.robust, perturb_fn=perturb.loss, eps=1.0),
-        "ensemble": partial(evaluate.ensemble, attacks={"loss": perturb.loss}, eps=1.0),
-        "check": partial(evaluate.check, eps=1.0, key=KEY),
-        "cascade": partial(attack.cascade, attacks={"loss": perturb.loss}, eps=1.0),
-    }
-    with pytest.raises(TypeError, match=r"hashable apply_fn, got Equinox .*eqx\.partition"):
-        calls[driver](Equinox(jnp.eye(3)), None, X, Y)
+    with pytest.raises(TypeError, match=r"apply_fn to be hashable, got Equinox .*eqx\.partition"):
+        driver(Equinox(jnp.eye(3)), None, X, Y)
 
 
 def test_an_attack_that_has_no_hash_is_refused():
-    with pytest.raises(TypeError, match="expected a hashable perturb_fn, got Attack"):
-        evaluate.robust(identity, None, X, Y, Attack(3), eps=1.0)
-    with pytest.raises(TypeError, match="expected a hashable attack 'mine', got Attack"):
-        attack.cascade(identity, None, X, Y, {"mine": Attack(3)}, eps=1.0)
+    for attacks, name in ((Attack(3), "the attack"), ({"mine": Attack(3)}, "attack 'mine'")):
+        with pytest.raises(TypeError, match=f"expected {name} to be hashable, got Attack"):
+            evaluate.attack_and_score(identity, None, X, Y, attacks, eps=1.0)
 
 
 @pytest.mark.parametrize("net", [None, {"w": X}, SimpleNamespace(apply=identity)])
 def test_a_net_that_is_no_function_is_refused(net):
     with pytest.raises(TypeError, match="expected apply_fn to be a function, got"):
-        evaluate.clean(net, None, X, Y)
+        evaluate.score(net, None, X, Y)
 
 
 def test_parameters_that_are_no_arrays_are_named():
     params = {"w": X, "activation": jax.nn.relu}
     with pytest.raises(TypeError, match=r"params of arrays, got .* at \['activation'\]; keep it"):
-        evaluate.clean(lambda params, x: x, params, X, Y)
+        evaluate.score(lambda params, x: x, params, X, Y)

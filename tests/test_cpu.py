@@ -18,7 +18,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from jaxadv import _cpu, attack, evaluate, objectives, perturb, train
+from jaxadv import _cpu, attack, objectives, perturb, train
 from jaxadv._cpu import _convolutions
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -344,19 +344,6 @@ def test_epochs_use_the_fast_layout(adversary):
     # A gradient in x, one in the parameters, their forward passes.
     assert len(inside) >= 6
     assert set(inside) == {FAST[2]}
-
-
-def test_curves_use_the_fast_layout():
-    def apply_fn(w, x):
-        return jnp.sum(plain(x, w), axis=(2, 3))
-
-    def run(x):
-        sizes = jnp.array([0.0, 1.0])
-        return evaluate.masks._curve_batch(
-            apply_fn, perturb.loss, draw(3, 3, 3, 3), None, sizes, x, Y, jnp.ones(2), None
-        )
-
-    assert set(layouts_in_loops(run, X)) == {FAST[2]}
 
 
 def layouts_in_loops(function, *args):

@@ -16,7 +16,6 @@ from PIL import Image
 from rich.console import Console
 
 from experiments import data, evaluate, models, options, report
-from jaxadv import attack
 
 RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnist_mlp"
 
@@ -304,7 +303,7 @@ def test_what_is_there_is_not_attacked_again(folder, monkeypatch):
     def none(*args, **kwargs):
         raise AssertionError("attacked again")
 
-    monkeypatch.setattr(evaluate.evaluate, "ensemble", none)
+    monkeypatch.setattr(evaluate.evaluate, "attack_and_score", none)
     assert run(folder) == first
     Path("out/results.json").unlink()  # interrupted after the last block
     again = run(folder)
@@ -314,15 +313,15 @@ def test_what_is_there_is_not_attacked_again(folder, monkeypatch):
 
 def test_an_interrupted_run_goes_on_with_the_block_it_was_at(folder, monkeypatch):
     whole = run(folder, out=Path("whole"), attacks=("pgd",))
-    ensemble, calls = evaluate.evaluate.ensemble, []
+    attack_and_score, calls = evaluate.evaluate.attack_and_score, []
 
     def breaking(*args, **kwargs):
         calls.append(len(args[2]))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return ensemble(*args, **kwargs)
+        return attack_and_score(*args, **kwargs)
 
-    monkeypatch.setattr(evaluate.evaluate, "ensemble", breaking)
+    monkeypatch.setattr(evaluate.evaluate, "attack_and_score", breaking)
     with pytest.raises(KeyboardInterrupt):
         run(folder, attacks=("pgd",))
     cut = run(folder, attacks=("pgd",))
@@ -440,7 +439,7 @@ def test_pixels_may_lie_outside_of_a_box_that_is_not_kept(folder):
 
 def test_results_without_what_a_table_needs_are_an_error_before_any_attack(folder, monkeypatch):
     (row, _) = run(folder)
-    monkeypatch.setattr(evaluate.evaluate, "ensemble", pytest.fail)
+    monkeypatch.setattr(evaluate.evaluate, "attack_and_score", pytest.fail)
     for rows, lacking in (([{}], "method"), ([{**row, "subtract": None}], "subtract")):
         Path("out/results.json").write_text(json.dumps(rows))
         with pytest.raises(options.UsageError, match=f"in out/results.json, .*without {lacking};"):
@@ -540,7 +539,7 @@ def test_ten_starts_of_pgd_are_ten_attacks_on_what_is_left(folder):
 
 def test_each_member_of_the_ensemble_can_run_alone():
     for norm in ("l2", "linf"):
-        members = attack.standard(norm)
+        members = evaluate.evaluate.autoattack(norm)
         assert evaluate.methods("standard", norm) == members
         for name in members:
             assert name in evaluate.LABELS

@@ -79,7 +79,7 @@ def test_a_gradient_that_is_not_finite_is_counted(norm):
     x = x.at[1].set(0)
     y = jnp.argmax(norm_at_zero(w, x), axis=1)
     method = functools.partial(perturb.loss, norm=norm)
-    outcome = evaluate.robust(norm_at_zero, w, x, y, method, eps=EPS, norm=norm)
+    outcome = evaluate.attack_and_score(norm_at_zero, w, x, y, method, eps=EPS).outcome
     np.testing.assert_array_equal(outcome.zero, [False, True, False, False])
     assert not outcome.nonfinite.any()
 
@@ -226,7 +226,7 @@ class Unhashable:
 )
 def test_an_unhashable_net_is_an_error_with_a_cure(name):
     w, x, y = batch(4, 2, 2, 1)
-    with pytest.raises(TypeError, match=r"expected a hashable apply_fn.*got Unhashable.*; pass a"):
+    with pytest.raises(TypeError, match=r"apply_fn to be hashable, got Unhashable.*; pass a"):
         BOUNDED[name](Unhashable(), w, x, y, eps=EPS)
 
 
@@ -356,8 +356,8 @@ class Table:
 
 def test_labels_are_taken_by_their_place_and_not_by_the_names_of_rows():
     w, x, y = batch(4, 5)
-    expected = evaluate.clean(linear, w, x, np.array([int(y[0]), 0, 1, 2]))
-    got = evaluate.clean(linear, w, x, Table([int(y[0]), 0, 1, 2]))
+    expected = evaluate.score(linear, w, x, np.array([int(y[0]), 0, 1, 2])).clean
+    got = evaluate.score(linear, w, x, Table([int(y[0]), 0, 1, 2])).clean
     np.testing.assert_array_equal(got, expected)
 
 
@@ -365,7 +365,7 @@ def test_labels_are_taken_by_their_place_and_not_by_the_names_of_rows():
 def test_numpy_s_other_floats_are_taken(kind):
     w, x, y = batch(4, 5)
     foreign = np.asarray(x).astype(kind)
-    assert evaluate.clean(linear, w, foreign, y).all()
+    assert evaluate.score(linear, w, foreign, y).clean.all()
     np.testing.assert_allclose(
         perturb.loss(linear, w, foreign, y, eps=EPS),
         perturb.loss(linear, w, x, y, eps=EPS),
@@ -378,7 +378,7 @@ def test_numpy_s_other_floats_are_taken(kind):
 def test_numpy_s_other_integers_are_labels(kind):
     w, x, y = batch(4, 5)
     foreign = np.asarray(y).astype(kind)
-    assert evaluate.clean(linear, w, x, foreign).all()
+    assert evaluate.score(linear, w, x, foreign).clean.all()
     np.testing.assert_array_equal(
         attack.pgd(linear, w, x, foreign, eps=EPS, steps=2),
         attack.pgd(linear, w, x, y, eps=EPS, steps=2),
@@ -387,7 +387,7 @@ def test_numpy_s_other_integers_are_labels(kind):
 
 def test_a_perturbation_may_be_a_list():
     w, x, y = batch(4, 5)
-    outcome = evaluate.outcome(linear, w, x, y, np.zeros(x.shape).tolist())
+    outcome = evaluate.score(linear, w, x, y, np.zeros(x.shape).tolist())
     assert outcome.robust.all()
     assert outcome.zero.all()
 
@@ -405,24 +405,22 @@ def test_a_column_of_labels_is_not_told_to_take_an_argmax():
 def test_class_numbers_of_another_dtype_are_told_to_be_cast(y):
     w, x, _ = batch(4, 5)
     with pytest.raises(TypeError, match=r"astype\(int\); names become numbers by np.unique"):
-        evaluate.clean(linear, w, x, y)
+        evaluate.score(linear, w, x, y)
 
 
 # What callers' functions take and return
 
 
-@pytest.mark.parametrize("driver", [evaluate.robust, evaluate.perturbations, evaluate.curve])
-def test_a_method_of_another_signature_is_named_before_it_is_called(driver):
+@pytest.mark.parametrize("name", ["the attack", "attack 'mine'"])
+def test_an_attack_of_another_signature_is_named_before_any_runs(name):
     w, x, y = batch(4, 5)
-    with pytest.raises(TypeError, match=r"expected perturb_fn to take .*eps, key, bounds\), got"):
-        driver(linear, w, x, y, lambda f, p, x, y, eps: 0 * x, eps=[EPS])
 
+    def mine(apply_fn, params, x, y, eps):
+        return 0 * x
 
-def test_an_attack_of_another_signature_is_named_before_any_runs():
-    w, x, y = batch(4, 5)
-    attacks = {"mine": lambda f, p, x, y, eps: 0 * x}
-    with pytest.raises(TypeError, match=r"expected attack 'mine' to take .*eps, key, bounds\)"):
-        attack.cascade(linear, w, x, y, attacks, eps=EPS)
+    attacks = mine if name == "the attack" else {"mine": mine}
+    with pytest.raises(TypeError, match=rf"expected {name} to take .*eps, key, bounds\), got"):
+        evaluate.attack_and_score(linear, w, x, y, attacks, eps=EPS)
 
 
 RETURNED = {
@@ -438,10 +436,8 @@ def as_objective(net, w, x, y, method, *, eps):
 
 
 USERS = {
-    "robust": evaluate.robust,
-    "perturbations": evaluate.perturbations,
-    "curve": lambda *args, eps: evaluate.curve(*args, eps=[eps]),
-    "cascade": lambda *args, eps: attack.cascade(*args[:4], {"mine": args[4]}, eps=eps),
+    "one attack": evaluate.attack_and_score,
+    "several": lambda *args, eps: evaluate.attack_and_score(*args[:4], {"it": args[4]}, eps=eps),
     "objective": as_objective,
 }
 
@@ -468,7 +464,9 @@ def note_of(call):
 def test_what_a_net_raises_says_what_it_was_called_with():
     w, x, y = batch(4, 5)
     source = linear, jnp.ones((7, 3))
-    note = note_of(lambda: evaluate.robust(linear, w, x, y, perturb.loss, eps=EPS, source=source))
+    note = note_of(
+        lambda: evaluate.attack_and_score(linear, w, x, y, perturb.loss, eps=EPS, source=source)
+    )
     assert "x of shape (4, 5) and dtype float32. If the net takes other inputs" in note
 
 
@@ -563,19 +561,6 @@ def test_an_order_is_of_integers_for_each_step(order):
 # Measuring, norms and bounds
 
 
-def test_accuracies_are_no_masks():
-    with pytest.raises(ValueError, match=r"expected a mask \[n\]"):
-        evaluate.worst_case(0.5, 0.3)
-    with pytest.raises(TypeError, match="expected a mask of booleans, got float64"):
-        evaluate.worst_case(np.array([0.5, 0.2]), np.array([0.3, 0.0]))
-
-
-def test_a_list_of_counts_is_told_to_be_unpacked():
-    counts = evaluate.Counts(10, 9, 5, 0, 0, 0, 1.5)
-    with pytest.raises(TypeError, match=r"expected Counts, got \['list'\]; .*merge\(\*counts\)"):
-        evaluate.merge([counts, counts])
-
-
 @pytest.mark.parametrize("method", [perturb.loss, attack.pgd])
 def test_reversed_bounds_in_lists_raise(method):
     w, x, y = batch(4, 5)
@@ -587,7 +572,7 @@ def test_a_data_set_in_reversed_bounds_of_jax_is_told_to_swap_them():
     w, x, y = batch(4, 5)
     bounds = jnp.float32(9), jnp.float32(-9)
     with pytest.raises(ValueError, match=r"with lo <= hi, got .*; swap them"):
-        evaluate.robust(linear, w, x, y, perturb.loss, eps=EPS, bounds=bounds)
+        evaluate.attack_and_score(linear, w, x, y, perturb.loss, eps=EPS, bounds=bounds)
 
 
 def test_one_key_draws_a_point_for_each_example():

@@ -26,8 +26,8 @@ METHODS = {
 }
 WITH_LABELS = METHODS | {
     "class_differences": jacobian.class_differences,
-    "correct": evaluate.correct,
-    "measure": functools.partial(evaluate.measure, r=X, norm="l2"),
+    "measure": evaluate.measure,
+    "measure of r": functools.partial(evaluate.measure, r=X),
 }
 WITH_NET = WITH_LABELS | {
     "softmax_jacobian": lambda apply_fn, params, x, y: jacobian.softmax_jacobian(

@@ -148,8 +148,8 @@ def test_a_loop_of_the_callers(plain, spread):
 def test_masks_of_a_batch_lie_as_its_rows(mesh, plain, spread):
     def both(params, x, y, keys):
         return (
-            evaluate.correct(net, params, x, y),
-            evaluate.measure(net, params, x, y, 0.1 * x, norm="l2"),
+            evaluate.measure(net, params, x, y),
+            evaluate.measure(net, params, x, y, 0.1 * x),
         )
 
     got = jax.jit(both)(*spread)
@@ -159,21 +159,18 @@ def test_masks_of_a_batch_lie_as_its_rows(mesh, plain, spread):
 
 ATTACKS = {"loss": perturb.loss, "apgd": partial(attack.apgd, steps=3)}
 EVALUATIONS = {
-    "clean": lambda params, x, y, keys: evaluate.clean(net, params, x, y),
-    "perturbations": lambda params, x, y, keys: evaluate.perturbations(
+    "score": lambda params, x, y, keys: evaluate.score(net, params, x, y),
+    "score of r": lambda params, x, y, keys: evaluate.score(net, params, x, y, 0.1 * x),
+    "one attack": lambda params, x, y, keys: evaluate.attack_and_score(
         net, params, x, y, perturb.vat, eps=0.3, key=keys, bounds=(0.0, 1.0), batch_size=3
     ),
-    "robust": lambda params, x, y, keys: evaluate.robust(
+    "transfer": lambda params, x, y, keys: evaluate.attack_and_score(
         net, params, x, y, perturb.loss, eps=0.3, source=(net, params)
     ),
-    "outcome": lambda params, x, y, keys: evaluate.outcome(net, params, x, y, 0.1 * x),
-    "curve": lambda params, x, y, keys: evaluate.curve(
-        net, params, x, y, perturb.loss, eps=[0.1, 0.3]
-    ),
-    "cascade": lambda params, x, y, keys: attack.cascade(
+    "several attacks": lambda params, x, y, keys: evaluate.attack_and_score(
         net, params, x, y, ATTACKS, eps=0.3, key=keys, batch_size=3
-    )[:3],
-    "ensemble": lambda params, x, y, keys: evaluate.ensemble(
+    )[:2],
+    "several attacks in a box": lambda params, x, y, keys: evaluate.attack_and_score(
         net, params, x, y, ATTACKS, eps=0.3, key=keys, bounds=(0.0, 1.0)
     )[:2],
     "check": lambda params, x, y, keys: (
@@ -193,13 +190,13 @@ def test_an_evaluation_gives_the_same(name, plain, spread):
 
 def test_an_evaluation_in_the_context_of_the_mesh(mesh, plain, spread):
     with jax.set_mesh(mesh):
-        got = EVALUATIONS["perturbations"](*spread)
-    same(got, EVALUATIONS["perturbations"](*plain))
+        got = EVALUATIONS["one attack"](*spread)
+    same(got, EVALUATIONS["one attack"](*plain))
 
 
 def test_an_evaluation_under_a_trace_says_so_as_without_a_mesh(spread):
-    with pytest.raises(TypeError, match=r"got a tracer: evaluate.clean loops over a data set"):
-        jax.jit(partial(evaluate.clean, net))(*spread[:3])
+    with pytest.raises(TypeError, match=r"got a tracer: evaluate.score loops over a data set"):
+        jax.jit(partial(evaluate.score, net))(*spread[:3])
 
 
 # Training

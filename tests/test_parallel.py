@@ -45,7 +45,7 @@ def same(got, one):
     np.testing.assert_allclose(got["losses"], one["losses"], rtol=1e-5)
     np.testing.assert_allclose(got["w"], one["w"], rtol=1e-3, atol=1e-5)
     assert got["robust"] == one["robust"]
-    assert got["cascade"] == one["cascade"]
+    assert got["several"] == one["several"]
     np.testing.assert_allclose(got["r"], one["r"], atol=1e-3)
     assert got["flags"] == one["flags"]
     # Rounding decides about at most one of 96 examples.

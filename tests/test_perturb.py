@@ -895,11 +895,7 @@ def public_functions():
             lambda p, x, y: jacobian.class_differences(net, p, x, y)._asdict(),
             (params, x, y),
         ),
-        "correct": (lambda p, x, y: evaluate.correct(net, p, x, y), (params, x, y)),
-        "count": (
-            lambda p, x, y: evaluate.count(evaluate.measure(net, p, x, y, x, norm="l2")),
-            (params, x, y),
-        ),
+        "measure": (lambda p, x, y: evaluate.measure(net, p, x, y), (params, x, y)),
         "logistic.logits": (logistic.logits, (w, x)),
         "logistic.fit": (
             lambda w, x, y: logistic.fit(w, x, y, eps=0.1, norm="l2", steps=2),

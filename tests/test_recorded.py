@@ -35,7 +35,7 @@ def test_trained_nets_hardly_feel_the_batch_size(record, names):
     kwargs = {"eps": 1.5, "key": jax.random.key(0), "bounds": (0.0, 1.0)}
     for method in (perturb.loss, perturb.alpha):
         many, few = (
-            evaluate.perturbations(apply_fn, params, x, y, method, **kwargs, batch_size=size)
+            evaluate.attack_and_score(apply_fn, params, x, y, method, **kwargs, batch_size=size).r
             for size in (n, 77)
         )
         apart = np.linalg.norm((many - few).reshape(n, -1), axis=1)
@@ -44,9 +44,9 @@ def test_trained_nets_hardly_feel_the_batch_size(record, names):
         assert np.quantile(apart / size, 0.998) < 1e-5, method
     for name in names:
         many, few = (
-            evaluate.robust(
+            evaluate.attack_and_score(
                 apply_fn, params, x, y, ITERATED[name], **kwargs, batch_size=size
-            ).robust
+            ).outcome.robust
             for size in (n, 77)
         )
         assert 0 < many.sum() < n

@@ -99,13 +99,13 @@ def test_what_it_saves_is_what_was_scored(folder, trained):
 
 def test_it_scores_the_images_that_evaluate_takes(folder, tmp_path, monkeypatch):
     seen = []
-    outcome = measured.robust
+    attack_and_score = measured.attack_and_score
 
     def looking(apply_fn, params, x, *args, **kwargs):
         seen.append(np.asarray(x))
-        return outcome(apply_fn, params, x, *args, **kwargs)
+        return attack_and_score(apply_fn, params, x, *args, **kwargs)
 
-    monkeypatch.setattr(measured, "robust", looking)
+    monkeypatch.setattr(measured, "attack_and_score", looking)
     few = data.image_folder(folder)
     monkeypatch.setattr(data, "mnist", lambda: few)
     for name in (str(folder), "mnist"):
@@ -162,14 +162,14 @@ def test_images_attacked_by_blocks_fare_as_they_do_together(folder, trained, tmp
         evaluate.Settings(net=str(trained[0] / "params.safetensors"), data=str(folder), n=20)
     )
     own = settings(folder, tmp_path, eps=2.6)
-    ensemble = train.evaluate.ensemble
+    attack_and_score = train.evaluate.attack_and_score
     fared, keys = [], []
 
     def handed(*args, key, **kwargs):
         keys[-1].append(jax.random.key_data(key))
-        return ensemble(*args, key=key, **kwargs)
+        return attack_and_score(*args, key=key, **kwargs)
 
-    monkeypatch.setattr(train.evaluate, "ensemble", handed)
+    monkeypatch.setattr(train.evaluate, "attack_and_score", handed)
     for block in (8, 250):
         monkeypatch.setattr(train, "_BLOCK", block)
         keys.append([])

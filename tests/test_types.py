@@ -10,7 +10,7 @@ import pytest
 from jaxadv import attack, logistic, losses, norms, objectives, perturb, types
 
 # What `attack` has besides attacks.
-BESIDES = {"AttackInfo", "Cascade", "Found", "Stage", "cascade", "reports", "standard", "with_info"}
+BESIDES = {"AttackInfo", "Found", "reports", "with_info"}
 PERTURB_FNS = {
     **{name: getattr(perturb, name) for name in perturb.__all__},
     **{name: getattr(attack, name) for name in attack.__all__ if name not in BESIDES},

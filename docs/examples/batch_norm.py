@@ -47,11 +47,11 @@ def main():
     for number in range(80):
         rows = jax.random.choice(jax.random.key(number), len(y), (64,), replace=False)
         state, info = step(state, (x[rows], y[rows]))
-    found = jaxadv.evaluate.robust(
+    found = jaxadv.evaluate.attack_and_score(
         apply_fn, (state.params, state.model_state), x, y, jaxadv.attack.pgd,
         eps=0.5, bounds=(0.0, 1.0),
     )  # fmt: skip
-    robust = jaxadv.evaluate.accuracy(found.robust)
+    robust = jaxadv.evaluate.accuracy(found.outcome.robust)
     print(f"loss {info.loss:.3f}, accuracy under PGD {robust:.3f}")
 
 

@@ -42,10 +42,9 @@ def main():
         state = jaxadv.train.init(init(jax.random.key(1)), tx, key=jax.random.key(2))
         for _ in range(300):
             state, _ = step(state, (x, y))
-        found = jaxadv.evaluate.ensemble(
-            apply_fn, state.params, x, y, jaxadv.attack.standard("l2"),
-            eps=0.4, key=jax.random.key(3),
-        )  # fmt: skip
+        found = jaxadv.evaluate.attack_and_score(
+            apply_fn, state.params, x, y, eps=0.4, key=jax.random.key(3)
+        )
         accuracies[name] = jaxadv.evaluate.accuracy(found.outcome.robust)
         print(f"{name}: robust accuracy {accuracies[name]:.3f}")
     return accuracies

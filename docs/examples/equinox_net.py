@@ -38,10 +38,10 @@ def main():
         state, info = epoch(state, (x, y), order)
     net = eqx.combine(state.params, static)  # a module again
     assert net(x[0].transpose(2, 0, 1)).shape == (4,)
-    found = jaxadv.evaluate.robust(
+    found = jaxadv.evaluate.attack_and_score(
         apply_fn, state.params, x, y, jaxadv.attack.pgd, eps=0.5, bounds=(0.0, 1.0)
     )
-    robust = jaxadv.evaluate.accuracy(found.robust)
+    robust = jaxadv.evaluate.accuracy(found.outcome.robust)
     print(f"loss {info.loss[-1]:.3f}, accuracy under PGD {robust:.3f}")
     return robust
 

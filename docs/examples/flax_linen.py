@@ -46,10 +46,9 @@ def main():
     for number in range(10):
         order = jax.random.permutation(jax.random.key(number), len(y)).reshape(-1, 64)
         state, info = epoch(state, (x, y), order)
-    found = jaxadv.evaluate.ensemble(
-        net.apply, state.params, x, y, jaxadv.attack.standard("l2"),
-        eps=0.5, key=jax.random.key(2), bounds=(0.0, 1.0),
-    )  # fmt: skip
+    found = jaxadv.evaluate.attack_and_score(
+        net.apply, state.params, x, y, eps=0.5, key=jax.random.key(2), bounds=(0.0, 1.0)
+    )
     robust = jaxadv.evaluate.accuracy(found.outcome.robust)
     print(f"loss {info.loss[-1]:.3f}, robust accuracy {robust:.3f}")
     return robust

@@ -25,10 +25,10 @@ def main():
     for number in range(10):
         order = jax.random.permutation(jax.random.key(number), len(y)).reshape(-1, 64)
         state, info = epoch(state, (x, y), order)
-    found = jaxadv.evaluate.robust(
+    found = jaxadv.evaluate.attack_and_score(
         net.apply, state.params, x, y, jaxadv.attack.pgd, eps=0.5, bounds=(0.0, 1.0)
     )
-    robust = jaxadv.evaluate.accuracy(found.robust)
+    robust = jaxadv.evaluate.accuracy(found.outcome.robust)
     print(f"loss {info.loss[-1]:.3f}, accuracy under PGD {robust:.3f}")
     return robust
 

@@ -53,8 +53,8 @@ def main():
     one_step = partial(jaxadv.perturb.loss, norm="linf")
     for name, method in {"one step": one_step, "MI-FGSM": mifgsm}.items():
         r = method(apply_fn, params, x, y, eps=0.1)
-        right = jaxadv.evaluate.correct(apply_fn, params, x + r, y).mean()
-        print(f"{name}: {right:.3f} right at x + r")
+        robust = jaxadv.evaluate.score(apply_fn, params, x, y, r, norm="linf").robust
+        print(f"{name}: {jaxadv.evaluate.accuracy(robust):.3f} right at x + r")
 
 
 if __name__ == "__main__":

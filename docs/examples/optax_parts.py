@@ -25,8 +25,8 @@ def main():
     for number in range(300):
         state, info = step(state, (x[number % 2 :: 2], y[number % 2 :: 2]))
         average, ema_state = average_of(state.params, ema_state)
-    found = jaxadv.evaluate.robust(apply_fn, average, x, y, jaxadv.attack.pgd, eps=0.3)
-    robust = jaxadv.evaluate.accuracy(found.robust)
+    found = jaxadv.evaluate.attack_and_score(apply_fn, average, x, y, jaxadv.attack.pgd, eps=0.3)
+    robust = jaxadv.evaluate.accuracy(found.outcome.robust)
     print(f"eps {info.aux.eps:.2f}, accuracy of the average under PGD {robust:.3f}")
     assert jnp.isclose(info.aux.eps, 0.3)
     return robust

@@ -48,10 +48,9 @@ def main(folder):
         state, info = epoch(state, (x, y), order.reshape(steps, BATCH))
         print(f"epoch {number + 1} of {EPOCHS}: loss {info.loss.mean():.3f}")
     x, y, _ = images(folder / "test")
-    found = jaxadv.evaluate.ensemble(
-        net.apply, state.params, x, y, jaxadv.attack.standard("l2"),
-        eps=EPS, bounds=(0.0, 1.0), key=key,
-    )  # fmt: skip
+    found = jaxadv.evaluate.attack_and_score(
+        net.apply, state.params, x, y, eps=EPS, bounds=(0.0, 1.0), key=key
+    )
     clean, robust = map(jaxadv.evaluate.accuracy, (found.outcome.clean, found.outcome.robust))
     print(f"accuracy {clean:.3f}, under AutoAttack {robust:.3f}")
 

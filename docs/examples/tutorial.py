@@ -55,10 +55,10 @@ for _ in range(10):
 
 # -- what it withstands
 def robust_accuracy(params, eps=0.6):
-    found = jaxadv.evaluate.robust(
+    outcome = jaxadv.evaluate.attack_and_score(
         net.apply, params, x_test, y_test, pgd, eps=eps, bounds=(0.0, 1.0)
-    )
-    return jaxadv.evaluate.accuracy(found.clean), jaxadv.evaluate.accuracy(found.robust)
+    ).outcome
+    return jaxadv.evaluate.accuracy(outcome.clean), jaxadv.evaluate.accuracy(outcome.robust)
 
 
 print("plain: accuracy and robust accuracy", robust_accuracy(plain))
@@ -75,10 +75,9 @@ robust = state.params
 print("robust: accuracy and robust accuracy", robust_accuracy(robust))
 
 # -- how robust
-ensemble = jaxadv.attack.standard("l2")
 for name, params in {"plain": plain, "robust": robust}.items():
-    found = jaxadv.evaluate.ensemble(
-        net.apply, params, x_test[:100], y_test[:100], ensemble,
+    found = jaxadv.evaluate.attack_and_score(
+        net.apply, params, x_test[:100], y_test[:100],
         eps=0.6, bounds=(0.0, 1.0), key=jax.random.key(4),
     )  # fmt: skip
     low, high = jaxadv.evaluate.interval(found.outcome.robust)

@@ -21,8 +21,7 @@ The least perturbation that changes the answer (with eps: cut to that size):
 
 Without gradients: `square`, random search by square windows of an image.
 
-On the host, over a data set: `autoattack`, the standard ensemble of four of them, and `cascade`,
-which runs any attacks on what those before have left.
+AutoAttack, the standard ensemble of four of them, loops on the host: `evaluate.attack_and_score`.
 """
 
 from jaxadv.attack._apgd import apgd, apgd_multitargeted
@@ -32,17 +31,12 @@ from jaxadv.attack._fmn import fmn
 from jaxadv.attack._info import AttackInfo, Found, reports, with_info
 from jaxadv.attack._pgd import pgd, pgd_kl
 from jaxadv.attack._square import square
-from jaxadv.attack.autoattack import Cascade, Stage, autoattack, cascade, standard
 
 __all__ = [
     "AttackInfo",
-    "Cascade",
     "Found",
-    "Stage",
     "apgd",
     "apgd_multitargeted",
-    "autoattack",
-    "cascade",
     "deepfool",
     "fab",
     "fmn",
@@ -50,6 +44,5 @@ __all__ = [
     "pgd_kl",
     "reports",
     "square",
-    "standard",
     "with_info",
 ]

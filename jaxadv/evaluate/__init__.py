@@ -1,60 +1,39 @@
-"""Accuracies that can be counted on: a mask per example, and what went wrong in making it.
+"""Accuracies that can be relied on: a mask per example, and what went wrong in making it.
 
 The unit is one example, not a batch's mean: every function here gives arrays `[n]` that cover every
-example, the last short batch included, so that worst case and transfer are logical operations on
-masks, and counts add up over batches.
+example, the last short batch included. Worst cases are logical operations on masks
+(`one.robust & other.robust`), and counts are their sums (`outcome.zero.sum()`).
 
 An example that is misclassified to begin with is wrong whatever its r is. So is one with a label
 outside 0..K-1, or with NaN or infinity in its input or +inf or NaN in its logits. These are
 counted, and so are perturbations that are exactly 0 (no usable gradient), since a zero gradient
 makes a net look robust that isn't.
 
-Pure, for use under `jax.jit`: `correct`, `measure`, `count`, `merge`. On the host, over a data set
-in batches: `clean`, `robust`, `curve`, and in two parts what `robust` does, `perturbations` and
-`outcome`. They compile once for each `apply_fn` and `perturb_fn` object: make a `functools.partial`
-once and pass it again.
+- `measure`: a batch, under `jax.jit`. `score`: the same over a data set, on the host in batches.
+- `attack_and_score`: attack a data set, then score it. The worst of the attacks of `autoattack`,
+  unless it is given others.
+- `accuracy` and `interval`: the share of a mask, and how far the draw of the examples matters.
+- `check`: signs that a robust accuracy shouldn't be believed.
 
-For a figure to publish: `ensemble` takes the worst of several attacks (`attack.standard` for those
-of AutoAttack), `interval` says how far the draw of the examples matters, and `check` looks for
-signs that the figure shouldn't be believed.
+The host functions compile once for each `apply_fn` and attack object: make a `functools.partial`
+once and pass it again.
 """
 
-from jaxadv.evaluate.check import Flag, Report, check
-from jaxadv.evaluate.ensemble import Ensemble, ensemble, interval
-from jaxadv.evaluate.masks import (
-    Counts,
-    Outcome,
-    accuracy,
-    clean,
-    correct,
-    count,
-    curve,
-    measure,
-    merge,
-    outcome,
-    perturbations,
-    robust,
-    worst_case,
-)
+from jaxadv.evaluate._accuracy import Outcome, accuracy, interval, measure, score
+from jaxadv.evaluate._check import Flag, Report, check
+from jaxadv.evaluate._ensemble import Result, Stage, attack_and_score, autoattack
 
 __all__ = [
-    "Counts",
-    "Ensemble",
     "Flag",
     "Outcome",
     "Report",
+    "Result",
+    "Stage",
     "accuracy",
+    "attack_and_score",
+    "autoattack",
     "check",
-    "clean",
-    "correct",
-    "count",
-    "curve",
-    "ensemble",
     "interval",
     "measure",
-    "merge",
-    "outcome",
-    "perturbations",
-    "robust",
-    "worst_case",
+    "score",
 ]

@@ -35,7 +35,7 @@ def norm_of(attacks: Iterable[PerturbFn], norm: Norm | None) -> Norm:
     if len(named) > 1:
         raise ValueError(
             f"expected one norm, got {sorted(named)}; say it once, in the attack: e.g. "
-            'partial(attack.pgd, norm="linf"), attack.standard("linf")'
+            'partial(attack.pgd, norm="linf"), evaluate.autoattack("linf")'
         )
     return named.pop() if named else "l2"
 

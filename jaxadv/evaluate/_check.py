@@ -14,7 +14,6 @@ evaluation: what came isn't a classifier's logits, or examples that can be measu
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -25,12 +24,13 @@ import optax
 from numpy.typing import NDArray
 
 from jaxadv import attack, closures, host, inputs, jacobian, losses, meshes, norms, perturb
-from jaxadv.evaluate.masks import accuracy, clean, perturbations
+from jaxadv.evaluate._accuracy import accuracy, score
+from jaxadv.evaluate._ensemble import attack_and_score
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params
 
 __all__ = ["Flag", "Report", "check"]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("jaxadv.evaluate")
 
 Kind: TypeAlias = Literal["gradient masking", "weak attack", "invalid input"]
 
@@ -113,7 +113,7 @@ def check(
     - `disagreement`: `fmn` and `fab` find minimal sizes that are far apart.
 
     Compiling takes most of the time on few examples; progress is logged (`logging`, level INFO,
-    logger `jaxadv.evaluate.check`).
+    logger `jaxadv.evaluate`).
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
@@ -181,7 +181,7 @@ def check(
     _log.info("outputs and clean accuracy")
     _look_at_outputs(apply_fn, params, x[:batch_size], y[:batch_size], figures, flag)
 
-    right = clean(apply_fn, params, x, y, batch_size=batch_size)
+    right = score(apply_fn, params, x, y, batch_size=batch_size).clean
     figures["clean"] = accuracy(right)
     if not right.any():
         flag(
@@ -198,13 +198,14 @@ def check(
         eps: Eps = eps,
         *,
         bounds: Bounds | None = box,
-        of: tuple[ApplyFn, Params] = (apply_fn, params),
+        source: tuple[ApplyFn, Params] | None = None,
     ) -> tuple[NDArray[np.bool_], NDArray[Any]]:
         _log.info("%s on %d examples", name, len(y))
-        r = perturbations(
-            *of, x, y, attacks[name], eps=eps, key=keys, bounds=bounds, batch_size=batch_size
-        )
-        return right & clean(apply_fn, params, x + r, y, batch_size=batch_size), r
+        found = attack_and_score(
+            apply_fn, params, x, y, attacks[name],
+            eps=eps, key=keys, bounds=bounds, source=source, batch_size=batch_size,
+        )  # fmt: skip
+        return found.outcome.robust, found.r
 
     one_step, _ = standing("one step")
     iterated, r = standing("pgd")
@@ -230,7 +231,7 @@ def check(
         square, _ = standing("square")
         _compare("black box", "Square", gradient, square, figures, flag)
     if source is not None:
-        transferred, _ = standing("pgd", of=source)
+        transferred, _ = standing("pgd", source=source)
         _compare("transfer", "a transferred attack", gradient, transferred, figures, flag)
 
     apart = _nearest_other(apply_fn, params, x, norm, batch_size)
@@ -252,8 +253,12 @@ def check(
     medians, minimal = {}, gradient
     for name in ("fmn", "fab"):
         _log.info("%s on %d examples", name, len(y))
-        batch = partial(_minimal_sizes, apply_fn, attacks[name], norm, params, box)
-        sizes = np.asarray(host.over_batches(batch, (x, y), batch_size))
+        measured = attack_and_score(
+            apply_fn, params, x, y, attacks[name], eps=None, bounds=box, batch_size=batch_size
+        ).outcome.norm
+        # What the attack has found counts, not what scoring says of it: a net that computes in
+        # bfloat16 may round there to the other side of the boundary that r ends on.
+        sizes = np.where(measured > 0, measured, np.inf)
         medians[name] = figures[f"{name}, median size"] = float(np.median(sizes[right]))
         minimal = minimal & (sizes > np.asarray(eps))
     figures["pgd, fmn and fab"] = accuracy(minimal)
@@ -427,20 +432,3 @@ def _nearest_other(
 def _answers(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:
     logits = inputs.apply(apply_fn, params, x)
     return jnp.where(inputs.finite(x, logits), jnp.argmax(logits, axis=1), -1)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _minimal_sizes(
-    apply_fn: ApplyFn,
-    method: Callable[..., jax.Array],
-    norm: Norm,
-    params: Params,
-    bounds: Bounds | None,
-    x: jax.Array,
-    y: jax.Array,
-) -> jax.Array:
-    """Return the size of each right example's minimal perturbation; inf where none was found."""
-    size = norms.norm(method(apply_fn, params, x, y, bounds=bounds), norm)
-    # As the attack has seen it: a net that computes in bfloat16 may round in this program to the
-    # other side of the boundary that r ends on.
-    return jnp.where(size > 0, size, jnp.inf)

@@ -1,0 +1,241 @@
+"""Which examples are classified correctly, as they are and as perturbed, and what share that is."""
+
+from __future__ import annotations
+
+from functools import partial
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxadv import closures, host, inputs, meshes, norms
+from jaxadv.types import ApplyFn, Norm, Params
+
+__all__ = ["Outcome", "accuracy", "interval", "measure", "score"]
+
+
+class Outcome(NamedTuple):
+    """What became of each example under a perturbation; every leaf is `[n]`.
+
+    Attributes:
+      clean: classified correctly as it is.
+      robust: classified correctly as it is and as perturbed.
+      norm: the measured size of its perturbation; where x is narrower than float32, the larger of
+        r's size and the size of (x + r) - x, which rounding may increase.
+      zero: its perturbation is exactly 0.
+      nonfinite: its perturbation, its input, or its logits before or after are not finite (a
+        logit of -inf is a mask).
+      invalid: its label is outside 0..K-1.
+    """
+
+    clean: Any
+    robust: Any
+    norm: Any
+    zero: Any
+    nonfinite: Any
+    invalid: Any
+
+
+@meshes.auto_axes(meshes.of_rows)
+def measure(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    r: jax.Array | None = None,
+    *,
+    norm: Norm = "l2",
+) -> Outcome:
+    """Measure a batch of perturbations; pure, for use under `jax.jit`.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[B, ...]`, floating point.
+      y: integer labels, `[B]`.
+      r: perturbations, of x's shape and dtype; None for none.
+      norm: the norm to measure them in.
+
+    Returns:
+      `Outcome`, each leaf `[B]`. Correct means: y has the largest logit (the lowest index on ties),
+      the row is finite, and y is a class that isn't masked.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
+      ValueError: if shapes are not `[B, ...]`, `[B]`, `[B, K]` with K >= 2, and r like x; if the
+        norm is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import evaluate
+      >>> x, y, r = jnp.array([[2.0, 1.0]]), jnp.array([0]), jnp.array([[-3.0, 4.0]])
+      >>> outcome = evaluate.measure(lambda params, x: x, None, x, y, r)
+      >>> outcome.clean.tolist(), outcome.robust.tolist(), outcome.norm.tolist()
+      ([True], [False], [5.0])
+    """
+    x = inputs.examples(x)
+    y = inputs.labels(y, x.shape[0])
+    logits = inputs.apply(apply_fn, params, x)
+    if r is None:
+        r, moved, moved_logits = jnp.zeros_like(x), x, logits
+    else:
+        r = jnp.asarray(inputs.perturbation(r, x))
+        moved = x + r
+        moved_logits = inputs.apply(apply_fn, params, moved)
+    correct = inputs.is_correct(logits, x, y)
+    finite = inputs.finite(x, logits) & inputs.finite(moved, moved_logits)
+    of_example = tuple(range(1, r.ndim))
+    return Outcome(
+        clean=correct,
+        robust=correct & inputs.is_correct(moved_logits, moved, y),
+        norm=_realised(x, r, norm),
+        zero=jnp.all(r == 0, axis=of_example),
+        nonfinite=~(finite & jnp.all(jnp.isfinite(r), axis=of_example)),
+        invalid=(y < 0) | (y >= logits.shape[1]),
+    )
+
+
+def _realised(x: jax.Array, r: jax.Array, norm: Norm) -> jax.Array:
+    """Return the sizes of r, or of the change that x + r really is in a narrow dtype."""
+    size = norms.norm(r, norm)
+    wide = inputs.accum_dtype(x.dtype)
+    if x.dtype == wide:
+        return size
+    kind = jnp.finfo(x.dtype)
+    start = x.astype(wide)
+    # reduce_precision, since a compiler may drop a cast down and up again.
+    end = jax.lax.reduce_precision(start + r.astype(wide), kind.nexp, kind.nmant)
+    return jnp.maximum(size, norms.norm(end - start, norm))
+
+
+_measure = jax.jit(measure, static_argnames=("apply_fn", "norm"))
+
+
+@meshes.auto_axes()
+def score(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    r: Any = None,
+    *,
+    norm: Norm = "l2",
+    batch_size: int = 500,
+) -> Outcome:
+    """Measure the perturbations of a data set, in batches on the host; without r, its examples.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, on the host or the device.
+      y: integer labels, `[n]`.
+      r: perturbations, of x's shape and dtype; None for none.
+      norm: the norm to measure them in.
+      batch_size: number of examples per batch.
+
+    Returns:
+      `Outcome` of NumPy arrays, each `[n]`, as `measure` defines them.
+
+    Raises:
+      TypeError: as `measure`; and under a trace.
+      ValueError: as `measure`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import evaluate
+      >>> x, y = jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
+      >>> evaluate.score(lambda params, x: x, None, x, y).clean.tolist()
+      [True, True]
+      >>> r = jnp.array([[-1.0, 1.0], [1.0, -1.0]])
+      >>> evaluate.score(lambda params, x: x, None, x, y, r).robust.tolist()
+      [True, False]
+    """
+    x, y = host.arrays("evaluate.score", x, y, (params, r))
+    apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
+    r = None if r is None else inputs.perturbation(r, x)
+    batch = partial(_measure, apply_fn, params, norm=norm)
+    return host.over_batches(batch, (x, y, r), batch_size)
+
+
+def accuracy(mask: Any) -> float:
+    """Return the share of True in a mask `[n]`, as a Python float.
+
+    Args:
+      mask: booleans, `[n]`, n of at least 1.
+
+    Returns:
+      A number in [0, 1].
+
+    Raises:
+      TypeError: if the mask isn't one of booleans.
+      ValueError: if it is empty or not one-dimensional.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxadv import evaluate
+      >>> evaluate.accuracy(np.array([True, False, True, True]))
+      0.75
+    """
+    mask = _booleans(mask)
+    return float(np.count_nonzero(mask) / mask.size)
+
+
+def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
+    r"""The confidence interval of an accuracy, for the draw of the examples (Wilson, 1927).
+
+    .. math:: \frac{\hat p + \frac{z^2}{2n} \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} +
+              \frac{z^2}{4n^2}}}{1 + \frac{z^2}{n}}
+
+    Args:
+      mask: booleans, `[n]`, n of at least 1.
+      confidence: how often such an interval contains the accuracy on all possible examples.
+
+    Returns:
+      Its two ends.
+
+    Raises:
+      TypeError: if the mask isn't one of booleans.
+      ValueError: if it is empty or not one-dimensional, or `confidence` not in (0, 1).
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxadv import evaluate
+      >>> [round(end, 3) for end in evaluate.interval(np.arange(1000) < 800)]
+      [0.774, 0.824]
+    """
+    mask = _booleans(mask)
+    if not 0 < confidence < 1:
+        raise ValueError(f"expected 0 < confidence < 1, got {confidence}; 0.95 is usual")
+    n, successes = mask.size, np.count_nonzero(mask)
+    p = successes / n
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # Of none, and of all, the end is exact; rounding would leave it a little off.
+    low = 0.0 if successes == 0 else float(centre - half)
+    high = 1.0 if successes == n else float(centre + half)
+    return low, high
+
+
+def _booleans(mask: Any) -> NDArray[np.bool_]:
+    """Check a mask `[n]` of at least one example.
+
+    Raises:
+      TypeError: if it isn't one of booleans.
+      ValueError: if it is empty or not one-dimensional.
+    """
+    mask = np.asarray(mask)
+    if mask.ndim != 1 or mask.size == 0:
+        raise ValueError(
+            f"expected a mask [n] of at least one example, got shape {mask.shape}; "
+            "pass the mask of one evaluation, e.g. outcome.robust"
+        )
+    if mask.dtype != bool:
+        raise TypeError(
+            f"expected a mask of booleans, got {mask.dtype}; pass that of one evaluation, e.g. "
+            "outcome.robust, or compare first: predictions == labels"
+        )
+    return mask

@@ -1,0 +1,478 @@
+"""`evaluate.attack_and_score`: one attack, several in turn, and AutoAttack."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxadv import attack, evaluate, perturb
+from jaxadv.evaluate import _ensemble
+
+N, D = 11, 3
+KEY = jax.random.key(5)
+
+
+def net(params, x):
+    """Logits are the inputs themselves."""
+    return params * x
+
+
+def push(direction, size):
+    """An attack that moves every example along an axis, ignoring its budget."""
+
+    def method(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.broadcast_to(size * jnp.eye(D, dtype=x.dtype)[direction], x.shape)
+
+    return method
+
+
+def problem():
+    """Example i is class 0 by 0.5 i; number 3 is misclassified, number 4 isn't finite."""
+    x = np.zeros((N, D), np.float32)
+    x[:, 0] = 0.5 * np.arange(N) + 0.25
+    x[3] = 0, 9, 0
+    x[4] = np.nan
+    return x, np.zeros(N, np.int64)
+
+
+ATTACKS = {"weak": push(1, 1.0), "sideways": push(2, 2.0), "strong": push(1, 3.0)}
+
+
+def run(**kwargs):
+    return evaluate.attack_and_score(net, 1.0, *problem(), ATTACKS, eps=3.0, **kwargs)
+
+
+# Several attacks
+
+
+def test_each_attack_is_run_on_what_those_before_have_left():
+    stages = run().stages
+    assert list(stages) == list(ATTACKS)
+    wrong = {name: np.flatnonzero(stage.fooled).tolist() for name, stage in stages.items()}
+    assert wrong == {"weak": [0, 1], "sideways": [2], "strong": [5]}
+    tried = {name: np.flatnonzero(stage.tried).tolist() for name, stage in stages.items()}
+    assert tried == {
+        "weak": [0, 1, 2, 5, 6, 7, 8, 9, 10],
+        "sideways": [2, 5, 6, 7, 8, 9, 10],
+        "strong": [5, 6, 7, 8, 9, 10],
+    }
+    assert all(stage.seconds > 0 for stage in stages.values())
+
+
+def test_the_perturbation_that_misled_the_net_is_kept_and_others_are_0():
+    result = run()
+    want = np.zeros((N, D))
+    want[[0, 1], 1], want[2, 2], want[5, 1] = 1, 2, 3
+    np.testing.assert_array_equal(result.r, want)
+    assert np.flatnonzero(result.outcome.robust).tolist() == [6, 7, 8, 9, 10]
+    assert np.flatnonzero(~result.outcome.clean).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 8, 500])
+def test_the_batch_size_changes_nothing(batch_size):
+    chex.assert_trees_all_equal(run()[:2], run(batch_size=batch_size)[:2])
+
+
+def test_nothing_is_attacked_where_nothing_is_right():
+    x, y = problem()
+    result = evaluate.attack_and_score(net, 1.0, x[3:5], y[3:5], ATTACKS, eps=1.0)
+    assert not any(stage.tried.any() for stage in result.stages.values())
+    np.testing.assert_array_equal(result.r, 0)
+
+
+def test_what_an_attack_refuses_is_said_before_any_runs():
+    x, y = problem()
+    ran = []
+
+    def first(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        jax.debug.callback(lambda: ran.append(1))
+        return x * jnp.inf  # leaves nothing to the next
+
+    attacks = {"first": first, "square": functools.partial(attack.square, steps=0)}
+    with pytest.raises(ValueError, match="expected steps >= 1, got 0"):
+        evaluate.attack_and_score(net, 1.0, x, y, attacks, eps=1.0, key=KEY)
+    with pytest.raises(ValueError, match="expected a key"):
+        evaluate.attack_and_score(net, 1.0, x, y, {**attacks, "square": attack.apgd}, eps=1.0)
+    jax.effects_barrier()
+    assert not ran
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+def test_of_no_examples_there_is_nothing_to_attack(norm):
+    def of_pixels(w, x):
+        return x.reshape(x.shape[0], 16) @ w
+
+    x, y = np.zeros((0, 4, 4, 1), np.float32), np.zeros(0, int)
+    result = evaluate.attack_and_score(
+        of_pixels, np.ones((16, 3), np.float32), x, y, eps=1.0, norm=norm, key=KEY
+    )
+    assert result.r.shape == x.shape
+    assert result.outcome.robust.shape == (0,)
+    assert list(result.stages) == list(evaluate.autoattack(norm))
+
+
+@given(st.integers(0, 3000), st.integers(1, 600))
+def test_batches_hold_every_index_once_and_cost_least(n, batch_size):
+    rows = 7 * np.arange(n)
+    sizes = [max(1, batch_size // part) for part in (1, 8, 64)]
+    overhead = batch_size // 80
+    batches = _ensemble._batches(rows, sizes, overhead)
+    np.testing.assert_array_equal(np.concatenate([rows[:0], *(part for part, _ in batches)]), rows)
+    assert all(0 < len(part) <= size for part, size in batches)
+    assert {size for _, size in batches} <= set(sizes)
+    # Copies that fill them up are an eighth of a batch at most.
+    assert sum(size for _, size in batches) - n <= batch_size // 8
+    cost = sum(size + overhead for _, size in batches)
+    for only in sizes:
+        assert cost <= -(-n // only) * (only + overhead)
+
+
+def test_a_few_that_are_left_cost_a_few():
+    for n, expected in [(14, [7, 7]), (71, [62, 7, 7]), (40, [62]), (450, [500])]:
+        batches = _ensemble._batches(np.arange(n), (500, 62, 7), 6)
+        assert [size for _, size in batches] == expected
+
+
+def test_an_attack_is_compiled_for_three_shapes_at_the_most():
+    traced = []
+
+    def counting(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        traced.append(x.shape)
+        return jnp.zeros_like(x)
+
+    x, y = np.tile([[5.0, 0.0, 0.0]], (45, 1)).astype(np.float32), np.zeros(45, int)
+    for n in (45, 44, 41, 17, 3):
+        evaluate.attack_and_score(net, 1.0, x[:n], y[:n], {"a": counting}, eps=1.0, batch_size=16)
+    assert set(traced) <= {(16, D), (2, D), (3, D), (1, D)}
+    assert len(traced) == len(set(traced))
+
+
+def test_sizes_and_keys_belong_to_the_examples_and_each_attack_has_keys_of_its_own():
+    seen = {}
+
+    def spy(name):
+        def method(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+            jax.debug.callback(
+                lambda *values: seen.setdefault(name, []).append(values), x[:, 0], eps,
+                jax.random.key_data(key),
+            )  # fmt: skip
+            return jnp.zeros_like(x)
+
+        return method
+
+    x = np.zeros((5, D), np.float32)
+    x[:, 0] = np.arange(1, 6)
+    attacks = {name: spy(name) for name in ("first", "second")}
+    eps = np.array([0.1, 0.2, 0.3, 0.4, 0.5], np.float32)
+    evaluate.attack_and_score(
+        net, 1.0, x, np.zeros(5, int), attacks, eps=eps, key=KEY, batch_size=2
+    )
+    jax.effects_barrier()
+    keys = {}
+    for name, calls in seen.items():
+        for values in calls:
+            for place, size, key in zip(*map(np.asarray, values), strict=True):
+                assert size == np.float32(place / 10)
+                keys.setdefault((name, int(place)), set()).add(tuple(key.tolist()))
+    assert len(keys) == 10
+    assert all(len(of_example) == 1 for of_example in keys.values())
+    assert len(set.union(*keys.values())) == 10
+
+
+def test_no_attacks_and_no_key_raise():
+    x, y = problem()
+    with pytest.raises(ValueError, match=r"at least one attack, got none; pass None for AutoAtt"):
+        evaluate.attack_and_score(net, 1.0, x, y, {}, eps=1.0)
+    with pytest.raises(ValueError, match="expected a key"):
+        evaluate.attack_and_score(net, 1.0, x, y, eps=1.0, norm="l1")
+
+
+# AutoAttack
+
+
+def test_autoattack_has_the_published_attacks_and_budgets():
+    for norm in ("l2", "linf"):
+        attacks = evaluate.autoattack(norm)
+        assert list(attacks) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+        assert all(method.keywords["norm"] == norm for method in attacks.values())
+        assert attacks["apgd-t"].keywords["n_targets"] == 9
+        assert attacks["fab-t"].keywords["n_targets"] == 9
+        assert evaluate.autoattack(norm) is evaluate.autoattack(norm=norm) is attacks
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            attacks["apgd-ce"] = attack.pgd
+    assert evaluate.autoattack() is evaluate.autoattack("l2")
+    sparse = evaluate.autoattack("l1")
+    assert list(sparse) == ["apgd-ce", "apgd-t", "fab-t"]
+    assert sparse["apgd-ce"].keywords["restarts"] == 5
+    assert sparse["apgd-t"].keywords["n_targets"] == 5
+    assert sparse["fab-t"].keywords["n_targets"] == 9  # the authors' code lowers APGD's alone
+    with pytest.raises(ValueError, match="expected norm to be one of"):
+        evaluate.autoattack("l3")
+
+
+def linear(w, x):
+    return x.reshape(len(x), -1) @ w
+
+
+def separated(norm, n=8):
+    """Images whose margin is 10% below and above what size 1 can cross, by turns."""
+    rng = np.random.default_rng(3)
+    w = rng.normal(size=(16, 4)).astype(np.float32)
+    x = rng.uniform(0.3, 0.7, size=(n, 4, 4, 1)).astype(np.float32)
+    y = (x.reshape(n, -1) @ w).argmax(axis=1)
+    z = x.reshape(n, -1) @ w
+    others = [[k for k in range(4) if k != label] for label in y]
+    order = {"l1": np.inf, "l2": 2, "linf": 1}[norm]
+    distances = [
+        min((z[i, y[i]] - z[i, k]) / np.linalg.norm(w[:, y[i]] - w[:, k], order) for k in others[i])
+        for i in range(n)
+    ]
+    return w, x, y, np.array(distances)
+
+
+@pytest.mark.parametrize(
+    "norm", ["l2", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("l1", "linf"))]
+)
+def test_on_a_linear_net_the_ensemble_breaks_what_can_be_broken_and_nothing_else(norm):
+    w, x, y, distances = separated(norm)
+    # Square does least steps worth its name on images of this size; it must break nothing more.
+    eps = (distances * np.where(np.arange(len(y)) % 2, 1.02, 0.98)).astype(np.float32)
+    attacks = dict(evaluate.autoattack(norm))
+    attacks.pop("square", None)
+    r = evaluate.attack_and_score(linear, w, x, y, attacks, eps=eps, key=KEY).r
+    assert (np.abs(r).reshape(len(y), -1).max(axis=1) > 0).tolist() == [False, True] * (len(y) // 2)
+    size = np.linalg.norm(r.reshape(len(y), -1), {"l1": 1, "l2": 2, "linf": np.inf}[norm], axis=1)
+    assert (size <= eps * (1 + 1e-6)).all()
+
+
+def test_autoattack_in_l2_is_what_is_run_unless_others_are_given():
+    w, x, y, distances = separated("l2", n=3)
+    of = {"eps": float(distances.max() * 1.1), "key": KEY, "bounds": (-5.0, 5.0)}
+    result = evaluate.attack_and_score(linear, w, x, y, **of)
+    assert list(result.stages) == list(evaluate.autoattack("l2"))
+    named = evaluate.attack_and_score(linear, w, x, y, evaluate.autoattack("l2"), **of)
+    chex.assert_trees_all_equal(result[:2], named[:2])
+    assert not result.outcome.robust.any()
+
+
+def test_autoattack_takes_the_norm_that_is_given():
+    w, x, y, _ = separated("l1", n=3)
+    of = {"eps": 3.0, "norm": "l1", "key": KEY}
+    result = evaluate.attack_and_score(linear, w, x, y, **of)
+    named = evaluate.attack_and_score(linear, w, x, y, evaluate.autoattack("l1"), **of)
+    chex.assert_trees_all_equal(result[:2], named[:2])
+    assert result.r.any()
+
+
+# The score
+
+
+def test_the_stored_points_are_measured():
+    x, y = problem()
+    result = evaluate.attack_and_score(net, 1.0, x, y, ATTACKS, eps=3.0, norm="l1", batch_size=4)
+    want = evaluate.measure(net, 1.0, x, y, run().r, norm="l1")
+    for got, expected in zip(result.outcome, want, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert evaluate.accuracy(result.outcome.robust) == 5 / N
+    np.testing.assert_array_equal(result.r, run().r)
+
+
+def test_an_attack_that_misleads_nobody_gains_nothing():
+    x, y = problem()
+    result = evaluate.attack_and_score(net, 1.0, x, y, {"none": push(0, 0.0)}, eps=1.0)
+    np.testing.assert_array_equal(result.outcome.robust, result.outcome.clean)
+
+
+@pytest.mark.parametrize("attacks", [[attack.pgd], (attack.pgd, perturb.loss), "pgd"])
+def test_several_attacks_without_names_are_refused(attacks):
+    x, y = problem()
+    with pytest.raises(TypeError, match=r"an attack or several by name, got \w+; pass e\.g\."):
+        evaluate.attack_and_score(net, 1.0, x, y, attacks, eps=2.0)
+
+
+def test_an_attack_that_is_no_function_is_named():
+    x, y = problem()
+    attacks = {"loss": perturb.loss, "pgd": "pgd"}
+    with pytest.raises(TypeError, match=r"expected attack 'pgd' to be a function, got str"):
+        evaluate.attack_and_score(net, 1.0, x, y, attacks, eps=2.0)
+
+
+# One attack
+
+
+def test_one_attack_is_run_on_every_example_and_all_it_makes_is_kept():
+    x, y = problem()
+    result = evaluate.attack_and_score(net, 1.0, x, y, push(1, 1.0), eps=1.0, batch_size=4)
+    np.testing.assert_array_equal(result.r, np.tile([0.0, 1.0, 0.0], (N, 1)))
+    assert result.stages == {}
+    assert np.flatnonzero(result.outcome.robust).tolist() == [2, 5, 6, 7, 8, 9, 10]
+    assert np.flatnonzero(result.outcome.nonfinite).tolist() == [4]
+    one = evaluate.attack_and_score(net, 1.0, x, y, push(1, 0.0), eps=1.0)
+    assert one.outcome.zero.all()
+
+
+# name: a method and a key of the whole data set
+METHODS = {
+    "virtual, one key": (perturb.vat, jax.random.key(3)),
+    "virtual, raw key": (perturb.vat, jax.random.PRNGKey(3)),
+    "virtual, keys": (perturb.vat, jax.random.split(jax.random.key(3), 11)),
+    "pgd": (functools.partial(attack.pgd, steps=3, random_start=True), jax.random.key(3)),
+}
+
+
+def draw(n, seed=0):
+    """Weights of a linear net, and n examples of which it gets most right."""
+    rng = np.random.default_rng(seed)
+    w = rng.normal(size=(5, 3)).astype(np.float32)
+    x = rng.normal(size=(n, 5)).astype(np.float32)
+    y = np.argmax(x @ w, axis=1)
+    y[::5] = (y[::5] + 1) % 3
+    return w, x, y
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_batch_size_changes_no_random_perturbation(name):
+    method, key = METHODS[name]
+    w, x, y = draw(11)
+    of = {"eps": np.linspace(0.1, 1.5, 11).astype(np.float32), "key": key}
+    whole, r, again = (
+        evaluate.attack_and_score(linear, w, x, y, method, **of, batch_size=batch_size).r
+        for batch_size in (11, 4, 4)
+    )
+    np.testing.assert_allclose(r, whole, atol=1e-5)
+    np.testing.assert_array_equal(again, r)  # same key, same bits
+
+
+def test_noise_belongs_to_the_example_and_not_to_its_place():
+    w, x, y = draw(6)
+    keys, back = jax.random.split(jax.random.key(3), 6), np.arange(6)[::-1]
+    forth, turned = (
+        evaluate.attack_and_score(
+            linear, w, x[order], y[order], perturb.vat, eps=1.0, key=keys[order]
+        ).r
+        for order in (np.arange(6), back)
+    )
+    np.testing.assert_allclose(turned[back], forth, atol=1e-5)
+
+
+def test_sizes_are_per_example():
+    w, x, y = draw(7)
+    eps = np.arange(7, dtype=np.float32)
+    result = evaluate.attack_and_score(linear, w, x, y, perturb.loss, eps=eps, batch_size=3)
+    np.testing.assert_allclose(result.outcome.norm, eps, rtol=1e-6)
+    np.testing.assert_array_equal(result.outcome.zero, eps == 0)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("method", [attack.fmn, perturb.alpha])
+def test_without_a_size_a_minimal_attack_finds_the_least_perturbation(method, several):
+    w, x, y = draw(7)
+    attacks = {"it": method} if several else method
+    result = evaluate.attack_and_score(linear, w, x, y, attacks, eps=None, batch_size=3)
+    want = method(linear, w, x, y)
+    assert np.linalg.norm(want, axis=1).max() > 0.5
+    fooled = result.outcome.clean & ~result.outcome.robust if several else np.ones(7, bool)
+    assert fooled.any()
+    np.testing.assert_allclose(result.r, np.where(fooled[:, None], want, 0), atol=1e-5)
+
+
+def test_an_attack_that_needs_a_size_says_so():
+    for attacks in (perturb.loss, {"loss": perturb.loss}):
+        with pytest.raises(TypeError, match="expected eps to be a number or an array, got None"):
+            evaluate.attack_and_score(linear, *draw(7), attacks, eps=None)
+
+
+@pytest.mark.parametrize("lo", [-0.5, np.linspace(-0.5, -0.1, 5).astype(np.float32)])
+def test_bounds_are_handed_on(lo):
+    w, x, y = draw(7)
+    x = np.clip(x, lo, 0.5)
+    outcome, r, _ = evaluate.attack_and_score(
+        linear, w, x, y, perturb.loss, eps=2.0, bounds=(lo, 0.5), batch_size=3
+    )
+    assert np.all(x + r >= lo)
+    assert np.all(x + r <= 0.5)
+    np.testing.assert_allclose(outcome.norm, np.linalg.norm(r, axis=1), rtol=1e-6)
+    assert np.all(outcome.norm < 2)  # the box did bind
+
+
+def test_a_data_set_of_images_keeps_its_shape():
+    w, x, y = draw(7)
+    images = x.reshape(7, 1, 5, 1)
+    r, want = (
+        evaluate.attack_and_score(linear, w, v, y, perturb.loss, eps=0.5, batch_size=3).r
+        for v in (images, x)
+    )
+    assert r.shape == images.shape
+    np.testing.assert_allclose(r.reshape(7, 5), want, atol=1e-5)
+
+
+# Transfer
+
+
+def turned(params, x):
+    """Class 2 is where `net` has class 1."""
+    return params * x[:, jnp.array([0, 2, 1])]
+
+
+def toward_1(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+    return eps[:, None] * jax.grad(lambda x: jnp.sum(apply_fn(params, x)[:, 1]) / params)(x)
+
+
+def test_perturbations_made_on_another_net_are_scored_on_this_one():
+    x = np.array([[3.0, 0.0, 0.0], [1.0, 0.0, 0.0]], np.float32)
+    y = np.zeros(2, int)
+    own = evaluate.attack_and_score(net, 1.0, x, y, toward_1, eps=2.0)
+    of = {"eps": 2.0, "source": (turned, 2.0)}
+    other = evaluate.attack_and_score(net, 1.0, x, y, toward_1, **of)
+    assert own.outcome.robust.tolist() == other.outcome.robust.tolist() == [True, False]
+    np.testing.assert_array_equal(other.r, [[0, 0, 2], [0, 0, 2]])
+    np.testing.assert_array_equal(own.r, [[0, 2, 0], [0, 2, 0]])
+    blind = evaluate.attack_and_score(lambda p, x: x[:, :2] * p, 1.0, x, y, toward_1, **of)
+    assert blind.outcome.robust.all()  # this net doesn't see class 2
+
+
+def test_several_attacks_on_another_net_run_on_what_this_one_still_gets_right():
+    x = np.array([[3.0, 0.0, 0.0], [1.0, 0.0, 0.0]], np.float32)
+    attacks = {"first": toward_1, "again": toward_1}
+    result = evaluate.attack_and_score(
+        net, 1.0, x, np.zeros(2, int), attacks, eps=2.0, source=(turned, 2.0)
+    )
+    np.testing.assert_array_equal(result.r, [[0, 0, 0], [0, 0, 2]])
+    assert result.stages["again"].tried.tolist() == result.outcome.robust.tolist() == [True, False]
+
+
+def test_a_white_box_attack_and_a_transferred_one_combine_to_their_worst_case():
+    w, x, y = draw(30)
+    v = w + 0.5 * np.random.default_rng(9).normal(size=w.shape).astype(np.float32)
+    transferred, white_box = (
+        evaluate.attack_and_score(linear, v, x, y, perturb.loss, eps=1.0, source=source).outcome
+        for source in ((linear, w), None)
+    )
+    r = evaluate.attack_and_score(linear, w, x, y, perturb.loss, eps=1.0).r
+    right = np.argmax(x @ v, axis=1) == y
+    np.testing.assert_array_equal(transferred.robust, right & (np.argmax((x + r) @ v, 1) == y))
+    both = evaluate.accuracy(white_box.robust & transferred.robust)
+    assert both <= evaluate.accuracy(white_box.robust) < evaluate.accuracy(white_box.clean)
+
+
+# Compilation
+
+
+@pytest.mark.parametrize("name", ["loss", "pgd"])
+def test_an_attack_is_traced_once_for_sizes_of_every_kind(name):
+    w, x, y = draw(11)
+    method = {"loss": perturb.loss, "pgd": functools.partial(attack.pgd, steps=3)}[name]
+    traces = []
+
+    def counted(*args, **kwargs):
+        traces.append(None)
+        return method(*args, **kwargs)
+
+    for eps in (0.1, 2, np.float32(1), jnp.float32(2), np.full(11, 0.5)):
+        evaluate.attack_and_score(linear, w, x, y, counted, eps=eps, batch_size=4)
+    assert len(traces) == 1
