@@ -34,7 +34,7 @@ from jaxadv import (
     types,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "attack",
