@@ -111,7 +111,7 @@ def alpha(
     for name, value in (("candidates", candidates), ("chunk", chunk)):
         if value is not None:
             inputs.at_least(1, name, value, "None is for all classes")
-    problem = Problem.of(apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds)
+    problem = Problem.of(apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True)
     x, y = problem.x, problem.y
     logits, rows_of = jacobian.class_pullback(apply_fn, params, x, y)
     problem = problem.with_logits(logits)

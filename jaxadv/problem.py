@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,7 @@ class Problem:
         eps: Eps | None,
         bounds: Bounds | None,
         loss_fn: LossFn = losses.logit_margin,
+        minimal: bool = False,
         any_labels: bool = False,
         targeted: bool = False,
         samples: int = 0,
@@ -113,9 +114,10 @@ class Problem:
           x: `[B, ...]`, floating point.
           y: integer labels, `[B]`; None for a method that uses none.
           norm: `"l1"`, `"l2"` or `"linf"`.
-          eps: the radius, a scalar or `[B]`, or None.
+          eps: the radius, a scalar or `[B]`.
           bounds: `(lo, hi)`, or None.
           loss_fn: the loss to be raised.
+          minimal: the least perturbation is sought: eps may be None.
           any_labels: y may be whatever `loss_fn` takes, soft labels for instance.
           targeted: y are the classes to reach.
           samples: how many draws of a random net are averaged.
@@ -124,7 +126,8 @@ class Problem:
             nothing does.
 
         Raises:
-          TypeError: if `x` isn't floating point, `y` not integers, or `key` isn't a key.
+          TypeError: if `x` isn't floating point, `y` not integers, `eps` not a number, or `key`
+            isn't a key.
           ValueError: if shapes don't match, the norm is unknown, a Python `eps` is negative,
             `samples` < 0, `bounds` isn't a pair, or a key is missing.
         """
@@ -133,8 +136,8 @@ class Problem:
         x = inputs.examples(x)
         if y is not None:
             y = inputs.paired(x, y) if any_labels else inputs.labels(y, x.shape[0])
-        if eps is not None:
-            eps = inputs.radius(eps, x)
+        if not minimal or eps is not None:
+            eps = inputs.radius(cast(Eps, eps), x)
         if bounds is not None:
             inputs.box(bounds, x)  # now, while they are numbers
         drawn_by = "the net" if samples else drawn_by
@@ -408,7 +411,7 @@ def beyond_rounding(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Ar
       >>> import jax.numpy as jnp
       >>> from jaxadv.problem import Problem, beyond_rounding
       >>> x, y = jnp.array([[1.0, 0.0]]), jnp.array([0])
-      >>> problem = Problem.of(lambda _, x: x, None, x, y, norm="l2", eps=None, bounds=None)
+      >>> problem = Problem.of(lambda _, x: x, None, x, y, norm="l2", eps=1.0, bounds=None)
       >>> clear = beyond_rounding(problem.start())
       >>> clear(jnp.array([True]), jnp.array([1e-6])).tolist()
       [False]

@@ -20,7 +20,7 @@ def length(norm, r):
 
 def problem(x, norm="l2", eps=None):
     y = np.zeros(len(x), int)
-    return Problem.of(lambda _, x: x, None, x, y, norm=norm, eps=eps, bounds=None)
+    return Problem.of(lambda _, x: x, None, x, y, norm=norm, eps=eps, bounds=None, minimal=True)
 
 
 def test_success_comes_before_loss_in_the_best():

@@ -44,10 +44,8 @@ def main():
         return jnp.tanh(x @ params["hidden"]) @ params["out"]
 
     hidden, out, images = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "hidden": jax.random.normal(hidden, (20, 30)),
-        "out": jax.random.normal(out, (30, 5)),
-    }
+    hidden, out = jax.random.normal(hidden, (20, 30)), jax.random.normal(out, (30, 5))
+    params = {"hidden": hidden, "out": out}
     x = jax.random.normal(images, (400, 20))
     y = apply_fn(params, x).argmax(axis=1)
     one_step = partial(jaxadv.perturb.loss, norm="linf")

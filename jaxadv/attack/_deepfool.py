@@ -103,7 +103,7 @@ def deepfool(
             f"expected output to be one of {', '.join(map(repr, _OUTPUTS))}, got {output!r}; "
             "choose what to linearise"
         )
-    problem = Problem.of(apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds)
+    problem = Problem.of(apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True)
     overshoot = max(overshoot, _OVERSHOOT)
     return Found(problem, *_run(problem.keyed(), overshoot, steps=steps, output=output))
 

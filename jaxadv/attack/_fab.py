@@ -124,8 +124,9 @@ def fab(
             )
     drawn_by = "a restart" if restarts > 1 else None
     problem = Problem.of(
-        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, key=key, drawn_by=drawn_by
-    )
+        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True, key=key,
+        drawn_by=drawn_by,
+    )  # fmt: skip
     counts, constants = (steps, n_targets, restarts), (alpha_max, eta, beta)
     return Found(problem, *_run(problem.keyed(), counts, constants))
 

@@ -107,7 +107,7 @@ def fmn(
     if not step_size > 0:
         raise ValueError(f"expected step_size > 0, got {step_size}; 1 suits images in [0, 1]")
     problem = Problem.of(
-        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, targeted=targeted
+        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True, targeted=targeted
     )
     return Found(problem, *_run(problem.keyed(), step_size, steps=steps))
 
