@@ -42,9 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments import figures, options, peers, report, timing
 from experiments.benchmarks import attacks, devices, growth, loops, starts, steps
-from experiments.benchmarks.common import PARTS, Figures, Part, Settings, has_peers
+from experiments.benchmarks.common import PARTS, Figures, Part, Settings
+from experiments.compare import libraries
+from experiments.lib import figures, options, records, timing
 
 RUN: Mapping[Part, Callable[[Settings], Figures]] = {
     "steps": steps.run,
@@ -56,7 +57,7 @@ RUN: Mapping[Part, Callable[[Settings], Figures]] = {
 }
 
 
-def as_markdown(rows: Iterable[report.Row]) -> str:
+def as_markdown(rows: Iterable[records.Row]) -> str:
     """Return the figures of each part as a table."""
     lines = ["# Benchmark", ""]
     for row in rows:
@@ -91,21 +92,21 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[records.Row]:
     """Measure the parts that are asked for; return the rows of these and of earlier runs."""
     results = settings.out / "results.json"
     settings.out.mkdir(parents=True, exist_ok=True)
-    rows = report.load_rows(results, ("part", "figures", "machine", "settings"))
+    rows = records.load(results, ("part", "figures", "machine", "settings"))
     for part in settings.parts:
         quiet = timing.Quiet()
         start = time.perf_counter()
-        row: report.Row = {
+        row: records.Row = {
             "experiment": "benchmark",
             "part": part,
             "figures": RUN[part](settings),
             "machine": quiet.report(),
-            "versions": report.versions() | (peers.versions() if has_peers() else {}),
-            "device": report.device(),
+            "versions": records.versions() | libraries.versions(),
+            "device": records.device(),
             "settings": {
                 key: value
                 for key, value in dataclasses.asdict(settings).items()
@@ -114,7 +115,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         }
         rows = [*(row for row in rows if row["part"] != part), row]
         rows.sort(key=lambda row: PARTS.index(row["part"]))
-        report.save_rows(results, rows)
+        records.save(results, rows)
         (settings.out / "results.md").write_text(as_markdown(rows))
         console.print(f"{part}: {time.perf_counter() - start:.0f} s")
         for reason in row["machine"]["reasons"]:

@@ -26,14 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments import evaluate, options, parallel, report
-from experiments.options import Checked, Count, Distinct, OutputFolder, Several
-from experiments.recipes import NAMES
+from experiments import evaluate
+from experiments.lib import options, parallel, records
+from experiments.lib.options import Checked, Count, Distinct, OutputFolder, Several
+from experiments.lib.recipes import NAMES
+from experiments.lib.records import RESULTS
 from jaxadv.types import Norm
 
 __all__ = ["COLUMNS", "Settings", "figures_of", "run", "tables"]
 
-RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS: tuple[evaluate.AttackName, ...] = ("one-step", "pgd-100x10", "standard")
 
 Record = Literal["mnist_mlp", "mnist_lenet", "cifar10"]
@@ -89,7 +90,7 @@ class Settings(Checked):
             )
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[records.Row]:
     """Attack each net in every way; return the rows of these and of earlier runs.
 
     Raises:
@@ -111,7 +112,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             "there; train them first, or leave them out"
         )
     cifar = settings.record == "cifar10"
-    rows: list[report.Row] = []
+    rows: list[records.Row] = []
     for threat in settings.threats or THREATS[settings.record]:
         norm, eps = SIZES[threat]
         for method in methods:
@@ -134,7 +135,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     return rows
 
 
-def figures_of(rows: Sequence[report.Row], method: str, norm: str, eps: float) -> list[str]:
+def figures_of(rows: Sequence[records.Row], method: str, norm: str, eps: float) -> list[str]:
     """Return a net's figures under PGD and AutoAttack, and how far above one step's is.
 
     Args:
@@ -169,11 +170,11 @@ def figures_of(rows: Sequence[report.Row], method: str, norm: str, eps: float) -
     return [*cells, difference]
 
 
-def tables(rows: Sequence[report.Row]) -> list[str]:
+def tables(rows: Sequence[records.Row]) -> list[str]:
     """Return Markdown: for each record and threat a table, the most robust net first."""
     lines: list[str] = []
 
-    def place(row: report.Row) -> tuple[str, str, float]:
+    def place(row: records.Row) -> tuple[str, str, float]:
         return row["method"].split("/")[0], row["norm"], row["eps"]
 
     for key in dict.fromkeys(map(place, rows)):

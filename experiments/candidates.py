@@ -28,12 +28,12 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import data, evaluate, models, options, report
-from experiments.options import Checked, Count, OutputFolder, Range, Seed, Several, Size
+from experiments import evaluate
+from experiments.lib import data, models, options, records
+from experiments.lib.options import Checked, Count, OutputFolder, Range, Seed, Several, Size
+from experiments.lib.records import RESULTS
 from jaxadv import objectives, perturb, train
 from jaxadv.types import ApplyFn, Params
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def sizes(r: jax.Array) -> NDArray[np.float64]:
     return np.linalg.norm(np.asarray(r, np.float64).reshape(len(r), -1), axis=1)
 
 
-def compare(net: Net, candidates: tuple[int, ...], settings: Settings) -> list[report.Row]:
+def compare(net: Net, candidates: tuple[int, ...], settings: Settings) -> list[records.Row]:
     """Return a row for each number of candidates, beside one for all classes."""
 
     def perturbed(n: int | None, eps: float | None) -> jax.Array:
@@ -138,14 +138,14 @@ def compare(net: Net, candidates: tuple[int, ...], settings: Settings) -> list[r
                 "times longer, 99th percentile": float(np.quantile(longer, 0.99)),
                 f"accuracy at l2 {settings.eps:g}": float(left.mean()),
                 "seed": settings.seed,
-                "versions": report.versions(),
-                "device": report.device(),
+                "versions": records.versions(),
+                "device": records.device(),
             }
         )
     return rows
 
 
-def as_markdown(rows: list[report.Row]) -> str:
+def as_markdown(rows: list[records.Row]) -> str:
     """Return the rows as a table."""
     kept = [key for key in rows[0] if key not in ("experiment", "seed", "versions", "device")]
     lines = ["# Adv_Alpha with the likeliest classes alone", ""]
@@ -157,12 +157,12 @@ def as_markdown(rows: list[report.Row]) -> str:
     return "\n".join([*lines, "", f"Seed {rows[0]['seed']}, {device}, jax {versions['jax']}.", ""])
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[records.Row]:
     """Compare on both nets; return the rows."""
     rows = compare(ten_classes(settings), settings.few, settings)
     rows += compare(thousand_classes(settings), settings.many, settings)
     settings.out.mkdir(parents=True, exist_ok=True)
-    report.save_rows(settings.out / "results.json", rows)
+    records.save(settings.out / "results.json", rows)
     text = as_markdown(rows)
     (settings.out / "results.md").write_text(text)
     console.print(text, markup=False)

@@ -31,17 +31,26 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, figures, options, parallel, protocol, recipes, report
-from experiments.models import Classifier, vgg
-from experiments.options import Count, OutputFolder, Positive, Several, Size, Whole
-from experiments.protocol import Images
-from experiments.recipes import NAMES, Adversarial, Method, PaperMethod
+from experiments.lib import (
+    data,
+    figures,
+    options,
+    parallel,
+    recipes,
+    records,
+    tables,
+    train_and_score,
+)
+from experiments.lib.models import Classifier, vgg
+from experiments.lib.options import Count, OutputFolder, Positive, Several, Size, Whole
+from experiments.lib.recipes import NAMES, Adversarial, Method, PaperMethod
+from experiments.lib.train_and_score import Images
 
 CROP = 28
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(protocol.Settings):
+class Settings(train_and_score.Settings):
     """Train the classifiers of Table 3 on CIFAR-10, attack them, and print the table."""
 
     image_folder: Path | None = None
@@ -154,7 +163,7 @@ def load(settings: Settings) -> tuple[Images, Images, str, tuple[str, ...]]:
     images, labels = cifar.train_images, cifar.train_labels
     train, score = (images, labels), (cifar.test_images, cifar.test_labels)
     if settings.holdout:
-        kept, held = protocol.hold_out(settings, len(labels))
+        kept, held = train_and_score.hold_out(settings, len(labels))
         train, score = (images[kept], labels[kept]), (images[held], labels[held])
     # In random order, since a folder's images come class by class.
     _, order = data.split(len(score[1]), len(score[1]), seed=0)
@@ -167,7 +176,7 @@ def load(settings: Settings) -> tuple[Images, Images, str, tuple[str, ...]]:
     return Images(*map(jnp.asarray, train)), test, source, cifar.classes
 
 
-def make_task(settings: Settings) -> protocol.Task:
+def make_task(settings: Settings) -> train_and_score.Task:
     """Return the data and nets of the table."""
 
     def make_net(method: Method) -> Classifier:
@@ -178,7 +187,7 @@ def make_task(settings: Settings) -> protocol.Task:
         return f"vgg, width {settings.width:g}"
 
     train, test, source, classes = load(settings)
-    return protocol.Task(
+    return train_and_score.Task(
         experiment="cifar10",
         methods=settings.nets(),
         normal=settings.normal,
@@ -195,9 +204,9 @@ def make_task(settings: Settings) -> protocol.Task:
     )
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[records.Row]:
     """Train, attack and score; return the rows of the tables."""
-    rows, _ = protocol.run(settings, make_task(settings), console)
+    rows, _ = train_and_score.run(settings, make_task(settings), console)
     if parallel.first_process():
         figures.draw(settings.out)
     return rows
@@ -224,7 +233,7 @@ def main() -> None:
         )
     settings = tyro.cli(Settings, default=default, description=__doc__)
     console = parallel.start(settings)
-    rows = protocol.record(settings.out, run(settings, console))
+    rows = train_and_score.record(settings.out, run(settings, console))
     which = "images held out of the training set" if settings.holdout else "test images"
     epochs = {row["method"]: row["epochs"] for row in rows}
     notes = [
@@ -234,14 +243,14 @@ def main() -> None:
         )
         + f"; images from {rows[0]['settings']['data']}.",
         f"Fixed is made on a Normal net of seed {settings.fixed_seed}, which itself scores "
-        f"{report.fixed_source(rows)} on it at l2 size {rows[0]['eps']:g}.",
+        f"{tables.fixed_source(rows)} on it at l2 size {rows[0]['eps']:g}.",
         f"PGD: {settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on "
         f"{rows[0]['n_pgd']:,} of the images; not in the paper. Nothing is "
         "clipped to the pixel range.",
-        report.seeds(rows, NAMES),
+        tables.seeds(rows, NAMES),
     ]
     title = f"CIFAR-10, {rows[0]['network']}: accuracy on {rows[0]['n']:,} {which}"
-    report.tables(console, settings.out, title, rows, NAMES, PAPER, notes)
+    tables.show(console, settings.out, title, rows, NAMES, PAPER, notes)
 
 
 if __name__ == "__main__":

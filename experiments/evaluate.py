@@ -9,7 +9,7 @@ shapes), or `module:function` for one's own `(params, x) -> logits`, whose param
 --weights, nested by the parts of their names between "/" (None without).
 
 A file of weights says which classes its net knows, the size of its images, and how pixels become
-its inputs, if `report.save_params` was given them, as train.py and the experiments do. Then images
+its inputs, if `weights.save` was given them, as train.py and the experiments do. Then images
 are scaled as it says, labels are matched to its logits by the names of the classes, and what
 contradicts it is an error. Otherwise the data's classes are taken to be the net's, in their order.
 
@@ -44,8 +44,17 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import data, models, options, parallel, report, training
-from experiments.options import Count, Distinct, OutputFolder, Positive, Range, Seed, Several, Size
+from experiments.lib import data, models, options, parallel, records, training, weights
+from experiments.lib.options import (
+    Count,
+    Distinct,
+    OutputFolder,
+    Positive,
+    Range,
+    Seed,
+    Several,
+    Size,
+)
 from jaxadv import attack, evaluate, perturb
 from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
@@ -192,7 +201,7 @@ def load_net(settings: Settings, x: NDArray[np.float32]) -> tuple[ApplyFn, Param
         of this folder, or of the function, for such inputs.
     """
     if ":" not in settings.net:
-        params = report.load_params(Path(settings.net), jnp.float32)
+        params = weights.load(Path(settings.net), jnp.float32)
         try:
             net = models.recognised(params, x.shape[1:])
         except ValueError as error:
@@ -207,7 +216,7 @@ def load_net(settings: Settings, x: NDArray[np.float32]) -> tuple[ApplyFn, Param
             f"expected a function {function_name} in a module {module_name}, got: {error}; "
             "name it module:function, from the folder that the module is in"
         ) from error
-    params = None if settings.weights is None else report.load_params(settings.weights)
+    params = None if settings.weights is None else weights.load(settings.weights)
     return apply_fn, params, settings.net, _classes_of(settings, apply_fn, params, x)
 
 
@@ -242,8 +251,8 @@ def load(settings: Settings) -> Problem:
         leave the box; if the net's classes aren't the data's, or an option or the images contradict
         what the weights say.
     """
-    weights = settings.weights if ":" in settings.net else Path(settings.net)
-    said = None if weights is None else report.interface(weights)
+    path = settings.weights if ":" in settings.net else Path(settings.net)
+    said = None if path is None else weights.interface(path)
     images = data.named(settings.data)
     taken = _interface(settings, said, images)
     greatest = images.test_images.max() if settings.box else None
@@ -418,7 +427,7 @@ def digest(params: Params) -> str:
     return content.hexdigest()[:16]
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[records.Row]:
     """Attack in every way that is asked for; return the rows of these and of earlier runs.
 
     Raises:
@@ -439,10 +448,10 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                 "eps": eps,
                 "norm": settings.norm,
                 "seed": settings.seed,
-                "versions": report.versions(),
-                "device": report.device(),
+                "versions": records.versions(),
+                "device": records.device(),
             }
-            rows = report.load_rows(results, _FIELDS)
+            rows = records.load(results, _FIELDS)
             if any(identity.items() <= row.items() for row in rows):
                 continue
             if name == "check":
@@ -458,12 +467,12 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                     progress.update(bar, advance=1, note=f"robust {standing.mean():.4f}")
                 row = {**identity, **_row(problem, blocks, settings)}
 
-            def place(row: report.Row) -> list[Any]:
+            def place(row: records.Row) -> list[Any]:
                 return [row[k] for k in ("method", "attack", "seed", *_PROBLEM)]
 
             kept = [old for old in rows if place(old) != place(row)]
-            report.save_rows(results, [*kept, row])
-    return report.load_rows(results, _FIELDS)
+            records.save(results, [*kept, row])
+    return records.load(results, _FIELDS)
 
 
 def _block(
@@ -560,11 +569,11 @@ def check(settings: Settings, problem: Problem, eps: float) -> dict[str, Any]:
     }
 
 
-def tables(rows: Sequence[report.Row]) -> list[str]:
+def tables(rows: Sequence[records.Row]) -> list[str]:
     """Return Markdown: for each problem a table of nets and attacks, with its flags."""
     lines: list[str] = []
 
-    def place(row: report.Row) -> tuple[Any, ...]:
+    def place(row: records.Row) -> tuple[Any, ...]:
         return tuple(row[k] for k in _PROBLEM)
 
     for key in dict.fromkeys(map(place, rows)):
@@ -595,7 +604,7 @@ def tables(rows: Sequence[report.Row]) -> list[str]:
     return lines
 
 
-def _remarks(row: report.Row) -> list[str]:
+def _remarks(row: records.Row) -> list[str]:
     """Return what must be said beside a row's figures."""
     remarks = list(row.get("notes", ()))
     if row["attack"] == "check":
@@ -609,7 +618,7 @@ def _remarks(row: report.Row) -> list[str]:
     return remarks
 
 
-def _cell(rows: Sequence[report.Row]) -> str:
+def _cell(rows: Sequence[records.Row]) -> str:
     if not rows:
         return ""
     if len(rows) > 1:

@@ -31,12 +31,13 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import evaluate, models, options, peers, report
-from experiments.options import Checked, OutputFolder, Range, Size
+from experiments import evaluate
+from experiments.compare import libraries, pytorch
+from experiments.lib import models, options, records
+from experiments.lib.options import Checked, OutputFolder, Range, Size
+from experiments.lib.records import RESULTS
 from jaxadv import attack
 from jaxadv import evaluate as measure
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 Images = NDArray[np.float32]
 Attack = Callable[[Mapping[str, Any], Any, Any, Any], Images]
@@ -67,17 +68,17 @@ def by_autoattack(params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images
     import torch
     from autoattack import AutoAttack
 
-    net = peers.fixed_net(params)
+    net = pytorch.fixed_net(params)
     adversary = AutoAttack(net, norm="L2", eps=eps, seed=0, device="cpu", verbose=False)
     adversary.attacks_to_run = ["apgd-ce"]
     labels = torch.from_numpy(np.asarray(y).astype(np.int64))
-    found = adversary.run_standard_evaluation(peers.images(x), labels, bs=len(x))
+    found = adversary.run_standard_evaluation(pytorch.images(x), labels, bs=len(x))
     return np.moveaxis(found.numpy(), 1, -1)
 
 
 def by_peer(library: str, params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images:
     """Return images perturbed by another library's PGD."""
-    return peers.attacks(params, x, y, eps=eps, task="PGD-40")[library]()
+    return libraries.attacks(params, x, y, eps=eps, task="PGD-40")[library]()
 
 
 ATTACKS: Mapping[str, Attack] = {
@@ -159,14 +160,14 @@ def flagged(problem: evaluate.Problem) -> dict[str, str]:
     report_ = measure.check(
         probabilities, problem.params, x, y, eps=1.5, key=jax.random.key(0), bounds=(0.0, 1.0)
     )
-    net = torch.nn.Sequential(peers.fixed_net(problem.params), torch.nn.Softmax(dim=1))
+    net = torch.nn.Sequential(pytorch.fixed_net(problem.params), torch.nn.Softmax(dim=1))
     printed = io.StringIO()
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
         warnings.simplefilter("always")
         adversary = AutoAttack(net, norm="L2", eps=1.5, seed=0, device="cpu", verbose=True)
         adversary.attacks_to_run = ["apgd-ce"]
         labels = torch.from_numpy(problem.y.astype(np.int64))
-        adversary.run_standard_evaluation(peers.images(problem.x), labels)
+        adversary.run_standard_evaluation(pytorch.images(problem.x), labels)
     said = [printed.getvalue(), *(str(warning.message) for warning in caught)]
     return {
         "jaxadv": "flagged" if any(f.name == "probabilities" for f in report_.flags) else "nothing",
@@ -175,7 +176,7 @@ def flagged(problem: evaluate.Problem) -> dict[str, str]:
     }
 
 
-def as_markdown(row: report.Row) -> str:
+def as_markdown(row: records.Row) -> str:
     """Return the answers as a table."""
     names = list(ATTACKS)
     lines = ["# The same questions put to each library", "", "| | " + " | ".join(names) + " |"]
@@ -189,13 +190,13 @@ def as_markdown(row: report.Row) -> str:
     )
 
 
-def run(settings: Settings, console: Console) -> report.Row:
+def run(settings: Settings, console: Console) -> records.Row:
     """Ask everything; return the answers.
 
     Raises:
       ModuleNotFoundError: if one of the libraries isn't installed.
     """
-    peers.need("torch", "foolbox", "torchattacks", "cleverhans", "art", "autoattack")
+    pytorch.need("torch", "foolbox", "torchattacks", "cleverhans", "art", "autoattack")
     problem = evaluate.load(
         evaluate.Settings(
             net=str(RESULTS / "mnist_mlp" / "normal" / "params.safetensors"), n=settings.n
@@ -207,16 +208,18 @@ def run(settings: Settings, console: Console) -> report.Row:
         for question, ask in asked_.items()
     }
     answers["a net that returns probabilities"] = flagged(problem)
-    row: report.Row = {
+    row: records.Row = {
         "experiment": "features",
         "answers": answers,
         "n": settings.n,
         "eps": settings.eps,
-        "versions": report.versions() | peers.versions() | {"autoattack": version("autoattack")},
-        "device": report.device(),
+        "versions": records.versions()
+        | libraries.versions()
+        | {"autoattack": version("autoattack")},
+        "device": records.device(),
     }
     settings.out.mkdir(parents=True, exist_ok=True)
-    report.save_rows(settings.out / "results.json", [row])
+    records.save(settings.out / "results.json", [row])
     text = as_markdown(row)
     (settings.out / "results.md").write_text(text)
     console.print(text, markup=False)

@@ -35,10 +35,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import evaluate, figures, models, options, report
-from experiments.figures import COLOURS
-from experiments.options import Checked, Count, OutputFolder, Seed, Several, Size
-from experiments.recipes import NAMES
+from experiments import evaluate
+from experiments.lib import figures, models, options, records
+from experiments.lib.figures import COLOURS
+from experiments.lib.options import Checked, Count, OutputFolder, Seed, Several, Size
+from experiments.lib.recipes import NAMES
+from experiments.lib.records import RESULTS
 from jaxadv import attack, objectives, perturb, train
 from jaxadv.types import PerturbFn
 
@@ -51,7 +53,6 @@ PICTURES: tuple[Picture, ...] = (
     "surface",
     "saturation",
 )
-RESULTS = Path(__file__).resolve().parent / "results"
 BOX = (0.0, 1.0)
 
 
@@ -103,9 +104,9 @@ def digits(settings: Settings) -> Figure:
     for name, method in methods.items():
         r = method(problem.apply_fn, problem.params, x, y, bounds=BOX)
         after = problem.apply_fn(problem.params, x + r).argmax(-1)
-        perturbed[name] = report.Digits(*map(np.asarray, (r, before, after)))
+        perturbed[name] = figures.Digits(*map(np.asarray, (r, before, after)))
     path = settings.out / "digits.json"
-    report.save_digits(path, x, y, perturbed)
+    figures.save_digits(path, x, y, perturbed)
     return figures.plot_digits(json.loads(path.read_text()))
 
 
@@ -193,7 +194,7 @@ def accuracy(settings: Settings) -> Figure:
     """Draw accuracy against size for one step and for PGD, with AutoAttack's points."""
     nets = ("mnist_mlp/normal", "mnist_mlp/lwa", "mnist_lenet/lwa", "mnist_lenet/lwa_multi")
     sizes = np.linspace(0, 3, 13)
-    attacked = report.load_rows(RESULTS / "board" / "results.json")
+    attacked = records.load(RESULTS / "board" / "results.json")
     figure, panel = plt.subplots(figsize=(6.4, 5.4), layout="constrained")
     for index, net in enumerate(nets):
         problem = recorded(net, settings.n)

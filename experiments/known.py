@@ -30,8 +30,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, evaluate, models, options, peers, report
-from experiments.options import Checked, Count, OutputFolder, Seed, Size
+from experiments import evaluate
+from experiments.compare import pytorch
+from experiments.lib import data, models, options, records
+from experiments.lib.options import Checked, Count, OutputFolder, Seed, Size
 from jaxadv import attack
 from jaxadv import evaluate as measure
 from jaxadv.types import Bounds, Params, PerturbFn
@@ -80,7 +82,7 @@ def load(path: Path) -> Params:
       ModuleNotFoundError: if PyTorch isn't installed.
       UsageError: if there is no such file.
     """
-    peers.need("torch")
+    pytorch.need("torch")
     if not path.is_file():
         raise options.UsageError(
             f"expected advertorch's weights, got no {path}; the first lines of --help say where "
@@ -89,7 +91,7 @@ def load(path: Path) -> Params:
     import torch
 
     state = torch.load(path, map_location="cpu", weights_only=True)
-    return peers.params_of({name: tensor.numpy() for name, tensor in state.items()})
+    return pytorch.params_of({name: tensor.numpy() for name, tensor in state.items()})
 
 
 @cache
@@ -110,13 +112,13 @@ def minimal(steps: int) -> Mapping[str, PerturbFn]:
     return {name: of_any_size(method) for name, method in methods.items()}
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[records.Row]:
     """Attack and check both nets; return a row for each."""
     weights = {name: load(settings.folder / f"mnist_lenet5_{name}.pt") for name in NETS}
     mnist = data.mnist()
     pixels = np.asarray(mnist.test_images, np.float32) / 255
     labels = np.asarray(mnist.test_labels)
-    rows: list[report.Row] = []
+    rows: list[records.Row] = []
     for name, published in NETS.items():
         params = weights[name]
         net = models.recognised(params, pixels.shape[1:])
@@ -160,19 +162,19 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                     for key, value in dataclasses.asdict(settings).items()
                     if key not in ("folder", "out")
                 },
-                "versions": report.versions(),
-                "device": report.device(),
+                "versions": records.versions(),
+                "device": records.device(),
             }
         )
     settings.out.mkdir(parents=True, exist_ok=True)
-    report.save_rows(settings.out / "results.json", rows)
+    records.save(settings.out / "results.json", rows)
     text = as_markdown(rows)
     (settings.out / "results.md").write_text(text)
     console.print(text, markup=False)
     return rows
 
 
-def as_markdown(rows: list[report.Row]) -> str:
+def as_markdown(rows: list[records.Row]) -> str:
     """Return the rows as a table, with what the checks say."""
     attacks = list(rows[0]["median l2"])
     headings = ["Net", "Clean, published", "ours", "DDN, published", "FAB, published", *attacks]

@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import minimize
 
-from experiments import data, figures, options, parallel, report
-from experiments.options import Checked, Distinct, OutputFolder, Range, Seed
+from experiments.lib import data, figures, options, parallel, records
+from experiments.lib.options import Checked, Distinct, OutputFolder, Range, Seed
 from jaxadv import logistic, norms
 from jaxadv.types import Norm
 
@@ -262,7 +262,7 @@ def proposition_d(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Findi
     )  # fmt: skip
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[records.Row]:
     """Measure everything; write it; fail if a claim does."""
     settings.out.mkdir(parents=True, exist_ok=True)
     x, y = load(settings)
@@ -280,12 +280,12 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             "n": len(y),
             "seed": settings.seed,
             "settings": {"digits": list(settings.digits), "n": settings.n},
-            "versions": report.versions(),
-            "device": report.device(),
+            "versions": records.versions(),
+            "device": records.device(),
         }
         for finding in findings
     ]
-    report.save_rows(settings.out / "results.json", rows)
+    records.save(settings.out / "results.json", rows)
     lines = [f"# Appendix A on the digits {settings.digits[0]} and {settings.digits[1]}", ""]
     for finding in findings:
         table = Table("measured", "value", "must be", title=finding.proposition)
@@ -297,7 +297,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
         console.print(table)
-    lines += [f"- {len(y)} images, float64, seed {settings.seed}, {report.device()}.", ""]
+    lines += [f"- {len(y)} images, float64, seed {settings.seed}, {records.device()}.", ""]
     (settings.out / "results.md").write_text("\n".join(lines))
     figures.draw(settings.out)
     broken = [claim for finding in findings for claim in finding.claims if not claim.holds]

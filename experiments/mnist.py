@@ -36,16 +36,25 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, figures, options, parallel, protocol, recipes, report
-from experiments.models import Classifier, lenet, mlp
-from experiments.options import OutputFolder, Several
-from experiments.protocol import Images, Net
-from experiments.recipes import NAMES, Adversarial, Method, MethodName, MultiStep
+from experiments.lib import (
+    data,
+    figures,
+    options,
+    parallel,
+    recipes,
+    records,
+    tables,
+    train_and_score,
+)
+from experiments.lib.models import Classifier, lenet, mlp
+from experiments.lib.options import OutputFolder, Several
+from experiments.lib.recipes import NAMES, Adversarial, Method, MethodName, MultiStep
+from experiments.lib.train_and_score import Images, Net
 from jaxadv import evaluate, perturb
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(protocol.Settings):
+class Settings(train_and_score.Settings):
     """Train the classifiers of Table 1 or 2 on MNIST, attack them, and print the table."""
 
     network: Literal["mlp", "lenet"] = "mlp"
@@ -142,7 +151,7 @@ def load(settings: Settings) -> tuple[Images, Images]:
     """Return the images to train on and those to score."""
     mnist = data.mnist()
     if settings.holdout:
-        kept, held = protocol.hold_out(settings, len(mnist.train_labels))
+        kept, held = train_and_score.hold_out(settings, len(mnist.train_labels))
         train = mnist.train_images[kept], mnist.train_labels[kept]
         score = mnist.train_images[held], mnist.train_labels[held]
     else:
@@ -156,7 +165,7 @@ def load(settings: Settings) -> tuple[Images, Images]:
     return images(*train), images(score[0][:n], score[1][:n])
 
 
-def make_task(settings: Settings) -> protocol.Task:
+def make_task(settings: Settings) -> train_and_score.Task:
     """Return the data and nets of a table."""
 
     def make_net(method: Method) -> Classifier:
@@ -168,7 +177,7 @@ def make_task(settings: Settings) -> protocol.Task:
         return widths if settings.network == "mlp" else f"conv20-conv50-{widths}"
 
     train, test = load(settings)
-    return protocol.Task(
+    return train_and_score.Task(
         experiment=f"mnist_{settings.network}",
         methods=settings.nets(),
         normal=settings.normal,
@@ -182,19 +191,19 @@ def make_task(settings: Settings) -> protocol.Task:
     )
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[records.Row]:
     """Train, attack and score; return the rows of the table."""
     task = make_task(settings)
-    rows, nets = protocol.run(settings, task, console)
+    rows, nets = train_and_score.run(settings, task, console)
     images = Images(*(part[: settings.eval_batch] for part in task.test))
     digits = {name: _digits(net, images, settings.eps[0]) for name, net in nets.items()}
     if parallel.first_process():
-        report.save_digits(settings.out / "digits.json", task.test.x[:8], task.test.y[:8], digits)
+        figures.save_digits(settings.out / "digits.json", task.test.x[:8], task.test.y[:8], digits)
         figures.draw(settings.out)
     return rows
 
 
-def _digits(net: Net, test: Images, eps: float) -> report.Digits:
+def _digits(net: Net, test: Images, eps: float) -> figures.Digits:
     """Return r, and the predictions before and after it, for the first eight images."""
     # All the images of a batch, of the size that the net's scores have compiled this for.
     r = evaluate.perturbations(
@@ -204,7 +213,7 @@ def _digits(net: Net, test: Images, eps: float) -> report.Digits:
     before, after = (
         np.asarray(jax.jit(net.apply_fn)(net.params, z)).argmax(-1) for z in (x, x + r)
     )
-    return report.Digits(r, before, after)
+    return figures.Digits(r, before, after)
 
 
 def defaults(arguments: list[str]) -> Settings:
@@ -229,19 +238,19 @@ def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, default=defaults(sys.argv[1:]), description=__doc__)
     console = parallel.start(settings)
-    rows = protocol.record(settings.out, run(settings, console))
+    rows = train_and_score.record(settings.out, run(settings, console))
     which = "images held out of the training set" if settings.holdout else "test images"
     net = {"mlp": "two hidden layers", "lenet": "LeNet"}[settings.network]
     notes = [
         f"Fixed is made on a Normal net of seed {settings.fixed_seed}, which itself scores "
-        f"{report.fixed_source(rows)} on it.",
+        f"{tables.fixed_source(rows)} on it.",
         f"PGD: {settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on "
         f"{rows[0]['n_pgd']:,} of the images; not in the paper. Nothing is clipped to the pixel "
         "range.",
-        f"Trained on {60_000 - settings.holdout:,} images. {report.seeds(rows, NAMES)}",
+        f"Trained on {60_000 - settings.holdout:,} images. {tables.seeds(rows, NAMES)}",
     ]
     title = f"MNIST, {net}: accuracy on {rows[0]['n']:,} {which}"
-    report.tables(console, settings.out, title, rows, NAMES, PAPER[settings.network], notes)
+    tables.show(console, settings.out, title, rows, NAMES, PAPER[settings.network], notes)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import evaluate, options, peers, report
-from experiments.options import Checked, Count, OutputFolder, Seed, Several, Size
+from experiments import evaluate
+from experiments.compare import pytorch
+from experiments.lib import options, records
+from experiments.lib.options import Checked, Count, OutputFolder, Seed, Several, Size
 
 MemberName = Literal["apgd-ce", "apgd-t", "fab-t", "square", "standard"]
 MEMBERS: tuple[MemberName, ...] = ("apgd-ce", "apgd-t", "fab-t", "square", "standard")
@@ -79,14 +81,14 @@ class Settings(Checked):
             )
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[records.Row]:
     """Attack in every way that is asked for; return the rows of these and of earlier runs.
 
     Raises:
       ModuleNotFoundError: if PyTorch or the authors' code isn't installed.
       ValueError: if the net's logits aren't the same in PyTorch.
     """
-    peers.need("torch", "autoattack")
+    pytorch.need("torch", "autoattack")
     import torch
     from autoattack import AutoAttack
 
@@ -94,8 +96,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     problem = evaluate.load(
         evaluate.Settings(net=settings.net, name=settings.name, norm=settings.norm, n=settings.n)
     )
-    net = peers.fixed_net(problem.params)
-    x = peers.images(problem.x)
+    net = pytorch.fixed_net(problem.params)
+    x = pytorch.images(problem.x)
     y = torch.from_numpy(problem.y.astype(np.int64))
     with torch.no_grad():
         theirs = net(x).numpy()
@@ -103,7 +105,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     if not np.allclose(theirs, ours, rtol=1e-4, atol=1e-4):
         raise ValueError(
             f"expected the same logits in PyTorch, got some that differ by "
-            f"{np.abs(theirs - ours).max():g}; peers.torch_net doesn't know this kind of net"
+            f"{np.abs(theirs - ours).max():g}; pytorch.torch_net doesn't know this kind of net"
         )
     clean = theirs.argmax(1) == problem.y
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             "threads": settings.threads,
             "settings": {"batch_size": settings.batch_size},
         }
-        rows = report.load_rows(results)
+        rows = records.load(results)
         if any(identity.items() <= row.items() for row in rows):
             continue
         norm = {"l2": "L2", "linf": "Linf"}[settings.norm]
@@ -139,12 +141,12 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             "counts": {"max_norm": float(sizes.max())},
             "seconds": round(seconds, 1),
         }
-        report.save_rows(results, [*rows, row])
+        records.save(results, [*rows, row])
         console.print(
             f"{identity['method']}: {name}, {settings.norm} {eps:g}, seed {seed}: "
             f"{row['columns']['robust']:.4f}, {seconds:.0f} s"
         )
-    return report.load_rows(results)
+    return records.load(results)
 
 
 @options.command

@@ -32,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments import evaluate, mnist, options, parallel, protocol, report
-from experiments.options import Count, OutputFolder, Positive, Several, Size
-from experiments.recipes import Method, MultiStep, OneStep, Robust
+from experiments import evaluate, mnist
+from experiments.lib import options, parallel, records, tables, train_and_score
+from experiments.lib.options import Count, OutputFolder, Positive, Several, Size
+from experiments.lib.recipes import Method, MultiStep, OneStep, Robust
 
 Way = Literal["from_x", "start", "best", "noise", "aligned", "four"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -49,7 +50,7 @@ NAMES: dict[str, str] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(protocol.Settings):
+class Settings(train_and_score.Settings):
     """Train LeNets by one step in several ways, and by four; attack them, and print a table."""
 
     methods: Several[Way] = WAYS
@@ -105,7 +106,7 @@ def methods(settings: Settings) -> dict[str, Robust]:
     return {name: made[name] for name in settings.methods}
 
 
-def run(settings: Settings, console: Console) -> tuple[list[report.Row], list[report.Row]]:
+def run(settings: Settings, console: Console) -> tuple[list[records.Row], list[records.Row]]:
     """Train, attack and score; return the rows of that, and those of AutoAttack."""
     base = dataclasses.replace(
         mnist.LENET, holdout=settings.holdout, n_eval=settings.n_eval, methods=("normal",)
@@ -116,8 +117,8 @@ def run(settings: Settings, console: Console) -> tuple[list[report.Row], list[re
         normal=dataclasses.replace(base.normal, epochs=settings.epochs),
         names=NAMES,
     )
-    rows, _ = protocol.run(settings, task, console)
-    attacked: list[report.Row] = []
+    rows, _ = train_and_score.run(settings, task, console)
+    attacked: list[records.Row] = []
     # What chooses settings on held-out images leaves the test images alone.
     for row in [] if settings.holdout else rows:
         folder = settings.out / row["method"]
@@ -138,7 +139,7 @@ def run(settings: Settings, console: Console) -> tuple[list[report.Row], list[re
     return rows, attacked
 
 
-def table(rows: Sequence[report.Row], attacked: Sequence[report.Row]) -> list[str]:
+def table(rows: Sequence[records.Row], attacked: Sequence[records.Row]) -> list[str]:
     """Return what the ways leave, and their cost, as Markdown; of AutoAttack on the most images."""
     lines = [
         "| Training | l2 size | Seconds an epoch | Clean | Adv_Loss | PGD | One step, in the box "
@@ -155,10 +156,10 @@ def table(rows: Sequence[report.Row], attacked: Sequence[report.Row]) -> list[st
         most = max((row["n"] for row in here), default=0)
         seconds = mean(row["train_seconds"] / row["epochs"] for row in ours)
         cells = [label, f"{eps:g}", f"{seconds:.1f}"]
-        cells += [report.mean_and_spread(ours, name) for name in ("validation", "adv_loss", "pgd")]
+        cells += [tables.mean_and_spread(ours, name) for name in ("validation", "adv_loss", "pgd")]
         for attack in ("one-step", "standard"):
             left = [row for row in here if (row["attack"], row["n"]) == (attack, most)]
-            cells.append(report.mean_and_spread(left, "robust") if left else "")
+            cells.append(tables.mean_and_spread(left, "robust") if left else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -169,7 +170,7 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     console = parallel.start(settings)
     rows, attacked = run(settings, console)
-    rows = protocol.record(settings.out, rows)
+    rows = train_and_score.record(settings.out, rows)
     first = rows[0]
 
     def of(field: str) -> str:
@@ -183,7 +184,7 @@ def main() -> None:
         "",
         *table(rows, attacked),
         "",
-        f"{report.seeds(rows, NAMES)} Clean, Adv_Loss: {first['n']:,} images; PGD: "
+        f"{tables.seeds(rows, NAMES)} Clean, Adv_Loss: {first['n']:,} images; PGD: "
         f"{settings.pgd_steps} steps on {first['n_pgd']:,}; neither is kept in the pixel range. In "
         f"the box: {in_box}. {of('epochs')} epochs, training size {of('train_eps')}, "
         f"weight of the alignment {settings.alignment:g}; on {first['device']}, jax "

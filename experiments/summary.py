@@ -20,12 +20,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
-from experiments import board, cifar10, evaluate, mnist, remedies, report
-from experiments.recipes import NAMES
+from experiments import board, cifar10, evaluate, mnist, remedies
+from experiments.lib import records, tables
+from experiments.lib.recipes import NAMES
+from experiments.lib.records import RESULTS
 
 __all__ = ["fill"]
 
-RESULTS = Path(__file__).resolve().parent / "results"
 
 BOARD = ("PGD-100x10, in the box", "AutoAttack, in the box", "one step less AutoAttack")
 
@@ -56,7 +57,7 @@ NOTEBOOK: Mapping[str, Figures] = {  # outputs stored in the notebooks that the 
 }
 
 
-def table(record: str, rows: Sequence[report.Row], attacked: Sequence[report.Row]) -> list[str]:
+def table(record: str, rows: Sequence[records.Row], attacked: Sequence[records.Row]) -> list[str]:
     """Return a record's table as lines of Markdown, one block for each size of perturbation.
 
     Args:
@@ -73,7 +74,7 @@ def table(record: str, rows: Sequence[report.Row], attacked: Sequence[report.Row
             lines += ["", f"l2 size {eps:g}:", ""]
         boards = {name: board.figures_of(attacked, f"{record}/{name}", "l2", eps) for name in NAMES}
         on_board = any(map(any, boards.values()))
-        headings = (*report.LABELS.values(), *(BOARD if on_board else ()))
+        headings = (*tables.LABELS.values(), *(BOARD if on_board else ()))
         lines.append("| Method | | " + " | ".join(headings) + " |")
         lines.append("|---|---|" + "---|" * len(headings))
         for method, label in NAMES.items():
@@ -82,16 +83,16 @@ def table(record: str, rows: Sequence[report.Row], attacked: Sequence[report.Row
                 continue
             for source, figures in sources.items():
                 if method in figures:
-                    cells = report.as_printed(figures[method])
+                    cells = tables.as_printed(figures[method])
                     cells += [""] * (len(headings) - len(cells))
                     lines.append(f"| {label} | {source} | " + " | ".join(cells) + " |")
-            cells = [report.mean_and_spread(ours, column) for column in report.LABELS]
+            cells = [tables.mean_and_spread(ours, column) for column in tables.LABELS]
             cells += boards[method] if on_board else []
             lines.append(f"| {label} | ours | " + " | ".join(cells) + " |")
     return lines
 
 
-def comparison(ours: Sequence[report.Row], published: Sequence[report.Row]) -> list[str]:
+def comparison(ours: Sequence[records.Row], published: Sequence[records.Row]) -> list[str]:
     """Return what AutoAttack and its members leave, ours beside the published, as Markdown.
 
     Args:
@@ -103,7 +104,7 @@ def comparison(ours: Sequence[report.Row], published: Sequence[report.Row]) -> l
         "|---|---|---|---|---|---|---|---|",
     ]
 
-    def place(row: report.Row) -> tuple[Any, ...]:
+    def place(row: records.Row) -> tuple[Any, ...]:
         return row["method"], row["norm"], row["eps"], row["n"], row["attack"]
 
     for key in dict.fromkeys(map(place, published)):
@@ -111,7 +112,7 @@ def comparison(ours: Sequence[report.Row], published: Sequence[report.Row]) -> l
         if not all(sides):
             continue
         method, norm, eps, _, attack = key
-        robust = [report.mean_and_spread(side, "robust") for side in sides]
+        robust = [tables.mean_and_spread(side, "robust") for side in sides]
         means = [mean(row["columns"]["robust"] for row in side) for side in sides]
         # Of the first seed: only one run can have had the machine to itself.
         first = (min(side, key=lambda row: row["seed"]) for side in sides)
@@ -130,17 +131,17 @@ def fill(text: str) -> str:
     Returns:
       The same with the records' tables there; a place without a record is left as it is.
     """
-    attacked = report.load_rows(RESULTS / "board" / "results.json")
+    attacked = records.load(RESULTS / "board" / "results.json")
 
     def filled(match: re.Match[str]) -> str:
-        rows = report.load_rows(RESULTS / match["name"] / "results.json")
+        rows = records.load(RESULTS / match["name"] / "results.json")
         if not rows:
             return match[0]
         if match["name"] == "autoattack":
             published = RESULTS / "autoattack" / "reference" / "results.json"
-            lines = comparison(rows, report.load_rows(published))
+            lines = comparison(rows, records.load(published))
         elif match["name"] == "remedies":
-            left = report.load_rows(RESULTS / "remedies" / "autoattack" / "results.json")
+            left = records.load(RESULTS / "remedies" / "autoattack" / "results.json")
             lines = remedies.table(rows, left)
         else:
             lines = table(match["name"], rows, attacked)

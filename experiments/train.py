@@ -40,9 +40,28 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import data, figures, models, options, parallel, recipes, report, training
 from experiments import evaluate as evaluation
-from experiments.options import Count, Distinct, OutputFolder, Positive, Range, Seed, Size, Whole
+from experiments.lib import (
+    data,
+    figures,
+    models,
+    options,
+    parallel,
+    recipes,
+    records,
+    training,
+    weights,
+)
+from experiments.lib.options import (
+    Count,
+    Distinct,
+    OutputFolder,
+    Positive,
+    Range,
+    Seed,
+    Size,
+    Whole,
+)
 from jaxadv import attack, evaluate, objectives, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Norm, Objective, Params, PerturbFn
@@ -217,7 +236,7 @@ def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
     )
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[records.Row]:
     """Train or restore the net, attack it, and return a row for each attack.
 
     Raises:
@@ -228,7 +247,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     attacks = {name: evaluation.methods(name, settings.norm) for name in settings.attacks}
     results = settings.out / "results.json"
     # Several processes have to agree on what they run.
-    known = report.load_rows(results, ("attack",)) if jax.process_count() == 1 else []
+    known = records.load(results, ("attack",)) if jax.process_count() == 1 else []
     images = data.named(settings.data)
     if len(images.train_labels) < settings.batch_size:
         raise options.UsageError(
@@ -314,21 +333,21 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         params = trained(fitted.state)
         if parallel.first_process():
             interface = data.Interface(images.classes, x.shape[1:], subtract=0, divide=255)
-            report.save_params(settings.out / "params.safetensors", params, interface=interface)
+            weights.save(settings.out / "params.safetensors", params, interface=interface)
             save_history(settings.out, fitted.history)
         right = evaluate.clean(apply_fn, params, watched_x, watched_y, batch_size=100)
         advice = untaught(evaluate.accuracy(right), y, settings)
         if advice:
             console.print(advice, style="bold")
-        rows: list[report.Row] = []
+        rows: list[records.Row] = []
         for name, parts in attacks.items():
             identity = {
                 "experiment": "train",
                 "settings": kept,
                 "attack": name,
                 "n": len(y),
-                "versions": report.versions(),
-                "device": report.device(),
+                "versions": records.versions(),
+                "device": records.device(),
             }
             row = next((old for old in known if identity.items() <= old.items()), None)
             if row is None:
@@ -346,7 +365,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                 }
                 known = [*(old for old in known if old["attack"] != name), row]
                 if parallel.first_process():
-                    report.save_rows(results, known)
+                    records.save(results, known)
             rows.append(row)
     return rows
 

@@ -13,8 +13,9 @@ import optax
 import pytest
 from PIL import Image
 
-from experiments import accelerator, data, evaluate, models, report, timing
+from experiments import accelerator, evaluate
 from experiments.benchmarks import common, rates
+from experiments.lib import data, models, records, timing
 from jaxadv import attack, train
 
 KEY = jax.random.key(0)
@@ -76,7 +77,7 @@ def test_each_part_has_time_within_eight_minutes():
 
 
 def cpu_rows():
-    return [figure for row in report.load_rows(accelerator.CPU) for figure in row["figures"]]
+    return [figure for row in records.load(accelerator.CPU) for figure in row["figures"]]
 
 
 def test_the_cpus_record_is_of_all_images():
@@ -88,7 +89,7 @@ def test_the_cpus_record_is_of_all_images():
 
 @pytest.mark.parametrize("row", cpu_rows(), ids=lambda row: f"{row['net']}-{row['attack']}")
 def test_the_cpu_found_what_the_board_says(row):
-    board = report.load_rows(accelerator.RESULTS / "board" / "results.json")
+    board = records.load(accelerator.RESULTS / "board" / "results.json")
     same = {"method": row["net"], **{key: row[key] for key in ("attack", "norm", "eps")}}
     recorded = [other for other in board if same.items() <= other.items() and other["n"] <= 1000]
     assert recorded or row["attack"] == "pgd"  # the board's is PGD from ten points
@@ -105,7 +106,7 @@ def cpu(tmp_path, monkeypatch):
     """A CPU's record of four verdicts, a thousand times."""
     figure = {"net": "n", "attack": "pgd", "norm": "l2", "eps": 1.0, "verdicts": "1" * 4000}
     path = tmp_path / "b.json"
-    report.save_rows(path, [{"experiment": "accelerator", "figures": [figure]}])
+    records.save(path, [{"experiment": "accelerator", "figures": [figure]}])
     monkeypatch.setattr(accelerator, "CPU", path)
     return figure
 
@@ -150,7 +151,7 @@ def test_a_part_with_a_failure_says_so_after_writing_it(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerator.parallel, "start", lambda: None)  # keeps programs for later
     with pytest.raises(SystemExit, match="it is wrong"):
         accelerator.run("c", accelerator.Settings(tmp_path))
-    (row,) = report.load_rows(tmp_path / "c.json")
+    (row,) = records.load(tmp_path / "c.json")
     assert row["finished"]
     assert row["figures"] == list(fails(None, None))
 

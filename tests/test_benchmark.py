@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark, models, peers, report, timing
+from experiments import benchmark
 from experiments.benchmarks import attacks, common, devices, growth, loops, steps
+from experiments.compare import pytorch
+from experiments.lib import models, records, timing
 from jaxadv import perturb
 
 
@@ -187,7 +189,7 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
 def test_steps_and_loops_are_measured(tmp_path, monkeypatch):
     Machine(monkeypatch)
     settings = common.Settings(nets=("mlp",), batch_size=10, rounds=1, seconds=0.0)
-    monkeypatch.setattr(report, "cores", lambda: 2)
+    monkeypatch.setattr(records, "cores", lambda: 2)
     measured = steps.run(settings)
     every = ("plain", "LWA", "LWA, Adv_Alpha", "LWA_Rep", "LWA, 3 steps")
     assert {(s["objective"], s["called"], s["devices"]) for s in measured} == {
@@ -228,7 +230,7 @@ def test_a_net_in_pytorch_gives_the_same_logits():
         params = models.init(net, jax.random.key(0), x)
         ours = np.asarray(models.function(net)(params, x))
         with torch.no_grad():
-            theirs = peers.torch_net(params)(peers.images(x)).numpy()
+            theirs = pytorch.torch_net(params)(pytorch.images(x)).numpy()
         # Sums of at most a few thousand float32 products, in another order.
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 

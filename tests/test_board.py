@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from experiments import board, evaluate, models, report
+from experiments import board, evaluate
+from experiments.lib import models, records, weights
 
 
 def row(method, attack, robust, eps=1.5, n=100, **extra):
@@ -81,7 +82,7 @@ def settings(tmp_path):
     """A record of one small net that nobody has trained."""
     net = models.mlp((7, 5))
     params = models.init(net, jax.random.key(0), jax.numpy.zeros((1, 28, 28, 1)))
-    report.save_params(tmp_path / "mnist_mlp" / "lwa" / "params.safetensors", params)
+    weights.save(tmp_path / "mnist_mlp" / "lwa" / "params.safetensors", params)
     return board.Settings(
         "mnist_mlp", threats=("l2 1.5", "linf 0.3"), attacks=("one-step",), n=20, folder=tmp_path,
         out=tmp_path / "board",
@@ -93,7 +94,7 @@ def test_it_attacks_each_net_of_the_record_under_each_threat(settings):
     assert [(r["method"], r["norm"], r["eps"], r["n"], r["box"]) for r in rows] == [
         ("mnist_mlp/lwa", "l2", 1.5, 20, True), ("mnist_mlp/lwa", "linf", 0.3, 20, True),
     ]  # fmt: skip
-    assert report.load_rows(settings.out / "results.json") == rows
+    assert records.load(settings.out / "results.json") == rows
 
 
 def test_a_record_without_nets_is_an_error(settings):
@@ -108,12 +109,12 @@ IN_HISTORY = ("dropout", "goodfellow", "lwa_rep")  # as experiments/results/READ
 def test_recorded_figures_are_of_the_recorded_weights(folder):
     rows = [
         row
-        for row in report.load_rows(board.RESULTS / folder / "results.json")
+        for row in records.load(board.RESULTS / folder / "results.json")
         if Path(row["method"]).name not in IN_HISTORY
     ]
     found = {
         method: evaluate.digest(
-            report.load_params(board.RESULTS / method / "params.safetensors", jnp.float32)
+            weights.load(board.RESULTS / method / "params.safetensors", jnp.float32)
         )
         for method in {row["method"] for row in rows}
     }

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import models
+from experiments.lib import models
 from jaxadv import attack, evaluate, objectives, train
 
 check = importlib.import_module("jaxadv.evaluate.check")  # not the function of that name

@@ -14,8 +14,9 @@ from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from experiments import cifar10, options, protocol, recipes, report, training
-from experiments.models import vgg
+from experiments import cifar10
+from experiments.lib import options, recipes, records, tables, train_and_score, training
+from experiments.lib.models import vgg
 
 CLASSES = "abcdefghij"
 
@@ -72,7 +73,7 @@ def test_it_scores_each_method_at_both_sizes(small, tmp_path):
         (method, eps) for method in ("normal", "lwa") for eps in (0.5, 0.25)
     ]
     for row in rows:
-        assert row["columns"].keys() >= set(report.LABELS)
+        assert row["columns"].keys() >= set(tables.LABELS)
         assert (row["n"], row["network"]) == (30, "vgg, width 0.125")
         assert row["settings"]["data"].startswith("a folder of PNG files, crc32 ")
         assert row["n_pgd"] == 10
@@ -101,7 +102,7 @@ def test_an_interrupted_run_ends_bit_identical(small, tmp_path, monkeypatch):
     def train(out):
         settings = dataclasses.replace(small, out=out)
         with training.bars(Console(file=io.StringIO())) as progress:
-            net = protocol.train("lwa", small.lwa, 0, settings, task, progress)
+            net = train_and_score.train("lwa", small.lwa, 0, settings, task, progress)
         return jax.tree.leaves(net.fitted.state)
 
     class Stop(ocp.CheckpointManager):
@@ -239,14 +240,14 @@ def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
             "experiment": "cifar10", "network": task.network(settings.normal), "method": "normal",
             "seed": 0, "eps": 0.5, "n": len(task.test.y), "device": "cpu x1", "train_seconds": 1.0,
             "versions": {"jax": "0"}, "settings": {"data": task.source},
-            "columns": dict.fromkeys([*report.LABELS, "fixed_source"], 0.5), "n_pgd": 10,
+            "columns": dict.fromkeys([*tables.LABELS, "fixed_source"], 0.5), "n_pgd": 10,
             "epochs": settings.normal.epochs,
         }  # fmt: skip
         earlier = {**row, "method": "lwa", "epochs": 3}
-        report.save_rows(settings.out / "results.json", [row, earlier])
+        records.save(settings.out / "results.json", [row, earlier])
         return [row], {}
 
-    monkeypatch.setattr(protocol, "run", protocol_run)
+    monkeypatch.setattr(train_and_score, "run", protocol_run)
     monkeypatch.setattr(cifar10.figures, "draw", lambda folder: [])
     monkeypatch.setattr(sys, "argv", arguments)
     cifar10.main()

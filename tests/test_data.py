@@ -20,9 +20,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments import data
+from experiments.lib import data
 
-ROOT = Path(data.__file__).resolve().parents[1]
+ROOT = Path(data.__file__).resolve().parents[2]
 
 # Size and sha256 as tensorflow-datasets registers them.
 ORIGINALS = {
@@ -52,7 +52,7 @@ def refuse(*args, **kwargs):
     reached.append(args)
     raise OSError("no network here")
 socket.socket.connect = socket.getaddrinfo = refuse
-from experiments import data
+from experiments.lib import data
 data.mnist(data_dir=sys.argv[1])
 packages = {name.partition(".")[0] for name in sys.modules}
 print(sorted(packages & {"tensorflow", "tensorflow_datasets"}), reached)
@@ -143,10 +143,10 @@ def test_embedded_original_is_byte_exact(name):
 
 
 def test_embedded_originals_and_crops_are_all_there_is():
-    # An __init__.py here would make `experiments.data` this folder and not the module.
+    # They lie beside the commands and not in lib/, where the module is.
     embedded = {path.name for path in data.ORIGINALS.iterdir()}
     assert embedded == {*ORIGINALS, "cifar10_crops.npz"}
-    assert Path(data.__file__) == ROOT / "experiments" / "data.py"
+    assert Path(data.__file__) == ROOT / "experiments" / "lib" / "data.py"
 
 
 def test_shapes_and_dtypes(mnist):
@@ -301,7 +301,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import test_data
-from experiments import data
+from experiments.lib import data
 calls = 0
 def kill_at(function):
     def counted(*args):

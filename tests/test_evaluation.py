@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from experiments import data, evaluate, models, options, report
+from experiments import evaluate
+from experiments.lib import data, models, options, weights
 from jaxadv import attack
 
 RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnist_mlp"
@@ -72,7 +73,7 @@ def run(folder, **kwargs):
 def test_saved_weights_are_recognised(build, shape, tmp_path):
     net, x = build(), jax.random.normal(jax.random.key(1), (2, *shape))
     params = models.init(net, jax.random.key(0), x)
-    report.save_params(tmp_path / "run" / "lwa" / "params.safetensors", params)
+    weights.save(tmp_path / "run" / "lwa" / "params.safetensors", params)
     settings = evaluate.Settings(str(tmp_path / "run" / "lwa" / "params.safetensors"))
     apply_fn, loaded, _, classes = evaluate.load_net(settings, x[:1])
     assert classes == 10
@@ -108,15 +109,15 @@ def test_images_are_cropped_scaled_and_in_the_box_of_their_pixels(folder):
 
 
 def test_weights_reach_a_function_of_ones_own_as_a_tree(tmp_path, folder):
-    report.save_params(Path("w.safetensors"), {"at": jnp.asarray(0.9)})
+    weights.save(Path("w.safetensors"), {"at": jnp.asarray(0.9)})
     settings = evaluate.Settings("brightness:apply_fn", weights=Path("w.safetensors"))
     apply_fn, params, name, classes = evaluate.load_net(settings, np.zeros((1, 8, 8, 1)))
     assert classes == 2
     assert name == "brightness:apply_fn"
     assert apply_fn(params, jnp.full((1, 2), 0.7)).argmax() == 0
     nested = {"a": {"b": jnp.ones(2)}, "c": jnp.zeros(1)}
-    report.save_params(Path("nested.safetensors"), nested)
-    loaded = report.load_params(Path("nested.safetensors"))
+    weights.save(Path("nested.safetensors"), nested)
+    loaded = weights.load(Path("nested.safetensors"))
     assert jax.tree.structure(loaded) == jax.tree.structure(nested)
 
 
@@ -130,7 +131,7 @@ def saved(interface=SQUARES, classes=2, at=Path("run/net/params.safetensors")):
     """The file of a net of 8x8 images, and its parameters."""
     net = models.mlp((4,)).clone(classes=classes)
     params = models.init(net, jax.random.key(3), jnp.zeros((1, 8, 8, 1)))
-    report.save_params(at, params, interface=interface)
+    weights.save(at, params, interface=interface)
     return str(at)
 
 
@@ -219,7 +220,7 @@ def test_images_are_scaled_as_the_weights_say(folder):
     small = SQUARES._replace(shape=(4, 4, 1), subtract=51, divide=204, crop=4)
     net = models.mlp((4,)).clone(classes=2)
     params = models.init(net, jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
-    report.save_params(Path("small.safetensors"), params, interface=small)
+    weights.save(Path("small.safetensors"), params, interface=small)
     said = evaluate.load(evaluate.Settings("small.safetensors", data=str(folder), box=False))
     options = {"box": False, "subtract": 51.0, "divide": 204.0, "crop": 4}
     told = evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder), **options))
@@ -237,7 +238,7 @@ def test_images_are_scaled_as_the_weights_say(folder):
 
 def test_weights_of_a_function_of_ones_own_say_so_too(folder):
     turned = SQUARES._replace(classes=("light", "dark"), divide=204)
-    report.save_params(Path("w.safetensors"), {"at": jnp.asarray(0.5)}, interface=turned)
+    weights.save(Path("w.safetensors"), {"at": jnp.asarray(0.5)}, interface=turned)
     problem = evaluate.load(
         evaluate.Settings(
             "brightness:apply_fn", weights=Path("w.safetensors"), data=str(folder), box=False
@@ -391,7 +392,7 @@ def test_a_net_is_called_by_the_folder_of_its_weights(tmp_path, monkeypatch):
 
 def test_nets_of_one_folder_stand_beside_each_other(folder, tmp_path):
     for at in (0.2, 0.5):
-        report.save_params(tmp_path / "run" / f"at{at}.safetensors", {"at": jnp.asarray(at)})
+        weights.save(tmp_path / "run" / f"at{at}.safetensors", {"at": jnp.asarray(at)})
         rows = run(folder, weights=tmp_path / "run" / f"at{at}.safetensors", attacks=("one-step",))
     place = f"{tmp_path.name}/run"
     assert [row["method"] for row in rows] == [
@@ -411,7 +412,7 @@ def test_errors_name_what_is_wrong(folder, tmp_path):
         evaluate.load(evaluate.Settings("nowhere:f"))
     with pytest.raises(ValueError, match="expected a function f in a module brightness"):
         evaluate.load(evaluate.Settings("brightness:f"))
-    report.save_params(tmp_path / "other.safetensors", {"params": {"dense": jnp.ones(3)}})
+    weights.save(tmp_path / "other.safetensors", {"params": {"dense": jnp.ones(3)}})
     with pytest.raises(ValueError, match=r"got params/dense; for a net of your own"):
         evaluate.load(evaluate.Settings(str(tmp_path / "other.safetensors")))
     with pytest.raises(ValueError, match="--crop to be at most 8, got 9; images are 8x8"):
@@ -490,7 +491,7 @@ def test_weights_that_dont_fit_are_an_error_naming_the_file(folder):
 def test_a_function_that_doesnt_take_its_weights_and_images_is_an_error(folder, returned, message):
     Path("own.py").write_text(f"def f(params, x):\n    return {returned}\n")
     sys.modules.pop("own", None)
-    report.save_params(Path("w.safetensors"), {"w": jnp.zeros((9, 2))})
+    weights.save(Path("w.safetensors"), {"w": jnp.zeros((9, 2))})
     settings = evaluate.Settings("own:f", weights=Path("w.safetensors"), data=str(folder))
     start = r"expected own:f to give logits \[1, K\] of an input \[1, 8, 8, 1\].*"
     with pytest.raises(ValueError, match=start + message):

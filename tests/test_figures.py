@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import figures, report
+from experiments import figures as command
+from experiments.lib import figures, records
 
-RECORDS = sorted(path.parent for path in figures.RESULTS.glob("*/results.json"))
+RECORDS = sorted(path.parent for path in records.RESULTS.glob("*/results.json"))
 EPS = [0.0, 1.0, 2.0]
 
 
@@ -36,7 +37,7 @@ def lines_of(figure):
 
 
 def drawn(tmp_path, rows):
-    report.save_rows(tmp_path / "results.json", rows)
+    records.save(tmp_path / "results.json", rows)
     written = figures.draw(tmp_path)
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
     return {path.name for path in written}
@@ -127,7 +128,7 @@ def test_one_command_draws_all_figures_of_a_record_again(record, tmp_path, monke
     for path in record.glob("*.json"):
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(sys, "argv", ["figures.py", str(tmp_path)])
-    figures.main()
+    command.main()
     again = {path.name for path in tmp_path.glob("*.png")}
     assert again == {path.name for path in record.glob("*.png")}
     printed = re.sub(r"\s", "", capsys.readouterr().out)
@@ -136,9 +137,9 @@ def test_one_command_draws_all_figures_of_a_record_again(record, tmp_path, monke
 
 def test_digits_show_what_was_saved(tmp_path):
     images = np.linspace(0, 1, 2 * 784).reshape(2, 28, 28, 1)
-    digits = report.Digits(-images / 2, np.array([1, 2]), np.array([1, 3]))
+    digits = figures.Digits(-images / 2, np.array([1, 2]), np.array([1, 3]))
     path = tmp_path / "digits.json"
-    report.save_digits(path, images, np.array([1, 2]), {"lwa": digits})
+    figures.save_digits(path, images, np.array([1, 2]), {"lwa": digits})
     content = json.loads(path.read_text())
     figure = figures.plot_digits(content)
     shown = [axis.get_images()[0].get_array() for axis in figure.axes]

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import known, models, peers, report
+from experiments import known
+from experiments.compare import pytorch
+from experiments.lib import models, records
 
 NET = models.Classifier((6,), blocks=((3,), (5,)), size=3, padding=1)
 
@@ -34,7 +36,7 @@ def in_pytorch(params):
 
 def test_a_net_of_pytorch_becomes_one_of_ours():
     params = drawn()
-    got = peers.params_of(in_pytorch(params))
+    got = pytorch.params_of(in_pytorch(params))
     assert models.recognised(got, (28, 28, 1)) == NET
     jax.tree.map(np.testing.assert_array_equal, got, jax.tree.map(np.asarray, params))
     odd = in_pytorch(params)
@@ -42,7 +44,7 @@ def test_a_net_of_pytorch_becomes_one_of_ours():
     with pytest.raises(
         ValueError, match="a dense layer after 5 square channels, got linear1 of 240"
     ):
-        peers.params_of(odd)
+        pytorch.params_of(odd)
 
 
 @pytest.mark.slow
@@ -51,7 +53,7 @@ def test_both_nets_are_attacked_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(known, "load", lambda path: nets[path.stem.removeprefix("mnist_lenet5_")])
     settings = known.Settings(Path("there"), n=12, steps=20, n_check=8, out=tmp_path)
     rows = known.run(settings, Console(file=io.StringIO()))
-    assert report.load_rows(tmp_path / "results.json") == rows
+    assert records.load(tmp_path / "results.json") == rows
     assert all(row["figures"]["fmn, median size"] < 1 for row in rows)
     assert [(row["net"], row["n"]) for row in rows] == [("clntrained", 12), ("advtrained", 12)]
     for row in rows:

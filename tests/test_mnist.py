@@ -18,7 +18,8 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from experiments import data, mnist, models, protocol, recipes, report
+from experiments import mnist
+from experiments.lib import data, models, recipes, tables, train_and_score
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +64,7 @@ def test_it_writes_rows_tables_figures_and_weights(small, tmp_path):
             "train_seconds", "epochs", "versions", "device", "settings",
         }  # fmt: skip
         assert (row["n"], row["eps"], row["norm"], row["network"]) == (100, 1.5, "l2", "12x11")
-        assert row["columns"].keys() >= set(report.LABELS)
+        assert row["columns"].keys() >= set(tables.LABELS)
         assert all(0 <= value <= 1 for value in row["columns"].values())
         assert row["columns"]["pgd"] <= row["columns"]["adv_loss"] + 0.02
         assert row["curves"]["adv_loss"][0] == row["columns"]["validation"]
@@ -96,7 +97,7 @@ def test_what_was_scored_is_kept_until_a_run_comes_to_it(small, tmp_path, monkey
     small = dataclasses.replace(small, methods=("normal", "lwa"))
     before = run(small, tmp_path)
     scored = []
-    score = protocol.score
+    score = train_and_score.score
 
     def counting(net, *args):
         scored.append(net)
@@ -104,7 +105,7 @@ def test_what_was_scored_is_kept_until_a_run_comes_to_it(small, tmp_path, monkey
             raise KeyboardInterrupt
         return score(net, *args)
 
-    monkeypatch.setattr(protocol, "score", counting)
+    monkeypatch.setattr(train_and_score, "score", counting)
     with pytest.raises(KeyboardInterrupt):
         run(dataclasses.replace(small, pgd_steps=4), tmp_path)  # all is to be scored anew
     assert json.loads((tmp_path / "results.json").read_text()) == before

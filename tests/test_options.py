@@ -13,7 +13,7 @@ import jax
 import pytest
 
 import experiments
-from experiments import data, options
+from experiments.lib import data, options
 
 ROOT = Path(__file__).resolve().parents[1]
 NET = str(ROOT / "experiments" / "results" / "mnist_mlp" / "lwa" / "params.safetensors")

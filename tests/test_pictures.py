@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from experiments import evaluate, features, gallery, models, peers
+from experiments import evaluate, features, gallery
+from experiments.compare import pytorch
+from experiments.lib import models
 
 
 def problem_of(net, n=3):
@@ -69,8 +71,8 @@ def test_every_picture_is_drawn(tmp_path):
 
 
 def test_a_library_that_is_missing_is_named_before_any_work():
-    peers.need("json")
+    pytorch.need("json")
     with pytest.raises(
         ModuleNotFoundError, match=r"expected json, nowhere, got no nowhere; .*help"
     ):
-        peers.need("json", "nowhere")
+        pytorch.need("json", "nowhere")

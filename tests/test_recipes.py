@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import recipes
-from experiments.models import function, init, mlp
-from experiments.recipes import MultiStep, OneStep
+from experiments.lib import recipes
+from experiments.lib.models import function, init, mlp
+from experiments.lib.recipes import MultiStep, OneStep
 from jaxadv import attack, norms, objectives, perturb, train
 
 KEY = jax.random.key(0)

@@ -6,8 +6,9 @@ from typing import get_args
 import pytest
 from rich.console import Console
 
-from experiments import mnist, protocol, remedies
-from experiments.recipes import MultiStep, OneStep
+from experiments import mnist, remedies
+from experiments.lib import train_and_score
+from experiments.lib.recipes import MultiStep, OneStep
 
 
 def test_the_ways_differ_in_the_step_alone():
@@ -81,7 +82,7 @@ def test_each_way_is_trained_attacked_and_set_beside_the_others(tmp_path, monkey
 
     def make_small(settings):
         task = make_task(settings)
-        return task._replace(train=protocol.Images(*(part[:200] for part in task.train)))
+        return task._replace(train=train_and_score.Images(*(part[:200] for part in task.train)))
 
     monkeypatch.setattr(mnist, "make_task", make_small)
     settings = remedies.Settings(

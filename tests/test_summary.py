@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import report, summary
+from experiments import summary
+from experiments.lib import records, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (summary.RESULTS / "README.md").read_text()
@@ -18,11 +19,11 @@ def test_the_tables_are_the_records():
 
 
 def test_what_is_printed_stands_above_ours_and_the_boards_figures_beside(monkeypatch, tmp_path):
-    columns = dict.fromkeys(report.LABELS, 0.5)
+    columns = dict.fromkeys(tables.LABELS, 0.5)
     rows = [{"method": "lwa", "eps": eps, "columns": columns} for eps in (0.5, 0.25)]
     rows = [{"experiment": "cifar10", **row} for row in rows]
     (tmp_path / "cifar10").mkdir()
-    report.save_rows(tmp_path / "cifar10" / "results.json", rows)
+    records.save(tmp_path / "cifar10" / "results.json", rows)
     full = {
         "experiment": "evaluate",
         "method": "cifar10/lwa",
@@ -32,7 +33,7 @@ def test_what_is_printed_stands_above_ours_and_the_boards_figures_beside(monkeyp
         "n": 9,
     }
     (tmp_path / "board").mkdir()
-    report.save_rows(tmp_path / "board" / "results.json", [{**full, "columns": {"robust": 0.4}}])
+    records.save(tmp_path / "board" / "results.json", [{**full, "columns": {"robust": 0.4}}])
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     text = "a\n<!-- table cifar10 -->\nold\n<!-- end -->\nb\n<!-- table none -->\n<!-- end -->\n"
     lines = summary.fill(text).splitlines()
@@ -83,8 +84,8 @@ def test_ways_of_training_by_one_step_stand_beside_what_autoattack_leaves(monkey
         "attack": "standard",
     }
     (tmp_path / "remedies" / "autoattack").mkdir(parents=True)
-    report.save_rows(tmp_path / "remedies" / "results.json", [{**row, "columns": columns}])
-    report.save_rows(
+    records.save(tmp_path / "remedies" / "results.json", [{**row, "columns": columns}])
+    records.save(
         tmp_path / "remedies" / "autoattack" / "results.json",
         [{**left, "columns": {"robust": 0.6}}],
     )

@@ -20,7 +20,8 @@ from flax import linen as nn
 from PIL import Image
 from rich.console import Console
 
-from experiments import data, evaluate, models, options, recipes, report, train, training
+from experiments import evaluate, train
+from experiments.lib import data, models, options, recipes, records, training
 from jaxadv import evaluate as measured
 
 SIDE = 12
@@ -210,7 +211,7 @@ def test_an_attack_that_has_run_isnt_run_again(folder, trained, tmp_path, monkey
     more = run(folder, tmp_path / "again", attacks=("fmn", "pgd"))
     assert ran == ["fmn"]
     assert more[1] == rows[1]
-    kept = {row["attack"] for row in report.load_rows(tmp_path / "again" / "results.json")}
+    kept = {row["attack"] for row in records.load(tmp_path / "again" / "results.json")}
     assert kept == {"one-step", "pgd", "fmn"}
 
 
@@ -238,7 +239,7 @@ def test_a_trained_net_is_attacked_anew_and_not_trained_anew(
     monkeypatch.setattr(train.training.train, "make_epoch", lambda *_: pytest.fail)
     (row,) = run(folder, tmp_path, attacks=("one-step",), **then)
     assert (row["n"], row["settings"]["eps"]) == (n, eps)
-    assert report.load_rows(tmp_path / "results.json") == [row]
+    assert records.load(tmp_path / "results.json") == [row]
     assert (tmp_path / "params.safetensors").read_bytes() == weights
     assert (tmp_path / "history.csv").read_bytes() == history
 

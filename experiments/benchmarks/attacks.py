@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import evaluate, models, peers, timing
-from experiments.benchmarks.common import ROOT, Call, Figures, Settings, has_peers, ratio
-from experiments.timing import in_turn
+from experiments import evaluate
+from experiments.benchmarks.common import ROOT, Call, Figures, Settings, ratio
+from experiments.compare import libraries
+from experiments.lib import models, timing
+from experiments.lib.timing import in_turn
 from jaxadv import attack, perturb
 
 __all__ = ["METHODS", "run"]
@@ -56,10 +58,9 @@ def run(settings: Settings) -> Figures:
             compiled = jax.jit(partial(perturbation, problem.apply_fn))
             calls[method] = partial(compiled, problem.params, x[:n], y[:n])
         of_peers: dict[str, dict[str, Call]] = {}
-        tasks: tuple[peers.Task, ...] = ("one step", "PGD-40", "DeepFool") if has_peers() else ()
-        for task in tasks:
+        for task in libraries.TASKS if libraries.installed() else ():
             n = counts[task]
-            of_peers[task] = peers.attacks(
+            of_peers[task] = libraries.attacks(
                 problem.params, problem.x[:n], problem.y[:n], eps=1.5, task=task
             )
             calls |= {f"{task}, {peer}": call for peer, call in of_peers[task].items()}

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import optax
 
-from experiments import models, parallel
 from experiments.benchmarks.common import (
     Call,
     Figures,
@@ -18,8 +17,9 @@ from experiments.benchmarks.common import (
     ratio,
     some_images,
 )
-from experiments.models import function, init
-from experiments.timing import in_turn
+from experiments.lib import models, parallel
+from experiments.lib.models import function, init
+from experiments.lib.timing import in_turn
 from jaxadv import objectives, perturb, train
 
 __all__ = ["run"]

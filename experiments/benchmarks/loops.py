@@ -17,8 +17,8 @@ from experiments.benchmarks.common import (
     some_images,
     training_calls,
 )
-from experiments.models import init
-from experiments.timing import in_turn
+from experiments.lib.models import init
+from experiments.lib.timing import in_turn
 from jaxadv import attack, objectives, perturb
 
 __all__ = ["run"]

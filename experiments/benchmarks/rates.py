@@ -13,8 +13,8 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from experiments import models, timing
 from experiments.benchmarks import common
+from experiments.lib import models, timing
 from jaxadv import attack, perturb
 from jaxadv.types import Params, PerturbFn
 

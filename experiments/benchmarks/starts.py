@@ -22,7 +22,7 @@ from experiments.benchmarks.common import (
     some_images,
     step_objectives,
 )
-from experiments.models import function, init
+from experiments.lib.models import function, init
 from jaxadv import train
 
 __all__ = ["run"]

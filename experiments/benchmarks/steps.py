@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import parallel, peers, report, timing
 from experiments.benchmarks.common import (
     Call,
     Figures,
     Settings,
-    has_peers,
     in_child,
     make_net,
     milliseconds,
@@ -25,8 +23,10 @@ from experiments.benchmarks.common import (
     step_objectives,
     training_calls,
 )
-from experiments.models import Classifier, init
-from experiments.timing import in_turn
+from experiments.compare import libraries, pytorch
+from experiments.lib import parallel, records, timing
+from experiments.lib.models import Classifier, init
+from experiments.lib.timing import in_turn
 
 __all__ = ["counted", "floors", "products", "run"]
 
@@ -105,9 +105,9 @@ def run(settings: Settings) -> Figures:
         calls["rate"] = timing.matrix_products()
         if not net.blocks:
             calls |= products(net, int(np.prod(shape)), len(x))
-        theirs = {"plain": None, "LWA": 1.5} if has_peers() else {}
+        theirs = {"plain": None, "LWA": 1.5} if libraries.installed() else {}
         for kind, eps in theirs.items():
-            calls[f"{kind}, PyTorch"] = peers.training(params, *map(np.asarray, (x, y)), eps=eps)
+            calls[f"{kind}, PyTorch"] = pytorch.training(params, *map(np.asarray, (x, y)), eps=eps)
         rounds = settings.rounds // 3 if name.startswith("vgg") else settings.rounds
         times = in_turn(calls, max(rounds, 1), seconds=settings.seconds)
         rate = 2 * 2048**3 / times["rate"]
@@ -128,6 +128,6 @@ def run(settings: Settings) -> Figures:
                 figure["PyTorch ms"] = milliseconds(times[f"{kind}, PyTorch"])
                 figure["PyTorch / time"] = ratio(times[f"{kind}, PyTorch"], taken)
             found.append(figure)
-    if jax.default_backend() == "cpu" and not several and report.cores() > 1:
-        found += in_child("steps", settings, devices=report.cores())
+    if jax.default_backend() == "cpu" and not several and records.cores() > 1:
+        found += in_child("steps", settings, devices=records.cores())
     return found

@@ -4,7 +4,7 @@
 returns the rows of a table, having written results.json, weights and checkpoints. Whatever of it an
 earlier run has finished is taken from there. `recipes` has how a net can be made; `mnist`,
 `cifar10`, `ablations` and `remedies` say which nets, data and settings; `training` has the loop
-over epochs, `report` what becomes of the rows.
+over epochs, `records` and `tables` what becomes of the rows.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import data, models, options, parallel, recipes, report, training
-from experiments.models import Classifier, function, init
-from experiments.options import Count, OutputFolder, Range, Seed, Several, Size, Whole
-from experiments.recipes import Method
+from experiments.lib import data, models, options, parallel, recipes, records, training, weights
+from experiments.lib.models import Classifier, function, init
+from experiments.lib.options import Count, OutputFolder, Range, Seed, Several, Size, Whole
+from experiments.lib.recipes import Method
 from jaxadv import attack, evaluate, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Bounds, Params, PerturbFn
@@ -372,14 +372,14 @@ def _fixed_net(settings: Settings, task: Task, progress: Progress) -> tuple[Appl
     """Train the net that the Fixed set is made on; or take its weights, if an earlier run did."""
     path = settings.out / "fixed" / "params.safetensors"
     made = {"seed": settings.fixed_seed, **train_settings(task.normal, settings, task)}
-    if report.made(path) == made:
-        params = _as_stored(report.load_params(path, jnp.float32), task)
+    if weights.made(path) == made:
+        params = _as_stored(weights.load(path, jnp.float32), task)
         normal = task.make_net(task.normal)
         models.check(normal, params, task.interface.shape)
         return function(normal), parallel.replicate(task.mesh, params)
     net = train("normal", task.normal, settings.fixed_seed, settings, task, progress)
     if parallel.first_process():
-        report.save_params(path, net.params, task.stored, interface=task.interface, made=made)
+        weights.save(path, net.params, task.stored, interface=task.interface, made=made)
     return net.apply_fn, net.params
 
 
@@ -398,7 +398,7 @@ def _make_fixed(settings: Settings, task: Task, progress: Progress) -> dict[floa
 
 def run(
     settings: Settings, task: Task, console: Console
-) -> tuple[list[report.Row], dict[str, Net]]:
+) -> tuple[list[records.Row], dict[str, Net]]:
     """Train, attack and score; return the rows of the table, and each method's first net.
 
     Rows of other methods, seeds and sizes that the file has from an earlier run stay in it.
@@ -409,13 +409,13 @@ def run(
     _check_splits(task)
     results = settings.out / "results.json"
     settings.out.mkdir(parents=True, exist_ok=True)
-    known = report.load_rows(results, _FIELDS)
+    known = records.load(results, _FIELDS)
     n = len(task.test.y)
     sizes = settings.batch_size, n, min(settings.n_pgd, n)
     task = in_precision(task, settings.precision)
     task = task._replace(mesh=parallel.mesh(settings, *sizes))
     pgd = partial(attack.pgd, norm="l2", steps=settings.pgd_steps)  # one object, one compilation
-    rows: list[report.Row] = []
+    rows: list[records.Row] = []
     nets: dict[str, Net] = {}
 
     with training.bars(console) as progress:
@@ -436,8 +436,8 @@ def run(
                     "norm": "l2",
                     "n": len(task.test.y),
                     "settings": row_settings(method, settings, task, eps),
-                    "versions": report.versions(),
-                    "device": report.device(),
+                    "versions": records.versions(),
+                    "device": records.device(),
                 }
                 row = next((r for r in known if identity.items() <= r.items()), None)
                 if row is None:
@@ -460,12 +460,12 @@ def run(
                     }
                 rows.append(row)
                 if parallel.first_process():
-                    report.save_rows(results, rows + _others(known, rows))
+                    records.save(results, rows + _others(known, rows))
             first = seed == settings.seed[0]
             folder = settings.out / name if first else settings.out / name / f"seed_{seed}"
             if parallel.first_process():
                 path = folder / "params.safetensors"
-                report.save_params(path, net.params, task.stored, interface=task.interface)
+                weights.save(path, net.params, task.stored, interface=task.interface)
     return rows, nets
 
 
@@ -481,7 +481,7 @@ def _check_splits(task: Task) -> None:
             )
 
 
-def record(folder: Path, rows: Sequence[report.Row]) -> list[report.Row]:
+def record(folder: Path, rows: Sequence[records.Row]) -> list[records.Row]:
     """Return the rows of a run, and what earlier ones left beside them that was scored alike.
 
     Args:
@@ -494,25 +494,25 @@ def record(folder: Path, rows: Sequence[report.Row]) -> list[report.Row]:
       trained as its first, since a table has their mean.
     """
 
-    def scoring(row: report.Row) -> list[Any]:
+    def scoring(row: records.Row) -> list[Any]:
         return [row["settings"].get(field) for field in ("data", "holdout", *_SCORING)]
 
-    def training(row: report.Row) -> dict[str, Any]:
+    def training(row: records.Row) -> dict[str, Any]:
         of_size = ("eps", "curve")
         return {key: value for key, value in row["settings"].items() if key not in of_size}
 
     kept = list(rows)
-    for row in _others(report.load_rows(folder / "results.json", _FIELDS), rows):
+    for row in _others(records.load(folder / "results.json", _FIELDS), rows):
         first = next((other for other in kept if other["method"] == row["method"]), row)
         if scoring(row) == scoring(rows[0]) and training(row) == training(first):
             kept.append(row)
     return kept
 
 
-def _others(known: Sequence[report.Row], rows: Sequence[report.Row]) -> list[report.Row]:
+def _others(known: Sequence[records.Row], rows: Sequence[records.Row]) -> list[records.Row]:
     """Return the known rows whose places in the table the others don't take."""
 
-    def place(row: report.Row) -> tuple[str, int, float]:
+    def place(row: records.Row) -> tuple[str, int, float]:
         return row["method"], row["seed"], row["eps"]
 
     taken = set(map(place, rows))

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import ArrayLike
 
-from experiments import options
+from experiments.lib import options
 from jaxadv.types import ApplyFn, Params, TrainFn
 
 __all__ = [

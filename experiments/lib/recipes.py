@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import options
-from experiments.models import Classifier, function, train_function
-from experiments.options import Count, Positive, Range, Size, Whole
+from experiments.lib import options
+from experiments.lib.models import Classifier, function, train_function
+from experiments.lib.options import Count, Positive, Range, Size, Whole
 from jaxadv import attack, losses, norms, objectives, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Bounds, Objective, Params, PerturbFn, Schedule, TrainFn

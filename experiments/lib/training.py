@@ -28,7 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments import options, parallel
+from experiments.lib import options, parallel
 from jaxadv import train
 from jaxadv.types import Objective, Params
 

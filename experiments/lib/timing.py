@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 from rich.progress import track
 
-from experiments.models import Classifier
+from experiments.lib.models import Classifier
 
 __all__ = ["Quiet", "flops", "in_turn", "matrix_products"]
 
@@ -108,7 +108,7 @@ class Quiet:
     """Says whether a run had its machine for itself.
 
     Example:
-      >>> from experiments.timing import Quiet
+      >>> from experiments.lib.timing import Quiet
       >>> quiet = Quiet()
       >>> record = quiet.report()  # after the measurements
       >>> sorted(record)[:4]

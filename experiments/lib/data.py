@@ -38,7 +38,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import options
+from experiments.lib import options
 
 __all__ = [
     "CIFAR10",
@@ -63,7 +63,7 @@ __all__ = [
     "split",
 ]
 
-ORIGINALS = Path(__file__).resolve().parent / "data"
+ORIGINALS = Path(__file__).resolve().parents[1] / "data"
 DIGITS = tuple("0123456789")
 """MNIST's classes."""
 CIFAR10 = (

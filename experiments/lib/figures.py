@@ -1,0 +1,444 @@
+"""Every figure of the results, drawn from their JSON files alone.
+
+`draw` looks at what a folder holds and draws what can be drawn from it: curves and learning curves
+for every table, Figures 1 and 2 of the paper where LeNets are among the rows, and digits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib import ticker
+from matplotlib.axes import Axes
+
+from experiments.lib import options, records, tables, train_and_score
+from experiments.lib.recipes import NAMES
+
+__all__ = ["Digits", "draw", "draw_history", "plot_digits", "save_digits"]
+
+COLOURS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#cc79a7",
+    "#56b4e9",
+    "#000000",
+)  # Okabe, Ito
+MARKERS = "osD^vPX"
+CURVES = ("adv_alpha", "adv_loss", "adv_loss_sign")
+
+AUTHORS_EPS = (0.4, 0.8, 1.0, 1.2, 1.6, 2.0, 3.0, 3.8)
+AUTHORS_CURVES = {  # of the authors' notebook Efficiency.ipynb, which Figure 1 was drawn from
+    "adv_loss_sign": (0.9754, 0.9383, 0.9121, 0.8729, 0.7685, 0.6372, 0.3326, 0.1900),
+    "adv_loss": (0.9555, 0.8540, 0.7692, 0.6736, 0.4662, 0.3117, 0.1281, 0.0678),
+    "adv_alpha": (0.9545, 0.8499, 0.7618, 0.6604, 0.4502, 0.3005, 0.1211, 0.0684),
+}
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw all that a folder's results hold.
+
+    Args:
+      folder: where `results.json` is, and perhaps `digits.json`; the figures go there.
+
+    Returns:
+      The files written.
+
+    Raises:
+      UsageError: if there are no results.
+    """
+    rows = records.load(folder / "results.json")
+    if not rows:
+        raise options.UsageError(
+            f"expected rows in {folder / 'results.json'}, got none; run it first"
+        )
+    if "curves" in rows[0]:  # the last run's, and what else its table has
+        rows = train_and_score.record(folder, rows[:1])
+    plots: dict[str, Callable[[list[records.Row]], Any]] = {}
+    watched: list[records.Row] = []
+    if "groups" in rows[0]:
+        plots["ablations.png"] = plot_groups
+    elif "curves" in rows[0]:
+        plots["accuracy_vs_eps.png"] = plot_curves
+        watched = _watched_alike(rows)
+        if watched and "validation" in watched[0]["history"][0]:  # Table 1's record is too old
+            plots["learning_curves.png"] = lambda _: plot_learning(watched)
+    if rows[0]["experiment"] == "benchmark":
+        parts = {row["part"] for row in rows}
+        plots |= {
+            f"{part}.png": plot
+            for part, plot in (("attacks", plot_speeds), ("growth", plot_growth))
+            if part in parts
+        }
+    if rows[0]["experiment"] == "logistic":
+        plots["appendix_a.png"] = plot_appendix_a
+    if rows[0]["experiment"] == "mnist_lenet":
+        if "normal" in _methods(rows):
+            plots["figure_1.png"] = plot_figure_1
+        if {"normal", "lwa"} <= set(_methods(watched)):
+            plots["figure_2.png"] = lambda _: plot_figure_2(watched)
+    written = []
+    for name, plot in plots.items():
+        written.append(_save(plot(rows), folder / name))
+    digits = folder / "digits.json"
+    if digits.exists():
+        figure = plot_digits(json.loads(digits.read_text()))
+        written.append(_save(figure, folder / "adversarial_digits.png"))
+    return written
+
+
+def draw_history(folder: Path, history: Sequence[dict[str, float]]) -> Path:
+    """Draw the loss and the accuracies after each epoch of one training.
+
+    Args:
+      folder: where `history.png` goes.
+      history: for each epoch, loss and accuracy in training, and `test` and `one_step`.
+
+    Returns:
+      The file written.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    epochs = np.arange(1, len(history) + 1)
+    labels = {"accuracy": "training, as perturbed", "test": "test", "one_step": "test, one step"}
+    _line(panels[0], epochs, np.array([entry["loss"] for entry in history], float), 0, "loss")
+    for index, (column, label) in enumerate(labels.items()):
+        _line(panels[1], epochs, np.array([entry[column] for entry in history]), index, label)
+    panels[0].set(title="loss", xlabel="epoch")
+    panels[1].set(title="accuracy", xlabel="epoch", ylim=(0, 1))
+    panels[1].legend(frameon=False, fontsize=8)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    return _save(figure, folder / "history.png")
+
+
+def plot_curves(rows: Sequence[records.Row]) -> Any:
+    """Return accuracy against the l2 size of each perturbation, a panel for each."""
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+    for panel, column in zip(panels, CURVES, strict=True):
+        for index, method in enumerate(_methods(rows)):
+            eps, mean = _curve(rows, method, column)
+            _line(panel, eps, mean, index, NAMES.get(method, method))
+        panel.axvline(rows[0]["eps"], color="0.6", linewidth=0.8, linestyle=":")
+        panel.set(title=tables.LABELS[column], xlabel="l2 size of the perturbation", ylim=(0, 1))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy")
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_learning(rows: Sequence[records.Row]) -> Any:
+    """Return accuracies after each epoch, without and with Adv_Loss, a line for each method."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for panel, (column, title) in zip(
+        panels,
+        {
+            "validation": "Validation",
+            "adv_loss": f"Adv_Loss, l2 size {_watched(rows)}",
+        }.items(),
+        strict=True,
+    ):
+        for index, method in enumerate(_methods(rows)):
+            _learning(panel, rows, method, column, index, NAMES.get(method, method))
+        panel.set(title=title, xlabel="epoch", ylabel="accuracy")
+        panel.grid(alpha=0.3)
+    panels[1].set_ylim(0, 1)
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_groups(rows: Sequence[records.Row]) -> Any:
+    """Return accuracy against the l2 size of Adv_Loss, a panel for each question."""
+    groups = list(dict.fromkeys(group for row in rows for group in row["groups"]))
+    figure, panels = plt.subplots(
+        1, len(groups), figsize=(4 * len(groups), 3.8), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for panel, group in zip(panels[0], groups, strict=True):
+        labels = {row["method"]: row["groups"][group] for row in rows if group in row["groups"]}
+        for index, (method, label) in enumerate(labels.items()):
+            eps, mean = _curve(rows, method, "adv_loss")
+            _line(panel, eps, mean, index, label)
+        panel.axvline(rows[0]["eps"], color="0.6", linewidth=0.8, linestyle=":")
+        panel.set(title=group, xlabel="l2 size of Adv_Loss", ylim=(0, 1))
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize=8)
+    panels[0, 0].set_ylabel("accuracy")
+    return figure
+
+
+def plot_figure_1(rows: Sequence[records.Row]) -> Any:
+    """Return the paper's Figure 1: the Normal LeNet under three perturbations of growing size."""
+    figure, panel = plt.subplots(figsize=(5.6, 4), layout="constrained")
+    for index, column in enumerate(CURVES):
+        eps, mean = _curve(rows, "normal", column)
+        _line(panel, eps, mean, index, tables.LABELS[column])
+        panel.plot(
+            AUTHORS_EPS, AUTHORS_CURVES[column], color=COLOURS[index], linestyle="--", linewidth=1.2
+        )
+    panel.plot([], [], color="0.4", linestyle="--", linewidth=1.2, label="the authors' notebook")
+    panel.set(
+        title=f"Figure 1: Normal LeNet, {_which(rows)}",
+        xlabel="l2 size of the perturbation",
+        ylabel="accuracy",
+        xlim=(0, 4),
+        ylim=(0, 1),
+    )
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_figure_2(rows: Sequence[records.Row]) -> Any:
+    """Return the paper's Figure 2: Normal and LWA LeNets, against size and over training."""
+    figure, (sizes, epochs) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for index, column in enumerate(CURVES):
+        for method, style in (("normal", "--"), ("lwa", "-")):
+            eps, mean = _curve(rows, method, column)
+            label = f"{NAMES[method]}, {tables.LABELS[column]}"
+            _line(sizes, eps, mean, index, label, linestyle=style)
+    for index, (column, label) in enumerate(
+        {"validation": "Validation", "adv_loss": f"Adv_Loss, {_watched(rows)}"}.items()
+    ):
+        for method, style in (("normal", "--"), ("lwa", "-")):
+            _learning(
+                epochs, rows, method, column, index, f"{NAMES[method]}, {label}", linestyle=style
+            )
+    sizes.set(
+        title=f"Figure 2: LeNets, {_which(rows)}", xlabel="l2 size of the perturbation",
+        ylabel="accuracy", xlim=(0, 4), ylim=(0, 1),
+    )  # fmt: skip
+    epochs.set(title="over training", xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+    for panel in (sizes, epochs):
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize=8, handlelength=4)
+    return figure
+
+
+def plot_appendix_a(rows: Sequence[records.Row]) -> Any:
+    """Return the propositions of Appendix A: convexity, the regulariser, growth of solutions."""
+    series = {row["proposition"]: row["series"] for row in rows}
+    figure, panels = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
+    b, c, d = series["B"], series["C"], series["D"]
+    for index, (norm, along) in enumerate(b["objective"].items()):
+        _line(panels[0], b["t"], np.asarray(along) / max(along), index, norm)
+    panels[0].set(
+        title="B: the objective is convex", xlabel="place on a random segment of w",
+        ylabel="objective / its maximum", ylim=(0, None),
+    )  # fmt: skip
+    panels[1].plot(c["w"], c["induced"], color=COLOURS[0], linewidth=1.6, label="corrected")
+    panels[1].plot(
+        c["w"], c["printed"], color=COLOURS[3], linestyle="--", linewidth=1.2, label="as printed"
+    )
+    panels[1].set(
+        title="C: the induced regulariser isn't", xlabel="w", ylabel="R(w)", ylim=(-1, 2.5)
+    )
+    for index, ratio in enumerate(d["norm"]):
+        for panel, key in zip(panels[2:], ("norm", "objective"), strict=True):
+            label = f"c = {ratio} margin / 2"
+            style = "-" if float(ratio) > 1 else "--"
+            _line(panel, d["steps"], d[key][ratio], index, label, linestyle=style)
+    for panel, name in zip(panels[2:], ("||w||", "objective"), strict=True):
+        panel.set(
+            title=f"D: {name} in training", xlabel="steps of L-BFGS", ylabel=name,
+            xscale="log", yscale="log",
+        )  # fmt: skip
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    for panel in panels[:3]:
+        panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_speeds(rows: Sequence[records.Row]) -> Any:
+    """Plot how many images a second each library perturbs, for what several of them have."""
+    speeds = _part(rows, "attacks")
+    nets = list(dict.fromkeys(speed["net"] for speed in speeds))
+    libraries = list(dict.fromkeys(speed["library"] for speed in speeds))
+    compared = {speed["method"] for speed in speeds if speed["library"] != "jaxadv"}
+    figure, panels = plt.subplots(
+        1, len(nets), figsize=(5 * len(nets), 3.6), squeeze=False, layout="constrained"
+    )
+    for panel, net in zip(panels[0], nets, strict=True):
+        ours = [speed for speed in speeds if speed["net"] == net]
+        methods = [
+            m for m in dict.fromkeys(s["method"] for s in ours) if m in compared or not compared
+        ]
+        for index, library in enumerate(libraries):
+            heights = {s["method"]: s["images a second"] for s in ours if s["library"] == library}
+            places = [place for place, method in enumerate(methods) if method in heights]
+            panel.bar(
+                [
+                    place + (index - (len(libraries) - 1) / 2) * 0.8 / len(libraries)
+                    for place in places
+                ],
+                [heights[methods[place]] for place in places],
+                0.8 / len(libraries),
+                color=COLOURS[index],
+                label=library,
+            )
+        panel.set(yscale="log", ylabel="images a second", title=net)
+        panel.set_xticks(range(len(methods)), methods, rotation=0 if compared else 90)
+    panels[0][0].legend(fontsize=8)
+    return figure
+
+
+def plot_growth(rows: Sequence[records.Row]) -> Any:
+    """Plot time an image and working memory as batches, classes, steps and images grow."""
+    points = _part(rows, "growth")
+    kinds = list(dict.fromkeys(point["what grows"] for point in points))
+    figure, panels = plt.subplots(
+        2, len(kinds), figsize=(4 * len(kinds), 6.5), sharex="col", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for column, kind in enumerate(kinds):
+        here = [point for point in points if point["what grows"] == kind]
+        lines = dict.fromkeys((point["net"], point["method"]) for point in here)
+        for panel, unit in zip(panels[:, column], ("µs an image", "MB"), strict=True):
+            for index, (net, method) in enumerate(lines):
+                line = [p for p in here if (p["net"], p["method"]) == (net, method)]
+                line = [p for p in line if p.get(unit)]  # 0 has no place on such an axis
+                x, y = [p["to"] for p in line], [p[unit] for p in line]
+                _line(panel, x, y, index, f"{net}: {method}")
+            panel.set(xscale="log", yscale="log", ylabel=unit if column == 0 else "")
+            panel.yaxis.set_minor_formatter(ticker.NullFormatter())
+        ticks = sorted({point["to"] for point in here})
+        panels[1, column].set_xticks([], minor=True)
+        panels[1, column].set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        panels[1, column].set_xlabel(kind)
+        # Above, where no line is under it.
+        panels[0, column].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    return figure
+
+
+def _part(rows: Sequence[records.Row], part: str) -> list[dict[str, Any]]:
+    return list(next(row["figures"] for row in rows if row["part"] == part))
+
+
+class Digits(NamedTuple):
+    """One method's perturbations of some images, and the predictions before and after."""
+
+    r: np.ndarray  # [n, 28, 28, 1]
+    before: np.ndarray  # [n]
+    after: np.ndarray  # [n]
+
+
+def save_digits(
+    path: Path, images: jax.Array, labels: jax.Array, perturbed: Mapping[str, Digits]
+) -> None:
+    """Write images and what methods did to them, pixels in thousandths."""
+
+    def thousandths(pixels: Any) -> Any:
+        return np.rint(1000 * np.asarray(pixels)).astype(int).tolist()
+
+    content = {
+        "images": thousandths(images),
+        "labels": np.asarray(labels).tolist(),
+        "perturbed": {
+            name: {
+                "r": thousandths(digits.r),
+                "before": digits.before.tolist(),
+                "after": digits.after.tolist(),
+            }
+            for name, digits in perturbed.items()
+        },
+    }
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def plot_digits(content: dict[str, Any]) -> Any:
+    """Return clean digits, and each method's perturbation and adversarial digit with predictions.
+
+    Args:
+      content: what `save_digits` wrote.
+    """
+    images = np.asarray(content["images"])[..., 0] / 1000
+    labels, perturbed = content["labels"], content["perturbed"]
+    rs = {name: np.asarray(digits["r"])[..., 0] / 1000 for name, digits in perturbed.items()}
+    lines = 1 + 2 * len(perturbed)
+    figure, axes = plt.subplots(
+        lines, len(images), figsize=(1.15 * len(images) + 1.6, 1.3 * lines),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    limit = max(float(np.abs(r).max()) for r in rs.values())
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    grey: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
+    for i, image in enumerate(images):
+        axes[0, i].imshow(image, **grey)
+        axes[0, i].set_title(f"label {labels[i]}", fontsize=8)
+        for j, (name, r) in enumerate(rs.items()):
+            before, after = perturbed[name]["before"][i], perturbed[name]["after"][i]
+            axes[1 + 2 * j, i].imshow(r[i], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axis = axes[2 + 2 * j, i]
+            axis.imshow(image + r[i], **grey)
+            colour = COLOURS[3] if after != labels[i] else "black"
+            axis.set_title(f"{before} → {after}", fontsize=8, color=colour)
+    axes[0, 0].set_ylabel("clean", fontsize=8)
+    for j, name in enumerate(rs):
+        axes[1 + 2 * j, 0].set_ylabel(f"{NAMES.get(name, name)}\nr", fontsize=8)
+        axes[2 + 2 * j, 0].set_ylabel("x + r", fontsize=8)
+    return figure
+
+
+def _which(rows: Sequence[records.Row]) -> str:
+    kind = "held-out" if rows[0]["settings"]["holdout"] else "test"
+    return f"{rows[0]['n']:,} {kind} images"
+
+
+def _watched(rows: Sequence[records.Row]) -> str:
+    """The size of the perturbations after each epoch; an error where it isn't one."""
+    sizes = {epoch["watched_eps"] for row in rows for epoch in row["history"]}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"expected histories at one l2 size, got {sorted(sizes)}; draw each run by itself"
+        )
+    return f"{sizes.pop():g}"
+
+
+def _watched_alike(rows: Sequence[records.Row]) -> list[records.Row]:
+    """Rows whose nets were watched at the size that the last run's ended with."""
+    size = rows[0]["history"][-1].get("watched_eps")
+    return [row for row in rows if {e.get("watched_eps") for e in row["history"]} == {size}]
+
+
+def _methods(rows: Sequence[records.Row]) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in rows))
+
+
+def _of(rows: Sequence[records.Row], method: str) -> list[records.Row]:
+    """One row for each seed of a method: curves and history don't depend on the table's size."""
+    return list({row["seed"]: row for row in reversed(rows) if row["method"] == method}.values())
+
+
+def _curve(rows: Sequence[records.Row], method: str, column: str) -> tuple[Any, Any]:
+    curves = [row["curves"] for row in _of(rows, method)]
+    return curves[0]["eps"], np.mean([curve[column] for curve in curves], axis=0)
+
+
+def _line(panel: Axes, x: Any, y: Any, index: int, label: str, **style: Any) -> None:
+    i = index % len(COLOURS)
+    panel.plot(
+        x, y, color=COLOURS[i], label=label, linewidth=1.6, marker=MARKERS[i],
+        markevery=max(1, len(x) // 5), markersize=4, **style,
+    )  # fmt: skip
+
+
+def _learning(
+    panel: Axes, rows: Sequence[records.Row], method: str, column: str, index: int, label: str,
+    **style: Any,
+) -> None:  # fmt: skip
+    mean = np.mean([[e[column] for e in row["history"]] for row in _of(rows, method)], axis=0)
+    _line(panel, range(1, len(mean) + 1), mean, index, label, **style)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return path
