@@ -31,11 +31,9 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import evaluate
 from experiments.compare import libraries, pytorch
-from experiments.lib import models, options, records
+from experiments.lib import models, options, problems, records, tables
 from experiments.lib.options import Checked, OutputFolder, Range, Size
-from experiments.lib.records import RESULTS
 from jaxadv import attack
 from jaxadv import evaluate as measure
 
@@ -148,7 +146,7 @@ def questions(
     }
 
 
-def flagged(problem: evaluate.Problem) -> dict[str, str]:
+def flagged(problem: problems.Problem) -> dict[str, str]:
     """Return what our checks and AutoAttack's say of a net that returns probabilities."""
     import torch
     from autoattack import AutoAttack
@@ -176,39 +174,38 @@ def flagged(problem: evaluate.Problem) -> dict[str, str]:
     }
 
 
-def as_markdown(row: records.Row) -> str:
+def as_markdown(row: dict[str, Any]) -> list[str]:
     """Return the answers as a table."""
-    names = list(ATTACKS)
-    lines = ["# The same questions put to each library", "", "| | " + " | ".join(names) + " |"]
-    lines.append("|---" * (len(names) + 1) + "|")
-    for question, answers in row["answers"].items():
-        cells = (answers[name].replace("|", "/") for name in names)
-        lines.append(f"| {question} | " + " | ".join(cells) + " |")
+    cells = [
+        [question, *(answers[name].replace("|", "/") for name in ATTACKS)]
+        for question, answers in row["answers"].items()
+    ]
     versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
-    return "\n".join(
-        [*lines, "", f"{row['n']} images of MNIST, l2 size {row['eps']:g}. {versions}.", ""]
-    )
+    return [
+        "# The same questions put to each library",
+        "",
+        *tables.markdown(["", *ATTACKS], cells),
+        "",
+        f"{row['n']} images of MNIST, l2 size {row['eps']:g}. {versions}.",
+        "",
+    ]
 
 
-def run(settings: Settings, console: Console) -> records.Row:
+def run(settings: Settings, console: Console) -> dict[str, Any]:
     """Ask everything; return the answers.
 
     Raises:
       ModuleNotFoundError: if one of the libraries isn't installed.
     """
     pytorch.need("torch", "foolbox", "torchattacks", "cleverhans", "art", "autoattack")
-    problem = evaluate.load(
-        evaluate.Settings(
-            net=str(RESULTS / "mnist_mlp" / "normal" / "params.safetensors"), n=settings.n
-        )
-    )
+    problem = problems.recorded("mnist_mlp/normal", settings.n)
     asked_ = questions(problem.params, problem.x, problem.y, settings.eps)
     answers = {
         question: {name: asked(ask, perturb) for name, perturb in ATTACKS.items()}
         for question, ask in asked_.items()
     }
     answers["a net that returns probabilities"] = flagged(problem)
-    row: records.Row = {
+    row: dict[str, Any] = {
         "experiment": "features",
         "answers": answers,
         "n": settings.n,
@@ -220,9 +217,7 @@ def run(settings: Settings, console: Console) -> records.Row:
     }
     settings.out.mkdir(parents=True, exist_ok=True)
     records.save(settings.out / "results.json", [row])
-    text = as_markdown(row)
-    (settings.out / "results.md").write_text(text)
-    console.print(text, markup=False)
+    tables.write(settings.out, as_markdown(row), console)
     return row
 
 

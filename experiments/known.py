@@ -30,9 +30,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import evaluate
 from experiments.compare import pytorch
-from experiments.lib import data, models, options, records
+from experiments.lib import data, models, options, problems, records, tables
 from experiments.lib.options import Checked, Count, OutputFolder, Seed, Size
 from jaxadv import attack
 from jaxadv import evaluate as measure
@@ -112,13 +111,13 @@ def minimal(steps: int) -> Mapping[str, PerturbFn]:
     return {name: of_any_size(method) for name, method in methods.items()}
 
 
-def run(settings: Settings, console: Console) -> list[records.Row]:
+def run(settings: Settings, console: Console) -> list[dict[str, Any]]:
     """Attack and check both nets; return a row for each."""
     weights = {name: load(settings.folder / f"mnist_lenet5_{name}.pt") for name in NETS}
     mnist = data.mnist()
     pixels = np.asarray(mnist.test_images, np.float32) / 255
     labels = np.asarray(mnist.test_labels)
-    rows: list[records.Row] = []
+    rows: list[dict[str, Any]] = []
     for name, published in NETS.items():
         params = weights[name]
         net = models.recognised(params, pixels.shape[1:])
@@ -148,7 +147,7 @@ def run(settings: Settings, console: Console) -> list[records.Row]:
                 "experiment": "known",
                 "net": name,
                 "network": models.describe(net),
-                "weights": evaluate.digest(params),
+                "weights": problems.digest(params),
                 "published": published._asdict(),
                 "clean": measure.accuracy(right),
                 "median l2": medians,
@@ -168,40 +167,37 @@ def run(settings: Settings, console: Console) -> list[records.Row]:
         )
     settings.out.mkdir(parents=True, exist_ok=True)
     records.save(settings.out / "results.json", rows)
-    text = as_markdown(rows)
-    (settings.out / "results.md").write_text(text)
-    console.print(text, markup=False)
+    tables.write(settings.out, as_markdown(rows), console)
     return rows
 
 
-def as_markdown(rows: list[records.Row]) -> str:
+def as_markdown(rows: list[dict[str, Any]]) -> list[str]:
     """Return the rows as a table, with what the checks say."""
     attacks = list(rows[0]["median l2"])
     headings = ["Net", "Clean, published", "ours", "DDN, published", "FAB, published", *attacks]
+    cells = []
+    for row in rows:
+        printed = Published(**row["published"])
+        found = (f"{row['median l2'][name]:.3f}" for name in attacks)
+        cells.append([
+            row["net"], f"{printed.clean:.4f}", f"{row['clean']:.4f}", printed.ddn, printed.fab,
+            *found,
+        ])  # fmt: skip
     lines = [
         "# Least perturbations of advertorch's nets",
         "",
         "Accuracy on the 10,000 test images, and the l2 size that misleads the net about half of "
         f"{rows[0]['n']:,} images that it has right, by each attack and by the best.",
         "",
-        "| " + " | ".join(headings) + " |",
-        "|---" * len(headings) + "|",
+        *tables.markdown(headings, cells),
+        "",
     ]
-    for row in rows:
-        printed = Published(**row["published"])
-        cells: list[Any] = [
-            row["net"], f"{printed.clean:.4f}", f"{row['clean']:.4f}", printed.ddn, printed.fab,
-            *(f"{row['median l2'][name]:.3f}" for name in attacks),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines.append("")
     for row in rows:
         lines.append(
             f"- {row['net']}: {'; '.join(row['flags'].values()) or 'nothing to doubt was found'}"
         )
     device, versions = rows[0]["device"], rows[0]["versions"]
-    lines += ["", f"Seed {rows[0]['seed']}, {device}, jax {versions['jax']}.", ""]
-    return "\n".join(lines)
+    return [*lines, "", f"Seed {rows[0]['seed']}, {device}, jax {versions['jax']}.", ""]
 
 
 @options.command

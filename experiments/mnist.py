@@ -31,24 +31,23 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
 
 from experiments.lib import (
-    data,
     figures,
     options,
+    paper,
     parallel,
     recipes,
-    records,
     tables,
+    tasks,
     train_and_score,
 )
-from experiments.lib.models import Classifier, lenet, mlp
 from experiments.lib.options import OutputFolder, Several
 from experiments.lib.recipes import NAMES, Adversarial, Method, MethodName, MultiStep
+from experiments.lib.records import TableRow
 from experiments.lib.train_and_score import Images, Net
 from jaxadv import evaluate, perturb
 
@@ -132,68 +131,10 @@ LENET = Settings(
     ),
 )
 
-PAPER: dict[str, dict[str, tuple[float, ...]]] = {  # as printed
-    "mlp": {  # Table 1
-        "normal": (0.980, 0.320, 0.187, 0.085, 0.073),
-        "dropout": (0.983, 0.337, 0.233, 0.115, 0.088),
-        "goodfellow": (0.991, 0.955, 0.928, 0.724, 0.711),
-        "lwa": (0.990, 0.972, 0.939, 0.861, 0.854),
-        "lwa_rep": (0.986, 0.797, 0.819, 0.673, 0.646),
-    },
-    "lenet": {  # Table 2
-        "normal": (0.9916, 0.6342, 0.6940, 0.3998, 0.3792),
-        "lwa": (0.9932, 0.9817, 0.9800, 0.9533, 0.9529),
-    },
-}
 
-
-def load(settings: Settings) -> tuple[Images, Images]:
-    """Return the images to train on and those to score."""
-    mnist = data.mnist()
-    if settings.holdout:
-        kept, held = train_and_score.hold_out(settings, len(mnist.train_labels))
-        train = mnist.train_images[kept], mnist.train_labels[kept]
-        score = mnist.train_images[held], mnist.train_labels[held]
-    else:
-        train = mnist.train_images, mnist.train_labels
-        score = mnist.test_images, mnist.test_labels
-
-    def images(pixels: Any, labels: Any) -> Images:
-        return Images(jnp.asarray(data.scale_mnist(pixels)), jnp.asarray(labels))
-
-    n = settings.n_eval
-    return images(*train), images(score[0][:n], score[1][:n])
-
-
-def make_task(settings: Settings) -> train_and_score.Task:
-    """Return the data and nets of a table."""
-
-    def make_net(method: Method) -> Classifier:
-        build = mlp if settings.network == "mlp" else lenet
-        return build(method.widths, dropout=method.dropout, **recipes.split_of(method))
-
-    def network(method: Method) -> str:
-        widths = "x".join(map(str, method.widths))
-        return widths if settings.network == "mlp" else f"conv20-conv50-{widths}"
-
-    train, test = load(settings)
-    return train_and_score.Task(
-        experiment=f"mnist_{settings.network}",
-        methods=settings.nets(),
-        normal=settings.normal,
-        names=NAMES,
-        make_net=make_net,
-        network=network,
-        train=train,
-        test=test,
-        source="the original files, through tensorflow-datasets",
-        interface=data.Interface(data.DIGITS, (28, 28, 1), subtract=0, divide=256),
-    )
-
-
-def run(settings: Settings, console: Console) -> list[records.Row]:
+def run(settings: Settings, console: Console) -> list[TableRow]:
     """Train, attack and score; return the rows of the table."""
-    task = make_task(settings)
+    task = tasks.mnist(settings, settings.network, settings.normal)
     rows, nets = train_and_score.run(settings, task, console)
     images = Images(*(part[: settings.eval_batch] for part in task.test))
     digits = {name: _digits(net, images, settings.eps[0]) for name, net in nets.items()}
@@ -224,10 +165,7 @@ def defaults(arguments: list[str]) -> Settings:
     known, _ = parser.parse_known_args(arguments)
     chosen = LENET if known.network == "lenet" else MLP
     if known.quick:
-        short = {name: dataclasses.replace(getattr(chosen, name), epochs=1) for name in NAMES}
-        for name, method in short.items():
-            if isinstance(method, Adversarial) and method.warmup:
-                short[name] = dataclasses.replace(method, warmup=1)
+        short: dict[str, Any] = {name: recipes.shortened(getattr(chosen, name)) for name in NAMES}
         out = chosen.out.with_name(f"{chosen.out.name}_quick")
         chosen = dataclasses.replace(chosen, n_eval=1000, out=out, **short)
     return chosen
@@ -245,12 +183,13 @@ def main() -> None:
         f"Fixed is made on a Normal net of seed {settings.fixed_seed}, which itself scores "
         f"{tables.fixed_source(rows)} on it.",
         f"PGD: {settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on "
-        f"{rows[0]['n_pgd']:,} of the images; not in the paper. Nothing is clipped to the pixel "
+        f"{rows[0].n_pgd:,} of the images; not in the paper. Nothing is clipped to the pixel "
         "range.",
         f"Trained on {60_000 - settings.holdout:,} images. {tables.seeds(rows, NAMES)}",
     ]
-    title = f"MNIST, {net}: accuracy on {rows[0]['n']:,} {which}"
-    tables.show(console, settings.out, title, rows, NAMES, PAPER[settings.network], notes)
+    title = f"MNIST, {net}: accuracy on {rows[0].n:,} {which}"
+    printed = paper.PRINTED[rows[0].experiment]
+    tables.show(console, settings.out, title, rows, tables.by_size(rows, NAMES, printed), notes)
 
 
 if __name__ == "__main__":

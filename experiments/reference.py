@@ -24,7 +24,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -33,10 +33,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import evaluate
 from experiments.compare import pytorch
-from experiments.lib import options, records
+from experiments.lib import evaluation, options, problems, records
 from experiments.lib.options import Checked, Count, OutputFolder, Seed, Several, Size
+from experiments.lib.records import AttackRow, PublishedRow
 
 MemberName = Literal["apgd-ce", "apgd-t", "fab-t", "square", "standard"]
 MEMBERS: tuple[MemberName, ...] = ("apgd-ce", "apgd-t", "fab-t", "square", "standard")
@@ -81,7 +81,7 @@ class Settings(Checked):
             )
 
 
-def run(settings: Settings, console: Console) -> list[records.Row]:
+def run(settings: Settings, console: Console) -> list[AttackRow]:
     """Attack in every way that is asked for; return the rows of these and of earlier runs.
 
     Raises:
@@ -93,9 +93,7 @@ def run(settings: Settings, console: Console) -> list[records.Row]:
     from autoattack import AutoAttack
 
     torch.set_num_threads(settings.threads)
-    problem = evaluate.load(
-        evaluate.Settings(net=settings.net, name=settings.name, norm=settings.norm, n=settings.n)
-    )
+    problem = problems.load(problems.Settings(net=settings.net, name=settings.name, n=settings.n))
     net = pytorch.fixed_net(problem.params)
     x = pytorch.images(problem.x)
     y = torch.from_numpy(problem.y.astype(np.int64))
@@ -122,31 +120,34 @@ def run(settings: Settings, console: Console) -> list[records.Row]:
             "threads": settings.threads,
             "settings": {"batch_size": settings.batch_size},
         }
-        rows = records.load(results)
-        if any(identity.items() <= row.items() for row in rows):
-            continue
-        norm = {"l2": "L2", "linf": "Linf"}[settings.norm]
-        adversary = AutoAttack(net, norm=norm, eps=eps, seed=seed, device="cpu", verbose=False)
-        if name != "standard":
-            adversary.attacks_to_run = [name]  # with the standard budget
-        start = time.perf_counter()
-        found = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
-        seconds = time.perf_counter() - start
-        with torch.no_grad():
-            robust = clean & (net(found).numpy().argmax(1) == problem.y)
-        sizes = (found - x).flatten(1).norm(p=2 if settings.norm == "l2" else np.inf, dim=1)
-        row = {
-            **identity,
-            "columns": {"clean": float(clean.mean()), "robust": float(robust.mean())},
-            "counts": {"max_norm": float(sizes.max())},
-            "seconds": round(seconds, 1),
-        }
-        records.save(results, [*rows, row])
-        console.print(
-            f"{identity['method']}: {name}, {settings.norm} {eps:g}, seed {seed}: "
-            f"{row['columns']['robust']:.4f}, {seconds:.0f} s"
-        )
-    return records.load(results)
+
+        def attacked(
+            name: MemberName = name, eps: float = eps, seed: int = seed,
+            identity: dict[str, Any] = identity,
+        ) -> AttackRow:  # fmt: skip
+            norm = {"l2": "L2", "linf": "Linf"}[settings.norm]
+            adversary = AutoAttack(net, norm=norm, eps=eps, seed=seed, device="cpu", verbose=False)
+            if name != "standard":
+                adversary.attacks_to_run = [name]  # with the standard budget
+            start = time.perf_counter()
+            found = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
+            seconds = time.perf_counter() - start
+            with torch.no_grad():
+                robust = clean & (net(found).numpy().argmax(1) == problem.y)
+            sizes = (found - x).flatten(1).norm(p=2 if settings.norm == "l2" else np.inf, dim=1)
+            console.print(
+                f"{identity['method']}: {name}, {settings.norm} {eps:g}, seed {seed}: "
+                f"{robust.mean():.4f}, {seconds:.0f} s"
+            )
+            return PublishedRow(
+                **identity,
+                columns={"clean": float(clean.mean()), "robust": float(robust.mean())},
+                counts={"max_norm": float(sizes.max())},
+                seconds=round(seconds, 1),
+            )
+
+        records.find_or_run(results, AttackRow, identity, attacked, place=evaluation.PLACE)
+    return records.load(results, AttackRow)
 
 
 @options.command

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,8 +38,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import evaluate as evaluation
 from experiments.lib import (
+    blocks,
     data,
     figures,
     models,
@@ -52,6 +50,7 @@ from experiments.lib import (
     training,
     weights,
 )
+from experiments.lib.attacks import Attack, methods
 from experiments.lib.options import (
     Count,
     Distinct,
@@ -62,9 +61,11 @@ from experiments.lib.options import (
     Size,
     Whole,
 )
+from experiments.lib.problems import Problem
+from experiments.lib.records import TrainRow
 from jaxadv import attack, evaluate, objectives, perturb
 from jaxadv.train import TrainState
-from jaxadv.types import ApplyFn, Norm, Objective, Params, PerturbFn
+from jaxadv.types import Norm, Objective, Params, PerturbFn
 
 _BLOCK = 250  # images that are attacked together, and then shown as done
 
@@ -117,7 +118,7 @@ class Settings(parallel.Settings):
     """Of everything random."""
     n_eval: Count = 1000
     """How many test images are attacked."""
-    attacks: Annotated[tuple[evaluation.Attack, ...], Distinct()] = (
+    attacks: Annotated[tuple[Attack, ...], Distinct()] = (
         "one-step", "pgd-100x10", "standard",
     )  # fmt: skip
     """By what, at the end; followed by nothing, by none."""
@@ -129,7 +130,7 @@ class Settings(parallel.Settings):
 
         Raises:
           UsageError: if an option is given that the net or the method has no use for, or as
-            `evaluate.methods`.
+            `attacks.methods`.
         """
         super().__post_init__()
         if self.widths and ":" in self.net:
@@ -143,7 +144,7 @@ class Settings(parallel.Settings):
                 "leave it out, or choose another --method"
             )
         for name in self.attacks:
-            evaluation.methods(name, self.norm)
+            methods(name, self.norm)
 
 
 def make_net(settings: Settings, classes: int) -> nn.Module:
@@ -160,15 +161,12 @@ def make_net(settings: Settings, classes: int) -> nn.Module:
     }
     if settings.net in known:
         return known[settings.net]().clone(classes=classes)
-    module_name, _, function_name = settings.net.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        make = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    if ":" not in settings.net:
         raise options.UsageError(
-            f"expected --net to be mlp, lenet, vgg, or a function as module:function, got "
-            f"{settings.net!r}: {error}; name it from the folder that the module is in"
-        ) from error
+            "expected --net to be mlp, lenet, vgg, or a function as module:function, got "
+            f"{settings.net!r}; choose one of these"
+        )
+    make = options.imported(settings.net)
     made = make(classes)
     if not isinstance(made, nn.Module):
         raise options.UsageError(
@@ -236,7 +234,7 @@ def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
     )
 
 
-def run(settings: Settings, console: Console) -> list[records.Row]:
+def run(settings: Settings, console: Console) -> list[TrainRow]:
     """Train or restore the net, attack it, and return a row for each attack.
 
     Raises:
@@ -244,10 +242,8 @@ def run(settings: Settings, console: Console) -> list[records.Row]:
         size, or has variables that aren't parameters; if images would be moved out of sight; if
         results.json isn't one of this command's.
     """
-    attacks = {name: evaluation.methods(name, settings.norm) for name in settings.attacks}
     results = settings.out / "results.json"
-    # Several processes have to agree on what they run.
-    known = records.load(results, ("attack",)) if jax.process_count() == 1 else []
+    records.load(results, TrainRow)  # before any work: an error if they are others
     images = data.named(settings.data)
     if len(images.train_labels) < settings.batch_size:
         raise options.UsageError(
@@ -257,8 +253,9 @@ def run(settings: Settings, console: Console) -> list[records.Row]:
     net = make_net(settings, len(images.classes))
     apply_fn = models.function(net)
     init_key, fit_key, attack_key = jax.random.split(jax.random.key(settings.seed), 3)
-    chosen = evaluation.order(settings.data, len(images.test_labels))[: settings.n_eval]
-    x = images.test_images[chosen].astype(np.float32) / 255
+    chosen = data.order(settings.data, len(images.test_labels))[: settings.n_eval]
+    interface = data.WHOLE._replace(classes=images.classes, shape=images.test_images.shape[1:])
+    x = interface.inputs(images.test_images[chosen])
     y = images.test_labels[chosen]
     side = min(x.shape[1:3])
     if settings.shift >= side:
@@ -332,15 +329,15 @@ def run(settings: Settings, console: Console) -> list[records.Row]:
         )
         params = trained(fitted.state)
         if parallel.first_process():
-            interface = data.Interface(images.classes, x.shape[1:], subtract=0, divide=255)
             weights.save(settings.out / "params.safetensors", params, interface=interface)
             save_history(settings.out, fitted.history)
         right = evaluate.clean(apply_fn, params, watched_x, watched_y, batch_size=100)
         advice = untaught(evaluate.accuracy(right), y, settings)
         if advice:
             console.print(advice, style="bold")
-        rows: list[records.Row] = []
-        for name, parts in attacks.items():
+        problem = Problem(apply_fn, params, x, y, (0.0, 1.0), {})
+        rows = []
+        for name in settings.attacks:
             identity = {
                 "experiment": "train",
                 "settings": kept,
@@ -349,58 +346,49 @@ def run(settings: Settings, console: Console) -> list[records.Row]:
                 "versions": records.versions(),
                 "device": records.device(),
             }
-            row = next((old for old in known if identity.items() <= old.items()), None)
-            if row is None:
-                clean, robust = attacked(
-                    name, parts, settings, apply_fn, params, x, y, attack_key, mesh, progress
-                )
-                row = {
+
+            def run_attack(name: Attack = name, identity: dict[str, Any] = identity) -> TrainRow:
+                found = attacked(name, settings, problem, attack_key, mesh, progress)
+                return TrainRow(
                     **identity,
-                    "columns": {
-                        "clean": evaluate.accuracy(clean),
-                        "robust": evaluate.accuracy(robust),
+                    columns={
+                        "clean": evaluate.accuracy(found.clean),
+                        "robust": evaluate.accuracy(found.robust),
                     },
-                    "interval": list(evaluate.interval(robust)),
-                    "train_seconds": round(fitted.seconds, 1),
-                }
-                known = [*(old for old in known if old["attack"] != name), row]
-                if parallel.first_process():
-                    records.save(results, known)
+                    interval=list(evaluate.interval(found.robust)),
+                    train_seconds=round(fitted.seconds, 1),
+                )
+
+            row = records.find_or_run(results, TrainRow, identity, run_attack, place=("attack",))
             rows.append(row)
     return rows
 
 
 def attacked(
-    name: str,
-    parts: Mapping[str, PerturbFn],
+    name: Attack,
     settings: Settings,
-    apply_fn: ApplyFn,
-    params: Params,
-    x: NDArray[Any],
-    y: NDArray[Any],
+    problem: Problem,
     key: jax.Array,
     mesh: Mesh | None,
     progress: Progress,
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which images are right before and after an attack, made on one block at a time."""
-    bar = progress.add_task(f"{name}, {settings.norm} {settings.eps:g}", total=len(y), note="")
-    keys = jax.random.split(key, len(y))
+) -> blocks.Attacked:
+    """Attack the images, one block at a time."""
+    bar = progress.add_task(
+        f"{name}, {settings.norm} {settings.eps:g}", total=len(problem.y), note=""
+    )
     devices = 1 if mesh is None else mesh.size
     block = max(_BLOCK // devices, 1) * devices
-    outcomes = []
-    for start in range(0, len(y), block):
-        part = slice(start, start + block)
-        x_part, y_part = parallel.spread(mesh, (x[part], y[part]))
-        found = evaluate.ensemble(
-            apply_fn, params, x_part, y_part, parts,
-            eps=settings.eps, norm=settings.norm, key=keys[part], bounds=(0.0, 1.0),
-            batch_size=block,
-        )  # fmt: skip
-        outcomes.append(found.outcome)
-        robust = np.concatenate([outcome.robust for outcome in outcomes])
-        note = f"robust {evaluate.accuracy(robust):.4f}"
-        progress.update(bar, completed=len(robust), note=note)
-    return np.concatenate([outcome.clean for outcome in outcomes]), robust
+    return blocks.attack(
+        problem,
+        methods(name, settings.norm),
+        eps=settings.eps,
+        norm=settings.norm,
+        key=key,
+        block=block,
+        batch_size=block,
+        mesh=lambda _: mesh,
+        show=lambda done, robust: progress.update(bar, completed=done, note=f"robust {robust:.4f}"),
+    )
 
 
 def save_history(folder: Path, history: list[dict[str, float]]) -> None:
@@ -418,11 +406,11 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     console = parallel.start(settings)
     for row in run(settings, console):
-        low, high = row["interval"]
+        low, high = row.interval
         console.print(
-            f"{row['attack']}: accuracy {row['columns']['clean']:.4f}, robust accuracy "
-            f"{row['columns']['robust']:.4f} (95% interval {low:.3f} to {high:.3f}) at "
-            f"{settings.norm} {settings.eps:g} on {row['n']:,} images",
+            f"{row.attack}: accuracy {row.columns['clean']:.4f}, robust accuracy "
+            f"{row.columns['robust']:.4f} (95% interval {low:.3f} to {high:.3f}) at "
+            f"{settings.norm} {settings.eps:g} on {row.n:,} images",
             highlight=False,
         )
 

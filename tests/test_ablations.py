@@ -70,8 +70,8 @@ def test_rows_say_which_questions_they_answer(tmp_path, monkeypatch):
         out=tmp_path, holdout=59_600, n_eval=60, n_pgd=20, pgd_steps=2, curve=(0.0, 1.0)
     )
     rows = ablations.run(settings, Console(file=io.StringIO()))
-    assert rows == records.load(tmp_path / "results.json")
-    assert {row["method"]: set(row["groups"]) for row in rows} == {
+    assert rows == records.load(tmp_path / "results.json", records.TableRow)
+    assert {row.method: set(row.groups) for row in rows} == {
         "normal": {"objective"},
         "rep_1": {"split of LWA_Rep"},
         "lwa": set(ablations.GROUPS),

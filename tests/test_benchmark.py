@@ -146,7 +146,7 @@ def test_an_invalid_run_is_recorded_and_ends_with_an_error(tmp_path, monkeypatch
     with pytest.raises(SystemExit, match=r"not valid.*loops.*--parts loops"):
         _run(monkeypatch, "--parts", "loops", "--out", tmp_path)
     (row,) = json.loads((tmp_path / "results.json").read_text())
-    assert row["machine"]["cpu_of_others"] == 0.5
+    assert row.machine["cpu_of_others"] == 0.5
     text = (tmp_path / "results.md").read_text()
     assert "Not valid: other programs had 50%" in text
     assert "| a | 2.00 (1.00 to 3.00) |" in text
@@ -158,7 +158,7 @@ def test_a_part_measured_again_replaces_its_figures_and_leaves_the_others(tmp_pa
         monkeypatch.setitem(benchmark.RUN, part, lambda settings, value=value: [{"loop": value}])
         _run(monkeypatch, "--parts", part, "--out", tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert [(row["part"], row["figures"]) for row in rows] == [
+    assert [(row.part, row.figures) for row in rows] == [
         ("steps", [{"loop": 2}]),
         ("loops", [{"loop": 3}]),
     ]

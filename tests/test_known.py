@@ -53,7 +53,7 @@ def test_both_nets_are_attacked_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(known, "load", lambda path: nets[path.stem.removeprefix("mnist_lenet5_")])
     settings = known.Settings(Path("there"), n=12, steps=20, n_check=8, out=tmp_path)
     rows = known.run(settings, Console(file=io.StringIO()))
-    assert records.load(tmp_path / "results.json") == rows
+    assert records.read(tmp_path / "results.json") == rows
     assert all(row["figures"]["fmn, median size"] < 1 for row in rows)
     assert [(row["net"], row["n"]) for row in rows] == [("clntrained", 12), ("advtrained", 12)]
     for row in rows:

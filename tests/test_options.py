@@ -21,7 +21,8 @@ NET = str(ROOT / "experiments" / "results" / "mnist_mlp" / "lwa" / "params.safet
 # What has no default.
 NEEDED = {
     "experiments.train": {"data": "mnist", "eps": 0.5},
-    "experiments.evaluate": {"net": NET},
+    "experiments.lib.evaluation": {"net": NET},
+    "experiments.lib.problems": {"net": NET},
     "experiments.reference": {"net": NET},
     "experiments.board": {"record": "mnist_mlp"},
     "experiments.known": {"folder": Path()},

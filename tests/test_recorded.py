@@ -30,7 +30,7 @@ def test_trained_nets_hardly_feel_the_batch_size(record, names):
     apply_fn = models.function(models.recognised(params, (28, 28, 1)))
     images = data.mnist()
     n = 500
-    x, y = data.scale_mnist(images.test_images[:n]), images.test_labels[:n]
+    x, y = data.MNIST.inputs(images.test_images[:n]), images.test_labels[:n]
     kwargs = {"eps": 1.5, "key": jax.random.key(0), "bounds": (0.0, 1.0)}
     for method in (perturb.loss, perturb.alpha):
         many, few = (
@@ -57,7 +57,7 @@ def checked(net, scale, **kwargs):
     params = weights.load(RESULTS / "mnist_mlp" / net / "params.safetensors")
     apply_fn = models.function(models.recognised(params, (28, 28, 1)))
     images = data.mnist()
-    x, y = data.scale_mnist(images.test_images[:100]), images.test_labels[:100]
+    x, y = data.MNIST.inputs(images.test_images[:100]), images.test_labels[:100]
     result = evaluate.check(
         lambda params, x: scale * apply_fn(params, x),
         params, x, y, key=jax.random.key(0), **kwargs,

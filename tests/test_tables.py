@@ -1,8 +1,10 @@
 """Tables that say what the rows say."""
 
+import dataclasses
 import io
 
 from rich.console import Console
+from rows import table_row
 
 from experiments.lib import tables
 
@@ -12,14 +14,9 @@ NAMES = {"normal": "Normal", "lwa": "LWA"}
 PAPER = {"lwa": (0.99, 0.972, 0.939, 0.861, 0.854)}
 
 
-def row(method, seed, value):
-    curve = {"eps": [0.0, 1.0], **{c: [0.9, 0.5] for c in tables.LABELS}}
+def row(method, seed, value, **fields):
     columns = dict.fromkeys(tables.LABELS, value)
-    return {
-        "experiment": "mnist_mlp", "method": method, "seed": seed, "eps": 1.5, "columns": columns,
-        "curves": curve, "history": [{"validation": 0.8, "adv_loss": 0.2}] * 2,
-        "train_seconds": 2.0, "device": "cpu x1", "versions": {"jax": "0"},
-    }  # fmt: skip
+    return table_row(method=method, seed=seed, columns=columns, **fields)
 
 
 ROWS = [row("normal", 0, 0.5), row("lwa", 0, 0.7), row("lwa", 1, 0.8)]
@@ -39,7 +36,7 @@ def test_a_note_says_which_methods_seeds_differ():
 
 def test_a_note_names_the_figure_of_each_net_that_a_fixed_set_was_made_on():
     def of(eps, value):
-        return {"eps": eps, "columns": {"fixed_source": value}}
+        return table_row(eps=eps, columns={"fixed_source": value})
 
     rows = [of(1.5, 0.2), of(1.5, 0.25), of(1.5, 0.2), of(1.0, 0.4)]
     assert tables.fixed_source(rows) == "0.2000 or 0.2500"
@@ -47,7 +44,8 @@ def test_a_note_names_the_figure_of_each_net_that_a_fixed_set_was_made_on():
 
 def shown(tmp_path, rows=ROWS, width=80):
     out = io.StringIO()
-    tables.show(Console(file=out, width=width), tmp_path, "A title", rows, NAMES, PAPER, ["note"])
+    sections = tables.by_size(rows, NAMES, PAPER)
+    tables.show(Console(file=out, width=width), tmp_path, "A title", rows, sections, ["note"])
     return out.getvalue(), (tmp_path / "results.md").read_text().splitlines()
 
 
@@ -64,7 +62,8 @@ def test_the_markdown_table_has_a_row_for_ours_and_one_for_the_paper(tmp_path):
 def test_figures_printed_with_four_digits_keep_them(tmp_path):
     out = io.StringIO()
     paper = {"lwa": (0.9932, 0.9817, 0.98, 0.9533, 0.9529)}
-    tables.show(Console(file=out), tmp_path, "t", ROWS, NAMES, paper, [])
+    sections = tables.by_size(ROWS, NAMES, paper)
+    tables.show(Console(file=out), tmp_path, "t", ROWS, sections, [])
     assert (
         "| paper | 0.9932 | 0.9817 | 0.9800 | 0.9533 | 0.9529 |  |"
         in (tmp_path / "results.md").read_text()
@@ -72,7 +71,7 @@ def test_figures_printed_with_four_digits_keep_them(tmp_path):
 
 
 def test_each_size_has_a_table_and_the_paper_stands_beside_the_first(tmp_path):
-    small = [{**r, "eps": 0.251, "columns": dict.fromkeys(tables.LABELS, 0.9)} for r in ROWS]
+    small = [row(r.method, r.seed, 0.9, eps=0.251) for r in ROWS]
     _, lines = shown(tmp_path, [*ROWS, *small])
     assert [line for line in lines if line.startswith("#")] == [
         "# A title", "## l2 size 1.5", "## l2 size 0.251",
@@ -85,8 +84,9 @@ def test_each_size_has_a_table_and_the_paper_stands_beside_the_first(tmp_path):
 def test_grouped_tables_have_one_for_each_question(tmp_path):
     out = io.StringIO()
     groups = {"normal": {"objective": "none"}, "lwa": {"objective": "LWA", "size": "1.5"}}
-    rows = [{**r, "groups": groups[r["method"]]} for r in ROWS]
-    tables.show_groups(Console(file=out), tmp_path, "A title", rows, ["objective", "size"], [])
+    rows = [dataclasses.replace(r, groups=groups[r.method]) for r in ROWS]
+    sections = tables.by_group(rows, ["objective", "size"])
+    tables.show(Console(file=out), tmp_path, "A title", rows, sections, [])
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("#")] == [
         "# A title", "## objective, l2 size 1.5", "## size, l2 size 1.5",
@@ -97,10 +97,9 @@ def test_grouped_tables_have_one_for_each_question(tmp_path):
 
 
 def test_sizes_arent_averaged_as_if_they_were_seeds(tmp_path):
-    rows = [
-        {**row("lwa", 0, v), "eps": e, "groups": {"q": "a"}} for e, v in ((1.5, 0.2), (1.0, 0.4))
-    ]
-    tables.show_groups(Console(file=io.StringIO()), tmp_path, "A title", rows, ["q"], [])
+    rows = [row("lwa", 0, v, eps=e, groups={"q": "a"}) for e, v in ((1.5, 0.2), (1.0, 0.4))]
+    sections = tables.by_group(rows, ["q"])
+    tables.show(Console(file=io.StringIO()), tmp_path, "A title", rows, sections, [])
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("#")] == [
         "# A title", "## q, l2 size 1.5", "## q, l2 size 1",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from rows import table_row
 
 from experiments.lib import data, options, recipes, records, train_and_score, training, weights
 from experiments.lib.models import mlp
@@ -76,7 +77,7 @@ def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, m
 def test_a_record_has_the_rows_of_earlier_runs_that_were_scored_alike(tmp_path):
     def row(method, seed=0, eps=1.5, run=1, **scored):
         settings = {"data": "squares", "holdout": 0, "n_eval": 10, "epochs": run, **scored}
-        return {"method": method, "seed": seed, "eps": eps, "settings": settings}
+        return table_row(method=method, seed=seed, eps=eps, settings=settings)
 
     others = [row("lwa", run=2), row("normal", seed=1), row("normal", eps=1.0)]
     elsewhere = [row("dropout", n_eval=9), row("dropout", data="circles"), row("dropout", n_pgd=1)]
@@ -99,7 +100,7 @@ def test_what_is_scored_is_what_is_stored(tmp_path):
     )  # fmt: skip
     settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20, pgd_steps=2)
     (row,), nets = train_and_score.run(settings, task, Console(file=io.StringIO()))
-    assert row["settings"]["weights"] == "float16"
+    assert row.settings["weights"] == "float16"
     for name in ("normal", "fixed"):
         path = tmp_path / name / "params.safetensors"
         stored = jax.tree.leaves(weights.load(path))
@@ -112,7 +113,7 @@ def test_what_is_scored_is_what_is_stored(tmp_path):
     # And the Fixed set is the same where its net is read.
     with training.bars(Console(file=io.StringIO())) as progress:
         read = train_and_score._make_fixed(settings, task, progress)[1.5]
-    assert read.accuracy == row["columns"]["fixed_source"]
+    assert read.accuracy == row.columns["fixed_source"]
 
 
 def test_nets_in_another_precision_are_called_so():
@@ -146,5 +147,7 @@ def test_a_net_that_is_split_above_its_layers_is_refused_before_any_is_trained(
 
 def test_rows_of_another_command_in_the_folder_are_an_error(tmp_path):
     records.save(tmp_path / "results.json", [{"experiment": "benchmark", "part": "steps"}])
-    with pytest.raises(options.UsageError, match=r"rows with method, seed, .*without method; move"):
+    with pytest.raises(
+        options.UsageError, match=r"of the same command in .*, got some without network; move"
+    ):
         train_and_score.record(tmp_path, [])

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import evaluate
-from experiments.benchmarks.common import ROOT, Call, Figures, Settings, ratio
+from experiments.benchmarks.common import Call, Figures, Settings, ratio
 from experiments.compare import libraries
-from experiments.lib import models, timing
+from experiments.lib import models, problems, timing
 from experiments.lib.timing import in_turn
 from jaxadv import attack, perturb
 
@@ -44,8 +43,7 @@ def run(settings: Settings) -> Figures:
     """Time perturbations of test images against their floors and against other libraries."""
     found: Figures = []
     for name in ("mlp", "lenet"):
-        weights = ROOT / "experiments" / "results" / f"mnist_{name}" / "lwa" / "params.safetensors"
-        problem = evaluate.load(evaluate.Settings(net=str(weights), n=settings.n))
+        problem = problems.recorded(f"mnist_{name}/lwa", settings.n)
         x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
         net = models.recognised(problem.params, x.shape[1:])
         # DeepFool of a net of convolutions takes some libraries many minutes for 1,000 images.

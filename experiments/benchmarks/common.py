@@ -162,8 +162,8 @@ def in_child(part: Part, settings: Settings, *, devices: int) -> Figures:
     environment = {"JAX_NUM_CPU_DEVICES": str(devices)}
     with tempfile.TemporaryDirectory() as folder:
         child([*arguments, "--out", folder], environment, parse=False)
-        (row,) = records.load(Path(folder) / "results.json")
-        return list(row["figures"])
+        (row,) = records.load(Path(folder) / "results.json", records.BenchmarkRow)
+        return row.figures
 
 
 def child(arguments: list[str], environment: Mapping[str, str], *, parse: bool = True) -> Any:

@@ -42,8 +42,11 @@ from experiments.lib import options
 
 __all__ = [
     "CIFAR10",
+    "CIFAR10_CROPS",
     "DIGITS",
+    "MNIST",
     "ORIGINALS",
+    "WHOLE",
     "Dataset",
     "Interface",
     "cache_directory",
@@ -57,9 +60,8 @@ __all__ = [
     "mnist",
     "mnist_originals",
     "named",
+    "order",
     "save_cifar10_crops",
-    "scale_cifar10",
-    "scale_mnist",
     "split",
 ]
 
@@ -111,6 +113,46 @@ class Interface(NamedTuple):
     subtract: float
     divide: float
     crop: int | None = None
+
+    def inputs(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Returns the middle of images as the net takes it: cropped to the shape, and scaled.
+
+        Args:
+            pixels: [n, H, W, C] uint8, with H and W at least those of the shape.
+
+        Raises:
+            TypeError: pixels aren't uint8; scaling scaled ones again would go unnoticed.
+            ValueError: pixels have another number of axes.
+        """
+        if pixels.dtype != np.uint8:
+            raise TypeError(
+                f"expected uint8 pixels, got {pixels.dtype}; pass them as a `Dataset` has them"
+            )
+        if pixels.ndim != 4:
+            raise ValueError(
+                f"expected images of shape [n, H, W, C], got {list(pixels.shape)}; for a single "
+                "image, pass images[i : i + 1]"
+            )
+        top, left = (
+            (whole - part) // 2
+            for whole, part in zip(pixels.shape[1:3], self.shape[:2], strict=True)
+        )
+        middle = pixels[:, top : top + self.shape[0], left : left + self.shape[1]]
+        return (np.asarray(middle, np.float32) - np.float32(self.subtract)) / np.float32(
+            self.divide
+        )
+
+
+MNIST = Interface(DIGITS, (28, 28, 1), subtract=0, divide=256)
+"""Pixels divided by 256, into the range [0, .996] of the paper's Section 7."""
+WHOLE = Interface((), (), subtract=0, divide=255)
+"""Whole images, with pixels divided by 255."""
+CIFAR10_CROPS = Interface(CIFAR10, (28, 28, 3), subtract=117, divide=256, crop=28)
+"""The middle 28x28 pixels less 117, divided by 256, into [-.457, .539], as Section 7 has it.
+
+The paper says (-1, 1), which is the range of its released code, (pixel - 128) / 128: there an l2
+size of .5 is one of .25 on this scale.
+"""
 
 
 def named(name: str) -> Dataset:
@@ -201,8 +243,7 @@ def save_cifar10_crops(folder: str | os.PathLike[str], path: Path = _CROPS) -> N
         path: where to write.
     """
     images = image_folder(folder)
-    n = len(images.test_labels)
-    chosen = split(n, n, seed=0)[1][:1000]
+    chosen = order("cifar10", len(images.test_labels))[:1000]
     crops = images.test_images[chosen][:, 2:30, 2:30]
     np.savez_compressed(path, images=crops, labels=images.test_labels[chosen])
 
@@ -371,59 +412,6 @@ def fingerprint(images: Dataset) -> str:
     return f"crc32 {checksum:08x}"
 
 
-def scale_mnist(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Pixels divided by 256, into the range [0, .996] of the paper's Section 7.
-
-    Args:
-        images: [n, 28, 28, 1] uint8.
-
-    Returns:
-        [n, 28, 28, 1] float32.
-
-    Raises:
-        TypeError: images aren't uint8; dividing scaled ones again would go unnoticed.
-        ValueError: images aren't [n, 28, 28, 1].
-    """
-    if images.dtype != np.uint8:
-        raise TypeError(
-            f"expected uint8 images, got {images.dtype}; pass the pixels as `mnist` returns them"
-        )
-    if images.ndim != 4 or images.shape[1:] != (28, 28, 1):
-        raise ValueError(
-            f"expected images of shape [n, 28, 28, 1], got {list(images.shape)}; "
-            "for a single image, pass images[i : i + 1]"
-        )
-    return np.asarray(images, np.float32) / np.float32(256)
-
-
-def scale_cifar10(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Pixels less 117, divided by 256, into the range [-.457, .539], as Section 7 has it.
-
-    The paper says (-1, 1), which is the range of its released code, (pixel - 128) / 128: there an
-    l2 size of .5 is one of .25 on the scale of this function.
-
-    Args:
-        images: [n, H, W, 3] uint8.
-
-    Returns:
-        [n, H, W, 3] float32.
-
-    Raises:
-        TypeError: images aren't uint8.
-        ValueError: images aren't [n, H, W, 3].
-    """
-    if images.dtype != np.uint8:
-        raise TypeError(
-            f"expected uint8 images, got {images.dtype}; pass the pixels as `cifar10` returns them"
-        )
-    if images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(
-            f"expected images of shape [n, H, W, 3], got {list(images.shape)}; "
-            "convert them to RGB, all of one size"
-        )
-    return (np.asarray(images, np.float32) - np.float32(117)) / np.float32(256)
-
-
 def split(n: int, holdout: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draws which of n training examples are held out, for every choice made before the test.
 
@@ -440,8 +428,22 @@ def split(n: int, holdout: int, seed: int) -> tuple[NDArray[np.int64], NDArray[n
     """
     if not 0 <= holdout <= n:
         raise ValueError(f"expected holdout in 0..{n}, got {holdout}; hold out fewer examples")
-    order = np.random.default_rng(seed).permutation(n)
-    return order[holdout:], order[:holdout]
+    drawn = np.random.default_rng(seed).permutation(n)
+    return drawn[holdout:], drawn[:holdout]
+
+
+def order(name: str, n: int) -> NDArray[np.int64]:
+    """The order in which the n test images of a set are taken, the first ones when not all.
+
+    Args:
+        name: of the set. A folder's images come class by class: theirs is drawn once and for all.
+            MNIST's have no order, and everybody takes its first ones.
+        n: how many there are.
+
+    Returns:
+        Indices [n].
+    """
+    return np.arange(n) if name == "mnist" else split(n, n, seed=0)[1]
 
 
 # The array cache.

@@ -7,7 +7,7 @@ for every table, Figures 1 and 2 of the paper where LeNets are among the rows, a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 
 from experiments.lib import options, records, tables, train_and_score
 from experiments.lib.recipes import NAMES
+from experiments.lib.records import BenchmarkRow, PropositionRow, TableRow
 
 __all__ = ["Digits", "draw", "draw_history", "plot_digits", "save_digits"]
 
@@ -54,39 +55,22 @@ def draw(folder: Path) -> list[Path]:
     Raises:
       UsageError: if there are no results.
     """
-    rows = records.load(folder / "results.json")
-    if not rows:
-        raise options.UsageError(
-            f"expected rows in {folder / 'results.json'}, got none; run it first"
-        )
-    if "curves" in rows[0]:  # the last run's, and what else its table has
-        rows = train_and_score.record(folder, rows[:1])
-    plots: dict[str, Callable[[list[records.Row]], Any]] = {}
-    watched: list[records.Row] = []
-    if "groups" in rows[0]:
-        plots["ablations.png"] = plot_groups
-    elif "curves" in rows[0]:
-        plots["accuracy_vs_eps.png"] = plot_curves
-        watched = _watched_alike(rows)
-        if watched and "validation" in watched[0]["history"][0]:  # Table 1's record is too old
-            plots["learning_curves.png"] = lambda _: plot_learning(watched)
-    if rows[0]["experiment"] == "benchmark":
-        parts = {row["part"] for row in rows}
-        plots |= {
-            f"{part}.png": plot
-            for part, plot in (("attacks", plot_speeds), ("growth", plot_growth))
-            if part in parts
-        }
-    if rows[0]["experiment"] == "logistic":
-        plots["appendix_a.png"] = plot_appendix_a
-    if rows[0]["experiment"] == "mnist_lenet":
-        if "normal" in _methods(rows):
-            plots["figure_1.png"] = plot_figure_1
-        if {"normal", "lwa"} <= set(_methods(watched)):
-            plots["figure_2.png"] = lambda _: plot_figure_2(watched)
-    written = []
-    for name, plot in plots.items():
-        written.append(_save(plot(rows), folder / name))
+    results = folder / "results.json"
+    content = records.read(results)
+    if not content:
+        raise options.UsageError(f"expected rows in {results}, got none; run it first")
+    figures: dict[str, Any] = {}
+    if "curves" in content[0]:  # of the last run's net, and what else its table has
+        last = records.load(results, TableRow)[:1]
+        figures = _plot_table(train_and_score.record(folder, last))
+    elif content[0].get("experiment") == "benchmark":
+        parts = {row.part: row.figures for row in records.load(results, BenchmarkRow)}
+        for part, plot in (("attacks", plot_speeds), ("growth", plot_growth)):
+            if part in parts:
+                figures[f"{part}.png"] = plot(parts[part])
+    elif content[0].get("experiment") == "logistic":
+        figures["appendix_a.png"] = plot_appendix_a(records.load(results, PropositionRow))
+    written = [_save(figure, folder / name) for name, figure in figures.items()]
     digits = folder / "digits.json"
     if digits.exists():
         figure = plot_digits(json.loads(digits.read_text()))
@@ -94,7 +78,23 @@ def draw(folder: Path) -> list[Path]:
     return written
 
 
-def draw_history(folder: Path, history: Sequence[dict[str, float]]) -> Path:
+def _plot_table(rows: Sequence[TableRow]) -> dict[str, Any]:
+    """Return the figures that rows of a table have, by the names of their files."""
+    if rows[0].groups is not None:
+        return {"ablations.png": plot_groups(rows)}
+    figures = {"accuracy_vs_eps.png": plot_curves(rows)}
+    watched = _watched_alike(rows)
+    if watched and "validation" in watched[0].history[0]:  # Table 1's record is too old
+        figures["learning_curves.png"] = plot_learning(watched)
+    if rows[0].experiment == "mnist_lenet":
+        if "normal" in _methods(rows):
+            figures["figure_1.png"] = plot_figure_1(rows)
+        if {"normal", "lwa"} <= set(_methods(watched)):
+            figures["figure_2.png"] = plot_figure_2(watched)
+    return figures
+
+
+def draw_history(folder: Path, history: Sequence[Mapping[str, float]]) -> Path:
     """Draw the loss and the accuracies after each epoch of one training.
 
     Args:
@@ -118,14 +118,14 @@ def draw_history(folder: Path, history: Sequence[dict[str, float]]) -> Path:
     return _save(figure, folder / "history.png")
 
 
-def plot_curves(rows: Sequence[records.Row]) -> Any:
+def plot_curves(rows: Sequence[TableRow]) -> Any:
     """Return accuracy against the l2 size of each perturbation, a panel for each."""
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
     for panel, column in zip(panels, CURVES, strict=True):
         for index, method in enumerate(_methods(rows)):
             eps, mean = _curve(rows, method, column)
             _line(panel, eps, mean, index, NAMES.get(method, method))
-        panel.axvline(rows[0]["eps"], color="0.6", linewidth=0.8, linestyle=":")
+        panel.axvline(rows[0].eps, color="0.6", linewidth=0.8, linestyle=":")
         panel.set(title=tables.LABELS[column], xlabel="l2 size of the perturbation", ylim=(0, 1))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy")
@@ -133,7 +133,7 @@ def plot_curves(rows: Sequence[records.Row]) -> Any:
     return figure
 
 
-def plot_learning(rows: Sequence[records.Row]) -> Any:
+def plot_learning(rows: Sequence[TableRow]) -> Any:
     """Return accuracies after each epoch, without and with Adv_Loss, a line for each method."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for panel, (column, title) in zip(
@@ -153,19 +153,21 @@ def plot_learning(rows: Sequence[records.Row]) -> Any:
     return figure
 
 
-def plot_groups(rows: Sequence[records.Row]) -> Any:
+def plot_groups(rows: Sequence[TableRow]) -> Any:
     """Return accuracy against the l2 size of Adv_Loss, a panel for each question."""
-    groups = list(dict.fromkeys(group for row in rows for group in row["groups"]))
+    groups = list(dict.fromkeys(group for row in rows for group in row.groups or ()))
     figure, panels = plt.subplots(
         1, len(groups), figsize=(4 * len(groups), 3.8), sharey=True, layout="constrained",
         squeeze=False,
     )  # fmt: skip
     for panel, group in zip(panels[0], groups, strict=True):
-        labels = {row["method"]: row["groups"][group] for row in rows if group in row["groups"]}
+        labels = {
+            row.method: row.groups[group] for row in rows if row.groups and group in row.groups
+        }
         for index, (method, label) in enumerate(labels.items()):
             eps, mean = _curve(rows, method, "adv_loss")
             _line(panel, eps, mean, index, label)
-        panel.axvline(rows[0]["eps"], color="0.6", linewidth=0.8, linestyle=":")
+        panel.axvline(rows[0].eps, color="0.6", linewidth=0.8, linestyle=":")
         panel.set(title=group, xlabel="l2 size of Adv_Loss", ylim=(0, 1))
         panel.grid(alpha=0.3)
         panel.legend(frameon=False, fontsize=8)
@@ -173,7 +175,7 @@ def plot_groups(rows: Sequence[records.Row]) -> Any:
     return figure
 
 
-def plot_figure_1(rows: Sequence[records.Row]) -> Any:
+def plot_figure_1(rows: Sequence[TableRow]) -> Any:
     """Return the paper's Figure 1: the Normal LeNet under three perturbations of growing size."""
     figure, panel = plt.subplots(figsize=(5.6, 4), layout="constrained")
     for index, column in enumerate(CURVES):
@@ -195,7 +197,7 @@ def plot_figure_1(rows: Sequence[records.Row]) -> Any:
     return figure
 
 
-def plot_figure_2(rows: Sequence[records.Row]) -> Any:
+def plot_figure_2(rows: Sequence[TableRow]) -> Any:
     """Return the paper's Figure 2: Normal and LWA LeNets, against size and over training."""
     figure, (sizes, epochs) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for index, column in enumerate(CURVES):
@@ -221,9 +223,9 @@ def plot_figure_2(rows: Sequence[records.Row]) -> Any:
     return figure
 
 
-def plot_appendix_a(rows: Sequence[records.Row]) -> Any:
+def plot_appendix_a(rows: Sequence[PropositionRow]) -> Any:
     """Return the propositions of Appendix A: convexity, the regulariser, growth of solutions."""
-    series = {row["proposition"]: row["series"] for row in rows}
+    series = {row.proposition: row.series for row in rows}
     figure, panels = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
     b, c, d = series["B"], series["C"], series["D"]
     for index, (norm, along) in enumerate(b["objective"].items()):
@@ -256,9 +258,8 @@ def plot_appendix_a(rows: Sequence[records.Row]) -> Any:
     return figure
 
 
-def plot_speeds(rows: Sequence[records.Row]) -> Any:
+def plot_speeds(speeds: Sequence[dict[str, Any]]) -> Any:
     """Plot how many images a second each library perturbs, for what several of them have."""
-    speeds = _part(rows, "attacks")
     nets = list(dict.fromkeys(speed["net"] for speed in speeds))
     libraries = list(dict.fromkeys(speed["library"] for speed in speeds))
     compared = {speed["method"] for speed in speeds if speed["library"] != "jaxadv"}
@@ -289,9 +290,8 @@ def plot_speeds(rows: Sequence[records.Row]) -> Any:
     return figure
 
 
-def plot_growth(rows: Sequence[records.Row]) -> Any:
+def plot_growth(points: Sequence[dict[str, Any]]) -> Any:
     """Plot time an image and working memory as batches, classes, steps and images grow."""
-    points = _part(rows, "growth")
     kinds = list(dict.fromkeys(point["what grows"] for point in points))
     figure, panels = plt.subplots(
         2, len(kinds), figsize=(4 * len(kinds), 6.5), sharex="col", squeeze=False,
@@ -315,10 +315,6 @@ def plot_growth(rows: Sequence[records.Row]) -> Any:
         # Above, where no line is under it.
         panels[0, column].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     return figure
-
-
-def _part(rows: Sequence[records.Row], part: str) -> list[dict[str, Any]]:
-    return list(next(row["figures"] for row in rows if row["part"] == part))
 
 
 class Digits(NamedTuple):
@@ -387,14 +383,14 @@ def plot_digits(content: dict[str, Any]) -> Any:
     return figure
 
 
-def _which(rows: Sequence[records.Row]) -> str:
-    kind = "held-out" if rows[0]["settings"]["holdout"] else "test"
-    return f"{rows[0]['n']:,} {kind} images"
+def _which(rows: Sequence[TableRow]) -> str:
+    kind = "held-out" if rows[0].settings["holdout"] else "test"
+    return f"{rows[0].n:,} {kind} images"
 
 
-def _watched(rows: Sequence[records.Row]) -> str:
+def _watched(rows: Sequence[TableRow]) -> str:
     """The size of the perturbations after each epoch; an error where it isn't one."""
-    sizes = {epoch["watched_eps"] for row in rows for epoch in row["history"]}
+    sizes = {epoch["watched_eps"] for row in rows for epoch in row.history}
     if len(sizes) > 1:
         raise ValueError(
             f"expected histories at one l2 size, got {sorted(sizes)}; draw each run by itself"
@@ -402,23 +398,23 @@ def _watched(rows: Sequence[records.Row]) -> str:
     return f"{sizes.pop():g}"
 
 
-def _watched_alike(rows: Sequence[records.Row]) -> list[records.Row]:
+def _watched_alike(rows: Sequence[TableRow]) -> list[TableRow]:
     """Rows whose nets were watched at the size that the last run's ended with."""
-    size = rows[0]["history"][-1].get("watched_eps")
-    return [row for row in rows if {e.get("watched_eps") for e in row["history"]} == {size}]
+    size = rows[0].history[-1].get("watched_eps")
+    return [row for row in rows if {e.get("watched_eps") for e in row.history} == {size}]
 
 
-def _methods(rows: Sequence[records.Row]) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in rows))
+def _methods(rows: Sequence[TableRow]) -> list[str]:
+    return list(dict.fromkeys(row.method for row in rows))
 
 
-def _of(rows: Sequence[records.Row], method: str) -> list[records.Row]:
+def _of(rows: Sequence[TableRow], method: str) -> list[TableRow]:
     """One row for each seed of a method: curves and history don't depend on the table's size."""
-    return list({row["seed"]: row for row in reversed(rows) if row["method"] == method}.values())
+    return list({row.seed: row for row in reversed(rows) if row.method == method}.values())
 
 
-def _curve(rows: Sequence[records.Row], method: str, column: str) -> tuple[Any, Any]:
-    curves = [row["curves"] for row in _of(rows, method)]
+def _curve(rows: Sequence[TableRow], method: str, column: str) -> tuple[Any, Any]:
+    curves = [row.curves for row in _of(rows, method)]
     return curves[0]["eps"], np.mean([curve[column] for curve in curves], axis=0)
 
 
@@ -431,10 +427,10 @@ def _line(panel: Axes, x: Any, y: Any, index: int, label: str, **style: Any) -> 
 
 
 def _learning(
-    panel: Axes, rows: Sequence[records.Row], method: str, column: str, index: int, label: str,
+    panel: Axes, rows: Sequence[TableRow], method: str, column: str, index: int, label: str,
     **style: Any,
 ) -> None:  # fmt: skip
-    mean = np.mean([[e[column] for e in row["history"]] for row in _of(rows, method)], axis=0)
+    mean = np.mean([[e[column] for e in row.history] for row in _of(rows, method)], axis=0)
     _line(panel, range(1, len(mean) + 1), mean, index, label, **style)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import operator
 import os
 import sys
@@ -37,6 +38,7 @@ __all__ = [
     "UsageError",
     "Whole",
     "command",
+    "imported",
 ]
 
 _LARGEST = float(np.finfo(np.float32).max)  # what is computed with is float32
@@ -171,6 +173,23 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
     return str(value)
+
+
+def imported(name: str) -> Any:
+    """Return the function that an option names as `module:function`.
+
+    Raises:
+      UsageError: if the module or its function isn't there.
+    """
+    module, _, function = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"expected a function {function} in a module {module}, got: {error}; name it "
+            "module:function, from the folder that the module is in"
+        ) from error
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

@@ -45,6 +45,7 @@ __all__ = [
     "optimiser",
     "result",
     "shifted",
+    "shortened",
     "split_of",
 ]
 
@@ -146,6 +147,13 @@ class OneStep(Robust):
 def split_of(method: Method) -> dict[str, int]:
     """Return the argument that puts the split of a net elsewhere than where the paper has it."""
     return {"split": method.split} if isinstance(method, Adversarial) and method.split else {}
+
+
+def shortened(method: Method) -> Method:
+    """Return the recipe for one epoch, in which the size of the perturbations rises if it does."""
+    if isinstance(method, Adversarial) and method.warmup:
+        return dataclasses.replace(method, epochs=1, warmup=1)
+    return dataclasses.replace(method, epochs=1)
 
 
 def check(name: str, method: Method, *, lr_warmup: int) -> None:

@@ -29,6 +29,7 @@ from experiments.lib import data, models, options, parallel, recipes, records, t
 from experiments.lib.models import Classifier, function, init
 from experiments.lib.options import Count, OutputFolder, Range, Seed, Several, Size, Whole
 from experiments.lib.recipes import Method
+from experiments.lib.records import TableRow
 from jaxadv import attack, evaluate, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Bounds, Params, PerturbFn
@@ -47,8 +48,6 @@ __all__ = [
 
 # What settings say of how nets are scored.
 _SCORING = ("n_eval", "n_pgd", "pgd_steps", "fixed_seed")
-# What rows of another run are told apart by.
-_FIELDS = ("method", "seed", "eps", "settings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +136,7 @@ class Task(NamedTuple):
       source: where the images are from, for the record.
       interface: what the nets' inputs and logits stand for, kept with their weights.
       augment: `(key, x) -> x`, from a batch of training images to what the net is trained on.
-      extra: what else a method's rows say.
+      groups: what a method is called in each of some questions, if there are any.
       box: the range of pixels, scaled.
       stored: what weights are rounded to, before they are scored, and written as.
       mesh: the devices that batches are spread over; None for one.
@@ -154,7 +153,7 @@ class Task(NamedTuple):
     source: str
     interface: data.Interface
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    extra: Callable[[str], dict[str, Any]] = lambda name: {}
+    groups: Callable[[str], dict[str, str] | None] = lambda name: None
     box: Bounds = (0.0, 1.0)
     stored: DTypeLike = jnp.float32
     mesh: Mesh | None = None
@@ -308,7 +307,7 @@ def score(
     eps: float,
     pgd: PerturbFn,
     tick: Callable[[], None],
-) -> dict[str, Any]:
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Return the columns of one row and what was counted on the way."""
     batch_size = settings.eval_batch
     images = scored(task)
@@ -329,7 +328,7 @@ def score(
         eps=eps, batch_size=batch_size,
     )  # fmt: skip
     tick()
-    counts = {}
+    counts: dict[str, dict[str, float]] = {}
     for column, outcome in outcomes.items():
         columns[column] = evaluate.accuracy(outcome.robust)
         total = evaluate.count(outcome)
@@ -339,7 +338,7 @@ def score(
             "invalid": int(total.invalid),
             "max_norm": float(total.max_norm),
         }
-    return {"columns": columns, "counts": counts}
+    return columns, counts
 
 
 def curves(
@@ -396,9 +395,7 @@ def _make_fixed(settings: Settings, task: Task, progress: Progress) -> dict[floa
     return fixed
 
 
-def run(
-    settings: Settings, task: Task, console: Console
-) -> tuple[list[records.Row], dict[str, Net]]:
+def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow], dict[str, Net]]:
     """Train, attack and score; return the rows of the table, and each method's first net.
 
     Rows of other methods, seeds and sizes that the file has from an earlier run stay in it.
@@ -409,13 +406,13 @@ def run(
     _check_splits(task)
     results = settings.out / "results.json"
     settings.out.mkdir(parents=True, exist_ok=True)
-    known = records.load(results, _FIELDS)
+    known = records.load(results, TableRow)
     n = len(task.test.y)
     sizes = settings.batch_size, n, min(settings.n_pgd, n)
     task = in_precision(task, settings.precision)
     task = task._replace(mesh=parallel.mesh(settings, *sizes))
     pgd = partial(attack.pgd, norm="l2", steps=settings.pgd_steps)  # one object, one compilation
-    rows: list[records.Row] = []
+    rows: list[TableRow] = []
     nets: dict[str, Net] = {}
 
     with training.bars(console) as progress:
@@ -427,37 +424,39 @@ def run(
             one_step: dict[str, np.ndarray] = {}  # these and the curves serve all sizes
             found: dict[str, list[float]] = {}
             for eps in settings.eps:
-                identity = {
+                identity: dict[str, Any] = {
                     "experiment": task.experiment,
                     "network": task.network(method),
                     "method": name,
                     "seed": seed,
                     "eps": eps,
                     "norm": "l2",
-                    "n": len(task.test.y),
+                    "n": n,
                     "settings": row_settings(method, settings, task, eps),
                     "versions": records.versions(),
                     "device": records.device(),
                 }
-                row = next((r for r in known if identity.items() <= r.items()), None)
+                row = records.find(known, identity)
                 if row is None:
                     total = 1 if found else 7
                     bar = progress.add_task(f"{title}: attacks", total=total, note="")
                     tick = partial(progress.advance, bar)
                     one_step = one_step or directions(net, task, settings, tick)
-                    scores = score(net, task, fixed[eps].r, one_step, settings, eps, pgd, tick)
-                    scores["columns"]["fixed_source"] = fixed[eps].accuracy
+                    columns, counts = score(
+                        net, task, fixed[eps].r, one_step, settings, eps, pgd, tick
+                    )
                     found = found or curves(net, task, one_step, settings, tick)
-                    row = {
+                    row = TableRow(
                         **identity,
-                        **task.extra(name),
-                        **scores,
-                        "n_pgd": min(settings.n_pgd, len(task.test.y)),
-                        "curves": found,
-                        "epochs": method.epochs,
-                        "train_seconds": round(net.fitted.seconds, 1),
-                        "history": net.fitted.history,
-                    }
+                        groups=task.groups(name),
+                        columns={**columns, "fixed_source": fixed[eps].accuracy},
+                        counts=counts,
+                        n_pgd=min(settings.n_pgd, n),
+                        curves=found,
+                        epochs=method.epochs,
+                        train_seconds=round(net.fitted.seconds, 1),
+                        history=net.fitted.history,
+                    )
                 rows.append(row)
                 if parallel.first_process():
                     records.save(results, rows + _others(known, rows))
@@ -481,7 +480,7 @@ def _check_splits(task: Task) -> None:
             )
 
 
-def record(folder: Path, rows: Sequence[records.Row]) -> list[records.Row]:
+def record(folder: Path, rows: Sequence[TableRow]) -> list[TableRow]:
     """Return the rows of a run, and what earlier ones left beside them that was scored alike.
 
     Args:
@@ -494,26 +493,26 @@ def record(folder: Path, rows: Sequence[records.Row]) -> list[records.Row]:
       trained as its first, since a table has their mean.
     """
 
-    def scoring(row: records.Row) -> list[Any]:
-        return [row["settings"].get(field) for field in ("data", "holdout", *_SCORING)]
+    def scoring(row: TableRow) -> list[Any]:
+        return [row.settings.get(field) for field in ("data", "holdout", *_SCORING)]
 
-    def training(row: records.Row) -> dict[str, Any]:
+    def training(row: TableRow) -> dict[str, Any]:
         of_size = ("eps", "curve")
-        return {key: value for key, value in row["settings"].items() if key not in of_size}
+        return {key: value for key, value in row.settings.items() if key not in of_size}
 
     kept = list(rows)
-    for row in _others(records.load(folder / "results.json", _FIELDS), rows):
-        first = next((other for other in kept if other["method"] == row["method"]), row)
+    for row in _others(records.load(folder / "results.json", TableRow), rows):
+        first = next((other for other in kept if other.method == row.method), row)
         if scoring(row) == scoring(rows[0]) and training(row) == training(first):
             kept.append(row)
     return kept
 
 
-def _others(known: Sequence[records.Row], rows: Sequence[records.Row]) -> list[records.Row]:
+def _others(known: Sequence[TableRow], rows: Sequence[TableRow]) -> list[TableRow]:
     """Return the known rows whose places in the table the others don't take."""
 
-    def place(row: records.Row) -> tuple[str, int, float]:
-        return row["method"], row["seed"], row["eps"]
+    def place(row: TableRow) -> tuple[str, int, float]:
+        return row.method, row.seed, row.eps
 
     taken = set(map(place, rows))
     return [row for row in known if place(row) not in taken]

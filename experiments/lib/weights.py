@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from experiments.lib import data, models, options
 from jaxadv.types import Params
 
-__all__ = ["interface", "load", "made", "save"]
+__all__ = ["interface", "load", "load_net", "made", "save"]
 
 
 def save(
@@ -93,6 +93,24 @@ def load(path: Path, dtype: DTypeLike | None = None) -> Params:
                 )
         inner[leaf] = jnp.asarray(array, dtype)
     return params
+
+
+def load_net(path: Path, shape: Sequence[int]) -> tuple[models.Classifier, Params]:
+    """Return the net that a file of weights is of, and its parameters, as float32.
+
+    Args:
+      path: of the file.
+      shape: of the images that the net is for, (H, W, C).
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: as `load`; or if the weights aren't those of a net of `models` for such images.
+    """
+    params = load(path, jnp.float32)
+    try:
+        return models.recognised(params, shape), params
+    except ValueError as error:
+        raise options.UsageError(f"in {path}: {error}") from error
 
 
 @contextmanager
