@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -35,14 +35,6 @@ from jaxadv.types import Norm
 
 Record = Literal["mnist_mlp", "mnist_lenet", "cifar10"]
 Threat = Literal["l2 0.25", "l2 0.5", "l2 1.0", "l2 1.5", "l2 2.0", "linf 0.3"]
-SIZES: dict[Threat, tuple[Norm, float]] = {
-    "l2 0.25": ("l2", 0.25),
-    "l2 0.5": ("l2", 0.5),
-    "l2 1.0": ("l2", 1.0),
-    "l2 1.5": ("l2", 1.5),
-    "l2 2.0": ("l2", 2.0),
-    "linf 0.3": ("linf", 0.3),
-}
 THREATS: dict[Record, tuple[Threat, ...]] = {
     "mnist_mlp": ("l2 1.5", "l2 1.0", "l2 2.0", "linf 0.3"),
     "mnist_lenet": ("l2 1.5", "l2 1.0", "l2 2.0", "linf 0.3"),
@@ -110,7 +102,7 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
     cifar = settings.record == "cifar10"
     rows: list[AttackRow] = []
     for threat in settings.threats or THREATS[settings.record]:
-        norm, eps = SIZES[threat]
+        norm, eps = threat.split()
         for method in methods:
             rows = evaluation.run(
                 evaluation.Settings(
@@ -121,8 +113,8 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
                     divide=256,
                     crop=28 if cifar else None,
                     attacks=settings.attacks,
-                    eps=(eps,),
-                    norm=norm,
+                    eps=(float(eps),),
+                    norm=cast(Norm, norm),
                     n=settings.n,
                     out=settings.out,
                 ),

@@ -31,7 +31,7 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments.compare import libraries, pytorch
+from experiments.compare import libraries, published, pytorch
 from experiments.lib import models, options, problems, records, tables
 from experiments.lib.options import Checked, OutputFolder, Range, Size
 from jaxadv import attack
@@ -63,14 +63,9 @@ def by_us(params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images:
 
 def by_autoattack(params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images:
     """Return images perturbed by the published APGD."""
-    import torch
-    from autoattack import AutoAttack
-
-    net = pytorch.fixed_net(params)
-    adversary = AutoAttack(net, norm="L2", eps=eps, seed=0, device="cpu", verbose=False)
-    adversary.attacks_to_run = ["apgd-ce"]
-    labels = torch.from_numpy(np.asarray(y).astype(np.int64))
-    found = adversary.run_standard_evaluation(pytorch.images(x), labels, bs=len(x))
+    found = published.autoattack(
+        pytorch.fixed_net(params), x, y, eps=eps, attacks=["apgd-ce"], batch_size=len(x)
+    )
     return np.moveaxis(found.numpy(), 1, -1)
 
 
@@ -149,7 +144,6 @@ def questions(
 def flagged(problem: problems.Problem) -> dict[str, str]:
     """Return what our checks and AutoAttack's say of a net that returns probabilities."""
     import torch
-    from autoattack import AutoAttack
 
     def probabilities(params: Any, x: jax.Array, /) -> jax.Array:
         return jax.nn.softmax(problem.apply_fn(params, x))
@@ -162,10 +156,7 @@ def flagged(problem: problems.Problem) -> dict[str, str]:
     printed = io.StringIO()
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
         warnings.simplefilter("always")
-        adversary = AutoAttack(net, norm="L2", eps=1.5, seed=0, device="cpu", verbose=True)
-        adversary.attacks_to_run = ["apgd-ce"]
-        labels = torch.from_numpy(problem.y.astype(np.int64))
-        adversary.run_standard_evaluation(pytorch.images(problem.x), labels)
+        published.autoattack(net, problem.x, problem.y, eps=1.5, attacks=["apgd-ce"], verbose=True)
     said = [printed.getvalue(), *(str(warning.message) for warning in caught)]
     return {
         "jaxadv": "flagged" if any(f.name == "probabilities" for f in report_.flags) else "nothing",

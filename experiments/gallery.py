@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -44,14 +44,7 @@ from jaxadv import attack, objectives, perturb, train
 from jaxadv.types import PerturbFn
 
 Picture = Literal["digits", "gradients", "boundaries", "accuracy", "surface", "saturation"]
-PICTURES: tuple[Picture, ...] = (
-    "digits",
-    "gradients",
-    "boundaries",
-    "accuracy",
-    "surface",
-    "saturation",
-)
+PICTURES: tuple[Picture, ...] = get_args(Picture)
 BOX = (0.0, 1.0)
 
 

@@ -51,6 +51,11 @@ from experiments.lib.records import TableRow
 from experiments.lib.train_and_score import Images, Net
 from jaxadv import evaluate, perturb
 
+MLP_NOISY = MultiStep((500, 500), 80, 0.1, eps=2.0, steps=1, average=0.9995, shift=1)
+MLP_MULTI = dataclasses.replace(MLP_NOISY, steps=5)
+MLP_TRADES = dataclasses.replace(MLP_MULTI, objective="virtual", weight=6.0)
+LENET_NOISY = dataclasses.replace(MLP_NOISY, widths=(500,), epochs=30, lr=0.05, warmup=3)
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings(train_and_score.Settings):
@@ -74,23 +79,9 @@ class Settings(train_and_score.Settings):
     lwa_rep: Adversarial = Adversarial(
         (200, 500), epochs=20, lr=0.05, objective="representation", eps=0.12, warmup=10
     )
-    lwa_noisy: MultiStep = MultiStep(
-        (500, 500), epochs=80, lr=0.1, eps=2.0, steps=1, average=0.9995, shift=1
-    )
-    lwa_multi: MultiStep = MultiStep(
-        (500, 500), epochs=80, lr=0.1, eps=2.0, steps=5, average=0.9995, shift=1
-    )
-    trades: MultiStep = MultiStep(
-        (500, 500),
-        epochs=80,
-        lr=0.1,
-        objective="virtual",
-        eps=2.0,
-        steps=5,
-        weight=6.0,
-        average=0.9995,
-        shift=1,
-    )
+    lwa_noisy: MultiStep = MLP_NOISY
+    lwa_multi: MultiStep = MLP_MULTI
+    trades: MultiStep = MLP_TRADES
 
     def nets(self) -> dict[str, Method]:
         """Return how each net of the table is made, by its name."""
@@ -111,24 +102,9 @@ LENET = Settings(
     lwa_rep=Adversarial(
         (500,), epochs=20, lr=0.05, objective="representation", eps=0.06, warmup=10
     ),
-    lwa_noisy=MultiStep(
-        (500,), epochs=30, lr=0.05, eps=2.0, warmup=3, steps=1, average=0.9995, shift=1
-    ),
-    lwa_multi=MultiStep(
-        (500,), epochs=30, lr=0.05, eps=2.0, warmup=3, steps=4, average=0.9995, shift=1
-    ),
-    trades=MultiStep(
-        (500,),
-        epochs=30,
-        lr=0.05,
-        objective="virtual",
-        eps=2.0,
-        warmup=3,
-        steps=4,
-        weight=6.0,
-        average=0.9995,
-        shift=1,
-    ),
+    lwa_noisy=LENET_NOISY,
+    lwa_multi=dataclasses.replace(LENET_NOISY, steps=4),
+    trades=dataclasses.replace(LENET_NOISY, objective="virtual", steps=4, weight=6.0),
 )
 
 

@@ -33,7 +33,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.compare import pytorch
+from experiments.compare import published, pytorch
 from experiments.lib import evaluation, options, problems, records
 from experiments.lib.options import Checked, Count, OutputFolder, Seed, Several, Size
 from experiments.lib.records import AttackRow, PublishedRow
@@ -90,13 +90,11 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
     """
     pytorch.need("torch", "autoattack")
     import torch
-    from autoattack import AutoAttack
 
     torch.set_num_threads(settings.threads)
     problem = problems.load(problems.Settings(net=settings.net, name=settings.name, n=settings.n))
     net = pytorch.fixed_net(problem.params)
     x = pytorch.images(problem.x)
-    y = torch.from_numpy(problem.y.astype(np.int64))
     with torch.no_grad():
         theirs = net(x).numpy()
     ours = np.asarray(problem.apply_fn(problem.params, jnp.asarray(problem.x)))
@@ -125,12 +123,11 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
             name: MemberName = name, eps: float = eps, seed: int = seed,
             identity: dict[str, Any] = identity,
         ) -> AttackRow:  # fmt: skip
-            norm = {"l2": "L2", "linf": "Linf"}[settings.norm]
-            adversary = AutoAttack(net, norm=norm, eps=eps, seed=seed, device="cpu", verbose=False)
-            if name != "standard":
-                adversary.attacks_to_run = [name]  # with the standard budget
             start = time.perf_counter()
-            found = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
+            found = published.autoattack(
+                net, problem.x, problem.y, eps=eps, norm=settings.norm, seed=seed,
+                attacks=[] if name == "standard" else [name], batch_size=settings.batch_size,
+            )  # fmt: skip
             seconds = time.perf_counter() - start
             with torch.no_grad():
                 robust = clean & (net(found).numpy().argmax(1) == problem.y)

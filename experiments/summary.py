@@ -22,9 +22,6 @@ from experiments.lib import attack_tables, paper, records, tables
 from experiments.lib.recipes import NAMES
 from experiments.lib.records import RESULTS
 
-__all__ = ["fill"]
-
-
 BOARD = ("PGD-100x10, in the box", "AutoAttack, in the box", "one step less AutoAttack")
 
 

@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -63,15 +62,15 @@ from experiments.lib.options import (
 )
 from experiments.lib.problems import Problem
 from experiments.lib.records import TrainRow
-from jaxadv import attack, evaluate, objectives, perturb
+from jaxadv import evaluate, objectives, perturb
 from jaxadv.train import TrainState
-from jaxadv.types import Norm, Objective, Params, PerturbFn
+from jaxadv.types import Norm, Objective, Params
 
 _BLOCK = 250  # images that are attacked together, and then shown as done
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(parallel.Settings):
+class Settings(parallel.Settings, recipes.Optimiser):
     """Train a robust classifier and report its robust accuracy."""
 
     data: Annotated[str, tyro.conf.Positional]
@@ -102,11 +101,7 @@ class Settings(parallel.Settings):
     """Images per training step."""
     lr: Positive = 0.05
     """Greatest learning rate; it falls to 0 by a cosine."""
-    momentum: Annotated[float, Range(ge=0, lt=1)] = 0.9
-    """Of SGD."""
-    weight_decay: Size = 0.0
-    """Added to the gradients of the kernels, per unit of weight."""
-    lr_warmup: Whole = 2
+    lr_warmup: Whole = dataclasses.field(default=2, kw_only=True)
     """Epochs over which the learning rate rises from 0; at most all but the last."""
     average: Annotated[float, Range(ge=0, le=1)] = 0.999
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
@@ -183,25 +178,25 @@ def training_size(settings: Settings) -> float | None:
     return settings.eps if settings.train_eps is None else settings.train_eps
 
 
+KINDS: dict[str, recipes.ObjectiveName] = {
+    "lwa": "adversarial", "goodfellow": "mixed", "trades": "virtual"
+}  # fmt: skip
+
+
 def make_objective(settings: Settings, net: nn.Module, epoch_steps: int) -> Objective:
     """Return what is minimised."""
     apply_fn, train_fn = models.function(net), models.train_function(net)
     size = training_size(settings)
     if size is None:
         return objectives.natural(apply_fn, train_fn=train_fn)
-    if settings.eps_warmup:
-        eps: Any = optax.linear_schedule(0.0, size, settings.eps_warmup * epoch_steps)
-    else:
-        eps = size
-    common: dict[str, Any] = {"eps": eps, "train_fn": train_fn, "bounds": (0.0, 1.0)}
-    if settings.method == "trades":
-        diverging = partial(attack.pgd_kl, norm=settings.norm, steps=settings.steps)
-        return objectives.kl_regularized(apply_fn, diverging, weight=settings.weight, **common)
-    adversary: PerturbFn = partial(perturb.loss, norm=settings.norm)
-    if settings.steps > 1:
-        adversary = partial(attack.pgd, norm=settings.norm, steps=settings.steps, random_start=True)
-    make = objectives.adversarial if settings.method == "lwa" else objectives.mixed
-    return make(apply_fn, adversary, **common)
+    kind = KINDS[settings.method]
+    adversary = recipes.several_steps(kind, settings.steps, norm=settings.norm)
+    if settings.steps == 1 and kind != "virtual":
+        adversary = partial(perturb.loss, norm=settings.norm)
+    return recipes.against(
+        kind, apply_fn, adversary, eps=recipes.rising(size, settings.eps_warmup * epoch_steps),
+        train_fn=train_fn, weight=settings.weight, bounds=(0.0, 1.0),
+    )  # fmt: skip
 
 
 def drawn(settings: Settings, objective: Objective) -> Objective:
@@ -308,13 +303,7 @@ def run(settings: Settings, console: Console) -> list[TrainRow]:
     with training.bars(console) as progress:
         fitted = training.fit(
             drawn(settings, make_objective(settings, net, epoch_steps)),
-            recipes.optimiser(
-                recipe,
-                epoch_steps,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-                lr_warmup=settings.lr_warmup,
-            ),
+            recipes.optimiser(recipe, epoch_steps, settings),
             params,
             (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)),
             epochs=settings.epochs,

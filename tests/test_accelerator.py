@@ -172,19 +172,13 @@ def test_an_unknown_part_is_an_error_that_names_the_option(capsys):
     assert "argument --parts: invalid choice: 'z'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "vgg-0.25"])
-def test_operations_are_counted_as_the_benchmark_counts_them(name):
-    net, shape = common.make_net(name)
-    x = jnp.zeros((1, *shape))
-    params = models.init(net, jax.random.key(0), x)
-    assert rates.flops(net, params, x) == sum(timing.flops(net, shape))
-
-
 def test_the_large_net_has_the_size_of_a_resnet_50():
     net, x = rates.ResNet(), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(net.init, jax.random.key(0), x)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_557_032  # as published
-    assert rates.flops(net, params, x) == pytest.approx(8.2e9, rel=0.01)  # as docs/scaling.md says
+    assert sum(timing.flops(net, params, x)) == pytest.approx(
+        8.2e9, rel=0.01
+    )  # as docs/scaling.md says
 
 
 # What accelerators rest on where none is at hand

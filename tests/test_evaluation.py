@@ -16,7 +16,6 @@ from PIL import Image
 from rich.console import Console
 
 from experiments.lib import attacks, blocks, data, evaluation, models, options, problems, weights
-from jaxadv import attack
 
 RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnist_mlp"
 
@@ -537,12 +536,3 @@ def test_ten_starts_of_pgd_are_ten_attacks_on_what_is_left(folder):
     assert at_x.keywords == {"norm": "l2"}
     assert len(set(at_random)) == 1  # compiled once
     assert at_random[0].keywords == {"norm": "l2", "random_start": True}
-
-
-def test_each_member_of_the_ensemble_can_run_alone():
-    for norm in ("l2", "linf"):
-        members = attack.standard(norm)
-        assert attacks.methods("standard", norm) == members
-        for name in members:
-            assert name in attacks.LABELS
-            assert attacks.methods(name, norm) == {name: members[name]}

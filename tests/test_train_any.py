@@ -148,9 +148,9 @@ def test_the_rate_rises_for_all_epochs_but_the_last_at_most(folder, tmp_path, mo
     asked = []
     optimiser = recipes.optimiser
 
-    def asking(*args, lr_warmup, **kwargs):
-        asked.append(lr_warmup)
-        return optimiser(*args, lr_warmup=lr_warmup, **kwargs)
+    def asking(recipe, epoch_steps, settings):
+        asked.append(settings.lr_warmup)
+        return optimiser(recipe, epoch_steps, settings)
 
     monkeypatch.setattr(recipes, "optimiser", asking)
     for epochs in (1, 2, 3):

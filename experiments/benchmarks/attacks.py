@@ -16,8 +16,6 @@ from experiments.lib import models, problems, timing
 from experiments.lib.timing import in_turn
 from jaxadv import attack, perturb
 
-__all__ = ["METHODS", "run"]
-
 METHODS: Mapping[str, tuple[Any, int]] = {  # with passes over the net's products, if fixed
     "Adv_Loss": (partial(perturb.loss, eps=1.5), 2),
     "Adv_Loss_Sign": (partial(perturb.loss_sign, eps=1.5), 2),
@@ -65,7 +63,7 @@ def run(settings: Settings) -> Figures:
         rate = {"rate": timing.matrix_products()}
         rounds = max(settings.rounds // 3, 1)
         times = in_turn(calls | rate, rounds, seconds=settings.seconds)
-        forward = sum(timing.flops(net, x.shape[1:])) / (2 * 2048**3 / times["rate"])
+        forward = sum(timing.flops(net, problem.params, x[:1])) / (2 * 2048**3 / times["rate"])
         for method, (_, passes) in METHODS.items():
             n = counts[method]
             for library in ("jaxadv", *of_peers.get(method, {})):

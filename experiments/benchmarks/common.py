@@ -25,23 +25,6 @@ from experiments.lib.models import Classifier, function
 from experiments.lib.options import Checked, Count, OutputFolder, Several, Size
 from jaxadv import attack, objectives, perturb, train
 
-__all__ = [
-    "PARTS",
-    "ROOT",
-    "Call",
-    "Figures",
-    "Part",
-    "Settings",
-    "child",
-    "in_child",
-    "make_net",
-    "milliseconds",
-    "ratio",
-    "some_images",
-    "step_objectives",
-    "training_calls",
-]
-
 Part = Literal["steps", "loops", "attacks", "growth", "devices", "starts"]
 NetName = Literal["mlp", "lenet", "vgg-0.25", "vgg-0.5", "vgg-1"]
 Call = Callable[[], Any]

@@ -15,8 +15,6 @@ from experiments.lib.models import Classifier, function, init
 from experiments.lib.timing import in_turn
 from jaxadv import attack, perturb
 
-__all__ = ["measured", "run"]
-
 
 def measured(calls: Mapping[str, tuple[Any, int]], settings: Settings) -> dict[str, dict[str, Any]]:
     """Return microseconds an image and megabytes of working memory of compiled calls.

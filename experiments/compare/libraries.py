@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 from experiments.compare.pytorch import fixed_net, images
 
-__all__ = ["TASKS", "Task", "attacks", "installed", "versions"]
-
 PACKAGES = ("torch", "foolbox", "torchattacks", "cleverhans", "adversarial-robustness-toolbox")
 
 Task = Literal["one step", "PGD-40", "DeepFool"]
@@ -111,32 +109,19 @@ def attacks(
                 net, eps=eps, alpha=size, steps=40, random_start=False
             )(batch, labels),
             "cleverhans": lambda: projected_gradient_descent(
-                net,
-                batch,
-                eps,
-                size,
-                40,
-                2,
-                clip_min=0.0,
-                clip_max=1.0,
-                y=labels,
-                rand_init=False,
-                sanity_checks=False,
+                net, batch, eps, size, 40, 2, clip_min=0.0, clip_max=1.0, y=labels,
+                rand_init=False, sanity_checks=False,
             ),
             "ART": by_art(
-                art_attacks.ProjectedGradientDescentPyTorch,
-                norm=2,
-                eps=own,
-                eps_step=2.5 * own / 40,
-                max_iter=40,
-                verbose=False,
+                art_attacks.ProjectedGradientDescentPyTorch, norm=2, eps=own,
+                eps_step=2.5 * own / 40, max_iter=40, verbose=False,
             ),
         },
         "DeepFool": {
             "foolbox": by_foolbox(foolbox.attacks.L2DeepFoolAttack(steps=50), None),
             "ART": by_art(art_attacks.DeepFool, max_iter=50, nb_grads=10, verbose=False),
         },
-    }
+    }  # fmt: skip
 
     def quiet(call: Callable[[], Any]) -> Attack:
         def go() -> NDArray[np.float32]:

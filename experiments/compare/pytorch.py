@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["fixed_net", "images", "need", "params_of", "torch_net", "training"]
-
 
 def need(*modules: str) -> None:
     """Check that these can be imported, before work is done that needs them.

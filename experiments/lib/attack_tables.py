@@ -11,8 +11,6 @@ from experiments.lib.attacks import LABELS, AttackName
 from experiments.lib.recipes import NAMES
 from experiments.lib.records import AttackRow, CheckRow, PublishedRow, RobustRow, TableRow
 
-__all__ = ["COLUMNS", "WAYS", "beside_published", "figures_of", "ranked", "ways"]
-
 COLUMNS: tuple[AttackName, ...] = ("one-step", "pgd-100x10", "standard")
 """The attacks of the board."""
 

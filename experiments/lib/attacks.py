@@ -10,8 +10,6 @@ from experiments.lib import options
 from jaxadv import attack, perturb
 from jaxadv.types import Norm, PerturbFn
 
-__all__ = ["LABELS", "Attack", "AttackName", "methods"]
-
 Attack = Literal[
     "one-step", "alpha", "deepfool", "fmn", "pgd", "pgd-100x10", "apgd-ce", "apgd-t", "fab-t",
     "square", "standard",

@@ -19,8 +19,6 @@ from experiments.lib.problems import Problem
 from jaxadv import evaluate
 from jaxadv.types import Norm, PerturbFn
 
-__all__ = ["Attacked", "attack"]
-
 Block = dict[str, NDArray[Any]]
 
 

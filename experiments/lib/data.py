@@ -40,31 +40,6 @@ from numpy.typing import NDArray
 
 from experiments.lib import options
 
-__all__ = [
-    "CIFAR10",
-    "CIFAR10_CROPS",
-    "DIGITS",
-    "MNIST",
-    "ORIGINALS",
-    "WHOLE",
-    "Dataset",
-    "Interface",
-    "cache_directory",
-    "cifar10",
-    "cifar10_crops",
-    "composed",
-    "describe",
-    "fingerprint",
-    "from_tfds",
-    "image_folder",
-    "mnist",
-    "mnist_originals",
-    "named",
-    "order",
-    "save_cifar10_crops",
-    "split",
-]
-
 ORIGINALS = Path(__file__).resolve().parents[1] / "data"
 DIGITS = tuple("0123456789")
 """MNIST's classes."""
@@ -77,6 +52,10 @@ _READING = 2
 """Raised when a folder's files are read as other pixels than before: what is cached is old then."""
 _CROPS = ORIGINALS / "cifar10_crops.npz"
 _CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_CIFAR10_ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+
+Examples = Iterator[tuple[Any, Any]]
+"""Pillow images and their labels."""
 
 
 class Dataset(NamedTuple):
@@ -533,45 +512,19 @@ def _prepare_mnist(directory: Path) -> _Arrays:
     stock = tfds.image_classification.MNIST
     _check_originals(stock.url_infos.values())
 
-    with tfds.core.registered.skip_registration():
-
-        class Mnist(tfds.core.GeneratorBasedBuilder):
-            """The stock builder's layout, without TensorFlow and in the order of the originals."""
-
-            VERSION = stock.VERSION
-
-            def _info(self) -> Any:
-                return tfds.core.DatasetInfo(
-                    builder=self,
-                    description="The MNIST database of handwritten digits.",
-                    features=tfds.features.FeaturesDict(
-                        {
-                            "image": tfds.features.Image(shape=(28, 28, 1)),
-                            "label": tfds.features.ClassLabel(num_classes=10),
-                        }
-                    ),
-                    supervised_keys=("image", "label"),
-                    disable_shuffling=True,
-                )
-
-            def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
-                def examples(prefix: str) -> Iterator[tuple[int, Any]]:
-                    names = f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"
-                    # A URL is only the key of a checksum: the file is found in manual_dir.
-                    return self._generate_examples(
-                        *dl_manager.download([stock.URL + n for n in names])
-                    )
-
-                return {"train": examples("train"), "test": examples("t10k")}
-
-            def _generate_examples(self, images: Any, labels: Any) -> Iterator[tuple[int, Any]]:
-                for i, (image, digit) in enumerate(zip(_idx(images), _idx(labels), strict=True)):
-                    yield i, {"image": Image.fromarray(image[..., 0]), "label": int(digit)}
+    def parts(dl_manager: Any) -> Iterator[tuple[str, Examples]]:
+        for part, prefix in (("train", "train"), ("test", "t10k")):
+            names = f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"
+            # A URL is only the key of a checksum: the file is found in manual_dir.
+            images, labels = map(_idx, dl_manager.download([stock.URL + n for n in names]))
+            yield part, zip((Image.fromarray(x[..., 0]) for x in images), labels, strict=True)
 
     config = tfds.download.DownloadConfig(
         manual_dir=ORIGINALS, force_checksums_validation=True, try_download_gcs=False
     )
-    return _through_records(Mnist, directory, config)
+    return _through_records(
+        _builder_of("mnist", stock.VERSION, (28, 28, 1), 10, parts), directory, config
+    )
 
 
 def _prepare_cifar10(directory: Path) -> _Arrays:
@@ -579,44 +532,25 @@ def _prepare_cifar10(directory: Path) -> _Arrays:
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    with tfds.core.registered.skip_registration():
+    stock = tfds.image_classification.Cifar10
 
-        class Cifar10(tfds.image_classification.Cifar10):
-            """The stock builder without TensorFlow, in the order of the originals."""
+    def examples(files: Iterable[Path]) -> Examples:
+        # A record is a label of one byte and the planes of red, green and blue.
+        for file in files:
+            for record in np.fromfile(file, np.uint8).reshape(-1, 1 + 3 * 32 * 32):
+                pixels = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
+                yield Image.fromarray(np.ascontiguousarray(pixels)), record[0]
 
-            name = "cifar10"
-
-            def _info(self) -> Any:
-                info = super()._info()
-                return tfds.core.DatasetInfo(
-                    builder=self,
-                    description=info.description,
-                    features=info.features,
-                    supervised_keys=info.supervised_keys,
-                    disable_shuffling=True,
-                )
-
-            def _generate_examples(
-                self, split_prefix: str, filepaths: Iterable[str]
-            ) -> Iterator[tuple[int, Any]]:
-                # A record is a label of one byte and the planes of red, green and blue.
-                files = [
-                    np.fromfile(path, np.uint8).reshape(-1, 1 + 3 * 32 * 32) for path in filepaths
-                ]
-                for i, record in enumerate(np.concatenate(files)):
-                    pixels = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
-                    yield (
-                        i,
-                        {
-                            "id": f"{split_prefix}{i:05d}",
-                            "image": Image.fromarray(pixels),
-                            "label": int(record[0]),
-                        },
-                    )
+    def parts(dl_manager: Any) -> Iterator[tuple[str, Examples]]:
+        place = Path(dl_manager.download_and_extract(_CIFAR10_ARCHIVE)) / "cifar-10-batches-bin"
+        yield "train", examples(place / f"data_batch_{i}.bin" for i in range(1, 6))
+        yield "test", examples([place / "test_batch.bin"])
 
     config = tfds.download.DownloadConfig(force_checksums_validation=True, try_download_gcs=False)
     try:
-        return _through_records(Cifar10, directory, config)
+        return _through_records(
+            _builder_of("cifar10", stock.VERSION, (32, 32, 3), 10, parts), directory, config
+        )
     except Exception as error:  # of a dozen kinds, by what went wrong on the way
         raise OSError(
             f"expected to download CIFAR-10 from {_CIFAR10_PAGE}, got {type(error).__name__}: "
@@ -632,46 +566,72 @@ def _prepare_folder(directory: Path, files: Mapping[str, Mapping[str, list[Path]
     grey = all(_decoded(path).mode == "L" for path in _paths(files))
     width, height = size = _decoded(first).size
 
+    def examples(classes: Mapping[str, list[Path]]) -> Examples:
+        labelled = ((i, path) for i, paths in enumerate(classes.values()) for path in paths)
+        for label, path in labelled:
+            image = _decoded(path)
+            if image.size != size:
+                raise options.UsageError(
+                    f"expected images of one size, {width}x{height} as {first} has, got "
+                    f"{image.width}x{image.height} in {path}; resize or remove it"
+                )
+            yield image if grey else image.convert("RGB"), label
+
+    def parts(dl_manager: Any) -> Iterator[tuple[str, Examples]]:
+        return ((part, examples(classes)) for part, classes in files.items())
+
+    shape = (height, width, 1 if grey else 3)
+    version = tfds.core.Version("1.0.0")
+    builder = _builder_of("image_folder", version, shape, len(files["train"]), parts)
+    return _through_records(builder, directory, tfds.download.DownloadConfig())
+
+
+def _builder_of(
+    called: str,
+    version: Any,
+    shape: tuple[int, ...],
+    n_classes: int,
+    parts: Callable[[Any], Iterable[tuple[str, Examples]]],
+) -> Any:
+    """A builder without TensorFlow, of images in the order of their files.
+
+    Args:
+        called: its name.
+        version: of the data.
+        shape: of the images.
+        n_classes: how many classes they have.
+        parts: from a download manager to the examples of each part, by its name.
+    """
+    import tensorflow_datasets as tfds
+
     with tfds.core.registered.skip_registration():
 
-        class ImageFolder(tfds.core.GeneratorBasedBuilder):
-            """What tfds.ImageFolder reads, as records."""
+        class Images(tfds.core.GeneratorBasedBuilder):
+            """Images with labels."""
 
-            VERSION = tfds.core.Version("1.0.0")
+            name = called
+            VERSION = version
 
             def _info(self) -> Any:
+                features = {
+                    "image": tfds.features.Image(shape=shape),
+                    "label": tfds.features.ClassLabel(num_classes=n_classes),
+                }
                 return tfds.core.DatasetInfo(
                     builder=self,
-                    description="Images in one folder for each class.",
-                    features=tfds.features.FeaturesDict(
-                        {
-                            "image": tfds.features.Image(shape=(height, width, 1 if grey else 3)),
-                            "label": tfds.features.ClassLabel(num_classes=len(files["train"])),
-                        }
-                    ),
-                    supervised_keys=("image", "label"),
+                    features=tfds.features.FeaturesDict(features),
                     disable_shuffling=True,
                 )
 
             def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
-                return {part: self._generate_examples(classes) for part, classes in files.items()}
+                found = parts(dl_manager)
+                return {part: self._generate_examples(examples) for part, examples in found}
 
-            def _generate_examples(
-                self, classes: Mapping[str, list[Path]]
-            ) -> Iterator[tuple[int, Any]]:
-                examples = (
-                    (path, label) for label, paths in enumerate(classes.values()) for path in paths
-                )
-                for i, (path, label) in enumerate(examples):
-                    image = _decoded(path)
-                    if image.size != size:
-                        raise options.UsageError(
-                            f"expected images of one size, {width}x{height} as {first} has, got "
-                            f"{image.width}x{image.height} in {path}; resize or remove it"
-                        )
-                    yield i, {"image": image if grey else image.convert("RGB"), "label": label}
+            def _generate_examples(self, examples: Examples) -> Iterator[tuple[int, Any]]:
+                for i, (image, label) in enumerate(examples):
+                    yield i, {"image": image, "label": int(label)}
 
-    return _through_records(ImageFolder, directory, tfds.download.DownloadConfig())
+    return Images
 
 
 def _image_files(folder: Path) -> dict[str, dict[str, list[Path]]]:

@@ -21,8 +21,6 @@ from experiments.lib.records import AttackRow, CheckRow, RobustRow
 from jaxadv import evaluate
 from jaxadv.types import Norm
 
-__all__ = ["PLACE", "Settings", "as_markdown", "run"]
-
 _PROBLEM = ("data", "subtract", "divide", "crop", "box", "n", "norm", "eps")
 """What of a row says which table it belongs to."""
 PLACE = ("method", "attack", "seed", *_PROBLEM)

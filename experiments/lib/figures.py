@@ -21,18 +21,11 @@ from experiments.lib import options, records, tables, train_and_score
 from experiments.lib.recipes import NAMES
 from experiments.lib.records import BenchmarkRow, PropositionRow, TableRow
 
-__all__ = ["Digits", "draw", "draw_history", "plot_digits", "save_digits"]
-
-COLOURS = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#d55e00",
-    "#cc79a7",
-    "#56b4e9",
-    "#000000",
-)  # Okabe, Ito
+COLOURS = (  # Okabe, Ito
+    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000",
+)  # fmt: skip
 MARKERS = "osD^vPX"
+SIZE = "l2 size of the perturbation"
 CURVES = ("adv_alpha", "adv_loss", "adv_loss_sign")
 
 AUTHORS_EPS = (0.4, 0.8, 1.0, 1.2, 1.6, 2.0, 3.0, 3.8)
@@ -110,11 +103,8 @@ def draw_history(folder: Path, history: Sequence[Mapping[str, float]]) -> Path:
     _line(panels[0], epochs, np.array([entry["loss"] for entry in history], float), 0, "loss")
     for index, (column, label) in enumerate(labels.items()):
         _line(panels[1], epochs, np.array([entry[column] for entry in history]), index, label)
-    panels[0].set(title="loss", xlabel="epoch")
-    panels[1].set(title="accuracy", xlabel="epoch", ylim=(0, 1))
-    panels[1].legend(frameon=False, fontsize=8)
-    for panel in panels:
-        panel.grid(alpha=0.3)
+    _dress(panels[0], title="loss", xlabel="epoch")
+    _dress(panels[1], legend=True, title="accuracy", xlabel="epoch", ylim=(0, 1))
     return _save(figure, folder / "history.png")
 
 
@@ -126,30 +116,25 @@ def plot_curves(rows: Sequence[TableRow]) -> Any:
             eps, mean = _curve(rows, method, column)
             _line(panel, eps, mean, index, NAMES.get(method, method))
         panel.axvline(rows[0].eps, color="0.6", linewidth=0.8, linestyle=":")
-        panel.set(title=tables.LABELS[column], xlabel="l2 size of the perturbation", ylim=(0, 1))
-        panel.grid(alpha=0.3)
+        _dress(
+            panel, legend=panel is panels[0], title=tables.LABELS[column], xlabel=SIZE,
+            ylim=(0, 1),
+        )  # fmt: skip
     panels[0].set_ylabel("accuracy")
-    panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 
 def plot_learning(rows: Sequence[TableRow]) -> Any:
     """Return accuracies after each epoch, without and with Adv_Loss, a line for each method."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for panel, (column, title) in zip(
-        panels,
-        {
-            "validation": "Validation",
-            "adv_loss": f"Adv_Loss, l2 size {_watched(rows)}",
-        }.items(),
-        strict=True,
-    ):
+    titles = {"validation": "Validation", "adv_loss": f"Adv_Loss, l2 size {_watched(rows)}"}
+    for panel, (column, title) in zip(panels, titles.items(), strict=True):
         for index, method in enumerate(_methods(rows)):
             _learning(panel, rows, method, column, index, NAMES.get(method, method))
-        panel.set(title=title, xlabel="epoch", ylabel="accuracy")
-        panel.grid(alpha=0.3)
+        _dress(
+            panel, legend=panel is panels[0], title=title, xlabel="epoch", ylabel="accuracy"
+        )  # fmt: skip
     panels[1].set_ylim(0, 1)
-    panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -168,9 +153,7 @@ def plot_groups(rows: Sequence[TableRow]) -> Any:
             eps, mean = _curve(rows, method, "adv_loss")
             _line(panel, eps, mean, index, label)
         panel.axvline(rows[0].eps, color="0.6", linewidth=0.8, linestyle=":")
-        panel.set(title=group, xlabel="l2 size of Adv_Loss", ylim=(0, 1))
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False, fontsize=8)
+        _dress(panel, legend=True, title=group, xlabel="l2 size of Adv_Loss", ylim=(0, 1))
     panels[0, 0].set_ylabel("accuracy")
     return figure
 
@@ -185,15 +168,10 @@ def plot_figure_1(rows: Sequence[TableRow]) -> Any:
             AUTHORS_EPS, AUTHORS_CURVES[column], color=COLOURS[index], linestyle="--", linewidth=1.2
         )
     panel.plot([], [], color="0.4", linestyle="--", linewidth=1.2, label="the authors' notebook")
-    panel.set(
-        title=f"Figure 1: Normal LeNet, {_which(rows)}",
-        xlabel="l2 size of the perturbation",
-        ylabel="accuracy",
-        xlim=(0, 4),
-        ylim=(0, 1),
-    )
-    panel.grid(alpha=0.3)
-    panel.legend(frameon=False, fontsize=8)
+    _dress(
+        panel, legend=True, title=f"Figure 1: Normal LeNet, {_which(rows)}", xlabel=SIZE,
+        ylabel="accuracy", xlim=(0, 4), ylim=(0, 1),
+    )  # fmt: skip
     return figure
 
 
@@ -205,20 +183,17 @@ def plot_figure_2(rows: Sequence[TableRow]) -> Any:
             eps, mean = _curve(rows, method, column)
             label = f"{NAMES[method]}, {tables.LABELS[column]}"
             _line(sizes, eps, mean, index, label, linestyle=style)
-    for index, (column, label) in enumerate(
-        {"validation": "Validation", "adv_loss": f"Adv_Loss, {_watched(rows)}"}.items()
-    ):
+    titles = {"validation": "Validation", "adv_loss": f"Adv_Loss, {_watched(rows)}"}
+    for index, (column, title) in enumerate(titles.items()):
         for method, style in (("normal", "--"), ("lwa", "-")):
-            _learning(
-                epochs, rows, method, column, index, f"{NAMES[method]}, {label}", linestyle=style
-            )
-    sizes.set(
-        title=f"Figure 2: LeNets, {_which(rows)}", xlabel="l2 size of the perturbation",
-        ylabel="accuracy", xlim=(0, 4), ylim=(0, 1),
+            label = f"{NAMES[method]}, {title}"
+            _learning(epochs, rows, method, column, index, label, linestyle=style)
+    _dress(
+        sizes, title=f"Figure 2: LeNets, {_which(rows)}", xlabel=SIZE, ylabel="accuracy",
+        xlim=(0, 4), ylim=(0, 1),
     )  # fmt: skip
-    epochs.set(title="over training", xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+    _dress(epochs, title="over training", xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
     for panel in (sizes, epochs):
-        panel.grid(alpha=0.3)
         panel.legend(frameon=False, fontsize=8, handlelength=4)
     return figure
 
@@ -263,27 +238,19 @@ def plot_speeds(speeds: Sequence[dict[str, Any]]) -> Any:
     nets = list(dict.fromkeys(speed["net"] for speed in speeds))
     libraries = list(dict.fromkeys(speed["library"] for speed in speeds))
     compared = {speed["method"] for speed in speeds if speed["library"] != "jaxadv"}
+    width = 0.8 / len(libraries)
     figure, panels = plt.subplots(
         1, len(nets), figsize=(5 * len(nets), 3.6), squeeze=False, layout="constrained"
     )
     for panel, net in zip(panels[0], nets, strict=True):
         ours = [speed for speed in speeds if speed["net"] == net]
-        methods = [
-            m for m in dict.fromkeys(s["method"] for s in ours) if m in compared or not compared
-        ]
+        methods = list(dict.fromkeys(s["method"] for s in ours))
+        methods = [method for method in methods if method in compared or not compared]
         for index, library in enumerate(libraries):
             heights = {s["method"]: s["images a second"] for s in ours if s["library"] == library}
-            places = [place for place, method in enumerate(methods) if method in heights]
-            panel.bar(
-                [
-                    place + (index - (len(libraries) - 1) / 2) * 0.8 / len(libraries)
-                    for place in places
-                ],
-                [heights[methods[place]] for place in places],
-                0.8 / len(libraries),
-                color=COLOURS[index],
-                label=library,
-            )
+            shift = (index - (len(libraries) - 1) / 2) * width
+            bars = {i + shift: heights[m] for i, m in enumerate(methods) if m in heights}
+            panel.bar(list(bars), list(bars.values()), width, color=COLOURS[index], label=library)
         panel.set(yscale="log", ylabel="images a second", title=net)
         panel.set_xticks(range(len(methods)), methods, rotation=0 if compared else 90)
     panels[0][0].legend(fontsize=8)
@@ -432,6 +399,13 @@ def _learning(
 ) -> None:  # fmt: skip
     mean = np.mean([[e[column] for e in row.history] for row in _of(rows, method)], axis=0)
     _line(panel, range(1, len(mean) + 1), mean, index, label, **style)
+
+
+def _dress(panel: Axes, *, legend: bool = False, **labels: Any) -> None:
+    panel.set(**labels)
+    panel.grid(alpha=0.3)
+    if legend:
+        panel.legend(frameon=False, fontsize=8)
 
 
 def _save(figure: Any, path: Path) -> Path:

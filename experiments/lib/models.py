@@ -24,21 +24,6 @@ from jax.typing import ArrayLike
 from experiments.lib import options
 from jaxadv.types import ApplyFn, Params, TrainFn
 
-__all__ = [
-    "Classifier",
-    "Conv",
-    "by_path",
-    "check",
-    "describe",
-    "function",
-    "init",
-    "lenet",
-    "mlp",
-    "recognised",
-    "train_function",
-    "vgg",
-]
-
 _LARGE = 5
 """Side of the kernels that windows are faster for than XLA's convolution, over few channels."""
 _PART = 100

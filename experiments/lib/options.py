@@ -24,23 +24,6 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 
 import numpy as np
 
-__all__ = [
-    "Checked",
-    "Count",
-    "Distinct",
-    "Limit",
-    "OutputFolder",
-    "Positive",
-    "Range",
-    "Seed",
-    "Several",
-    "Size",
-    "UsageError",
-    "Whole",
-    "command",
-    "imported",
-]
-
 _LARGEST = float(np.finfo(np.float32).max)  # what is computed with is float32
 
 

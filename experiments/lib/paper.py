@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["NOTEBOOK", "PRINTED"]
-
 Figures = Mapping[str, tuple[float, ...]]
 
 PRINTED: Mapping[str, Figures] = {

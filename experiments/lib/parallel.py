@@ -28,8 +28,6 @@ from rich.console import Console
 from experiments.lib import data, options
 from experiments.lib.options import Checked, Count, Whole
 
-__all__ = ["Devices", "Settings", "first_process", "mesh", "replicate", "spread", "start"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices(Checked):

@@ -24,8 +24,6 @@ from experiments.lib import data, models, options, records, weights
 from experiments.lib.options import Checked, Count, Distinct, Positive, Range
 from jaxadv.types import ApplyFn, Bounds, Params
 
-__all__ = ["Problem", "Settings", "digest", "load", "recorded"]
-
 _USUAL = {"mnist": data.MNIST, "cifar10": data.CIFAR10_CROPS}
 """How pixels are scaled where no weights say."""
 

@@ -22,28 +22,6 @@ import jax
 import jaxadv
 from experiments.lib import options
 
-__all__ = [
-    "RESULTS",
-    "AttackRow",
-    "BenchmarkRow",
-    "CheckRow",
-    "PartRow",
-    "PropositionRow",
-    "PublishedRow",
-    "RobustRow",
-    "Row",
-    "TableRow",
-    "TrainRow",
-    "cores",
-    "device",
-    "find",
-    "find_or_run",
-    "load",
-    "read",
-    "save",
-    "versions",
-]
-
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 """The records that are committed."""
 

@@ -14,20 +14,6 @@ from rich.table import Table
 from experiments.lib import parallel
 from experiments.lib.records import PublishedRow, RobustRow, TableRow
 
-__all__ = [
-    "LABELS",
-    "Section",
-    "as_printed",
-    "by_group",
-    "by_size",
-    "fixed_source",
-    "markdown",
-    "mean_and_spread",
-    "seeds",
-    "show",
-    "write",
-]
-
 LABELS = {
     "validation": "Validation",
     "fixed": "Fixed",

@@ -11,8 +11,6 @@ from experiments.lib.models import Classifier, lenet, mlp
 from experiments.lib.recipes import NAMES, Method
 from experiments.lib.train_and_score import Images, Settings, Task, hold_out
 
-__all__ = ["mnist"]
-
 
 def mnist(settings: Settings, network: Literal["mlp", "lenet"], normal: Method) -> Task:
     """Return the data and nets of a table.

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,31 +27,19 @@ from rich.progress import Progress
 
 from experiments.lib import data, models, options, parallel, recipes, records, training, weights
 from experiments.lib.models import Classifier, function, init
-from experiments.lib.options import Count, OutputFolder, Range, Seed, Several, Size, Whole
+from experiments.lib.options import Count, OutputFolder, Seed, Several, Size, Whole
 from experiments.lib.recipes import Method
 from experiments.lib.records import TableRow
 from jaxadv import attack, evaluate, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Bounds, Params, PerturbFn
 
-__all__ = [
-    "Images",
-    "Net",
-    "Settings",
-    "Task",
-    "hold_out",
-    "in_precision",
-    "record",
-    "run",
-    "train",
-]
-
 # What settings say of how nets are scored.
 _SCORING = ("n_eval", "n_pgd", "pgd_steps", "fixed_seed")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(parallel.Settings):
+class Settings(parallel.Settings, recipes.Optimiser):
     """What every experiment can be told; each has its own defaults."""
 
     seed: Several[Seed] = (0,)
@@ -76,12 +64,6 @@ class Settings(parallel.Settings):
     """What hidden layers compute in; parameters, logits and perturbed images are float32."""
     eval_batch: Count = 1000
     """Images perturbed at once when a net is scored."""
-    momentum: Annotated[float, Range(ge=0, lt=1)] = 0.9
-    """Of SGD."""
-    weight_decay: Size = 0.0
-    """Added to the gradients of the kernels, per unit of weight."""
-    lr_warmup: Whole = 0
-    """Epochs over which the learning rate rises from 0."""
     fixed_seed: Seed = 1000
     """Seed of the Normal net that the Fixed set is made on."""
 
@@ -193,13 +175,7 @@ def train(
 
     fitted = training.fit(
         objective,
-        recipes.optimiser(
-            method,
-            epoch_steps,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            lr_warmup=settings.lr_warmup,
-        ),
+        recipes.optimiser(method, epoch_steps, settings),
         init(net, init_key, np.asarray(task.test.x[:1])),
         task.train,
         epochs=method.epochs,

@@ -18,8 +18,6 @@ from safetensors.numpy import save_file
 from experiments.lib import data, models, options
 from jaxadv.types import Params
 
-__all__ = ["interface", "load", "load_net", "made", "save"]
-
 
 def save(
     path: Path,
