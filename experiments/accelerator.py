@@ -89,8 +89,7 @@ class Record:
         self._identity: dict[str, Any] = {
             "experiment": "accelerator",
             "part": part,
-            "device": records.device(),
-            "versions": records.versions(),
+            **records.made_by(),
             "settings": {"quick": settings.quick},
         }
         unfinished = {**self._identity, "finished": False}

@@ -135,8 +135,7 @@ def compare(net: Net, candidates: tuple[int, ...], settings: Settings) -> list[d
                 "times longer, 99th percentile": float(np.quantile(longer, 0.99)),
                 f"accuracy at l2 {settings.eps:g}": float(left.mean()),
                 "seed": settings.seed,
-                "versions": records.versions(),
-                "device": records.device(),
+                **records.made_by(),
             }
         )
     return rows

@@ -154,11 +154,7 @@ def load(settings: Settings) -> tuple[Images, Images, str, tuple[str, ...]]:
             f"expected the 10 classes of CIFAR-10, got {len(cifar.classes)} in {folder}; train and "
             "test must each have a folder for each class"
         )
-    images, labels = cifar.train_images, cifar.train_labels
-    train, score = (images, labels), (cifar.test_images, cifar.test_labels)
-    if settings.holdout:
-        kept, held = train_and_score.hold_out(settings, len(labels))
-        train, score = (images[kept], labels[kept]), (images[held], labels[held])
+    train, score = train_and_score.parts(settings, cifar)
     chosen = data.order("cifar10", len(score[1]))[: settings.n_eval]
     centre = data.CIFAR10_CROPS.inputs(score[0][chosen])
     source = "tensorflow-datasets" if folder is None else data.describe(folder, cifar)

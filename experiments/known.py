@@ -161,8 +161,7 @@ def run(settings: Settings, console: Console) -> list[dict[str, Any]]:
                     for key, value in dataclasses.asdict(settings).items()
                     if key not in ("folder", "out")
                 },
-                "versions": records.versions(),
-                "device": records.device(),
+                **records.made_by(),
             }
         )
     settings.out.mkdir(parents=True, exist_ok=True)

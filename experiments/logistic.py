@@ -281,8 +281,7 @@ def run(settings: Settings, console: Console) -> list[PropositionRow]:
             n=len(y),
             seed=settings.seed,
             settings={"digits": list(settings.digits), "n": settings.n},
-            versions=records.versions(),
-            device=records.device(),
+            **records.made_by(),
         )
         for finding in findings
     ]

@@ -55,8 +55,8 @@ from experiments.lib.options import (
     Distinct,
     OutputFolder,
     Positive,
-    Range,
     Seed,
+    Share,
     Size,
     Whole,
 )
@@ -103,7 +103,7 @@ class Settings(parallel.Settings, recipes.Optimiser):
     """Greatest learning rate; it falls to 0 by a cosine."""
     lr_warmup: Whole = dataclasses.field(default=2, kw_only=True)
     """Epochs over which the learning rate rises from 0; at most all but the last."""
-    average: Annotated[float, Range(ge=0, le=1)] = 0.999
+    average: Share = 0.999
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
     shift: Whole = 1
     """Pixels by which training images are moved at random, at most, either way and up or down."""
@@ -332,8 +332,7 @@ def run(settings: Settings, console: Console) -> list[TrainRow]:
                 "settings": kept,
                 "attack": name,
                 "n": len(y),
-                "versions": records.versions(),
-                "device": records.device(),
+                **records.made_by(),
             }
 
             def run_attack(name: Attack = name, identity: dict[str, Any] = identity) -> TrainRow:

@@ -79,8 +79,7 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
                 "eps": eps,
                 "norm": settings.norm,
                 "seed": settings.seed,
-                "versions": records.versions(),
-                "device": records.device(),
+                **records.made_by(),
             }
 
             def attacked(

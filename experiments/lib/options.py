@@ -99,6 +99,8 @@ Size = Annotated[float, Range(ge=0)]
 """A number that isn't negative."""
 Positive = Annotated[float, Range(gt=0)]
 """A number above 0."""
+Share = Annotated[float, Range(ge=0, le=1)]
+"""A part of a whole."""
 Several = Annotated[tuple[T, ...], _NotEmpty(), Distinct()]
 """One or more different values."""
 OutputFolder = Annotated[Path, _Writable()]

@@ -22,7 +22,7 @@ import optax
 
 from experiments.lib import options
 from experiments.lib.models import Classifier, function, train_function
-from experiments.lib.options import Count, Positive, Range, Size, Whole
+from experiments.lib.options import Count, Positive, Range, Share, Size, Whole
 from jaxadv import attack, losses, norms, objectives, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Bounds, Norm, Objective, Params, PerturbFn, Schedule, TrainFn
@@ -83,7 +83,7 @@ class Adversarial(Method):
 class Robust(Adversarial):
     """How a net is made that is to withstand iterated attacks: not in the paper."""
 
-    average: Annotated[float, Range(ge=0, le=1)] = 0.0
+    average: Share = 0.0
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
     shift: Whole = 0
     """Pixels by which training images are moved at random, at most, either way and up or down."""

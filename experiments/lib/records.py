@@ -319,6 +319,11 @@ def find_or_run(
     return row
 
 
+def made_by() -> dict[str, Any]:
+    """Return what rows say of the machine and the versions that they were made by."""
+    return {"versions": versions(), "device": device()}
+
+
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
 
 from experiments.lib import data, recipes
 from experiments.lib.models import Classifier, lenet, mlp
 from experiments.lib.recipes import NAMES, Method
-from experiments.lib.train_and_score import Images, Settings, Task, hold_out
+from experiments.lib.train_and_score import Images, Settings, Task, parts
 
 
 def mnist(settings: Settings, network: Literal["mlp", "lenet"], normal: Method) -> Task:
@@ -29,13 +31,11 @@ def mnist(settings: Settings, network: Literal["mlp", "lenet"], normal: Method) 
         widths = "x".join(map(str, method.widths))
         return widths if network == "mlp" else f"conv20-conv50-{widths}"
 
-    images = data.mnist()
-    train = images.train_images, images.train_labels
-    test = images.test_images, images.test_labels
-    if settings.holdout:
-        kept, held = hold_out(settings, len(train[1]))
-        train, test = (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
-    train_x, test_x = (data.MNIST.inputs(x) for x in (train[0], test[0][: settings.n_eval]))
+    def images(pixels: NDArray[np.uint8], labels: NDArray[np.int32]) -> Images:
+        return Images(jnp.asarray(data.MNIST.inputs(pixels)), jnp.asarray(labels))
+
+    train, test = parts(settings, data.mnist())
+    n = settings.n_eval
     return Task(
         experiment=f"mnist_{network}",
         methods=settings.nets(),
@@ -43,8 +43,8 @@ def mnist(settings: Settings, network: Literal["mlp", "lenet"], normal: Method) 
         names=NAMES,
         make_net=make_net,
         network=called,
-        train=Images(jnp.asarray(train_x), jnp.asarray(train[1])),
-        test=Images(jnp.asarray(test_x), jnp.asarray(test[1][: settings.n_eval])),
+        train=images(*train),
+        test=images(test[0][:n], test[1][:n]),
         source="the original files, through tensorflow-datasets",
         interface=data.MNIST,
     )

@@ -88,6 +88,9 @@ class Settings(parallel.Settings, recipes.Optimiser):
         return {}
 
 
+Pixels = tuple[NDArray[np.uint8], NDArray[np.int32]]
+
+
 class Images(NamedTuple):
     """Images and labels, on the device."""
 
@@ -223,18 +226,23 @@ def row_settings(method: Method, settings: Settings, task: Task, eps: float) -> 
     }
 
 
-def hold_out(settings: Settings, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return which of n training images to train on, and which are held out.
+def parts(settings: Settings, images: data.Dataset) -> tuple[Pixels, Pixels]:
+    """Return the pixels and labels to train on, and those to score.
 
     Raises:
       UsageError: if none is left to train on.
     """
+    train = images.train_images, images.train_labels
+    if not settings.holdout:
+        return train, (images.test_images, images.test_labels)
+    n = len(images.train_labels)
     if settings.holdout >= n:
         raise options.UsageError(
             f"expected --holdout to be less than {n}, the training images there are, got "
             f"{settings.holdout}; hold out fewer"
         )
-    return data.split(n, settings.holdout, seed=0)
+    kept, held = data.split(n, settings.holdout, seed=0)
+    return (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
 
 
 def in_precision(task: Task, precision: str) -> Task:
@@ -409,8 +417,7 @@ def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow
                     "norm": "l2",
                     "n": n,
                     "settings": row_settings(method, settings, task, eps),
-                    "versions": records.versions(),
-                    "device": records.device(),
+                    **records.made_by(),
                 }
                 row = records.find(known, identity)
                 if row is None:
