@@ -97,7 +97,7 @@ def beside_published(ours: Sequence[AttackRow], published: Sequence[AttackRow]) 
     """Return what AutoAttack and its members leave, ours beside the published.
 
     Args:
-      ours: rows of `evaluate`.
+      ours: rows of `evaluation`.
       published: rows of `reference`.
     """
 

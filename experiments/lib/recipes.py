@@ -6,7 +6,7 @@ A recipe is a `Method`, or one of its kinds:
 - `MultiStep` and `OneStep`, which are `Robust`: nets that are to withstand iterated attacks.
 
 `make_objective`, `optimiser` and `result` make of it what `jaxadv.train` takes, and take from the
-last state what is to be scored. `protocol` trains and scores nets by these.
+last state what is to be scored. `train_and_score` trains and scores nets by these.
 """
 
 from __future__ import annotations
