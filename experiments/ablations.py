@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments import figures, mnist, options, parallel, protocol, report
-from experiments.options import Count, OutputFolder, Positive, Several
-from experiments.recipes import Adversarial, Method
+from experiments.lib import figures, options, parallel, tables, tasks, train_and_score
+from experiments.lib.options import Count, OutputFolder, Positive, Several
+from experiments.lib.recipes import Adversarial, Method
+from experiments.lib.records import TableRow
 
 WIDTHS = (500, 500)
 Group = Literal["inner adversary of LWA", "objective", "training size of LWA", "split of LWA_Rep"]
@@ -65,7 +66,7 @@ GROUPS: dict[Group, dict[str, str]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(protocol.Settings):
+class Settings(train_and_score.Settings):
     """Train nets of 500x500 in several ways, attack them, and print tables."""
 
     groups: Several[Group] = tuple(GROUPS)
@@ -111,33 +112,20 @@ def methods(settings: Settings) -> dict[str, Method]:
     return {name: method for name, method in made.items() if name in wanted}
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[TableRow]:
     """Train, attack and score; return the rows."""
-    base = dataclasses.replace(
-        mnist.MLP, holdout=settings.holdout, n_eval=settings.n_eval, methods=("normal",)
-    )
-    task = mnist.make_task(base)._replace(
-        experiment="ablations",
-        methods=settings.nets(),
-        normal=Method(WIDTHS, settings.epochs, settings.lr),
-        names={},
-        extra=groups_of,
-    )
-    rows, _ = protocol.run(settings, task, console)
+    task = tasks.mnist(settings, "mlp", Method(WIDTHS, settings.epochs, settings.lr))
+    task = task._replace(experiment="ablations", names={}, groups=groups_of)
+    rows, _ = train_and_score.run(settings, task, console)
     if parallel.first_process():
         figures.draw(settings.out)
     return rows
 
 
-def groups_of(name: str) -> dict[str, dict[str, str]]:
+def groups_of(name: str) -> dict[str, str]:
     """Return the questions that a net answers, and what to call it in each."""
     return {
-        "groups": {
-            group: label
-            for group, nets in GROUPS.items()
-            for label, net in nets.items()
-            if net == name
-        }
+        group: label for group, nets in GROUPS.items() for label, net in nets.items() if net == name
     }
 
 
@@ -146,20 +134,21 @@ def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, description=__doc__)
     console = parallel.start(settings)
-    rows = protocol.record(settings.out, run(settings, console))
+    rows = train_and_score.record(settings.out, run(settings, console))
     which = "held-out images" if settings.holdout else "test images"
-    title = f"MNIST, 500x500: accuracy on {rows[0]['n']:,} {which}"
+    title = f"MNIST, 500x500: accuracy on {rows[0].n:,} {which}"
     notes = [
-        f"Epochs: {', '.join(str(n) for n in sorted({row['epochs'] for row in rows}))}. "
-        + report.seeds(rows, {row["method"]: row["method"] for row in rows}),
+        f"Epochs: {', '.join(str(n) for n in sorted({row.epochs for row in rows}))}. "
+        + tables.seeds(rows, {row.method: row.method for row in rows}),
         f"Fixed is made on a Normal net of seed {settings.fixed_seed}; PGD: {settings.pgd_steps} "
-        f"steps of l2 PGD on the margin loss, from x, on {rows[0]['n_pgd']:,} of the images. "
+        f"steps of l2 PGD on the margin loss, from x, on {rows[0].n_pgd:,} of the images. "
         "Nothing is clipped to the pixel range.",
         "LWA_Rep: size .12 of ||h||, rising over the first half of the epochs, at half the rate. "
         "Miyato: weight 1, one power iteration.",
     ]
-    groups = [group for group in GROUPS if any(group in row["groups"] for row in rows)]
-    report.grouped_tables(console, settings.out, title, rows, groups, notes)
+    groups = [group for group in GROUPS if any(group in (row.groups or {}) for row in rows)]
+    sections = tables.by_group(rows, groups)
+    tables.show(console, settings.out, title, rows, sections, notes)
 
 
 if __name__ == "__main__":

@@ -43,26 +43,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import (
+from experiments.benchmarks import common, rates
+from experiments.compare import pytorch
+from experiments.lib import (
     data,
     models,
     options,
     parallel,
-    peers,
-    protocol,
     recipes,
-    report,
+    records,
     timing,
+    train_and_score,
     training,
-)  # fmt: skip
-from experiments.benchmarks import common, rates
-from experiments.options import OutputFolder, Positive
+    weights,
+)
+from experiments.lib.options import OutputFolder, Positive
+from experiments.lib.records import RESULTS, PartRow, TableRow
 from jaxadv import attack, evaluate, perturb
 from jaxadv.types import ApplyFn, Bounds, Params, PerturbFn
 
 Figure = dict[str, Any]
 
-RESULTS = common.ROOT / "experiments" / "results"
 CPU = RESULTS / "accelerator" / "cpu" / "b.json"
 
 
@@ -85,17 +86,16 @@ class Record:
         settings.out.mkdir(parents=True, exist_ok=True)
         self._path = settings.out / f"{part}.json"
         self._start = time.perf_counter()
-        self._row: report.Row = {
+        self._identity: dict[str, Any] = {
             "experiment": "accelerator",
             "part": part,
-            "device": report.device(),
-            "versions": report.versions(),
+            **records.made_by(),
             "settings": {"quick": settings.quick},
-            "finished": False,
         }
-        known = [row for row in report.load_rows(self._path) if self._row.items() <= row.items()]
-        self.figures: list[Figure] = known[0]["figures"] if known else []
-        self._before = known[0]["seconds"] if known else 0
+        unfinished = {**self._identity, "finished": False}
+        known = records.find(records.load(self._path, PartRow), unfinished)
+        self.figures: list[Figure] = known.figures if known else []
+        self._before = known.seconds if known else 0
 
     def done(self, **identity: Any) -> bool:
         """Say whether a figure with these entries is there."""
@@ -104,8 +104,8 @@ class Record:
     def save(self, *, finished: bool) -> None:
         """Write the file."""
         seconds = round(self._before + time.perf_counter() - self._start, 1)
-        row = {**self._row, "finished": finished, "seconds": seconds, "figures": self.figures}
-        report.save_rows(self._path, [row])
+        row = PartRow(**self._identity, finished=finished, seconds=seconds, figures=self.figures)
+        records.save(self._path, [row])
 
 
 # (a)
@@ -120,7 +120,7 @@ def tests(settings: Settings, record: Record) -> Iterator[Figure]:
     """Run files of tests, several at a time where there are cores for it."""
     end = time.perf_counter() + settings.seconds - 10  # so that none outlives this part
     names = ("jacobian",) if settings.quick else TESTS
-    with ThreadPoolExecutor(max(report.cores() // 2, 1)) as pool:
+    with ThreadPoolExecutor(max(records.cores() // 2, 1)) as pool:
         runs = [pool.submit(_tested, name, end) for name in names if not record.done(tests=name)]
         for run_ in as_completed(runs):
             yield run_.result()
@@ -202,16 +202,17 @@ def verdicts(settings: Settings, record: Record) -> Iterator[Figure]:
             "precision": precision,
         }  # fmt: skip
         if n and not record.done(**identity):
-            params = report.load_params(RESULTS / case.net / "params.safetensors", jnp.float32)
             images = _test_images(case.net, n)
-            apply_fn = models.function(models.recognised(params, images.x.shape[1:]))
+            path = RESULTS / case.net / "params.safetensors"
+            net, params = weights.load_net(path, images.x.shape[1:])
+            apply_fn = models.function(net)
             with jax.default_matmul_precision(precision):
                 found = attacked(apply_fn, params, images, name, case)
             yield compared(identity | found)
 
 
 def attacked(
-    apply_fn: ApplyFn, params: Params, images: protocol.Images, name: str, case: Case
+    apply_fn: ApplyFn, params: Params, images: train_and_score.Images, name: str, case: Case
 ) -> Figure:
     """Return what an attack leaves of some images, in numbers and image by image."""
     start = time.perf_counter()
@@ -230,7 +231,7 @@ def attacked(
 def compared(figure: Figure) -> Figure:
     """Return the figure with how many verdicts differ from the CPU's; unchanged without these."""
     identity = {key: figure[key] for key in ("net", "attack", "norm", "eps")}
-    known = [other for row in report.load_rows(CPU) for other in row["figures"]]
+    known = [other for row in records.load(CPU, PartRow) for other in row.figures]
     same = [other["verdicts"] for other in known if identity.items() <= other.items()]
     if not same:
         return figure
@@ -245,18 +246,18 @@ def compared(figure: Figure) -> Figure:
     return figure
 
 
-def _test_images(net: str, n: int) -> protocol.Images:
+def _test_images(net: str, n: int) -> train_and_score.Images:
     """Return the first of the test images, in the order in which evaluate.py takes them."""
     if net.startswith("cifar10"):
         pixels, labels = data.cifar10_crops()
-        scaled = data.scale_cifar10(pixels[:n])
-        return protocol.Images(jnp.asarray(scaled), jnp.asarray(labels[:n]))
+        scaled = data.CIFAR10_CROPS.inputs(pixels[:n])
+        return train_and_score.Images(jnp.asarray(scaled), jnp.asarray(labels[:n]))
     mnist = data.mnist_originals()
     return _digits(mnist.test_images[:n], mnist.test_labels[:n])
 
 
-def _digits(pixels: Any, labels: Any) -> protocol.Images:
-    return protocol.Images(jnp.asarray(data.scale_mnist(pixels)), jnp.asarray(labels))
+def _digits(pixels: Any, labels: Any) -> train_and_score.Images:
+    return train_and_score.Images(jnp.asarray(data.MNIST.inputs(pixels)), jnp.asarray(labels))
 
 
 # (e)
@@ -265,25 +266,25 @@ def _digits(pixels: Any, labels: Any) -> protocol.Images:
 def trained(settings: Settings, record: Record) -> Iterator[Figure]:
     """Train a net as the record of LeNet's says, and attack it."""
     case = CASES[1]
-    rows = report.load_rows(RESULTS / "mnist_lenet" / "results.json")
-    made = next(row["settings"] for row in rows if row["method"] == "lwa_multi")
+    rows = records.load(RESULTS / "mnist_lenet" / "results.json", TableRow)
+    made = next(row.settings for row in rows if row.method == "lwa_multi")
     fields = {field.name: made[field.name] for field in dataclasses.fields(recipes.MultiStep)}
     fields |= {"widths": tuple(made["widths"]), "eps": made["train_eps"]}
     method, n_train, n_test = recipes.MultiStep(**fields), 60_000, 1000
     if settings.quick:
         method, n_train, n_test = dataclasses.replace(method, epochs=1, warmup=1), 1000, 100
     mnist = data.mnist_originals()
-    task = protocol.Task(
+    task = train_and_score.Task(
         experiment="accelerator", methods={}, normal=method, names=recipes.NAMES,
         make_net=lambda method: models.lenet(method.widths), network=lambda _: made["network"],
         train=_digits(mnist.train_images[:n_train], mnist.train_labels[:n_train]),
         test=_digits(mnist.test_images[:n_test], mnist.test_labels[:n_test]),
-        source="the original files", interface=data.Interface(data.DIGITS, (28, 28, 1), 0, 256),
+        source="the original files", interface=data.MNIST,
     )  # fmt: skip
-    own = protocol.Settings(out=settings.out, n_pgd=n_test, batch_size=made["batch_size"])
+    own = train_and_score.Settings(out=settings.out, n_pgd=n_test, batch_size=made["batch_size"])
     shutil.rmtree(own.out / "checkpoints", ignore_errors=True)  # a time from scratch is wanted
     with training.bars(parallel.start()) as progress:
-        net = protocol.train("lwa_multi", method, 0, own, task, progress)
+        net = train_and_score.train("lwa_multi", method, 0, own, task, progress)
     for name in ("one-step",) if settings.quick else ATTACKS:
         yield {
             "net": case.net, "epochs": method.epochs, "training images": n_train,
@@ -328,7 +329,7 @@ def by_hand(settings: Settings, record: Record) -> Iterator[Figure]:
             calls = {
                 "step": own[f"{kind}, step"],
                 "epoch": own[f"{kind}, epoch"],
-                "PyTorch": peers.training(*arrays, eps=eps, device=device),
+                "PyTorch": pytorch.training(*arrays, eps=eps, device=device),
             }
             times = timing.in_turn(calls, rounds, seconds=seconds)
             times["epoch"] /= epoch_steps

@@ -42,9 +42,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments import figures, options, peers, report, timing
 from experiments.benchmarks import attacks, devices, growth, loops, starts, steps
-from experiments.benchmarks.common import PARTS, Figures, Part, Settings, has_peers
+from experiments.benchmarks.common import PARTS, Figures, Part, Settings
+from experiments.compare import libraries
+from experiments.lib import figures, options, records, tables, timing
+from experiments.lib.records import BenchmarkRow
 
 RUN: Mapping[Part, Callable[[Settings], Figures]] = {
     "steps": steps.run,
@@ -56,29 +58,25 @@ RUN: Mapping[Part, Callable[[Settings], Figures]] = {
 }
 
 
-def as_markdown(rows: Iterable[report.Row]) -> str:
+def as_markdown(rows: Iterable[BenchmarkRow]) -> str:
     """Return the figures of each part as a table."""
     lines = ["# Benchmark", ""]
     for row in rows:
-        machine = row["machine"]
+        machine = row.machine
         lines += [
-            f"## {row['part']}",
+            f"## {row.part}",
             "",
-            f"On {row['device']}, jax {row['versions']['jax']}, {machine['gflops_at_start']:.0f} "
+            f"On {row.device}, jax {row.versions['jax']}, {machine['gflops_at_start']:.0f} "
             f"GFLOP/s in 2048x2048 products before and {machine['gflops_at_end']:.0f} after; other "
             f"programs had {machine['cpu_of_others']:.1%} of the cores' time. Medians of "
-            f"{row['settings']['rounds']} rounds, a third of it where calls take long; in brackets "
+            f"{row.settings['rounds']} rounds, a third of it where calls take long; in brackets "
             "quartiles.",
             "",
             *(f"Not valid: {reason}.\n" for reason in machine["reasons"]),
         ]
-        headings = list(dict.fromkeys(itertools.chain.from_iterable(row["figures"])))
-        lines.append("| " + " | ".join(headings) + " |")
-        lines.append("|---" * len(headings) + "|")
-        for figure in row["figures"]:
-            cells = (_cell(figure.get(heading, "")) for heading in headings)
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+        headings = list(dict.fromkeys(itertools.chain.from_iterable(row.figures)))
+        cells = [[_cell(figure.get(name, "")) for name in headings] for figure in row.figures]
+        lines += [*tables.markdown(headings, cells), ""]
     return "\n".join(lines)
 
 
@@ -91,33 +89,33 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[BenchmarkRow]:
     """Measure the parts that are asked for; return the rows of these and of earlier runs."""
     results = settings.out / "results.json"
     settings.out.mkdir(parents=True, exist_ok=True)
-    rows = report.load_rows(results, ("part", "figures", "machine", "settings"))
+    rows = records.load(results, BenchmarkRow)
     for part in settings.parts:
         quiet = timing.Quiet()
         start = time.perf_counter()
-        row: report.Row = {
-            "experiment": "benchmark",
-            "part": part,
-            "figures": RUN[part](settings),
-            "machine": quiet.report(),
-            "versions": report.versions() | (peers.versions() if has_peers() else {}),
-            "device": report.device(),
-            "settings": {
+        row = BenchmarkRow(
+            experiment="benchmark",
+            part=part,
+            figures=RUN[part](settings),
+            machine=quiet.report(),
+            versions=records.versions() | libraries.versions(),
+            device=records.device(),
+            settings={
                 key: value
                 for key, value in dataclasses.asdict(settings).items()
                 if key not in ("out", "parts")
             },
-        }
-        rows = [*(row for row in rows if row["part"] != part), row]
-        rows.sort(key=lambda row: PARTS.index(row["part"]))
-        report.save_rows(results, rows)
+        )
+        rows = [*(row for row in rows if row.part != part), row]
+        rows.sort(key=lambda row: PARTS.index(row.part))
+        records.save(results, rows)
         (settings.out / "results.md").write_text(as_markdown(rows))
         console.print(f"{part}: {time.perf_counter() - start:.0f} s")
-        for reason in row["machine"]["reasons"]:
+        for reason in row.machine["reasons"]:
             console.print(f"  not valid: {reason}")
     figures.draw(settings.out)
     console.print(f"Results and figures are in {settings.out}.")
@@ -129,7 +127,7 @@ def main() -> None:
     """Run the benchmark from the command line."""
     settings = tyro.cli(Settings, description=__doc__)
     rows = run(settings, Console())
-    invalid = [row["part"] for row in rows if not row["machine"]["valid"]]
+    invalid = [row.part for row in rows if not row.machine["valid"]]
     if set(invalid) & set(settings.parts):
         sys.exit(
             f"not valid, since the machine wasn't quiet: {', '.join(invalid)}; end what else runs, "

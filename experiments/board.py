@@ -7,8 +7,8 @@
 
 Takes the weights in experiments/results/RECORD/METHOD and attacks them in the pixel range, at
 several sizes and norms, by one step (Adv_Loss), by PGD of 100 steps (from x, then from 9 random
-points) and by AutoAttack, all of them through `evaluate`: blocks of images are saved, and the same
-command resumes where it was interrupted. `check` says what there is to doubt.
+points) and by AutoAttack, as `evaluate.py` does: blocks of images are saved, and the same command
+resumes where it was interrupted. `check` says what there is to doubt.
 
 Writes results.json and results.md to --out; one such folder can hold all three records.
 """
@@ -17,35 +17,24 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
 import tyro
 from rich.console import Console
 
-from experiments import evaluate, options, parallel, report
-from experiments.options import Checked, Count, Distinct, OutputFolder, Several
-from experiments.recipes import NAMES
+from experiments.lib import attack_tables, evaluation, options, parallel, tables
+from experiments.lib.attack_tables import COLUMNS
+from experiments.lib.attacks import AttackName
+from experiments.lib.options import Checked, Count, Distinct, OutputFolder, Several
+from experiments.lib.recipes import NAMES
+from experiments.lib.records import RESULTS, AttackRow
 from jaxadv.types import Norm
-
-__all__ = ["COLUMNS", "Settings", "figures_of", "run", "tables"]
-
-RESULTS = Path(__file__).resolve().parent / "results"
-COLUMNS: tuple[evaluate.AttackName, ...] = ("one-step", "pgd-100x10", "standard")
 
 Record = Literal["mnist_mlp", "mnist_lenet", "cifar10"]
 Threat = Literal["l2 0.25", "l2 0.5", "l2 1.0", "l2 1.5", "l2 2.0", "linf 0.3"]
-SIZES: dict[Threat, tuple[Norm, float]] = {
-    "l2 0.25": ("l2", 0.25),
-    "l2 0.5": ("l2", 0.5),
-    "l2 1.0": ("l2", 1.0),
-    "l2 1.5": ("l2", 1.5),
-    "l2 2.0": ("l2", 2.0),
-    "linf 0.3": ("linf", 0.3),
-}
 THREATS: dict[Record, tuple[Threat, ...]] = {
     "mnist_mlp": ("l2 1.5", "l2 1.0", "l2 2.0", "linf 0.3"),
     "mnist_lenet": ("l2 1.5", "l2 1.0", "l2 2.0", "linf 0.3"),
@@ -66,7 +55,7 @@ class Settings(Checked):
     CIFAR-10, if none is named."""
     n: Count = 1000
     """How many test images."""
-    attacks: Several[evaluate.AttackName] = (*COLUMNS, "check")
+    attacks: Several[AttackName] = (*COLUMNS, "check")
     """What to run."""
     image_folder: Path | None = None
     """Read CIFAR-10 from here, DIR/{train,test}/CLASS/*, instead of downloading it."""
@@ -89,7 +78,7 @@ class Settings(Checked):
             )
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[AttackRow]:
     """Attack each net in every way; return the rows of these and of earlier runs.
 
     Raises:
@@ -111,12 +100,12 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             "there; train them first, or leave them out"
         )
     cifar = settings.record == "cifar10"
-    rows: list[report.Row] = []
+    rows: list[AttackRow] = []
     for threat in settings.threats or THREATS[settings.record]:
-        norm, eps = SIZES[threat]
+        norm, eps = threat.split()
         for method in methods:
-            rows = evaluate.run(
-                evaluate.Settings(
+            rows = evaluation.run(
+                evaluation.Settings(
                     net=str(record / method / "params.safetensors"),
                     name=f"{settings.record}/{method}",
                     data=str(settings.image_folder or "cifar10") if cifar else "mnist",
@@ -124,94 +113,14 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                     divide=256,
                     crop=28 if cifar else None,
                     attacks=settings.attacks,
-                    eps=(eps,),
-                    norm=norm,
+                    eps=(float(eps),),
+                    norm=cast(Norm, norm),
                     n=settings.n,
                     out=settings.out,
                 ),
                 console,
             )
     return rows
-
-
-def figures_of(rows: Sequence[report.Row], method: str, norm: str, eps: float) -> list[str]:
-    """Return a net's figures under PGD and AutoAttack, and how far above one step's is.
-
-    Args:
-      rows: the board's.
-      method: the net, as the rows call it.
-      norm: of the size.
-      eps: the size.
-
-    Returns:
-      PGD-100x10, AutoAttack and the difference between one step's robust accuracy and AutoAttack's
-      on the same images, the most that AutoAttack has been run on; empty where an attack hasn't.
-      PGD that has been run on other images alone says on how many, and what AutoAttack leaves of
-      these.
-    """
-    here = [
-        row
-        for row in rows
-        if (row["method"], row["norm"], row["eps"]) == (method, norm, eps)
-        and row["attack"] in COLUMNS
-    ]
-    full = [row for row in here if row["attack"] == "standard"]
-    most = max((row["n"] for row in full or here), default=0)
-    own = {row["attack"]: row["columns"]["robust"] for row in here if row["n"] == most}
-    one, pgd, worst = map(own.get, COLUMNS)
-    difference = "" if one is None or worst is None else f"{one - worst:.4f}"
-    cells = ["" if figure is None else f"{figure:.4f}" for figure in (pgd, worst)]
-    others = {row["n"]: row["columns"]["robust"] for row in here if row["attack"] == "pgd-100x10"}
-    if pgd is None and others:
-        n = max(others)
-        beside = [f" AutoAttack {row['columns']['robust']:.4f}" for row in full if row["n"] == n]
-        cells[0] = f"{others[n]:.4f} ({','.join([f'of {n:,}', *beside])})"
-    return [*cells, difference]
-
-
-def tables(rows: Sequence[report.Row]) -> list[str]:
-    """Return Markdown: for each record and threat a table, the most robust net first."""
-    lines: list[str] = []
-
-    def place(row: report.Row) -> tuple[str, str, float]:
-        return row["method"].split("/")[0], row["norm"], row["eps"]
-
-    for key in dict.fromkeys(map(place, rows)):
-        record, norm, eps = key
-        here = [row for row in rows if place(row) == key]
-        by_n = sorted(here, key=lambda row: row["n"])  # the most images come last, and stay
-        best = {row["method"]: row for row in by_n if row["attack"] == "standard"}
-        ranked = sorted(best.values(), key=lambda row: -row["columns"]["robust"])
-        lines += [
-            f"## {record}: {norm} size {eps:g}",
-            "",
-            "| Net | Layers | Images | Clean | One step | PGD-100x10 | AutoAttack | 95 % "
-            "| One step less AutoAttack |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for row in ranked:
-            same = row["method"], "one-step", row["n"]
-            one = [r for r in here if (r["method"], r["attack"], r["n"]) == same]
-            pgd, full, difference = figures_of(here, row["method"], norm, eps)
-            low, high = row["interval"]
-            name = row["method"].split("/")[1]
-            cells = [
-                NAMES.get(name, name), row["network"], f"{row['n']:,}",
-                f"{row['columns']['clean']:.4f}",
-                f"{one[0]['columns']['robust']:.4f}" if one else "", pgd, f"**{full}**",
-                f"{low:.3f} to {high:.3f}", difference,
-            ]  # fmt: skip
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-        checks = {row["method"]: row["flags"] for row in here if row["attack"] == "check"}
-        unchecked = [row["method"].split("/")[1] for row in ranked if row["method"] not in checks]
-        for method, flags in checks.items():
-            doubts = "; ".join(flags.values()) or "nothing to doubt was found"
-            lines.append(f"- {method.split('/')[1]}: {doubts}")
-        if unchecked:
-            lines.append(f"- not checked: {', '.join(unchecked)}")
-        lines.append("")
-    return lines
 
 
 @options.command
@@ -224,10 +133,9 @@ def main() -> None:
         "",
         "Perturbed images stay in the pixel range. AutoAttack: the standard ensemble.",
         "",
-        *tables(run(settings, console)),
+        *attack_tables.ranked(run(settings, console)),
     ]
-    (settings.out / "results.md").write_text("\n".join(lines))
-    console.print("\n".join(lines), highlight=False, markup=False)
+    tables.write(settings.out, lines, console)
 
 
 if __name__ == "__main__":

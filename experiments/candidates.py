@@ -28,12 +28,10 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import data, evaluate, models, options, report
-from experiments.options import Checked, Count, OutputFolder, Range, Seed, Several, Size
+from experiments.lib import data, models, options, problems, records, tables
+from experiments.lib.options import Checked, Count, OutputFolder, Range, Seed, Several, Size
 from jaxadv import objectives, perturb, train
 from jaxadv.types import ApplyFn, Params
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +66,7 @@ class Net(NamedTuple):
 
 def ten_classes(settings: Settings) -> Net:
     """Return the recorded net and the first test images."""
-    weights = RESULTS / "mnist_mlp" / "lwa" / "params.safetensors"
-    problem = evaluate.load(evaluate.Settings(net=str(weights), n=settings.n))
+    problem = problems.recorded("mnist_mlp/lwa", settings.n)
     x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
     return Net("MNIST, 10 classes", problem.apply_fn, problem.params, x, y)
 
@@ -89,7 +86,7 @@ def thousand_classes(settings: Settings) -> Net:
     net = models.Classifier((1000, 1000), classes=1000)
     apply_fn = models.function(net)
     rng = np.random.default_rng(settings.seed)
-    pixels, labels = data.scale_mnist(mnist.train_images), np.asarray(mnist.train_labels)
+    pixels, labels = data.MNIST.inputs(mnist.train_images), np.asarray(mnist.train_labels)
     key = jax.random.key(settings.seed)
     tx = optax.sgd(optax.cosine_decay_schedule(0.1, settings.steps), momentum=0.9)
     params = models.init(net, key, jnp.zeros((1, 28, 84, 1)))
@@ -97,7 +94,7 @@ def thousand_classes(settings: Settings) -> Net:
     step = train.make_step(objectives.natural(apply_fn), tx)
     for _ in range(settings.steps):
         state, _ = step(state, numbers(rng, pixels, labels, 100))
-    tested = data.scale_mnist(mnist.test_images), np.asarray(mnist.test_labels)
+    tested = data.MNIST.inputs(mnist.test_images), np.asarray(mnist.test_labels)
     x, y = map(jnp.asarray, numbers(rng, *tested, settings.n))
     return Net("three digits of MNIST, 1,000 classes", apply_fn, state.params, x, y)
 
@@ -107,7 +104,7 @@ def sizes(r: jax.Array) -> NDArray[np.float64]:
     return np.linalg.norm(np.asarray(r, np.float64).reshape(len(r), -1), axis=1)
 
 
-def compare(net: Net, candidates: tuple[int, ...], settings: Settings) -> list[report.Row]:
+def compare(net: Net, candidates: tuple[int, ...], settings: Settings) -> list[dict[str, Any]]:
     """Return a row for each number of candidates, beside one for all classes."""
 
     def perturbed(n: int | None, eps: float | None) -> jax.Array:
@@ -138,34 +135,30 @@ def compare(net: Net, candidates: tuple[int, ...], settings: Settings) -> list[r
                 "times longer, 99th percentile": float(np.quantile(longer, 0.99)),
                 f"accuracy at l2 {settings.eps:g}": float(left.mean()),
                 "seed": settings.seed,
-                "versions": report.versions(),
-                "device": report.device(),
+                **records.made_by(),
             }
         )
     return rows
 
 
-def as_markdown(rows: list[report.Row]) -> str:
+def as_markdown(rows: list[dict[str, Any]]) -> list[str]:
     """Return the rows as a table."""
     kept = [key for key in rows[0] if key not in ("experiment", "seed", "versions", "device")]
-    lines = ["# Adv_Alpha with the likeliest classes alone", ""]
-    lines += ["| " + " | ".join(kept) + " |", "|---" * len(kept) + "|"]
-    for row in rows:
-        cells = (f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in kept)
-        lines.append("| " + " | ".join(cells) + " |")
+    cells = [
+        [f"{row[k]:.4g}" if isinstance(row[k], float) else row[k] for k in kept] for row in rows
+    ]
+    lines = ["# Adv_Alpha with the likeliest classes alone", "", *tables.markdown(kept, cells)]
     device, versions = rows[0]["device"], rows[0]["versions"]
-    return "\n".join([*lines, "", f"Seed {rows[0]['seed']}, {device}, jax {versions['jax']}.", ""])
+    return [*lines, "", f"Seed {rows[0]['seed']}, {device}, jax {versions['jax']}.", ""]
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[dict[str, Any]]:
     """Compare on both nets; return the rows."""
     rows = compare(ten_classes(settings), settings.few, settings)
     rows += compare(thousand_classes(settings), settings.many, settings)
     settings.out.mkdir(parents=True, exist_ok=True)
-    report.save_rows(settings.out / "results.json", rows)
-    text = as_markdown(rows)
-    (settings.out / "results.md").write_text(text)
-    console.print(text, markup=False)
+    records.save(settings.out / "results.json", rows)
+    tables.write(settings.out, as_markdown(rows), console)
     return rows
 
 

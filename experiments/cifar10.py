@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -31,17 +32,27 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, figures, options, parallel, protocol, recipes, report
-from experiments.models import Classifier, vgg
-from experiments.options import Count, OutputFolder, Positive, Several, Size, Whole
-from experiments.protocol import Images
-from experiments.recipes import NAMES, Adversarial, Method, PaperMethod
+from experiments.lib import (
+    data,
+    figures,
+    options,
+    paper,
+    parallel,
+    recipes,
+    tables,
+    train_and_score,
+)
+from experiments.lib.models import Classifier, vgg
+from experiments.lib.options import Count, OutputFolder, Positive, Several, Size, Whole
+from experiments.lib.recipes import NAMES, Adversarial, Method, PaperMethod
+from experiments.lib.records import TableRow
+from experiments.lib.train_and_score import Images
 
 CROP = 28
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(protocol.Settings):
+class Settings(train_and_score.Settings):
     """Train the classifiers of Table 3 on CIFAR-10, attack them, and print the table."""
 
     image_folder: Path | None = None
@@ -91,14 +102,6 @@ class Settings(protocol.Settings):
         return {name: getattr(self, name) for name in self.methods}
 
 
-PAPER: dict[str, tuple[float, ...]] = {  # Table 3 as printed
-    "normal": (0.878, 0.582, 0.486, 0.416, 0.282),
-    "dropout": (0.894, 0.584, 0.454, 0.418, 0.291),
-    "lwa": (0.838, 0.776, 0.606, 0.492, 0.520),
-    "lwa_rep": (0.842, 0.600, 0.641, 0.549, 0.560),
-}
-
-
 def crop_and_mirror(key: jax.Array, pixels: jax.Array) -> jax.Array:
     """Return a random crop of each image, mirrored with probability one half, scaled.
 
@@ -123,7 +126,7 @@ def crop_and_mirror(key: jax.Array, pixels: jax.Array) -> jax.Array:
 
 
 def _scale(pixels: jax.Array) -> jax.Array:
-    """`data.scale_cifar10` on the device: training images stay uint8, a quarter of the memory."""
+    """`data.CIFAR10_CROPS` on the device: training images stay uint8, a quarter of the memory."""
     return (pixels.astype(jnp.float32) - 117) / 256
 
 
@@ -151,23 +154,15 @@ def load(settings: Settings) -> tuple[Images, Images, str, tuple[str, ...]]:
             f"expected the 10 classes of CIFAR-10, got {len(cifar.classes)} in {folder}; train and "
             "test must each have a folder for each class"
         )
-    images, labels = cifar.train_images, cifar.train_labels
-    train, score = (images, labels), (cifar.test_images, cifar.test_labels)
-    if settings.holdout:
-        kept, held = protocol.hold_out(settings, len(labels))
-        train, score = (images[kept], labels[kept]), (images[held], labels[held])
-    # In random order, since a folder's images come class by class.
-    _, order = data.split(len(score[1]), len(score[1]), seed=0)
-    chosen = order[: settings.n_eval]
-    pixels, labels = score[0][chosen], score[1][chosen]
-    top, left = (height - CROP) // 2, (width - CROP) // 2
-    centre = data.scale_cifar10(pixels[:, top : top + CROP, left : left + CROP])
+    train, score = train_and_score.parts(settings, cifar)
+    chosen = data.order("cifar10", len(score[1]))[: settings.n_eval]
+    centre = data.CIFAR10_CROPS.inputs(score[0][chosen])
     source = "tensorflow-datasets" if folder is None else data.describe(folder, cifar)
-    test = Images(jnp.asarray(centre), jnp.asarray(labels))
+    test = Images(jnp.asarray(centre), jnp.asarray(score[1][chosen]))
     return Images(*map(jnp.asarray, train)), test, source, cifar.classes
 
 
-def make_task(settings: Settings) -> protocol.Task:
+def make_task(settings: Settings) -> train_and_score.Task:
     """Return the data and nets of the table."""
 
     def make_net(method: Method) -> Classifier:
@@ -178,7 +173,7 @@ def make_task(settings: Settings) -> protocol.Task:
         return f"vgg, width {settings.width:g}"
 
     train, test, source, classes = load(settings)
-    return protocol.Task(
+    return train_and_score.Task(
         experiment="cifar10",
         methods=settings.nets(),
         normal=settings.normal,
@@ -188,16 +183,16 @@ def make_task(settings: Settings) -> protocol.Task:
         train=train,
         test=test,
         source=source,
-        interface=data.Interface(classes, (CROP, CROP, 3), subtract=117, divide=256, crop=CROP),
+        interface=data.CIFAR10_CROPS._replace(classes=classes),
         augment=crop_and_mirror,
         box=tuple(_scale(jnp.array([0, 255], jnp.uint8)).tolist()),
         stored=jnp.float16,  # half as large: 4 MB at a quarter of the width
     )
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[TableRow]:
     """Train, attack and score; return the rows of the tables."""
-    rows, _ = protocol.run(settings, make_task(settings), console)
+    rows, _ = train_and_score.run(settings, make_task(settings), console)
     if parallel.first_process():
         figures.draw(settings.out)
     return rows
@@ -208,11 +203,9 @@ def main() -> None:
     """Run the experiment from the command line."""
     default = Settings()
     if "--quick" in sys.argv:
-        short = {
-            name: dataclasses.replace(getattr(default, name), epochs=1) for name in default.methods
+        short: dict[str, Any] = {
+            name: recipes.shortened(getattr(default, name)) for name in default.methods
         }
-        for name in ("goodfellow", "lwa", "lwa_rep"):
-            short[name] = dataclasses.replace(short[name], warmup=1)
         default = dataclasses.replace(
             default,
             width=0.0625,
@@ -224,24 +217,25 @@ def main() -> None:
         )
     settings = tyro.cli(Settings, default=default, description=__doc__)
     console = parallel.start(settings)
-    rows = protocol.record(settings.out, run(settings, console))
+    rows = train_and_score.record(settings.out, run(settings, console))
     which = "images held out of the training set" if settings.holdout else "test images"
-    epochs = {row["method"]: row["epochs"] for row in rows}
+    epochs = {row.method: row.epochs for row in rows}
     notes = [
         f"Times {settings.width:g} the paper's channels and dense widths; epochs: "
         + ", ".join(
             f"{name} {epochs[method]}" for method, name in NAMES.items() if method in epochs
         )
-        + f"; images from {rows[0]['settings']['data']}.",
+        + f"; images from {rows[0].settings['data']}.",
         f"Fixed is made on a Normal net of seed {settings.fixed_seed}, which itself scores "
-        f"{report.fixed_source(rows)} on it at l2 size {rows[0]['eps']:g}.",
+        f"{tables.fixed_source(rows)} on it at l2 size {rows[0].eps:g}.",
         f"PGD: {settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on "
-        f"{rows[0]['n_pgd']:,} of the images; not in the paper. Nothing is "
+        f"{rows[0].n_pgd:,} of the images; not in the paper. Nothing is "
         "clipped to the pixel range.",
-        report.seeds(rows, NAMES),
+        tables.seeds(rows, NAMES),
     ]
-    title = f"CIFAR-10, {rows[0]['network']}: accuracy on {rows[0]['n']:,} {which}"
-    report.tables(console, settings.out, title, rows, NAMES, PAPER, notes)
+    title = f"CIFAR-10, {rows[0].network}: accuracy on {rows[0].n:,} {which}"
+    sections = tables.by_size(rows, NAMES, paper.PRINTED["cifar10"])
+    tables.show(console, settings.out, title, rows, sections, notes)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,11 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import evaluate, models, options, peers, report
-from experiments.options import Checked, OutputFolder, Range, Size
+from experiments.compare import libraries, published, pytorch
+from experiments.lib import models, options, problems, records, tables
+from experiments.lib.options import Checked, OutputFolder, Range, Size
 from jaxadv import attack
 from jaxadv import evaluate as measure
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 Images = NDArray[np.float32]
 Attack = Callable[[Mapping[str, Any], Any, Any, Any], Images]
@@ -64,20 +63,15 @@ def by_us(params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images:
 
 def by_autoattack(params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images:
     """Return images perturbed by the published APGD."""
-    import torch
-    from autoattack import AutoAttack
-
-    net = peers.fixed_net(params)
-    adversary = AutoAttack(net, norm="L2", eps=eps, seed=0, device="cpu", verbose=False)
-    adversary.attacks_to_run = ["apgd-ce"]
-    labels = torch.from_numpy(np.asarray(y).astype(np.int64))
-    found = adversary.run_standard_evaluation(peers.images(x), labels, bs=len(x))
+    found = published.autoattack(
+        pytorch.fixed_net(params), x, y, eps=eps, attacks=["apgd-ce"], batch_size=len(x)
+    )
     return np.moveaxis(found.numpy(), 1, -1)
 
 
 def by_peer(library: str, params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images:
     """Return images perturbed by another library's PGD."""
-    return peers.attacks(params, x, y, eps=eps, task="PGD-40")[library]()
+    return libraries.attacks(params, x, y, eps=eps, task="PGD-40")[library]()
 
 
 ATTACKS: Mapping[str, Attack] = {
@@ -147,10 +141,9 @@ def questions(
     }
 
 
-def flagged(problem: evaluate.Problem) -> dict[str, str]:
+def flagged(problem: problems.Problem) -> dict[str, str]:
     """Return what our checks and AutoAttack's say of a net that returns probabilities."""
     import torch
-    from autoattack import AutoAttack
 
     def probabilities(params: Any, x: jax.Array, /) -> jax.Array:
         return jax.nn.softmax(problem.apply_fn(params, x))
@@ -159,14 +152,11 @@ def flagged(problem: evaluate.Problem) -> dict[str, str]:
     report_ = measure.check(
         probabilities, problem.params, x, y, eps=1.5, key=jax.random.key(0), bounds=(0.0, 1.0)
     )
-    net = torch.nn.Sequential(peers.fixed_net(problem.params), torch.nn.Softmax(dim=1))
+    net = torch.nn.Sequential(pytorch.fixed_net(problem.params), torch.nn.Softmax(dim=1))
     printed = io.StringIO()
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
         warnings.simplefilter("always")
-        adversary = AutoAttack(net, norm="L2", eps=1.5, seed=0, device="cpu", verbose=True)
-        adversary.attacks_to_run = ["apgd-ce"]
-        labels = torch.from_numpy(problem.y.astype(np.int64))
-        adversary.run_standard_evaluation(peers.images(problem.x), labels)
+        published.autoattack(net, problem.x, problem.y, eps=1.5, attacks=["apgd-ce"], verbose=True)
     said = [printed.getvalue(), *(str(warning.message) for warning in caught)]
     return {
         "jaxadv": "flagged" if any(f.name == "probabilities" for f in report_.flags) else "nothing",
@@ -175,51 +165,50 @@ def flagged(problem: evaluate.Problem) -> dict[str, str]:
     }
 
 
-def as_markdown(row: report.Row) -> str:
+def as_markdown(row: dict[str, Any]) -> list[str]:
     """Return the answers as a table."""
-    names = list(ATTACKS)
-    lines = ["# The same questions put to each library", "", "| | " + " | ".join(names) + " |"]
-    lines.append("|---" * (len(names) + 1) + "|")
-    for question, answers in row["answers"].items():
-        cells = (answers[name].replace("|", "/") for name in names)
-        lines.append(f"| {question} | " + " | ".join(cells) + " |")
+    cells = [
+        [question, *(answers[name].replace("|", "/") for name in ATTACKS)]
+        for question, answers in row["answers"].items()
+    ]
     versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
-    return "\n".join(
-        [*lines, "", f"{row['n']} images of MNIST, l2 size {row['eps']:g}. {versions}.", ""]
-    )
+    return [
+        "# The same questions put to each library",
+        "",
+        *tables.markdown(["", *ATTACKS], cells),
+        "",
+        f"{row['n']} images of MNIST, l2 size {row['eps']:g}. {versions}.",
+        "",
+    ]
 
 
-def run(settings: Settings, console: Console) -> report.Row:
+def run(settings: Settings, console: Console) -> dict[str, Any]:
     """Ask everything; return the answers.
 
     Raises:
       ModuleNotFoundError: if one of the libraries isn't installed.
     """
-    peers.need("torch", "foolbox", "torchattacks", "cleverhans", "art", "autoattack")
-    problem = evaluate.load(
-        evaluate.Settings(
-            net=str(RESULTS / "mnist_mlp" / "normal" / "params.safetensors"), n=settings.n
-        )
-    )
+    pytorch.need("torch", "foolbox", "torchattacks", "cleverhans", "art", "autoattack")
+    problem = problems.recorded("mnist_mlp/normal", settings.n)
     asked_ = questions(problem.params, problem.x, problem.y, settings.eps)
     answers = {
         question: {name: asked(ask, perturb) for name, perturb in ATTACKS.items()}
         for question, ask in asked_.items()
     }
     answers["a net that returns probabilities"] = flagged(problem)
-    row: report.Row = {
+    row: dict[str, Any] = {
         "experiment": "features",
         "answers": answers,
         "n": settings.n,
         "eps": settings.eps,
-        "versions": report.versions() | peers.versions() | {"autoattack": version("autoattack")},
-        "device": report.device(),
+        "versions": records.versions()
+        | libraries.versions()
+        | {"autoattack": version("autoattack")},
+        "device": records.device(),
     }
     settings.out.mkdir(parents=True, exist_ok=True)
-    report.save_rows(settings.out / "results.json", [row])
-    text = as_markdown(row)
-    (settings.out / "results.md").write_text(text)
-    console.print(text, markup=False)
+    records.save(settings.out / "results.json", [row])
+    tables.write(settings.out, as_markdown(row), console)
     return row
 
 

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -35,23 +35,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments import evaluate, figures, models, options, report
-from experiments.figures import COLOURS
-from experiments.options import Checked, Count, OutputFolder, Seed, Several, Size
-from experiments.recipes import NAMES
+from experiments.lib import figures, models, options, problems, records
+from experiments.lib.figures import COLOURS
+from experiments.lib.options import Checked, Count, OutputFolder, Seed, Several, Size
+from experiments.lib.recipes import NAMES
+from experiments.lib.records import RESULTS
 from jaxadv import attack, objectives, perturb, train
 from jaxadv.types import PerturbFn
 
 Picture = Literal["digits", "gradients", "boundaries", "accuracy", "surface", "saturation"]
-PICTURES: tuple[Picture, ...] = (
-    "digits",
-    "gradients",
-    "boundaries",
-    "accuracy",
-    "surface",
-    "saturation",
-)
-RESULTS = Path(__file__).resolve().parent / "results"
+PICTURES: tuple[Picture, ...] = get_args(Picture)
 BOX = (0.0, 1.0)
 
 
@@ -71,12 +64,6 @@ class Settings(Checked):
     """Where the pictures go."""
 
 
-def recorded(net: str, n: int) -> evaluate.Problem:
-    """Return a recorded net, e.g. `mnist_mlp/lwa`, and the first test images."""
-    weights = RESULTS / net / "params.safetensors"
-    return evaluate.load(evaluate.Settings(net=str(weights), n=n))
-
-
 def method_of(net: str) -> str:
     """Return what to call a recorded net, e.g. `LWA, LeNet`."""
     record, method = net.split("/")
@@ -85,7 +72,7 @@ def method_of(net: str) -> str:
 
 def digits(settings: Settings) -> Figure:
     """Draw digits that the recorded Normal net takes for others, by each method."""
-    problem = recorded("mnist_mlp/normal", 8)
+    problem = problems.recorded("mnist_mlp/normal", 8)
     x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
     key = jax.random.key(settings.seed)
     eps = settings.eps
@@ -103,9 +90,9 @@ def digits(settings: Settings) -> Figure:
     for name, method in methods.items():
         r = method(problem.apply_fn, problem.params, x, y, bounds=BOX)
         after = problem.apply_fn(problem.params, x + r).argmax(-1)
-        perturbed[name] = report.Digits(*map(np.asarray, (r, before, after)))
+        perturbed[name] = figures.Digits(*map(np.asarray, (r, before, after)))
     path = settings.out / "digits.json"
-    report.save_digits(path, x, y, perturbed)
+    figures.save_digits(path, x, y, perturbed)
     return figures.plot_digits(json.loads(path.read_text()))
 
 
@@ -123,7 +110,7 @@ def gradients(settings: Settings) -> Figure:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     for line, net in enumerate(nets, start=1):
-        problem = recorded(net, columns)
+        problem = problems.recorded(net, columns)
         x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
         r = np.asarray(perturb.loss(problem.apply_fn, problem.params, x, y, eps=1.0))[..., 0]
         for i in range(columns):
@@ -193,10 +180,10 @@ def accuracy(settings: Settings) -> Figure:
     """Draw accuracy against size for one step and for PGD, with AutoAttack's points."""
     nets = ("mnist_mlp/normal", "mnist_mlp/lwa", "mnist_lenet/lwa", "mnist_lenet/lwa_multi")
     sizes = np.linspace(0, 3, 13)
-    attacked = report.load_rows(RESULTS / "board" / "results.json")
+    attacked = records.load(RESULTS / "board" / "results.json", records.AttackRow)
     figure, panel = plt.subplots(figsize=(6.4, 5.4), layout="constrained")
     for index, net in enumerate(nets):
-        problem = recorded(net, settings.n)
+        problem = problems.recorded(net, settings.n)
         x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
         clean = problem.apply_fn(problem.params, x).argmax(-1) == y
         methods: Mapping[str, tuple[PerturbFn, str]] = {
@@ -213,9 +200,10 @@ def accuracy(settings: Settings) -> Figure:
             panel.plot(sizes, left, style, color=COLOURS[index], label=f"{method_of(net)}: {name}")
         ensemble = net, "l2", "standard", settings.n  # of the same images
         points = {
-            row["eps"]: row["columns"]["robust"]
+            row.eps: row.columns["robust"]
             for row in attacked
-            if (row["method"], row["norm"], row["attack"], row["n"]) == ensemble
+            if isinstance(row, records.RobustRow)
+            and (row.method, row.norm, row.attack, row.n) == ensemble
         }
         if points:
             panel.plot(
@@ -239,12 +227,12 @@ def surface(settings: Settings) -> Figure:
     )
     share = np.linspace(-0.5, 1.25, 41)
     for panel, net in zip(panels, nets, strict=True):
-        problem = recorded(net, settings.n)
+        problem = problems.recorded(net, settings.n)
         x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
         one = perturb.loss(problem.apply_fn, problem.params, x, y, eps=settings.eps)
         many = attack.pgd(problem.apply_fn, problem.params, x, y, eps=settings.eps)
 
-        def right(r: Any, problem: evaluate.Problem = problem, x: Any = x, y: Any = y) -> Any:
+        def right(r: Any, problem: problems.Problem = problem, x: Any = x, y: Any = y) -> Any:
             return np.asarray(problem.apply_fn(problem.params, x + r).argmax(-1) == y)
 
         missed = np.flatnonzero(right(one) & ~right(many))
@@ -288,7 +276,7 @@ def surface(settings: Settings) -> Figure:
     return figure
 
 
-def exact_direction(problem: evaluate.Problem, scale: float) -> NDArray[np.float64]:
+def exact_direction(problem: problems.Problem, scale: float) -> NDArray[np.float64]:
     """Return the unit gradient of a dense net's margin in float64, `[n, 784]`, logits scaled."""
     layers = problem.params["params"]
     names = [*sorted(name for name in layers if name != "logits"), "logits"]
@@ -310,7 +298,7 @@ def exact_direction(problem: evaluate.Problem, scale: float) -> NDArray[np.float
 
 def saturation(settings: Settings) -> Figure:
     """Draw how much of the gradient's direction is left as a net grows confident."""
-    problem = recorded("mnist_mlp/normal", settings.n)
+    problem = problems.recorded("mnist_mlp/normal", settings.n)
     x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
     scales = np.geomspace(0.1, 1000, 17)
 

@@ -30,8 +30,9 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, evaluate, models, options, peers, report
-from experiments.options import Checked, Count, OutputFolder, Seed, Size
+from experiments.compare import pytorch
+from experiments.lib import data, models, options, problems, records, tables
+from experiments.lib.options import Checked, Count, OutputFolder, Seed, Size
 from jaxadv import attack
 from jaxadv import evaluate as measure
 from jaxadv.types import Params, PerturbFn
@@ -80,7 +81,7 @@ def load(path: Path) -> Params:
       ModuleNotFoundError: if PyTorch isn't installed.
       UsageError: if there is no such file.
     """
-    peers.need("torch")
+    pytorch.need("torch")
     if not path.is_file():
         raise options.UsageError(
             f"expected advertorch's weights, got no {path}; the first lines of --help say where "
@@ -89,7 +90,7 @@ def load(path: Path) -> Params:
     import torch
 
     state = torch.load(path, map_location="cpu", weights_only=True)
-    return peers.params_of({name: tensor.numpy() for name, tensor in state.items()})
+    return pytorch.params_of({name: tensor.numpy() for name, tensor in state.items()})
 
 
 @cache
@@ -102,13 +103,13 @@ def minimal(steps: int) -> Mapping[str, PerturbFn]:
     }
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[dict[str, Any]]:
     """Attack and check both nets; return a row for each."""
     weights = {name: load(settings.folder / f"mnist_lenet5_{name}.pt") for name in NETS}
     mnist = data.mnist()
     pixels = np.asarray(mnist.test_images, np.float32) / 255
     labels = np.asarray(mnist.test_labels)
-    rows: list[report.Row] = []
+    rows: list[dict[str, Any]] = []
     for name, published in NETS.items():
         params = weights[name]
         net = models.recognised(params, pixels.shape[1:])
@@ -140,7 +141,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                 "experiment": "known",
                 "net": name,
                 "network": models.describe(net),
-                "weights": evaluate.digest(params),
+                "weights": problems.digest(params),
                 "published": published._asdict(),
                 "clean": measure.accuracy(right),
                 "median l2": medians,
@@ -154,46 +155,42 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
                     for key, value in dataclasses.asdict(settings).items()
                     if key not in ("folder", "out")
                 },
-                "versions": report.versions(),
-                "device": report.device(),
+                **records.made_by(),
             }
         )
     settings.out.mkdir(parents=True, exist_ok=True)
-    report.save_rows(settings.out / "results.json", rows)
-    text = as_markdown(rows)
-    (settings.out / "results.md").write_text(text)
-    console.print(text, markup=False)
+    records.save(settings.out / "results.json", rows)
+    tables.write(settings.out, as_markdown(rows), console)
     return rows
 
 
-def as_markdown(rows: list[report.Row]) -> str:
+def as_markdown(rows: list[dict[str, Any]]) -> list[str]:
     """Return the rows as a table, with what the checks say."""
     attacks = list(rows[0]["median l2"])
     headings = ["Net", "Clean, published", "ours", "DDN, published", "FAB, published", *attacks]
+    cells = []
+    for row in rows:
+        printed = Published(**row["published"])
+        found = (f"{row['median l2'][name]:.3f}" for name in attacks)
+        cells.append([
+            row["net"], f"{printed.clean:.4f}", f"{row['clean']:.4f}", printed.ddn, printed.fab,
+            *found,
+        ])  # fmt: skip
     lines = [
         "# Least perturbations of advertorch's nets",
         "",
         "Accuracy on the 10,000 test images, and the l2 size that misleads the net about half of "
         f"{rows[0]['n']:,} images that it has right, by each attack and by the best.",
         "",
-        "| " + " | ".join(headings) + " |",
-        "|---" * len(headings) + "|",
+        *tables.markdown(headings, cells),
+        "",
     ]
-    for row in rows:
-        printed = Published(**row["published"])
-        cells: list[Any] = [
-            row["net"], f"{printed.clean:.4f}", f"{row['clean']:.4f}", printed.ddn, printed.fab,
-            *(f"{row['median l2'][name]:.3f}" for name in attacks),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines.append("")
     for row in rows:
         lines.append(
             f"- {row['net']}: {'; '.join(row['flags'].values()) or 'nothing to doubt was found'}"
         )
     device, versions = rows[0]["device"], rows[0]["versions"]
-    lines += ["", f"Seed {rows[0]['seed']}, {device}, jax {versions['jax']}.", ""]
-    return "\n".join(lines)
+    return [*lines, "", f"Seed {rows[0]['seed']}, {device}, jax {versions['jax']}.", ""]
 
 
 @options.command

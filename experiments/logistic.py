@@ -29,8 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import minimize
 
-from experiments import data, figures, options, parallel, report
-from experiments.options import Checked, Distinct, OutputFolder, Range, Seed
+from experiments.lib import data, figures, options, parallel, records, tables
+from experiments.lib.options import Checked, Distinct, OutputFolder, Range, Seed
+from experiments.lib.records import PropositionRow
 from jaxadv import logistic, norms
 from jaxadv.types import Norm
 
@@ -82,7 +83,7 @@ def load(settings: Settings) -> tuple[jax.Array, jax.Array]:
     chosen = np.concatenate(
         [np.flatnonzero(mnist.train_labels == d)[: settings.n // 2] for d in settings.digits]
     )
-    pixels = data.scale_mnist(mnist.train_images[chosen]).reshape(len(chosen), -1)
+    pixels = data.MNIST.inputs(mnist.train_images[chosen]).reshape(len(chosen), -1)
     labels = np.where(mnist.train_labels[chosen] == settings.digits[1], 1, -1)
     return jnp.asarray(pixels, jnp.float64), jnp.asarray(labels)
 
@@ -262,7 +263,7 @@ def proposition_d(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Findi
     )  # fmt: skip
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[PropositionRow]:
     """Measure everything; write it; fail if a claim does."""
     settings.out.mkdir(parents=True, exist_ok=True)
     x, y = load(settings)
@@ -271,33 +272,33 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         equation_6(x, y, rng), proposition_b(x, y, rng), proposition_c(), proposition_d(x, y, rng),
     ]  # fmt: skip
     rows = [
-        {
-            "experiment": "logistic",
-            "proposition": finding.proposition,
-            "statement": finding.statement,
-            "claims": [claim._asdict() | {"holds": claim.holds} for claim in finding.claims],
-            "series": finding.series,
-            "n": len(y),
-            "seed": settings.seed,
-            "settings": {"digits": list(settings.digits), "n": settings.n},
-            "versions": report.versions(),
-            "device": report.device(),
-        }
+        PropositionRow(
+            experiment="logistic",
+            proposition=finding.proposition,
+            statement=finding.statement,
+            claims=[claim._asdict() | {"holds": claim.holds} for claim in finding.claims],
+            series=finding.series,
+            n=len(y),
+            seed=settings.seed,
+            settings={"digits": list(settings.digits), "n": settings.n},
+            **records.made_by(),
+        )
         for finding in findings
     ]
-    report.save_rows(settings.out / "results.json", rows)
+    records.save(settings.out / "results.json", rows)
     lines = [f"# Appendix A on the digits {settings.digits[0]} and {settings.digits[1]}", ""]
     for finding in findings:
-        table = Table("measured", "value", "must be", title=finding.proposition)
-        lines += [f"**{finding.proposition}.** {finding.statement}", ""]
-        lines += ["| measured | value | must be |", "|---|---|---|"]
+        headings = ("measured", "value", "must be")
+        table = Table(*headings, title=finding.proposition)
+        rows_ = []
         for claim in finding.claims:
             cells = claim.what, f"{claim.value:.4g}", f"{claim.relation} {claim.bound:.4g}"
             table.add_row(*cells, style=None if claim.holds else "red")
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        lines.append("")
+            rows_.append([cell.replace("|", "\\|") for cell in cells])
+        lines += [f"**{finding.proposition}.** {finding.statement}", ""]
+        lines += [*tables.markdown(headings, rows_), ""]
         console.print(table)
-    lines += [f"- {len(y)} images, float64, seed {settings.seed}, {report.device()}.", ""]
+    lines += [f"- {len(y)} images, float64, seed {settings.seed}, {records.device()}.", ""]
     (settings.out / "results.md").write_text("\n".join(lines))
     figures.draw(settings.out)
     broken = [claim for finding in findings for claim in finding.claims if not claim.holds]

@@ -31,21 +31,34 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, figures, options, parallel, protocol, recipes, report
-from experiments.models import Classifier, lenet, mlp
-from experiments.options import OutputFolder, Several
-from experiments.protocol import Images, Net
-from experiments.recipes import NAMES, Adversarial, Method, MethodName, MultiStep
+from experiments.lib import (
+    figures,
+    options,
+    paper,
+    parallel,
+    recipes,
+    tables,
+    tasks,
+    train_and_score,
+)
+from experiments.lib.options import OutputFolder, Several
+from experiments.lib.recipes import NAMES, Adversarial, Method, MethodName, MultiStep
+from experiments.lib.records import TableRow
+from experiments.lib.train_and_score import Images, Net
 from jaxadv import evaluate, perturb
+
+MLP_NOISY = MultiStep((500, 500), 80, 0.1, eps=2.0, steps=1, average=0.9995, shift=1)
+MLP_MULTI = dataclasses.replace(MLP_NOISY, steps=5)
+MLP_TRADES = dataclasses.replace(MLP_MULTI, objective="virtual", weight=6.0)
+LENET_NOISY = dataclasses.replace(MLP_NOISY, widths=(500,), epochs=30, lr=0.05, warmup=3)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(protocol.Settings):
+class Settings(train_and_score.Settings):
     """Train the classifiers of Table 1 or 2 on MNIST, attack them, and print the table."""
 
     network: Literal["mlp", "lenet"] = "mlp"
@@ -66,23 +79,9 @@ class Settings(protocol.Settings):
     lwa_rep: Adversarial = Adversarial(
         (200, 500), epochs=20, lr=0.05, objective="representation", eps=0.12, warmup=10
     )
-    lwa_noisy: MultiStep = MultiStep(
-        (500, 500), epochs=80, lr=0.1, eps=2.0, steps=1, average=0.9995, shift=1
-    )
-    lwa_multi: MultiStep = MultiStep(
-        (500, 500), epochs=80, lr=0.1, eps=2.0, steps=5, average=0.9995, shift=1
-    )
-    trades: MultiStep = MultiStep(
-        (500, 500),
-        epochs=80,
-        lr=0.1,
-        objective="virtual",
-        eps=2.0,
-        steps=5,
-        weight=6.0,
-        average=0.9995,
-        shift=1,
-    )
+    lwa_noisy: MultiStep = MLP_NOISY
+    lwa_multi: MultiStep = MLP_MULTI
+    trades: MultiStep = MLP_TRADES
 
     def nets(self) -> dict[str, Method]:
         """Return how each net of the table is made, by its name."""
@@ -103,98 +102,25 @@ LENET = Settings(
     lwa_rep=Adversarial(
         (500,), epochs=20, lr=0.05, objective="representation", eps=0.06, warmup=10
     ),
-    lwa_noisy=MultiStep(
-        (500,), epochs=30, lr=0.05, eps=2.0, warmup=3, steps=1, average=0.9995, shift=1
-    ),
-    lwa_multi=MultiStep(
-        (500,), epochs=30, lr=0.05, eps=2.0, warmup=3, steps=4, average=0.9995, shift=1
-    ),
-    trades=MultiStep(
-        (500,),
-        epochs=30,
-        lr=0.05,
-        objective="virtual",
-        eps=2.0,
-        warmup=3,
-        steps=4,
-        weight=6.0,
-        average=0.9995,
-        shift=1,
-    ),
+    lwa_noisy=LENET_NOISY,
+    lwa_multi=dataclasses.replace(LENET_NOISY, steps=4),
+    trades=dataclasses.replace(LENET_NOISY, objective="virtual", steps=4, weight=6.0),
 )
 
-PAPER: dict[str, dict[str, tuple[float, ...]]] = {  # as printed
-    "mlp": {  # Table 1
-        "normal": (0.980, 0.320, 0.187, 0.085, 0.073),
-        "dropout": (0.983, 0.337, 0.233, 0.115, 0.088),
-        "goodfellow": (0.991, 0.955, 0.928, 0.724, 0.711),
-        "lwa": (0.990, 0.972, 0.939, 0.861, 0.854),
-        "lwa_rep": (0.986, 0.797, 0.819, 0.673, 0.646),
-    },
-    "lenet": {  # Table 2
-        "normal": (0.9916, 0.6342, 0.6940, 0.3998, 0.3792),
-        "lwa": (0.9932, 0.9817, 0.9800, 0.9533, 0.9529),
-    },
-}
 
-
-def load(settings: Settings) -> tuple[Images, Images]:
-    """Return the images to train on and those to score."""
-    mnist = data.mnist()
-    if settings.holdout:
-        kept, held = protocol.hold_out(settings, len(mnist.train_labels))
-        train = mnist.train_images[kept], mnist.train_labels[kept]
-        score = mnist.train_images[held], mnist.train_labels[held]
-    else:
-        train = mnist.train_images, mnist.train_labels
-        score = mnist.test_images, mnist.test_labels
-
-    def images(pixels: Any, labels: Any) -> Images:
-        return Images(jnp.asarray(data.scale_mnist(pixels)), jnp.asarray(labels))
-
-    n = settings.n_eval
-    return images(*train), images(score[0][:n], score[1][:n])
-
-
-def make_task(settings: Settings) -> protocol.Task:
-    """Return the data and nets of a table."""
-
-    def make_net(method: Method) -> Classifier:
-        build = mlp if settings.network == "mlp" else lenet
-        return build(method.widths, dropout=method.dropout, **recipes.split_of(method))
-
-    def network(method: Method) -> str:
-        widths = "x".join(map(str, method.widths))
-        return widths if settings.network == "mlp" else f"conv20-conv50-{widths}"
-
-    train, test = load(settings)
-    return protocol.Task(
-        experiment=f"mnist_{settings.network}",
-        methods=settings.nets(),
-        normal=settings.normal,
-        names=NAMES,
-        make_net=make_net,
-        network=network,
-        train=train,
-        test=test,
-        source="the original files, through tensorflow-datasets",
-        interface=data.Interface(data.DIGITS, (28, 28, 1), subtract=0, divide=256),
-    )
-
-
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[TableRow]:
     """Train, attack and score; return the rows of the table."""
-    task = make_task(settings)
-    rows, nets = protocol.run(settings, task, console)
+    task = tasks.mnist(settings, settings.network, settings.normal)
+    rows, nets = train_and_score.run(settings, task, console)
     images = Images(*(part[: settings.eval_batch] for part in task.test))
     digits = {name: _digits(net, images, settings.eps[0]) for name, net in nets.items()}
     if parallel.first_process():
-        report.save_digits(settings.out / "digits.json", task.test.x[:8], task.test.y[:8], digits)
+        figures.save_digits(settings.out / "digits.json", task.test.x[:8], task.test.y[:8], digits)
         figures.draw(settings.out)
     return rows
 
 
-def _digits(net: Net, test: Images, eps: float) -> report.Digits:
+def _digits(net: Net, test: Images, eps: float) -> figures.Digits:
     """Return r, and the predictions before and after it, for the first eight images."""
     # All the images of a batch, of the size that the net's scores have compiled this for.
     r = evaluate.attack_and_score(
@@ -204,7 +130,7 @@ def _digits(net: Net, test: Images, eps: float) -> report.Digits:
     before, after = (
         np.asarray(jax.jit(net.apply_fn)(net.params, z)).argmax(-1) for z in (x, x + r)
     )
-    return report.Digits(r, before, after)
+    return figures.Digits(r, before, after)
 
 
 def defaults(arguments: list[str]) -> Settings:
@@ -215,10 +141,7 @@ def defaults(arguments: list[str]) -> Settings:
     known, _ = parser.parse_known_args(arguments)
     chosen = LENET if known.network == "lenet" else MLP
     if known.quick:
-        short = {name: dataclasses.replace(getattr(chosen, name), epochs=1) for name in NAMES}
-        for name, method in short.items():
-            if isinstance(method, Adversarial) and method.warmup:
-                short[name] = dataclasses.replace(method, warmup=1)
+        short: dict[str, Any] = {name: recipes.shortened(getattr(chosen, name)) for name in NAMES}
         out = chosen.out.with_name(f"{chosen.out.name}_quick")
         chosen = dataclasses.replace(chosen, n_eval=1000, out=out, **short)
     return chosen
@@ -229,19 +152,20 @@ def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, default=defaults(sys.argv[1:]), description=__doc__)
     console = parallel.start(settings)
-    rows = protocol.record(settings.out, run(settings, console))
+    rows = train_and_score.record(settings.out, run(settings, console))
     which = "images held out of the training set" if settings.holdout else "test images"
     net = {"mlp": "two hidden layers", "lenet": "LeNet"}[settings.network]
     notes = [
         f"Fixed is made on a Normal net of seed {settings.fixed_seed}, which itself scores "
-        f"{report.fixed_source(rows)} on it.",
+        f"{tables.fixed_source(rows)} on it.",
         f"PGD: {settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on "
-        f"{rows[0]['n_pgd']:,} of the images; not in the paper. Nothing is clipped to the pixel "
+        f"{rows[0].n_pgd:,} of the images; not in the paper. Nothing is clipped to the pixel "
         "range.",
-        f"Trained on {60_000 - settings.holdout:,} images. {report.seeds(rows, NAMES)}",
+        f"Trained on {60_000 - settings.holdout:,} images. {tables.seeds(rows, NAMES)}",
     ]
-    title = f"MNIST, {net}: accuracy on {rows[0]['n']:,} {which}"
-    report.tables(console, settings.out, title, rows, NAMES, PAPER[settings.network], notes)
+    title = f"MNIST, {net}: accuracy on {rows[0].n:,} {which}"
+    printed = paper.PRINTED[rows[0].experiment]
+    tables.show(console, settings.out, title, rows, tables.by_size(rows, NAMES, printed), notes)
 
 
 if __name__ == "__main__":

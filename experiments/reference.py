@@ -24,7 +24,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -33,8 +33,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import evaluate, options, peers, report
-from experiments.options import Checked, Count, OutputFolder, Seed, Several, Size
+from experiments.compare import published, pytorch
+from experiments.lib import evaluation, options, problems, records
+from experiments.lib.options import Checked, Count, OutputFolder, Seed, Several, Size
+from experiments.lib.records import AttackRow, PublishedRow
 
 MemberName = Literal["apgd-ce", "apgd-t", "fab-t", "square", "standard"]
 MEMBERS: tuple[MemberName, ...] = ("apgd-ce", "apgd-t", "fab-t", "square", "standard")
@@ -79,31 +81,27 @@ class Settings(Checked):
             )
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[AttackRow]:
     """Attack in every way that is asked for; return the rows of these and of earlier runs.
 
     Raises:
       ModuleNotFoundError: if PyTorch or the authors' code isn't installed.
       ValueError: if the net's logits aren't the same in PyTorch.
     """
-    peers.need("torch", "autoattack")
+    pytorch.need("torch", "autoattack")
     import torch
-    from autoattack import AutoAttack
 
     torch.set_num_threads(settings.threads)
-    problem = evaluate.load(
-        evaluate.Settings(net=settings.net, name=settings.name, norm=settings.norm, n=settings.n)
-    )
-    net = peers.fixed_net(problem.params)
-    x = peers.images(problem.x)
-    y = torch.from_numpy(problem.y.astype(np.int64))
+    problem = problems.load(problems.Settings(net=settings.net, name=settings.name, n=settings.n))
+    net = pytorch.fixed_net(problem.params)
+    x = pytorch.images(problem.x)
     with torch.no_grad():
         theirs = net(x).numpy()
     ours = np.asarray(problem.apply_fn(problem.params, jnp.asarray(problem.x)))
     if not np.allclose(theirs, ours, rtol=1e-4, atol=1e-4):
         raise ValueError(
             f"expected the same logits in PyTorch, got some that differ by "
-            f"{np.abs(theirs - ours).max():g}; peers.torch_net doesn't know this kind of net"
+            f"{np.abs(theirs - ours).max():g}; pytorch.torch_net doesn't know this kind of net"
         )
     clean = theirs.argmax(1) == problem.y
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -120,31 +118,33 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
             "threads": settings.threads,
             "settings": {"batch_size": settings.batch_size},
         }
-        rows = report.load_rows(results)
-        if any(identity.items() <= row.items() for row in rows):
-            continue
-        norm = {"l2": "L2", "linf": "Linf"}[settings.norm]
-        adversary = AutoAttack(net, norm=norm, eps=eps, seed=seed, device="cpu", verbose=False)
-        if name != "standard":
-            adversary.attacks_to_run = [name]  # with the standard budget
-        start = time.perf_counter()
-        found = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
-        seconds = time.perf_counter() - start
-        with torch.no_grad():
-            robust = clean & (net(found).numpy().argmax(1) == problem.y)
-        sizes = (found - x).flatten(1).norm(p=2 if settings.norm == "l2" else np.inf, dim=1)
-        row = {
-            **identity,
-            "columns": {"clean": float(clean.mean()), "robust": float(robust.mean())},
-            "counts": {"max_norm": float(sizes.max())},
-            "seconds": round(seconds, 1),
-        }
-        report.save_rows(results, [*rows, row])
-        console.print(
-            f"{identity['method']}: {name}, {settings.norm} {eps:g}, seed {seed}: "
-            f"{row['columns']['robust']:.4f}, {seconds:.0f} s"
-        )
-    return report.load_rows(results)
+
+        def attacked(
+            name: MemberName = name, eps: float = eps, seed: int = seed,
+            identity: dict[str, Any] = identity,
+        ) -> AttackRow:  # fmt: skip
+            start = time.perf_counter()
+            found = published.autoattack(
+                net, problem.x, problem.y, eps=eps, norm=settings.norm, seed=seed,
+                attacks=[] if name == "standard" else [name], batch_size=settings.batch_size,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            with torch.no_grad():
+                robust = clean & (net(found).numpy().argmax(1) == problem.y)
+            sizes = (found - x).flatten(1).norm(p=2 if settings.norm == "l2" else np.inf, dim=1)
+            console.print(
+                f"{identity['method']}: {name}, {settings.norm} {eps:g}, seed {seed}: "
+                f"{robust.mean():.4f}, {seconds:.0f} s"
+            )
+            return PublishedRow(
+                **identity,
+                columns={"clean": float(clean.mean()), "robust": float(robust.mean())},
+                counts={"max_norm": float(sizes.max())},
+                seconds=round(seconds, 1),
+            )
+
+        records.find_or_run(results, AttackRow, identity, attacked, place=evaluation.PLACE)
+    return records.load(results, AttackRow)
 
 
 @options.command

@@ -19,12 +19,10 @@ Writes results.json, results.md and each net's weights to --out, what AutoAttack
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
@@ -32,27 +30,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments import evaluate, mnist, options, parallel, protocol, report
-from experiments.options import Count, OutputFolder, Positive, Several, Size
-from experiments.recipes import Method, MultiStep, OneStep, Robust
+from experiments.lib import (
+    attack_tables,
+    evaluation,
+    options,
+    parallel,
+    tables,
+    tasks,
+    train_and_score,
+)
+from experiments.lib.attack_tables import WAYS
+from experiments.lib.options import Count, OutputFolder, Positive, Several, Size
+from experiments.lib.recipes import Method, MultiStep, OneStep, Robust
+from experiments.lib.records import AttackRow, TableRow
 
 Way = Literal["from_x", "start", "best", "noise", "aligned", "four"]
-WAYS: tuple[Way, ...] = get_args(Way)
-NAMES: dict[str, str] = {
-    "from_x": "one step from x (LWA)",
-    "start": "from a random start, 1.25 eps, projected",
-    "best": "from a random start, 2.5 eps, projected, the better of start and end",
-    "noise": "from a random start, 1 eps, not projected",
-    "aligned": "from x, gradients aligned",
-    "four": "four steps from a random start",
-}
+EVERY: tuple[Way, ...] = get_args(Way)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(protocol.Settings):
+class Settings(train_and_score.Settings):
     """Train LeNets by one step in several ways, and by four; attack them, and print a table."""
 
-    methods: Several[Way] = WAYS
+    methods: Several[Way] = EVERY
     """Which ways."""
     out: OutputFolder = Path("runs/remedies")
     """Where results, weights and checkpoints go."""
@@ -83,12 +83,12 @@ class Settings(protocol.Settings):
             )
 
     def nets(self) -> Mapping[str, Method]:
-        """Return how each net is made, by its name in `NAMES`."""
+        """Return how each net is made, by its name in `WAYS`."""
         return methods(self)
 
 
 def methods(settings: Settings) -> dict[str, Robust]:
-    """Return each way by its name in `NAMES`."""
+    """Return each way by its name in `WAYS`."""
     common: dict[str, Any] = {
         "widths": (500,), "epochs": settings.epochs, "lr": 0.05, "eps": settings.train_eps,
         "warmup": settings.epochs // 8, "average": 0.999, "shift": 1,
@@ -105,30 +105,23 @@ def methods(settings: Settings) -> dict[str, Robust]:
     return {name: made[name] for name in settings.methods}
 
 
-def run(settings: Settings, console: Console) -> tuple[list[report.Row], list[report.Row]]:
+def run(settings: Settings, console: Console) -> tuple[list[TableRow], list[AttackRow]]:
     """Train, attack and score; return the rows of that, and those of AutoAttack."""
-    base = dataclasses.replace(
-        mnist.LENET, holdout=settings.holdout, n_eval=settings.n_eval, methods=("normal",)
-    )
-    task = mnist.make_task(base)._replace(
-        experiment="remedies",
-        methods=settings.nets(),
-        normal=dataclasses.replace(base.normal, epochs=settings.epochs),
-        names=NAMES,
-    )
-    rows, _ = protocol.run(settings, task, console)
-    attacked: list[report.Row] = []
+    task = tasks.mnist(settings, "lenet", Method((500,), settings.epochs, 0.05))
+    task = task._replace(experiment="remedies", names=WAYS)
+    rows, _ = train_and_score.run(settings, task, console)
+    attacked: list[AttackRow] = []
     # What chooses settings on held-out images leaves the test images alone.
     for row in [] if settings.holdout else rows:
-        folder = settings.out / row["method"]
-        if row["seed"] != settings.seed[0]:
-            folder /= f"seed_{row['seed']}"
-        attacked = evaluate.run(
-            evaluate.Settings(
+        folder = settings.out / row.method
+        if row.seed != settings.seed[0]:
+            folder /= f"seed_{row.seed}"
+        attacked = evaluation.run(
+            evaluation.Settings(
                 net=str(folder / "params.safetensors"),
-                name=f"{row['method']}, seed {row['seed']}",
+                name=f"{row.method}, seed {row.seed}",
                 attacks=("one-step", "standard"),
-                eps=(row["eps"],),
+                eps=(row.eps,),
                 n=settings.n_autoattack,
                 out=settings.out / "autoattack",
                 devices=settings.devices,
@@ -138,42 +131,17 @@ def run(settings: Settings, console: Console) -> tuple[list[report.Row], list[re
     return rows, attacked
 
 
-def table(rows: Sequence[report.Row], attacked: Sequence[report.Row]) -> list[str]:
-    """Return what the ways leave, and their cost, as Markdown; of AutoAttack on the most images."""
-    lines = [
-        "| Training | l2 size | Seconds an epoch | Clean | Adv_Loss | PGD | One step, in the box "
-        "| AutoAttack, in the box |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    sizes = dict.fromkeys(row["eps"] for row in rows)
-    for eps, (method, label) in itertools.product(sizes, NAMES.items()):
-        ours = [row for row in rows if (row["method"], row["eps"]) == (method, eps)]
-        if not ours:
-            continue
-        names = {f"{method}, seed {row['seed']}" for row in ours}
-        here = [row for row in attacked if row["method"] in names and row["eps"] == eps]
-        most = max((row["n"] for row in here), default=0)
-        seconds = mean(row["train_seconds"] / row["epochs"] for row in ours)
-        cells = [label, f"{eps:g}", f"{seconds:.1f}"]
-        cells += [report.mean_and_spread(ours, name) for name in ("validation", "adv_loss", "pgd")]
-        for attack in ("one-step", "standard"):
-            left = [row for row in here if (row["attack"], row["n"]) == (attack, most)]
-            cells.append(report.mean_and_spread(left, "robust") if left else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
 @options.command
 def main() -> None:
     """Run the experiment from the command line."""
     settings = tyro.cli(Settings, description=__doc__)
     console = parallel.start(settings)
     rows, attacked = run(settings, console)
-    rows = protocol.record(settings.out, rows)
+    rows = train_and_score.record(settings.out, rows)
     first = rows[0]
 
     def of(field: str) -> str:
-        return " or ".join(f"{n:g}" for n in sorted({row["settings"][field] for row in rows}))
+        return " or ".join(f"{n:g}" for n in sorted({row.settings[field] for row in rows}))
 
     in_box = f"the first {settings.n_autoattack:,} test images"
     if settings.holdout:
@@ -181,17 +149,16 @@ def main() -> None:
     lines = [
         "# LeNet on MNIST: one step, and what keeps it honest",
         "",
-        *table(rows, attacked),
+        *attack_tables.ways(rows, attacked),
         "",
-        f"{report.seeds(rows, NAMES)} Clean, Adv_Loss: {first['n']:,} images; PGD: "
-        f"{settings.pgd_steps} steps on {first['n_pgd']:,}; neither is kept in the pixel range. In "
+        f"{tables.seeds(rows, WAYS)} Clean, Adv_Loss: {first.n:,} images; PGD: "
+        f"{settings.pgd_steps} steps on {first.n_pgd:,}; neither is kept in the pixel range. In "
         f"the box: {in_box}. {of('epochs')} epochs, training size {of('train_eps')}, "
-        f"weight of the alignment {settings.alignment:g}; on {first['device']}, jax "
-        f"{first['versions']['jax']}.",
+        f"weight of the alignment {settings.alignment:g}; on {first.device}, jax "
+        f"{first.versions['jax']}.",
         "",
     ]
-    (settings.out / "results.md").write_text("\n".join(lines))
-    console.print("\n".join(lines), highlight=False, markup=False)
+    tables.write(settings.out, lines, console)
 
 
 if __name__ == "__main__":

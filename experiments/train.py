@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -40,18 +37,40 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import data, figures, models, options, parallel, recipes, report, training
-from experiments import evaluate as evaluation
-from experiments.options import Count, Distinct, OutputFolder, Positive, Range, Seed, Size, Whole
-from jaxadv import attack, evaluate, objectives, perturb
+from experiments.lib import (
+    blocks,
+    data,
+    figures,
+    models,
+    options,
+    parallel,
+    recipes,
+    records,
+    training,
+    weights,
+)
+from experiments.lib.attacks import Attack, methods
+from experiments.lib.options import (
+    Count,
+    Distinct,
+    OutputFolder,
+    Positive,
+    Seed,
+    Share,
+    Size,
+    Whole,
+)
+from experiments.lib.problems import Problem
+from experiments.lib.records import TrainRow
+from jaxadv import evaluate, objectives, perturb
 from jaxadv.train import TrainState
-from jaxadv.types import ApplyFn, Norm, Objective, Params, PerturbFn
+from jaxadv.types import Norm, Objective, Params
 
 _BLOCK = 250  # images that are attacked together, and then shown as done
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(parallel.Settings):
+class Settings(parallel.Settings, recipes.Optimiser):
     """Train a robust classifier and report its robust accuracy."""
 
     data: Annotated[str, tyro.conf.Positional]
@@ -82,13 +101,9 @@ class Settings(parallel.Settings):
     """Images per training step."""
     lr: Positive = 0.05
     """Greatest learning rate; it falls to 0 by a cosine."""
-    momentum: Annotated[float, Range(ge=0, lt=1)] = 0.9
-    """Of SGD."""
-    weight_decay: Size = 0.0
-    """Added to the gradients of the kernels, per unit of weight."""
-    lr_warmup: Whole = 2
+    lr_warmup: Whole = dataclasses.field(default=2, kw_only=True)
     """Epochs over which the learning rate rises from 0; at most all but the last."""
-    average: Annotated[float, Range(ge=0, le=1)] = 0.999
+    average: Share = 0.999
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
     shift: Whole = 1
     """Pixels by which training images are moved at random, at most, either way and up or down."""
@@ -98,7 +113,7 @@ class Settings(parallel.Settings):
     """Of everything random."""
     n_eval: Count = 1000
     """How many test images are attacked."""
-    attacks: Annotated[tuple[evaluation.Attack, ...], Distinct()] = (
+    attacks: Annotated[tuple[Attack, ...], Distinct()] = (
         "one-step", "pgd-100x10", "standard",
     )  # fmt: skip
     """By what, at the end; followed by nothing, by none."""
@@ -110,7 +125,7 @@ class Settings(parallel.Settings):
 
         Raises:
           UsageError: if an option is given that the net or the method has no use for, or as
-            `evaluate.methods`.
+            `attacks.methods`.
         """
         super().__post_init__()
         if self.widths and ":" in self.net:
@@ -124,7 +139,7 @@ class Settings(parallel.Settings):
                 "leave it out, or choose another --method"
             )
         for name in self.attacks:
-            evaluation.methods(name, self.norm)
+            methods(name, self.norm)
 
 
 def make_net(settings: Settings, classes: int) -> nn.Module:
@@ -141,15 +156,12 @@ def make_net(settings: Settings, classes: int) -> nn.Module:
     }
     if settings.net in known:
         return known[settings.net]().clone(classes=classes)
-    module_name, _, function_name = settings.net.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        make = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    if ":" not in settings.net:
         raise options.UsageError(
-            f"expected --net to be mlp, lenet, vgg, or a function as module:function, got "
-            f"{settings.net!r}: {error}; name it from the folder that the module is in"
-        ) from error
+            "expected --net to be mlp, lenet, vgg, or a function as module:function, got "
+            f"{settings.net!r}; choose one of these"
+        )
+    make = options.imported(settings.net)
     made = make(classes)
     if not isinstance(made, nn.Module):
         raise options.UsageError(
@@ -166,25 +178,25 @@ def training_size(settings: Settings) -> float | None:
     return settings.eps if settings.train_eps is None else settings.train_eps
 
 
+KINDS: dict[str, recipes.ObjectiveName] = {
+    "lwa": "adversarial", "goodfellow": "mixed", "trades": "virtual"
+}  # fmt: skip
+
+
 def make_objective(settings: Settings, net: nn.Module, epoch_steps: int) -> Objective:
     """Return what is minimised."""
     apply_fn, train_fn = models.function(net), models.train_function(net)
     size = training_size(settings)
     if size is None:
         return objectives.natural(apply_fn, train_fn=train_fn)
-    if settings.eps_warmup:
-        eps: Any = optax.linear_schedule(0.0, size, settings.eps_warmup * epoch_steps)
-    else:
-        eps = size
-    common: dict[str, Any] = {"eps": eps, "train_fn": train_fn, "bounds": (0.0, 1.0)}
-    if settings.method == "trades":
-        diverging = partial(attack.pgd_kl, norm=settings.norm, steps=settings.steps)
-        return objectives.kl_regularized(apply_fn, diverging, weight=settings.weight, **common)
-    adversary: PerturbFn = partial(perturb.loss, norm=settings.norm)
-    if settings.steps > 1:
-        adversary = partial(attack.pgd, norm=settings.norm, steps=settings.steps, random_start=True)
-    make = objectives.adversarial if settings.method == "lwa" else objectives.mixed
-    return make(apply_fn, adversary, **common)
+    kind = KINDS[settings.method]
+    adversary = recipes.several_steps(kind, settings.steps, norm=settings.norm)
+    if settings.steps == 1 and kind != "virtual":
+        adversary = partial(perturb.loss, norm=settings.norm)
+    return recipes.against(
+        kind, apply_fn, adversary, eps=recipes.rising(size, settings.eps_warmup * epoch_steps),
+        train_fn=train_fn, weight=settings.weight, bounds=(0.0, 1.0),
+    )  # fmt: skip
 
 
 def drawn(settings: Settings, objective: Objective) -> Objective:
@@ -217,7 +229,7 @@ def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
     )
 
 
-def run(settings: Settings, console: Console) -> list[report.Row]:
+def run(settings: Settings, console: Console) -> list[TrainRow]:
     """Train or restore the net, attack it, and return a row for each attack.
 
     Raises:
@@ -225,10 +237,8 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         size, or has variables that aren't parameters; if images would be moved out of sight; if
         results.json isn't one of this command's.
     """
-    attacks = {name: evaluation.methods(name, settings.norm) for name in settings.attacks}
     results = settings.out / "results.json"
-    # Several processes have to agree on what they run.
-    known = report.load_rows(results, ("attack",)) if jax.process_count() == 1 else []
+    records.load(results, TrainRow)  # before any work: an error if they are others
     images = data.named(settings.data)
     if len(images.train_labels) < settings.batch_size:
         raise options.UsageError(
@@ -238,8 +248,9 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     net = make_net(settings, len(images.classes))
     apply_fn = models.function(net)
     init_key, fit_key, attack_key = jax.random.split(jax.random.key(settings.seed), 3)
-    chosen = evaluation.order(settings.data, len(images.test_labels))[: settings.n_eval]
-    x = images.test_images[chosen].astype(np.float32) / 255
+    chosen = data.order(settings.data, len(images.test_labels))[: settings.n_eval]
+    interface = data.WHOLE._replace(classes=images.classes, shape=images.test_images.shape[1:])
+    x = interface.inputs(images.test_images[chosen])
     y = images.test_labels[chosen]
     side = min(x.shape[1:3])
     if settings.shift >= side:
@@ -292,13 +303,7 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
     with training.bars(console) as progress:
         fitted = training.fit(
             drawn(settings, make_objective(settings, net, epoch_steps)),
-            recipes.optimiser(
-                recipe,
-                epoch_steps,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-                lr_warmup=settings.lr_warmup,
-            ),
+            recipes.optimiser(recipe, epoch_steps, settings),
             params,
             (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)),
             epochs=settings.epochs,
@@ -313,75 +318,65 @@ def run(settings: Settings, console: Console) -> list[report.Row]:
         )
         params = trained(fitted.state)
         if parallel.first_process():
-            interface = data.Interface(images.classes, x.shape[1:], subtract=0, divide=255)
-            report.save_params(settings.out / "params.safetensors", params, interface=interface)
+            weights.save(settings.out / "params.safetensors", params, interface=interface)
             save_history(settings.out, fitted.history)
         seen = evaluate.score(apply_fn, params, watched_x, watched_y, batch_size=100)
         advice = untaught(evaluate.accuracy(seen.clean), y, settings)
         if advice:
             console.print(advice, style="bold")
-        rows: list[report.Row] = []
-        for name, parts in attacks.items():
+        problem = Problem(apply_fn, params, x, y, (0.0, 1.0), {})
+        rows = []
+        for name in settings.attacks:
             identity = {
                 "experiment": "train",
                 "settings": kept,
                 "attack": name,
                 "n": len(y),
-                "versions": report.versions(),
-                "device": report.device(),
+                **records.made_by(),
             }
-            row = next((old for old in known if identity.items() <= old.items()), None)
-            if row is None:
-                clean, robust = attacked(
-                    name, parts, settings, apply_fn, params, x, y, attack_key, mesh, progress
-                )
-                row = {
+
+            def run_attack(name: Attack = name, identity: dict[str, Any] = identity) -> TrainRow:
+                found = attacked(name, settings, problem, attack_key, mesh, progress)
+                return TrainRow(
                     **identity,
-                    "columns": {
-                        "clean": evaluate.accuracy(clean),
-                        "robust": evaluate.accuracy(robust),
+                    columns={
+                        "clean": evaluate.accuracy(found.clean),
+                        "robust": evaluate.accuracy(found.robust),
                     },
-                    "interval": list(evaluate.interval(robust)),
-                    "train_seconds": round(fitted.seconds, 1),
-                }
-                known = [*(old for old in known if old["attack"] != name), row]
-                if parallel.first_process():
-                    report.save_rows(results, known)
+                    interval=list(evaluate.interval(found.robust)),
+                    train_seconds=round(fitted.seconds, 1),
+                )
+
+            row = records.find_or_run(results, TrainRow, identity, run_attack, place=("attack",))
             rows.append(row)
     return rows
 
 
 def attacked(
-    name: str,
-    parts: Mapping[str, PerturbFn],
+    name: Attack,
     settings: Settings,
-    apply_fn: ApplyFn,
-    params: Params,
-    x: NDArray[Any],
-    y: NDArray[Any],
+    problem: Problem,
     key: jax.Array,
     mesh: Mesh | None,
     progress: Progress,
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which images are right before and after an attack, made on one block at a time."""
-    bar = progress.add_task(f"{name}, {settings.norm} {settings.eps:g}", total=len(y), note="")
-    keys = jax.random.split(key, len(y))
+) -> blocks.Attacked:
+    """Attack the images, one block at a time."""
+    bar = progress.add_task(
+        f"{name}, {settings.norm} {settings.eps:g}", total=len(problem.y), note=""
+    )
     devices = 1 if mesh is None else mesh.size
     block = max(_BLOCK // devices, 1) * devices
-    outcomes = []
-    for start in range(0, len(y), block):
-        part = slice(start, start + block)
-        x_part, y_part = parallel.spread(mesh, (x[part], y[part]))
-        found = evaluate.attack_and_score(
-            apply_fn, params, x_part, y_part, parts,
-            eps=settings.eps, norm=settings.norm, key=keys[part], bounds=(0.0, 1.0),
-            batch_size=block,
-        )  # fmt: skip
-        outcomes.append(found.outcome)
-        robust = np.concatenate([outcome.robust for outcome in outcomes])
-        note = f"robust {evaluate.accuracy(robust):.4f}"
-        progress.update(bar, completed=len(robust), note=note)
-    return np.concatenate([outcome.clean for outcome in outcomes]), robust
+    return blocks.attack(
+        problem,
+        methods(name, settings.norm),
+        eps=settings.eps,
+        norm=settings.norm,
+        key=key,
+        block=block,
+        batch_size=block,
+        mesh=lambda _: mesh,
+        show=lambda done, robust: progress.update(bar, completed=done, note=f"robust {robust:.4f}"),
+    )
 
 
 def save_history(folder: Path, history: list[dict[str, float]]) -> None:
@@ -399,11 +394,11 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     console = parallel.start(settings)
     for row in run(settings, console):
-        low, high = row["interval"]
+        low, high = row.interval
         console.print(
-            f"{row['attack']}: accuracy {row['columns']['clean']:.4f}, robust accuracy "
-            f"{row['columns']['robust']:.4f} (95% interval {low:.3f} to {high:.3f}) at "
-            f"{settings.norm} {settings.eps:g} on {row['n']:,} images",
+            f"{row.attack}: accuracy {row.columns['clean']:.4f}, robust accuracy "
+            f"{row.columns['robust']:.4f} (95% interval {low:.3f} to {high:.3f}) at "
+            f"{settings.norm} {settings.eps:g} on {row.n:,} images",
             highlight=False,
         )
 

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import AxisType, Mesh
 from rich.console import Console
 
-from experiments import parallel, training
+from experiments.lib import parallel, training
 from jaxadv import attack, evaluate, objectives, perturb
 
 N, D, H, K = 96, 12, 16, 4

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from experiments import ablations, recipes, report
-from experiments.models import init, mlp
-from experiments.recipes import Adversarial
+from experiments import ablations
+from experiments.lib import recipes, records
+from experiments.lib.models import init, mlp
+from experiments.lib.recipes import Adversarial
 
 
 def test_every_net_of_every_question_is_made_and_no_other():
@@ -69,8 +70,8 @@ def test_rows_say_which_questions_they_answer(tmp_path, monkeypatch):
         out=tmp_path, holdout=59_600, n_eval=60, n_pgd=20, pgd_steps=2, curve=(0.0, 1.0)
     )
     rows = ablations.run(settings, Console(file=io.StringIO()))
-    assert rows == report.load_rows(tmp_path / "results.json")
-    assert {row["method"]: set(row["groups"]) for row in rows} == {
+    assert rows == records.load(tmp_path / "results.json", records.TableRow)
+    assert {row.method: set(row.groups) for row in rows} == {
         "normal": {"objective"},
         "rep_1": {"split of LWA_Rep"},
         "lwa": set(ablations.GROUPS),

@@ -13,8 +13,10 @@ import optax
 import pytest
 from PIL import Image
 
-from experiments import accelerator, data, evaluate, models, report, timing
+from experiments import accelerator
 from experiments.benchmarks import common, rates
+from experiments.lib import data, models, problems, records, timing
+from experiments.lib.records import AttackRow, PartRow
 from jaxadv import attack, train
 
 KEY = jax.random.key(0)
@@ -50,10 +52,10 @@ def test_the_crops_are_the_inputs_of_an_evaluation(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXADV_DATA", str(tmp_path))
     data.save_cifar10_crops(tmp_path / "images", tmp_path / "crops.npz")
     with np.load(tmp_path / "crops.npz") as saved:
-        x, y = data.scale_cifar10(saved["images"]), saved["labels"]
+        x, y = data.CIFAR10_CROPS.inputs(saved["images"]), saved["labels"]
     weights = accelerator.RESULTS / "cifar10" / "normal" / "params.safetensors"
-    problem = evaluate.load(
-        evaluate.Settings(
+    problem = problems.load(
+        problems.Settings(
             str(weights), data=str(tmp_path / "images"), subtract=117, divide=256, crop=28
         )
     )
@@ -76,7 +78,7 @@ def test_each_part_has_time_within_eight_minutes():
 
 
 def cpu_rows():
-    return [figure for row in report.load_rows(accelerator.CPU) for figure in row["figures"]]
+    return [figure for row in records.load(accelerator.CPU, PartRow) for figure in row.figures]
 
 
 def test_the_cpus_record_is_of_all_images():
@@ -88,13 +90,13 @@ def test_the_cpus_record_is_of_all_images():
 
 @pytest.mark.parametrize("row", cpu_rows(), ids=lambda row: f"{row['net']}-{row['attack']}")
 def test_the_cpu_found_what_the_board_says(row):
-    board = report.load_rows(accelerator.RESULTS / "board" / "results.json")
+    board = records.load(accelerator.RESULTS / "board" / "results.json", AttackRow)
     same = {"method": row["net"], **{key: row[key] for key in ("attack", "norm", "eps")}}
-    recorded = [other for other in board if same.items() <= other.items() and other["n"] <= 1000]
+    recorded = [other for other in board if records.find([other], same) and other.n <= 1000]
     assert recorded or row["attack"] == "pgd"  # the board's is PGD from ten points
     for other in recorded:
-        n = other["n"]
-        assert row["verdicts"][:n].count("1") / n == other["columns"]["robust"]
+        n = other.n
+        assert row["verdicts"][:n].count("1") / n == other.columns["robust"]
 
 
 # What is made of a run
@@ -105,7 +107,11 @@ def cpu(tmp_path, monkeypatch):
     """A CPU's record of four verdicts, a thousand times."""
     figure = {"net": "n", "attack": "pgd", "norm": "l2", "eps": 1.0, "verdicts": "1" * 4000}
     path = tmp_path / "b.json"
-    report.save_rows(path, [{"experiment": "accelerator", "figures": [figure]}])
+    row = PartRow(
+        experiment="accelerator", part="b", device="cpu", versions={}, settings={}, finished=True,
+        seconds=1.0, figures=[figure],
+    )  # fmt: skip
+    records.save(path, [row])
     monkeypatch.setattr(accelerator, "CPU", path)
     return figure
 
@@ -150,9 +156,9 @@ def test_a_part_with_a_failure_says_so_after_writing_it(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerator.parallel, "start", lambda: None)  # keeps programs for later
     with pytest.raises(SystemExit, match="it is wrong"):
         accelerator.run("c", accelerator.Settings(tmp_path))
-    (row,) = report.load_rows(tmp_path / "c.json")
-    assert row["finished"]
-    assert row["figures"] == list(fails(None, None))
+    (row,) = records.load(tmp_path / "c.json", PartRow)
+    assert row.finished
+    assert row.figures == list(fails(None, None))
 
 
 def test_a_part_that_takes_too_long_is_stopped(tmp_path, capfd):
@@ -166,19 +172,13 @@ def test_an_unknown_part_is_an_error_that_names_the_option(capsys):
     assert "argument --parts: invalid choice: 'z'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "vgg-0.25"])
-def test_operations_are_counted_as_the_benchmark_counts_them(name):
-    net, shape = common.make_net(name)
-    x = jnp.zeros((1, *shape))
-    params = models.init(net, jax.random.key(0), x)
-    assert rates.flops(net, params, x) == sum(timing.flops(net, shape))
-
-
 def test_the_large_net_has_the_size_of_a_resnet_50():
     net, x = rates.ResNet(), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(net.init, jax.random.key(0), x)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_557_032  # as published
-    assert rates.flops(net, params, x) == pytest.approx(8.2e9, rel=0.01)  # as docs/scaling.md says
+    assert sum(timing.flops(net, params, x)) == pytest.approx(
+        8.2e9, rel=0.01
+    )  # as docs/scaling.md says
 
 
 # What accelerators rest on where none is at hand

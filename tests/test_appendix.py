@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import logistic, report
+from experiments import logistic
+from experiments.lib import records
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +21,12 @@ def float64(x64):
 def test_all_claims_hold_on_fewer_images(tmp_path):
     settings = logistic.Settings(n=60, out=tmp_path)
     rows = logistic.run(settings, Console(file=io.StringIO()))
-    assert rows == report.load_rows(tmp_path / "results.json")
-    assert [row["proposition"] for row in rows] == ["Equation 6, Proposition 6", "B", "C", "D"]
-    assert all(claim["holds"] for row in rows for claim in row["claims"])
+    assert rows == records.load(tmp_path / "results.json", records.PropositionRow)
+    assert [row.proposition for row in rows] == ["Equation 6, Proposition 6", "B", "C", "D"]
+    assert all(claim["holds"] for row in rows for claim in row.claims)
     assert (tmp_path / "appendix_a.png").stat().st_size > 10_000
     text = (tmp_path / "results.md").read_text()
-    assert all(row["statement"] in text for row in rows)
+    assert all(row.statement in text for row in rows)
 
 
 def test_a_claim_that_fails_is_an_error(tmp_path, monkeypatch):

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark, models, peers, report, timing
+from experiments import benchmark
 from experiments.benchmarks import attacks, common, devices, growth, loops, steps
+from experiments.compare import pytorch
+from experiments.lib import models, records, timing
 from jaxadv import perturb
 
 
@@ -55,18 +57,19 @@ def test_the_operations_counted_are_those_that_xla_counts(net, shape):
     x = jnp.zeros((4, *shape))
     counted = jax.jit(models.function(net)).lower(params, x).cost_analysis()["flops"] / 4
     # XLA also counts biases, relu and pooling, for these nets no more than 2 %.
-    assert 0.98 * counted < sum(timing.flops(net, shape)) < counted
+    assert 0.98 * counted < sum(timing.flops(net, params, x)) < counted
 
 
 def test_the_operations_of_lenet_are_those_of_its_layers():
     # 24x24 windows of 5x5x1 to 20, 8x8 of 5x5x20 to 50, then 800 to 500 to 10.
     expected = [576 * 25 * 20, 64 * 500 * 50, 800 * 500, 500 * 10]
-    assert timing.flops(models.lenet((500,)), (28, 28, 1)) == [2 * n for n in expected]
+    net, x = models.lenet((500,)), jnp.zeros((1, 28, 28, 1))
+    params = jax.eval_shape(net.init, jax.random.key(0), x)
+    assert timing.flops(net, params, x) == [2 * n for n in expected]
 
 
 def test_counted_products_have_the_time_of_their_operations():
-    net = models.mlp((6,))
-    seconds = steps.counted(net, (2, 2, 1), 5, rate=10.0)
+    seconds = steps.counted([48, 120], 10, 5, rate=10.0)
     assert seconds == {
         "forward 0": 24.0, "weights 0": 24.0, "input 0": 24.0, "inputs 0": 9 * 24.0,
         "forward 1": 60.0, "weights 1": 60.0, "input 1": 60.0, "inputs 1": 9 * 60.0,
@@ -187,7 +190,7 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
 def test_steps_and_loops_are_measured(tmp_path, monkeypatch):
     Machine(monkeypatch)
     settings = common.Settings(nets=("mlp",), batch_size=10, rounds=1, seconds=0.0)
-    monkeypatch.setattr(report, "cores", lambda: 2)
+    monkeypatch.setattr(records, "cores", lambda: 2)
     measured = steps.run(settings)
     every = ("plain", "LWA", "LWA, Adv_Alpha", "LWA_Rep", "LWA, 3 steps")
     assert {(s["objective"], s["called"], s["devices"]) for s in measured} == {
@@ -228,7 +231,7 @@ def test_a_net_in_pytorch_gives_the_same_logits():
         params = models.init(net, jax.random.key(0), x)
         ours = np.asarray(models.function(net)(params, x))
         with torch.no_grad():
-            theirs = peers.torch_net(params)(peers.images(x)).numpy()
+            theirs = pytorch.torch_net(params)(pytorch.images(x)).numpy()
         # Sums of at most a few thousand float32 products, in another order.
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 

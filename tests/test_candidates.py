@@ -30,4 +30,4 @@ def test_a_net_whose_second_class_is_nearest_has_another_one_with_one_candidate(
     assert two["times longer, mean"] == pytest.approx(1, abs=1e-6)
     assert (one["accuracy at l2 0.7"], every["accuracy at l2 0.7"]) == (1.0, 0.0)
     assert every["candidates"] == 2
-    assert "| linear | 1 | 10 | 1 | 1 |" in candidates.as_markdown([one, two, every])
+    assert "| linear | 1 | 10 | 1 | 1 |" in "\n".join(candidates.as_markdown([one, two, every]))

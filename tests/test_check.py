@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import models
+from experiments.lib import models
 from jaxadv import attack, evaluate, objectives, train
 from jaxadv.evaluate import _check
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import sys
 
 import jax
@@ -12,10 +11,12 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from rich.console import Console
+from rows import table_row
 from safetensors.numpy import load_file
 
-from experiments import cifar10, options, protocol, recipes, report, training
-from experiments.models import vgg
+from experiments import cifar10
+from experiments.lib import options, recipes, records, tables, train_and_score, training
+from experiments.lib.models import vgg
 
 CLASSES = "abcdefghij"
 
@@ -67,23 +68,23 @@ def run(settings, out):
 @pytest.mark.slow
 def test_it_scores_each_method_at_both_sizes(small, tmp_path):
     rows = run(dataclasses.replace(small, methods=("normal", "lwa")), tmp_path)
-    assert rows == json.loads((tmp_path / "results.json").read_text())
-    assert [(row["method"], row["eps"]) for row in rows] == [
+    assert records.load(tmp_path / "results.json", records.TableRow) == rows
+    assert [(row.method, row.eps) for row in rows] == [
         (method, eps) for method in ("normal", "lwa") for eps in (0.5, 0.25)
     ]
     for row in rows:
-        assert row["columns"].keys() >= set(report.LABELS)
-        assert (row["n"], row["network"]) == (30, "vgg, width 0.125")
-        assert row["settings"]["data"].startswith("a folder of PNG files, crc32 ")
-        assert row["n_pgd"] == 10
-        assert row["settings"]["n_pgd"] == 10
-        for column, counted in row["counts"].items():
+        assert row.columns.keys() >= set(tables.LABELS)
+        assert (row.n, row.network) == (30, "vgg, width 0.125")
+        assert row.settings["data"].startswith("a folder of PNG files, crc32 ")
+        assert row.n_pgd == 10
+        assert row.settings["n_pgd"] == 10
+        for column, counted in row.counts.items():
             assert counted["nonfinite"] == counted["invalid"] == 0, column
-            assert counted["max_norm"] == pytest.approx(row["eps"], rel=1e-6), (column, counted)
+            assert counted["max_norm"] == pytest.approx(row.eps, rel=1e-6), (column, counted)
     for large, little in zip(rows[::2], rows[1::2], strict=True):
-        assert large["columns"]["validation"] == little["columns"]["validation"]
-        assert large["columns"]["adv_loss"] <= little["columns"]["adv_loss"]
-        assert large["curves"] == little["curves"]
+        assert large.columns["validation"] == little.columns["validation"]
+        assert large.columns["adv_loss"] <= little.columns["adv_loss"]
+        assert large.curves == little.curves
     stored = load_file(tmp_path / "lwa" / "params.safetensors")
     assert stored["params/convs_1_2/kernel"].shape == (3, 3, 32, 32)
     for name in ("accuracy_vs_eps.png", "learning_curves.png"):
@@ -101,7 +102,7 @@ def test_an_interrupted_run_ends_bit_identical(small, tmp_path, monkeypatch):
     def train(out):
         settings = dataclasses.replace(small, out=out)
         with training.bars(Console(file=io.StringIO())) as progress:
-            net = protocol.train("lwa", small.lwa, 0, settings, task, progress)
+            net = train_and_score.train("lwa", small.lwa, 0, settings, task, progress)
         return jax.tree.leaves(net.fitted.state)
 
     class Stop(ocp.CheckpointManager):
@@ -235,18 +236,17 @@ def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
 
     def protocol_run(settings, task, console):
         asked.append((settings, task))
-        row = {
-            "experiment": "cifar10", "network": task.network(settings.normal), "method": "normal",
-            "seed": 0, "eps": 0.5, "n": len(task.test.y), "device": "cpu x1", "train_seconds": 1.0,
-            "versions": {"jax": "0"}, "settings": {"data": task.source},
-            "columns": dict.fromkeys([*report.LABELS, "fixed_source"], 0.5), "n_pgd": 10,
-            "epochs": settings.normal.epochs,
+        fields = {
+            "experiment": "cifar10", "network": task.network(settings.normal), "eps": 0.5,
+            "n": len(task.test.y), "settings": {"data": task.source}, "n_pgd": 10,
+            "columns": dict.fromkeys([*tables.LABELS, "fixed_source"], 0.5),
         }  # fmt: skip
-        earlier = {**row, "method": "lwa", "epochs": 3}
-        report.save_rows(settings.out / "results.json", [row, earlier])
+        row = table_row(method="normal", epochs=settings.normal.epochs, **fields)
+        earlier = table_row(method="lwa", epochs=3, **fields)
+        records.save(settings.out / "results.json", [row, earlier])
         return [row], {}
 
-    monkeypatch.setattr(protocol, "run", protocol_run)
+    monkeypatch.setattr(train_and_score, "run", protocol_run)
     monkeypatch.setattr(cifar10.figures, "draw", lambda folder: [])
     monkeypatch.setattr(sys, "argv", arguments)
     cifar10.main()

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from experiments import data, evaluate, models, options, report
+from experiments.lib import attacks, blocks, data, evaluation, models, options, problems, weights
 
 RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnist_mlp"
 
@@ -48,12 +48,12 @@ def own_module(tmp_path, monkeypatch):
 
 
 def run(folder, **kwargs):
-    settings = evaluate.Settings(
+    settings = evaluation.Settings(
         "brightness:apply_fn", data=str(folder), attacks=("one-step", "pgd"), eps=(1.0,), n=100,
         block=5, batch_size=4, out=Path("out"),
     )  # fmt: skip
     settings = dataclasses.replace(settings, **kwargs)
-    return evaluate.run(settings, Console(file=io.StringIO()))
+    return evaluation.run(settings, Console(file=io.StringIO()))
 
 
 # Images and nets
@@ -71,51 +71,51 @@ def run(folder, **kwargs):
 def test_saved_weights_are_recognised(build, shape, tmp_path):
     net, x = build(), jax.random.normal(jax.random.key(1), (2, *shape))
     params = models.init(net, jax.random.key(0), x)
-    report.save_params(tmp_path / "run" / "lwa" / "params.safetensors", params)
-    settings = evaluate.Settings(str(tmp_path / "run" / "lwa" / "params.safetensors"))
-    apply_fn, loaded, _, classes = evaluate.load_net(settings, x[:1])
+    weights.save(tmp_path / "run" / "lwa" / "params.safetensors", params)
+    settings = problems.Settings(str(tmp_path / "run" / "lwa" / "params.safetensors"))
+    apply_fn, loaded, _, classes = problems.load_net(settings, x[:1])
     assert classes == 10
     np.testing.assert_array_equal(apply_fn(loaded, x), models.function(net)(params, x))
 
 
 def test_committed_weights_have_the_accuracy_of_their_record():
-    settings = evaluate.Settings(str(RECORD / "lwa" / "params.safetensors"), n=300)
-    problem = evaluate.load(settings)
+    settings = problems.Settings(str(RECORD / "lwa" / "params.safetensors"), n=300)
+    problem = problems.load(settings)
     assert problem.identity["network"] == "500x500"
     assert problem.identity["method"] == "mnist_mlp/lwa"
     assert problem.bounds == (0, 1)
     mnist = data.mnist()
-    np.testing.assert_array_equal(problem.x, data.scale_mnist(mnist.test_images[:300]))
+    np.testing.assert_array_equal(problem.x, data.MNIST.inputs(mnist.test_images[:300]))
     right = np.asarray(problem.apply_fn(problem.params, problem.x)).argmax(axis=1) == problem.y
     assert right.mean() > 0.98
 
 
 def test_images_are_cropped_scaled_and_in_the_box_of_their_pixels(folder):
-    settings = evaluate.Settings(
+    settings = problems.Settings(
         "brightness:apply_fn", data=str(folder), subtract=51.0, divide=255.0, crop=4
     )
-    problem = evaluate.load(settings)
+    problem = problems.load(settings)
     assert problem.x.shape == (12, 4, 4, 1)
     want = [(level + 5 * i - 51) / 255 for level in (60, 190) for i in range(6)]
     np.testing.assert_allclose(np.sort(problem.x[:, 0, 0, 0]), want, rtol=1e-6)
     assert problem.bounds == (-0.2, 0.8)
-    assert evaluate.load(dataclasses.replace(settings, box=False)).bounds is None
-    whole = evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder)))
+    assert problems.load(dataclasses.replace(settings, box=False)).bounds is None
+    whole = problems.load(problems.Settings("brightness:apply_fn", data=str(folder)))
     assert whole.x.shape == (12, 8, 8, 1)
     assert whole.bounds == (0, 1)
     np.testing.assert_array_equal(whole.y, whole.x.mean(axis=(1, 2, 3)) > 0.5)
 
 
 def test_weights_reach_a_function_of_ones_own_as_a_tree(tmp_path, folder):
-    report.save_params(Path("w.safetensors"), {"at": jnp.asarray(0.9)})
-    settings = evaluate.Settings("brightness:apply_fn", weights=Path("w.safetensors"))
-    apply_fn, params, name, classes = evaluate.load_net(settings, np.zeros((1, 8, 8, 1)))
+    weights.save(Path("w.safetensors"), {"at": jnp.asarray(0.9)})
+    settings = problems.Settings("brightness:apply_fn", weights=Path("w.safetensors"))
+    apply_fn, params, name, classes = problems.load_net(settings, np.zeros((1, 8, 8, 1)))
     assert classes == 2
     assert name == "brightness:apply_fn"
     assert apply_fn(params, jnp.full((1, 2), 0.7)).argmax() == 0
     nested = {"a": {"b": jnp.ones(2)}, "c": jnp.zeros(1)}
-    report.save_params(Path("nested.safetensors"), nested)
-    loaded = report.load_params(Path("nested.safetensors"))
+    weights.save(Path("nested.safetensors"), nested)
+    loaded = weights.load(Path("nested.safetensors"))
     assert jax.tree.structure(loaded) == jax.tree.structure(nested)
 
 
@@ -129,7 +129,7 @@ def saved(interface=SQUARES, classes=2, at=Path("run/net/params.safetensors")):
     """The file of a net of 8x8 images, and its parameters."""
     net = models.mlp((4,)).clone(classes=classes)
     params = models.init(net, jax.random.key(3), jnp.zeros((1, 8, 8, 1)))
-    report.save_params(at, params, interface=interface)
+    weights.save(at, params, interface=interface)
     return str(at)
 
 
@@ -157,7 +157,7 @@ def test_a_net_of_two_classes_on_data_of_three_is_an_error(three):
     message = r"expected 2 classes, .* got 3 of the data \(dark, light, white\); .*--classes"
     for net in (saved(interface=None), "brightness:apply_fn"):
         with pytest.raises(ValueError, match=message):
-            evaluate.load(evaluate.Settings(net, data=three))
+            problems.load(problems.Settings(net, data=three))
 
 
 def test_classes_that_the_weights_dont_name_are_an_error(three, renamed):
@@ -165,29 +165,29 @@ def test_classes_that_the_weights_dont_name_are_an_error(three, renamed):
     for place, listed in ((three, "dark, light, white"), (renamed, "light, night")):
         message = rf"of the data \({listed}\) among the 2 of the net \(dark, light\)"
         with pytest.raises(ValueError, match=message):
-            evaluate.load(evaluate.Settings(net, data=place))
+            problems.load(problems.Settings(net, data=place))
 
 
 def test_the_names_of_the_classes_say_which_logit_is_whose(folder):
-    usual = evaluate.load(evaluate.Settings(saved(), data=str(folder)))
+    usual = problems.load(problems.Settings(saved(), data=str(folder)))
     turned = saved(SQUARES._replace(classes=("light", "dark")))
-    problem = evaluate.load(evaluate.Settings(turned, data=str(folder)))
+    problem = problems.load(problems.Settings(turned, data=str(folder)))
     np.testing.assert_array_equal(problem.y, 1 - usual.y)
     np.testing.assert_array_equal(problem.x, usual.x)
 
 
 def test_classes_may_be_given_their_names_in_the_data(folder, renamed):
-    usual = evaluate.load(evaluate.Settings(saved(), data=str(folder)))
+    usual = problems.load(problems.Settings(saved(), data=str(folder)))
     for net in (saved(), saved(interface=None)):
-        problem = evaluate.load(evaluate.Settings(net, data=renamed, classes=("night", "light")))
+        problem = problems.load(problems.Settings(net, data=renamed, classes=("night", "light")))
         dark = problem.x.mean(axis=(1, 2, 3)) < 0.5
         np.testing.assert_array_equal(problem.y, np.where(dark, 0, 1))
         assert sorted(problem.y) == sorted(usual.y)
     rows = run(renamed, net=saved(), classes=("night", "light"), attacks=("one-step",))
-    assert rows[0]["classes"] == ["night", "light"]
+    assert rows[0].classes == ["night", "light"]
     assert (
         "- run/net: the classes that its weights call dark, light were taken for the data's night, "
-        "light." in evaluate.tables(rows)
+        "light." in evaluation.as_markdown(rows)
     )
 
 
@@ -205,40 +205,40 @@ def test_classes_may_be_given_their_names_in_the_data(folder, renamed):
 )
 def test_names_that_arent_one_for_each_class_are_an_error(renamed, classes, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.load(evaluate.Settings(saved(), data=renamed, classes=classes))
+        problems.load(problems.Settings(saved(), data=renamed, classes=classes))
 
 
 def test_data_without_some_of_the_nets_classes_is_said_to_be(folder):
     net = saved(SQUARES._replace(classes=("black", "dark", "light")), classes=3)
     rows = run(folder, net=net, attacks=("one-step",))
-    assert "- run/net: the data has no images of its classes black." in evaluate.tables(rows)
+    assert "- run/net: the data has no images of its classes black." in evaluation.as_markdown(rows)
 
 
 def test_images_are_scaled_as_the_weights_say(folder):
     small = SQUARES._replace(shape=(4, 4, 1), subtract=51, divide=204, crop=4)
     net = models.mlp((4,)).clone(classes=2)
     params = models.init(net, jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
-    report.save_params(Path("small.safetensors"), params, interface=small)
-    said = evaluate.load(evaluate.Settings("small.safetensors", data=str(folder), box=False))
+    weights.save(Path("small.safetensors"), params, interface=small)
+    said = problems.load(problems.Settings("small.safetensors", data=str(folder), box=False))
     options = {"box": False, "subtract": 51.0, "divide": 204.0, "crop": 4}
-    told = evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder), **options))
+    told = problems.load(problems.Settings("brightness:apply_fn", data=str(folder), **options))
     np.testing.assert_array_equal(said.x, told.x)
     assert said.bounds == told.bounds
     assert {name: said.identity[name] for name in options} == options
-    evaluate.load(evaluate.Settings("small.safetensors", data=str(folder), **options))
+    problems.load(problems.Settings("small.safetensors", data=str(folder), **options))
     with pytest.raises(
         ValueError, match=r"\(pixels - 51\) / 204 of the middle 4x4, got --subtract "
     ):
-        evaluate.load(
-            evaluate.Settings("small.safetensors", data=str(folder), subtract=0.0, box=False)
+        problems.load(
+            problems.Settings("small.safetensors", data=str(folder), subtract=0.0, box=False)
         )
 
 
 def test_weights_of_a_function_of_ones_own_say_so_too(folder):
     turned = SQUARES._replace(classes=("light", "dark"), divide=204)
-    report.save_params(Path("w.safetensors"), {"at": jnp.asarray(0.5)}, interface=turned)
-    problem = evaluate.load(
-        evaluate.Settings(
+    weights.save(Path("w.safetensors"), {"at": jnp.asarray(0.5)}, interface=turned)
+    problem = problems.load(
+        problems.Settings(
             "brightness:apply_fn", weights=Path("w.safetensors"), data=str(folder), box=False
         )
     )
@@ -254,16 +254,16 @@ def test_all_that_contradicts_the_weights_is_one_error(three):
         r"expected the 3 classes of the data \(dark, light, white\) among the 2 of the net"
     )
     with pytest.raises(ValueError, match=message):
-        evaluate.load(evaluate.Settings(net, data=three, divide=256.0, crop=7))
+        problems.load(problems.Settings(net, data=three, divide=256.0, crop=7))
 
 
 def test_a_crop_that_is_the_whole_image_is_none(folder):
-    problem = evaluate.load(evaluate.Settings(saved(), data=str(folder), crop=8))
+    problem = problems.load(problems.Settings(saved(), data=str(folder), crop=8))
     assert problem.identity["crop"] is None
 
 
 def test_weights_that_say_nothing_are_taken_as_ever():
-    identity = evaluate.load(evaluate.Settings(str(RECORD / "lwa" / "params.safetensors"))).identity
+    identity = problems.load(problems.Settings(str(RECORD / "lwa" / "params.safetensors"))).identity
     assert list(identity) == [
         "experiment", "method", "network", "weights", "data", "subtract", "divide", "crop", "box",
         "n",
@@ -276,14 +276,14 @@ def test_weights_that_say_nothing_are_taken_as_ever():
 
 def test_it_reports_each_attack_with_its_interval_and_counts(folder):
     rows = run(folder)
-    assert rows == json.loads(Path("out/results.json").read_text())
-    assert [row["attack"] for row in rows] == ["one-step", "pgd"]
+    assert [row.to_json() for row in rows] == json.loads(Path("out/results.json").read_text())
+    assert [row.attack for row in rows] == ["one-step", "pgd"]
     for row in rows:
         # In l2, a size of 1 over 64 pixels moves the mean by 1/8 = 32/255: no square crosses.
-        assert row["columns"] == {"clean": 1, "robust": 1}
-        assert row["interval"][0] < 1 == row["interval"][1]
-        assert row["n"] == 12
-        assert row["counts"]["nonfinite"] == 0
+        assert row.columns == {"clean": 1, "robust": 1}
+        assert row.interval[0] < 1 == row.interval[1]
+        assert row.n == 12
+        assert row.counts["nonfinite"] == 0
 
 
 def test_a_larger_size_breaks_what_it_can_reach(folder):
@@ -291,10 +291,10 @@ def test_a_larger_size_breaks_what_it_can_reach(folder):
     # Two pixel values in eight apart from the half: 64 of the 127.5 that count.
     levels = np.array([level + 5 * i for level in (60, 190) for i in range(6)])
     reach = np.abs(levels - 127.5) <= 2 / 8 * 255
-    assert row["columns"]["robust"] == 1 - reach.mean()
-    stage = row["stages"]["pgd"]
+    assert row.columns["robust"] == 1 - reach.mean()
+    stage = row.stages["pgd"]
     assert (stage["tried"], stage["fooled"]) == (12, reach.sum())
-    assert 1.9 < row["counts"]["max_norm"] <= 2 * (1 + 1e-6)
+    assert 1.9 < row.counts["max_norm"] <= 2 * (1 + 1e-6)
 
 
 def test_what_is_there_is_not_attacked_again(folder, monkeypatch):
@@ -303,7 +303,7 @@ def test_what_is_there_is_not_attacked_again(folder, monkeypatch):
     def none(*args, **kwargs):
         raise AssertionError("attacked again")
 
-    monkeypatch.setattr(evaluate.evaluate, "attack_and_score", none)
+    monkeypatch.setattr(blocks.evaluate, "attack_and_score", none)
     assert run(folder) == first
     Path("out/results.json").unlink()  # interrupted after the last block
     again = run(folder)
@@ -313,7 +313,7 @@ def test_what_is_there_is_not_attacked_again(folder, monkeypatch):
 
 def test_an_interrupted_run_goes_on_with_the_block_it_was_at(folder, monkeypatch):
     whole = run(folder, out=Path("whole"), attacks=("pgd",))
-    attack_and_score, calls = evaluate.evaluate.attack_and_score, []
+    attack_and_score, calls = blocks.evaluate.attack_and_score, []
 
     def breaking(*args, **kwargs):
         calls.append(len(args[2]))
@@ -321,13 +321,13 @@ def test_an_interrupted_run_goes_on_with_the_block_it_was_at(folder, monkeypatch
             raise KeyboardInterrupt
         return attack_and_score(*args, **kwargs)
 
-    monkeypatch.setattr(evaluate.evaluate, "attack_and_score", breaking)
+    monkeypatch.setattr(blocks.evaluate, "attack_and_score", breaking)
     with pytest.raises(KeyboardInterrupt):
         run(folder, attacks=("pgd",))
     cut = run(folder, attacks=("pgd",))
     assert calls == [5, 5, 5, 2]
     for key in ("columns", "interval", "counts"):
-        assert cut[0][key] == whole[0][key]
+        assert getattr(cut[0], key) == getattr(whole[0], key)
 
 
 def test_other_nets_and_sizes_stay_in_the_record_and_the_table_has_them_all(folder):
@@ -335,7 +335,7 @@ def test_other_nets_and_sizes_stay_in_the_record_and_the_table_has_them_all(fold
     run(folder, name="second", attacks=("pgd",), eps=(1.0, 2.0))
     rows = run(folder, name="second", attacks=("pgd",), seed=1)
     assert len(rows) == 5
-    text = "\n".join(evaluate.tables(rows))
+    text = "\n".join(evaluation.as_markdown(rows))
     assert text.count("# a folder of PNG") == 2
     first, second = (
         next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
@@ -351,10 +351,10 @@ def test_rows_of_other_inputs_stand_beside_each_other(folder):
     run(folder, attacks=("pgd",))
     run(folder, attacks=("pgd",), box=False)
     rows = run(folder, attacks=("pgd",), crop=4, subtract=51.0)
-    assert [(row["box"], row["crop"], row["subtract"]) for row in rows] == [
+    assert [(row.box, row.crop, row.subtract) for row in rows] == [
         (True, None, 0), (False, None, 0), (True, 4, 51),
     ]  # fmt: skip
-    text = "\n".join(evaluate.tables(rows))
+    text = "\n".join(evaluation.as_markdown(rows))
     assert text.count("# a folder of PNG") == 3
     assert "(pixels - 0) / 255. Perturbed images may leave the range" in text
     assert "(pixels - 51) / 255, of the middle 4x4. Perturbed images stay" in text
@@ -366,7 +366,7 @@ def test_a_function_that_answers_otherwise_is_evaluated_anew(folder, monkeypatch
     apply_fn = module.apply_fn
     monkeypatch.setattr(module, "apply_fn", lambda params, x: -apply_fn(params, x))
     (after,) = run(folder, attacks=("pgd",))
-    assert (before["columns"]["clean"], after["columns"]["clean"]) == (1, 0)
+    assert (before.columns["clean"], after.columns["clean"]) == (1, 0)
 
 
 @pytest.mark.slow
@@ -377,26 +377,26 @@ def test_flags_are_reported_with_the_table(folder):
         "    return jnp.round(9 * brightness.apply_fn(params, x))\n"
     )
     rows = run(folder, net="rounded:apply_fn", attacks=("check", "pgd"))
-    assert "zero gradients" in rows[0]["flags"]
-    assert "gradient of exactly 0" in "\n".join(evaluate.tables(rows))
+    assert "zero gradients" in rows[0].flags
+    assert "gradient of exactly 0" in "\n".join(evaluation.as_markdown(rows))
 
 
 def test_a_net_is_called_by_the_folder_of_its_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for net in ("params.safetensors", str(tmp_path / "params.safetensors")):
-        name = evaluate._short_name(evaluate.Settings(net))
+        name = problems._short_name(problems.Settings(net))
         assert name == f"{tmp_path.parent.name}/{tmp_path.name}"
 
 
 def test_nets_of_one_folder_stand_beside_each_other(folder, tmp_path):
     for at in (0.2, 0.5):
-        report.save_params(tmp_path / "run" / f"at{at}.safetensors", {"at": jnp.asarray(at)})
+        weights.save(tmp_path / "run" / f"at{at}.safetensors", {"at": jnp.asarray(at)})
         rows = run(folder, weights=tmp_path / "run" / f"at{at}.safetensors", attacks=("one-step",))
     place = f"{tmp_path.name}/run"
-    assert [row["method"] for row in rows] == [
+    assert [row.method for row in rows] == [
         f"brightness:apply_fn, {place}/at0.2", f"brightness:apply_fn, {place}/at0.5",
     ]  # fmt: skip
-    name = evaluate._short_name(evaluate.Settings("run/epoch3.safetensors"))
+    name = problems._short_name(problems.Settings("run/epoch3.safetensors"))
     assert name == f"{place}/epoch3"
 
 
@@ -405,16 +405,16 @@ def test_nets_of_one_folder_stand_beside_each_other(folder, tmp_path):
 
 def test_errors_name_what_is_wrong(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected a file of weights, got .*gone"):
-        evaluate.load(evaluate.Settings("gone.safetensors"))
+        problems.load(problems.Settings("gone.safetensors"))
     with pytest.raises(ValueError, match="expected a function f in a module nowhere, got: No mod"):
-        evaluate.load(evaluate.Settings("nowhere:f"))
+        problems.load(problems.Settings("nowhere:f"))
     with pytest.raises(ValueError, match="expected a function f in a module brightness"):
-        evaluate.load(evaluate.Settings("brightness:f"))
-    report.save_params(tmp_path / "other.safetensors", {"params": {"dense": jnp.ones(3)}})
+        problems.load(problems.Settings("brightness:f"))
+    weights.save(tmp_path / "other.safetensors", {"params": {"dense": jnp.ones(3)}})
     with pytest.raises(ValueError, match=r"got params/dense; for a net of your own"):
-        evaluate.load(evaluate.Settings(str(tmp_path / "other.safetensors")))
+        problems.load(problems.Settings(str(tmp_path / "other.safetensors")))
     with pytest.raises(ValueError, match="--crop to be at most 8, got 9; images are 8x8"):
-        evaluate.load(evaluate.Settings("brightness:apply_fn", data=str(folder), crop=9))
+        problems.load(problems.Settings("brightness:apply_fn", data=str(folder), crop=9))
 
 
 @pytest.mark.parametrize(
@@ -434,13 +434,14 @@ def test_a_scale_that_no_net_can_be_attacked_at_is_an_error(folder, changes, mes
 
 def test_pixels_may_lie_outside_of_a_box_that_is_not_kept(folder):
     (row,) = run(folder, attacks=("one-step",), divide=200.0, box=False)
-    assert row["divide"] == 200
+    assert row.divide == 200
 
 
 def test_results_without_what_a_table_needs_are_an_error_before_any_attack(folder, monkeypatch):
     (row, _) = run(folder)
-    monkeypatch.setattr(evaluate.evaluate, "attack_and_score", pytest.fail)
-    for rows, lacking in (([{}], "method"), ([{**row, "subtract": None}], "subtract")):
+    monkeypatch.setattr(blocks.evaluate, "attack_and_score", pytest.fail)
+    content = row.to_json()
+    for rows, lacking in (([{}], "experiment"), ([content | {"subtract": None}], "subtract")):
         Path("out/results.json").write_text(json.dumps(rows))
         with pytest.raises(options.UsageError, match=f"in out/results.json, .*without {lacking};"):
             run(folder, eps=(2.0,))
@@ -473,7 +474,7 @@ def test_weights_that_dont_fit_are_an_error_naming_the_file(folder):
         r"params/hidden_0/kernel of shape \[64, 4\] and not \[25, 4\]\. Choose"
     )
     with pytest.raises(ValueError, match=message):
-        evaluate.load(evaluate.Settings(net, data=str(folder), crop=5))
+        problems.load(problems.Settings(net, data=str(folder), crop=5))
 
 
 @pytest.mark.parametrize(
@@ -489,11 +490,11 @@ def test_weights_that_dont_fit_are_an_error_naming_the_file(folder):
 def test_a_function_that_doesnt_take_its_weights_and_images_is_an_error(folder, returned, message):
     Path("own.py").write_text(f"def f(params, x):\n    return {returned}\n")
     sys.modules.pop("own", None)
-    report.save_params(Path("w.safetensors"), {"w": jnp.zeros((9, 2))})
-    settings = evaluate.Settings("own:f", weights=Path("w.safetensors"), data=str(folder))
+    weights.save(Path("w.safetensors"), {"w": jnp.zeros((9, 2))})
+    settings = problems.Settings("own:f", weights=Path("w.safetensors"), data=str(folder))
     start = r"expected own:f to give logits \[1, K\] of an input \[1, 8, 8, 1\].*"
     with pytest.raises(ValueError, match=start + message):
-        evaluate.load(settings)
+        problems.load(settings)
 
 
 def test_labels_outside_of_the_classes_are_counted_and_said(folder, monkeypatch):
@@ -501,16 +502,16 @@ def test_labels_outside_of_the_classes_are_counted_and_said(folder, monkeypatch)
     labels = np.array([-1, 2, *images.test_labels[2:]], np.int32)
     monkeypatch.setattr(data, "named", lambda _: images._replace(test_labels=labels))
     rows = run(folder, attacks=("pgd",))
-    assert rows[0]["counts"]["invalid"] == 2
-    assert rows[0]["columns"]["clean"] == 10 / 12
+    assert rows[0].counts["invalid"] == 2
+    assert rows[0].columns["clean"] == 10 / 12
     remark = (
         "- brightness:apply_fn: 2 of 12 labels are none of the net's classes, and count as wrong."
     )
-    assert remark in evaluate.tables(rows)
+    assert remark in evaluation.as_markdown(rows)
 
 
 def test_what_can_not_run_is_said_before_anything_runs(folder, monkeypatch):
-    monkeypatch.setattr(evaluate, "_block", pytest.fail)
+    monkeypatch.setattr(blocks, "attack", pytest.fail)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="--devices that divides 5, 2"):
         run(folder, devices=2)  # 12 images in blocks of 5
@@ -518,29 +519,20 @@ def test_what_can_not_run_is_said_before_anything_runs(folder, monkeypatch):
 
 def test_an_ensemble_without_square_isnt_called_autoattack(folder):
     rows = run(folder, attacks=("standard",), norm="l1")
-    assert "| Net | Clean | APGD and FAB-T |" in evaluate.tables(rows)
+    assert "| Net | Clean | APGD and FAB-T |" in evaluation.as_markdown(rows)
 
 
 def test_ten_starts_of_pgd_are_ten_attacks_on_what_is_left(folder):
     (row,) = run(folder, attacks=("pgd-100x10",), eps=(1.6,))
-    stages = list(row["stages"].values())
+    stages = list(row.stages.values())
     assert len(stages) == 10
-    left = round(row["columns"]["clean"] * row["n"])
+    left = round(row.columns["clean"] * row.n)
     for stage in stages:
         assert stage["tried"] == left
         left -= stage["fooled"]
     assert 0 < left < stages[0]["tried"]
-    assert row["columns"]["robust"] == left / row["n"]
-    at_x, *at_random = evaluate.methods("pgd-100x10", "l2").values()
+    assert row.columns["robust"] == left / row.n
+    at_x, *at_random = attacks.methods("pgd-100x10", "l2").values()
     assert at_x.keywords == {"norm": "l2"}
     assert len(set(at_random)) == 1  # compiled once
     assert at_random[0].keywords == {"norm": "l2", "random_start": True}
-
-
-def test_each_member_of_the_ensemble_can_run_alone():
-    for norm in ("l2", "linf"):
-        members = evaluate.evaluate.autoattack(norm)
-        assert evaluate.methods("standard", norm) == members
-        for name in members:
-            assert name in evaluate.LABELS
-            assert evaluate.methods(name, norm) == {name: members[name]}

@@ -7,10 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+from rows import table_row
 
-from experiments import figures, report
+from experiments import figures as command
+from experiments.lib import figures, records
 
-RECORDS = sorted(path.parent for path in figures.RESULTS.glob("*/results.json"))
+RECORDS = sorted(path.parent for path in records.RESULTS.glob("*/results.json"))
 EPS = [0.0, 1.0, 2.0]
 
 
@@ -20,10 +22,8 @@ def row(experiment, method, seed=0, **extra):
         {"validation": 0.5, "adv_loss": 0.1, "watched_eps": 1.0},
         {"validation": 0.9, "adv_loss": 0.5, "watched_eps": 1.0},
     ]
-    return {
-        "experiment": experiment, "method": method, "seed": seed, "eps": 1.0, "curves": curve,
-        "history": history, "n": 100, "settings": {"holdout": 0}, **extra,
-    }  # fmt: skip
+    usual = {"settings": {"holdout": 0}, "eps": 1.0, "curves": curve, "history": history}
+    return table_row(experiment=experiment, method=method, seed=seed, **usual | extra)
 
 
 def lines_of(figure):
@@ -36,7 +36,7 @@ def lines_of(figure):
 
 
 def drawn(tmp_path, rows):
-    report.save_rows(tmp_path / "results.json", rows)
+    records.save(tmp_path / "results.json", rows)
     written = figures.draw(tmp_path)
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
     return {path.name for path in written}
@@ -90,29 +90,31 @@ def test_figure_2_has_both_nets_against_size_and_over_training():
 
 
 def test_histories_at_different_sizes_arent_mixed():
-    other = row("cifar10", "normal")
-    other["history"] = [{**epoch, "watched_eps": 0.5} for epoch in other["history"]]
+    history = [{**epoch, "watched_eps": 0.5} for epoch in row("cifar10", "normal").history]
+    other = row("cifar10", "normal", history=history)
     with pytest.raises(ValueError, match=r"at one l2 size, got \[0\.5, 1\.0\]"):
         figures.plot_learning([row("cifar10", "lwa"), other])
 
 
 def test_a_folder_of_several_runs_has_the_figures_of_what_goes_together(tmp_path):
     plain = {"accuracy_vs_eps.png", "learning_curves.png"}
-    watched = [{**epoch, "watched_eps": 0.5} for epoch in row("mnist_lenet", "lwa")["history"]]
+    watched = [{**epoch, "watched_eps": 0.5} for epoch in row("mnist_lenet", "lwa").history]
     last = row("mnist_lenet", "normal")
-    at_other_size = row("mnist_lenet", "lwa", history=watched) | {"eps": 0.5}
+    at_other_size = row("mnist_lenet", "lwa", history=watched, eps=0.5)
     assert drawn(tmp_path, [last, at_other_size]) == {*plain, "figure_1.png"}
     # Of a method's seeds, those that were trained alike.
-    longer = row("mnist_lenet", "normal", seed=1, settings={"holdout": 0, "epochs": 3})
-    longer["history"] = [*longer["history"], longer["history"][0]]
+    longer = row(
+        "mnist_lenet", "normal", seed=1, settings={"holdout": 0, "epochs": 3},
+        history=[*last.history, last.history[0]],
+    )  # fmt: skip
     assert drawn(tmp_path, [longer, last]) == {*plain, "figure_1.png"}
 
 
 def test_seeds_are_averaged_and_a_second_size_isnt_another_net():
     first = row("cifar10", "lwa")
-    second = row("cifar10", "lwa", seed=1)
-    second["curves"] = {**second["curves"], "adv_loss": [0.7, 0.3, 0.1]}
-    other_size = {**first, "eps": 0.25}
+    curves = {**first.curves, "adv_loss": [0.7, 0.3, 0.1]}
+    second = row("cifar10", "lwa", seed=1, curves=curves)
+    other_size = row("cifar10", "lwa", eps=0.25)
     panels = lines_of(figures.plot_curves([first, other_size, second]))
     np.testing.assert_allclose(panels[1]["LWA"][1], [0.8, 0.4, 0.1])
 
@@ -127,7 +129,7 @@ def test_one_command_draws_all_figures_of_a_record_again(record, tmp_path, monke
     for path in record.glob("*.json"):
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(sys, "argv", ["figures.py", str(tmp_path)])
-    figures.main()
+    command.main()
     again = {path.name for path in tmp_path.glob("*.png")}
     assert again == {path.name for path in record.glob("*.png")}
     printed = re.sub(r"\s", "", capsys.readouterr().out)
@@ -136,9 +138,9 @@ def test_one_command_draws_all_figures_of_a_record_again(record, tmp_path, monke
 
 def test_digits_show_what_was_saved(tmp_path):
     images = np.linspace(0, 1, 2 * 784).reshape(2, 28, 28, 1)
-    digits = report.Digits(-images / 2, np.array([1, 2]), np.array([1, 3]))
+    digits = figures.Digits(-images / 2, np.array([1, 2]), np.array([1, 3]))
     path = tmp_path / "digits.json"
-    report.save_digits(path, images, np.array([1, 2]), {"lwa": digits})
+    figures.save_digits(path, images, np.array([1, 2]), {"lwa": digits})
     content = json.loads(path.read_text())
     figure = figures.plot_digits(content)
     shown = [axis.get_images()[0].get_array() for axis in figure.axes]

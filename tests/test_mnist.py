@@ -18,7 +18,8 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from experiments import data, mnist, models, protocol, recipes, report
+from experiments import mnist
+from experiments.lib import data, models, recipes, records, tables, train_and_score
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,29 +56,25 @@ def run(settings, out):
 
 def test_it_writes_rows_tables_figures_and_weights(small, tmp_path):
     rows = run(small, tmp_path)
-    assert rows == json.loads((tmp_path / "results.json").read_text())
-    assert [row["method"] for row in rows] == list(small.methods)
+    assert [row.to_json() for row in rows] == json.loads((tmp_path / "results.json").read_text())
+    assert [row.method for row in rows] == list(small.methods)
     for row in rows:
-        assert row.keys() >= {
-            "experiment", "network", "method", "seed", "eps", "norm", "n", "columns",
-            "train_seconds", "epochs", "versions", "device", "settings",
-        }  # fmt: skip
-        assert (row["n"], row["eps"], row["norm"], row["network"]) == (100, 1.5, "l2", "12x11")
-        assert row["columns"].keys() >= set(report.LABELS)
-        assert all(0 <= value <= 1 for value in row["columns"].values())
-        assert row["columns"]["pgd"] <= row["columns"]["adv_loss"] + 0.02
-        assert row["curves"]["adv_loss"][0] == row["columns"]["validation"]
-        assert [epoch.keys() >= {"validation", "adv_loss", "loss"} for epoch in row["history"]] == [
+        assert (row.n, row.eps, row.norm, row.network) == (100, 1.5, "l2", "12x11")
+        assert row.columns.keys() >= set(tables.LABELS)
+        assert all(0 <= value <= 1 for value in row.columns.values())
+        assert row.columns["pgd"] <= row.columns["adv_loss"] + 0.02
+        assert row.curves["adv_loss"][0] == row.columns["validation"]
+        assert [epoch.keys() >= {"validation", "adv_loss", "loss"} for epoch in row.history] == [
             True, True,
         ]  # fmt: skip
-        assert row["history"][-1]["validation"] == row["columns"]["validation"]
-        assert row["history"][-1]["adv_loss"] == row["columns"]["adv_loss"]
-        for counted in row["counts"].values():
+        assert row.history[-1]["validation"] == row.columns["validation"]
+        assert row.history[-1]["adv_loss"] == row.columns["adv_loss"]
+        for counted in row.counts.values():
             assert counted["nonfinite"] == counted["invalid"] == 0
             assert counted["max_norm"] == pytest.approx(1.5, rel=1e-6)
-        stored = load_file(tmp_path / row["method"] / "params.safetensors")
+        stored = load_file(tmp_path / row.method / "params.safetensors")
         assert stored["params/hidden_0/kernel"].shape == (784, 12)
-    assert rows[0]["columns"]["validation"] > 0.9  # it learnt, in 30 steps
+    assert rows[0].columns["validation"] > 0.9  # it learnt, in 30 steps
     for name in ("accuracy_vs_eps.png", "learning_curves.png", "adversarial_digits.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
@@ -96,7 +93,7 @@ def test_what_was_scored_is_kept_until_a_run_comes_to_it(small, tmp_path, monkey
     small = dataclasses.replace(small, methods=("normal", "lwa"))
     before = run(small, tmp_path)
     scored = []
-    score = protocol.score
+    score = train_and_score.score
 
     def counting(net, *args):
         scored.append(net)
@@ -104,10 +101,10 @@ def test_what_was_scored_is_kept_until_a_run_comes_to_it(small, tmp_path, monkey
             raise KeyboardInterrupt
         return score(net, *args)
 
-    monkeypatch.setattr(protocol, "score", counting)
+    monkeypatch.setattr(train_and_score, "score", counting)
     with pytest.raises(KeyboardInterrupt):
         run(dataclasses.replace(small, pgd_steps=4), tmp_path)  # all is to be scored anew
-    assert json.loads((tmp_path / "results.json").read_text()) == before
+    assert records.load(tmp_path / "results.json", records.TableRow) == before
     assert run(small, tmp_path) == before
     assert len(scored) == 1
 
@@ -115,7 +112,7 @@ def test_what_was_scored_is_kept_until_a_run_comes_to_it(small, tmp_path, monkey
 def test_each_seed_is_a_row_and_has_its_weights(small, tmp_path):
     small = dataclasses.replace(small, methods=("lwa",), seed=(4, 5))
     rows = run(small, tmp_path)
-    assert [row["seed"] for row in rows] == [4, 5]
+    assert [row.seed for row in rows] == [4, 5]
     first, second = (
         load_file(tmp_path / "lwa" / name)["params/logits/kernel"]
         for name in ("params.safetensors", "seed_5/params.safetensors")
@@ -129,7 +126,7 @@ def test_held_out_images_are_scored_without_touching_the_test_images(small, tmp_
     monkeypatch.setattr(data, "mnist", lambda: data.Dataset(*digits(300, 0), *empty, data.DIGITS))
     small = dataclasses.replace(small, methods=("normal",), holdout=90)
     (row,) = run(small, tmp_path)
-    assert row["n"] == 90
+    assert row.n == 90
 
 
 def test_another_setting_in_the_same_folder_is_an_error(small, tmp_path):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import models
-from experiments.models import Classifier, function, init, lenet, mlp, train_function, vgg
+from experiments.lib import models
+from experiments.lib.models import Classifier, function, init, lenet, mlp, train_function, vgg
 from jaxadv import losses, perturb
 
 X = jnp.asarray(np.random.default_rng(0).random((5, 4, 3, 1)), jnp.float32)

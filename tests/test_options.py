@@ -13,7 +13,7 @@ import jax
 import pytest
 
 import experiments
-from experiments import data, options
+from experiments.lib import data, options
 
 ROOT = Path(__file__).resolve().parents[1]
 NET = str(ROOT / "experiments" / "results" / "mnist_mlp" / "lwa" / "params.safetensors")
@@ -21,7 +21,8 @@ NET = str(ROOT / "experiments" / "results" / "mnist_mlp" / "lwa" / "params.safet
 # What has no default.
 NEEDED = {
     "experiments.train": {"data": "mnist", "eps": 0.5},
-    "experiments.evaluate": {"net": NET},
+    "experiments.lib.evaluation": {"net": NET},
+    "experiments.lib.problems": {"net": NET},
     "experiments.reference": {"net": NET},
     "experiments.board": {"record": "mnist_mlp"},
     "experiments.known": {"folder": Path()},

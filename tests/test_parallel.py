@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import parallel
+from experiments.lib import parallel
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 9  # of 12 steps

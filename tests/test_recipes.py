@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import recipes
-from experiments.models import function, init, mlp
-from experiments.recipes import MultiStep, OneStep
+from experiments.lib import recipes
+from experiments.lib.models import function, init, mlp
+from experiments.lib.recipes import MultiStep, OneStep
 from jaxadv import attack, norms, objectives, perturb, train
 
 KEY = jax.random.key(0)
@@ -90,7 +90,7 @@ def test_the_average_is_the_result_where_there_is_one():
     params, x, y = problem()
     for average in (0.0, 0.9):
         method = MultiStep((6, 5), 2, 0.1, eps=0.7, steps=1, average=average)
-        tx = recipes.optimiser(method, 5)
+        tx = recipes.optimiser(method, 5, recipes.Optimiser())
         state = train.init(params, tx, key=KEY)
         step = train.make_step(recipes.make_objective(NET, method, 5), tx)
         for _ in range(3):
@@ -243,7 +243,7 @@ def test_a_rate_that_rises_for_all_of_the_training_is_refused():
 
 def test_an_epoch_without_a_step_is_refused():
     with pytest.raises(ValueError, match=r"at least one step in an epoch.*smaller --batch-size"):
-        recipes.optimiser(recipes.Method((6, 5), 2, 0.1), 0)
+        recipes.optimiser(recipes.Method((6, 5), 2, 0.1), 0, recipes.Optimiser())
 
 
 @pytest.mark.parametrize("changes", [{"objective": "mixed"}, {"adversary": "alpha"}])

@@ -1,16 +1,15 @@
 """What must hold of the library's attacks on trained nets, here those of the records."""
 
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import data, models, report
+from experiments.lib import data, models, weights
+from experiments.lib.records import RESULTS
 from jaxadv import attack, evaluate, perturb
 
-RESULTS = Path(report.__file__).parent / "results"
 ITERATED = {
     "pgd": partial(attack.pgd, steps=10, random_start=True),
     "apgd": partial(attack.apgd, steps=10),
@@ -27,11 +26,11 @@ ITERATED = {
     ("record", "names"), [("mnist_mlp", list(ITERATED)), ("mnist_lenet", ["pgd", "apgd"])]
 )
 def test_trained_nets_hardly_feel_the_batch_size(record, names):
-    params = report.load_params(RESULTS / record / "lwa" / "params.safetensors")
+    params = weights.load(RESULTS / record / "lwa" / "params.safetensors")
     apply_fn = models.function(models.recognised(params, (28, 28, 1)))
     images = data.mnist()
     n = 500
-    x, y = data.scale_mnist(images.test_images[:n]), images.test_labels[:n]
+    x, y = data.MNIST.inputs(images.test_images[:n]), images.test_labels[:n]
     kwargs = {"eps": 1.5, "key": jax.random.key(0), "bounds": (0.0, 1.0)}
     for method in (perturb.loss, perturb.alpha):
         many, few = (
@@ -55,10 +54,10 @@ def test_trained_nets_hardly_feel_the_batch_size(record, names):
 
 def checked(net, scale, **kwargs):
     """The flags of a recorded MLP with its logits scaled, by name."""
-    params = report.load_params(RESULTS / "mnist_mlp" / net / "params.safetensors")
+    params = weights.load(RESULTS / "mnist_mlp" / net / "params.safetensors")
     apply_fn = models.function(models.recognised(params, (28, 28, 1)))
     images = data.mnist()
-    x, y = data.scale_mnist(images.test_images[:100]), images.test_labels[:100]
+    x, y = data.MNIST.inputs(images.test_images[:100]), images.test_labels[:100]
     result = evaluate.check(
         lambda params, x: scale * apply_fn(params, x),
         params, x, y, key=jax.random.key(0), **kwargs,

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from rows import robust_row, table_row
 
-from experiments import report, summary
+from experiments import summary
+from experiments.lib import records, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (summary.RESULTS / "README.md").read_text()
@@ -18,21 +20,13 @@ def test_the_tables_are_the_records():
 
 
 def test_what_is_printed_stands_above_ours_and_the_boards_figures_beside(monkeypatch, tmp_path):
-    columns = dict.fromkeys(report.LABELS, 0.5)
-    rows = [{"method": "lwa", "eps": eps, "columns": columns} for eps in (0.5, 0.25)]
-    rows = [{"experiment": "cifar10", **row} for row in rows]
+    columns = dict.fromkeys(tables.LABELS, 0.5)
+    rows = [table_row(experiment="cifar10", eps=eps, columns=columns) for eps in (0.5, 0.25)]
     (tmp_path / "cifar10").mkdir()
-    report.save_rows(tmp_path / "cifar10" / "results.json", rows)
-    full = {
-        "experiment": "evaluate",
-        "method": "cifar10/lwa",
-        "norm": "l2",
-        "eps": 0.5,
-        "attack": "standard",
-        "n": 9,
-    }
+    records.save(tmp_path / "cifar10" / "results.json", rows)
+    full = robust_row(method="cifar10/lwa", eps=0.5, n=9, columns={"clean": 1.0, "robust": 0.4})
     (tmp_path / "board").mkdir()
-    report.save_rows(tmp_path / "board" / "results.json", [{**full, "columns": {"robust": 0.4}}])
+    records.save(tmp_path / "board" / "results.json", [full])
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     text = "a\n<!-- table cifar10 -->\nold\n<!-- end -->\nb\n<!-- table none -->\n<!-- end -->\n"
     lines = summary.fill(text).splitlines()
@@ -51,42 +45,15 @@ def test_what_is_printed_stands_above_ours_and_the_boards_figures_beside(monkeyp
     assert summary.fill("\n".join(lines)) == "\n".join(lines)
 
 
-def test_the_published_ensemble_and_ours_stand_beside_each_other():
-    def row(seed, robust, seconds, attack="apgd-t", eps=1.5):
-        return {
-            "method": "mnist_mlp/lwa", "norm": "l2", "eps": eps, "n": 9, "attack": attack,
-            "seed": seed, "columns": {"robust": robust}, "seconds": seconds,
-        }  # fmt: skip
-
-    published = [row(1, 0.6, 20.0), row(0, 0.5, 10.0), row(0, 0.1, 1.0, attack="square")]
-    ours = [row(0, 0.51, 4.0), row(1, 0.61, 6.0), row(0, 0.9, 1.0, eps=2.0)]
-    assert summary.comparison(ours, published)[2:] == [
-        "| mnist_mlp/lwa | l2 1.5 | APGD-T | 0.5500 ± 0.0707 | 0.5600 ± 0.0707 | +0.0100 | 10 | 4 |"
-    ]
-
-
 def test_ways_of_training_by_one_step_stand_beside_what_autoattack_leaves(monkeypatch, tmp_path):
     columns = {"validation": 0.99, "adv_loss": 0.95, "pgd": 0.7}
-    row = {
-        "experiment": "remedies",
-        "method": "four",
-        "seed": 0,
-        "eps": 1.5,
-        "epochs": 2,
-        "train_seconds": 10.0,
-    }
-    left = {
-        "experiment": "evaluate",
-        "method": "four, seed 0",
-        "eps": 1.5,
-        "n": 5,
-        "attack": "standard",
-    }
+    row = table_row(method="four", epochs=2, train_seconds=10.0, columns=columns)
+    left = robust_row(method="four, seed 0", n=5, columns={"clean": 1.0, "robust": 0.6})
     (tmp_path / "remedies" / "autoattack").mkdir(parents=True)
-    report.save_rows(tmp_path / "remedies" / "results.json", [{**row, "columns": columns}])
-    report.save_rows(
+    records.save(tmp_path / "remedies" / "results.json", [row])
+    records.save(
         tmp_path / "remedies" / "autoattack" / "results.json",
-        [{**left, "columns": {"robust": 0.6}}],
+        [left],
     )
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     _, _, _, line, _ = summary.fill("<!-- table remedies -->\n<!-- end -->").splitlines()

@@ -20,7 +20,8 @@ from flax import linen as nn
 from PIL import Image
 from rich.console import Console
 
-from experiments import data, evaluate, models, options, recipes, report, train, training
+from experiments import train
+from experiments.lib import data, models, options, problems, recipes, records, training
 from jaxadv import evaluate as measured
 
 SIDE = 12
@@ -75,13 +76,13 @@ def trained(folder, tmp_path_factory):
 
 def test_a_folder_of_images_makes_a_robust_net(trained):
     out, rows = trained
-    assert [row["attack"] for row in rows] == ["one-step", "pgd"]
-    assert json.loads((out / "results.json").read_text()) == rows
+    assert [row.attack for row in rows] == ["one-step", "pgd"]
+    assert json.loads((out / "results.json").read_text()) == [row.to_json() for row in rows]
     for row in rows:
-        assert row["n"] == 20
-        assert row["columns"]["clean"] == 1
-        assert row["columns"]["robust"] > 0.8
-        assert row["interval"][0] < row["columns"]["robust"] <= row["interval"][1]
+        assert row.n == 20
+        assert row.columns["clean"] == 1
+        assert row.columns["robust"] > 0.8
+        assert row.interval[0] < row.columns["robust"] <= row.interval[1]
     history = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
     assert [entry["epoch"] for entry in history] == ["1", "2", "3"]
     assert float(history[2]["loss"]) < float(history[0]["loss"])
@@ -90,11 +91,11 @@ def test_a_folder_of_images_makes_a_robust_net(trained):
 
 def test_what_it_saves_is_what_was_scored(folder, trained):
     out, rows = trained
-    problem = evaluate.load(
-        evaluate.Settings(net=str(out / "params.safetensors"), data=str(folder), n=20)
+    problem = problems.load(
+        problems.Settings(net=str(out / "params.safetensors"), data=str(folder), n=20)
     )
     clean = problem.apply_fn(problem.params, jnp.asarray(problem.x)).argmax(1) == problem.y
-    assert clean.mean() == rows[0]["columns"]["clean"]
+    assert clean.mean() == rows[0].columns["clean"]
 
 
 def test_it_scores_the_images_that_evaluate_takes(folder, tmp_path, monkeypatch):
@@ -110,8 +111,8 @@ def test_it_scores_the_images_that_evaluate_takes(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(data, "mnist", lambda: few)
     for name in (str(folder), "mnist"):
         run(name, tmp_path / Path(name).name, epochs=1, n_eval=7, attacks=())
-        problem = evaluate.load(
-            evaluate.Settings(
+        problem = problems.load(
+            problems.Settings(
                 net=str(tmp_path / Path(name).name / "params.safetensors"), data=name, n=7
             )
         )
@@ -147,9 +148,9 @@ def test_the_rate_rises_for_all_epochs_but_the_last_at_most(folder, tmp_path, mo
     asked = []
     optimiser = recipes.optimiser
 
-    def asking(*args, lr_warmup, **kwargs):
-        asked.append(lr_warmup)
-        return optimiser(*args, lr_warmup=lr_warmup, **kwargs)
+    def asking(recipe, epoch_steps, settings):
+        asked.append(settings.lr_warmup)
+        return optimiser(recipe, epoch_steps, settings)
 
     monkeypatch.setattr(recipes, "optimiser", asking)
     for epochs in (1, 2, 3):
@@ -158,29 +159,26 @@ def test_the_rate_rises_for_all_epochs_but_the_last_at_most(folder, tmp_path, mo
 
 
 def test_images_attacked_by_blocks_fare_as_they_do_together(folder, trained, tmp_path, monkeypatch):
-    problem = evaluate.load(
-        evaluate.Settings(net=str(trained[0] / "params.safetensors"), data=str(folder), n=20)
+    problem = problems.load(
+        problems.Settings(net=str(trained[0] / "params.safetensors"), data=str(folder), n=20)
     )
     own = settings(folder, tmp_path, eps=2.6)
-    attack_and_score = train.evaluate.attack_and_score
+    attack_and_score = measured.attack_and_score
     fared, keys = [], []
 
     def handed(*args, key, **kwargs):
         keys[-1].append(jax.random.key_data(key))
         return attack_and_score(*args, key=key, **kwargs)
 
-    monkeypatch.setattr(train.evaluate, "attack_and_score", handed)
+    monkeypatch.setattr(measured, "attack_and_score", handed)
     for block in (8, 250):
         monkeypatch.setattr(train, "_BLOCK", block)
         keys.append([])
         with training.bars(Console(file=io.StringIO())) as progress:
-            clean, robust = train.attacked(
-                "square", evaluate.methods("square", "l2"), own, problem.apply_fn, problem.params,
-                problem.x, problem.y, jax.random.key(1), None, progress,
-            )  # fmt: skip
+            found = train.attacked("square", own, problem, jax.random.key(1), None, progress)
             assert progress.tasks[0].completed == 20
-        assert clean.all()
-        fared.append(robust)
+        assert found.clean.all()
+        fared.append(found.robust)
     assert 0 < fared[0].sum() < 20
     np.testing.assert_array_equal(*fared)
     assert [len(of_run) for of_run in keys] == [3, 1]
@@ -210,7 +208,9 @@ def test_an_attack_that_has_run_isnt_run_again(folder, trained, tmp_path, monkey
     more = run(folder, tmp_path / "again", attacks=("fmn", "pgd"))
     assert ran == ["fmn"]
     assert more[1] == rows[1]
-    kept = {row["attack"] for row in report.load_rows(tmp_path / "again" / "results.json")}
+    kept = {
+        row.attack for row in records.load(tmp_path / "again" / "results.json", records.TrainRow)
+    }
     assert kept == {"one-step", "pgd", "fmn"}
 
 
@@ -237,8 +237,8 @@ def test_a_trained_net_is_attacked_anew_and_not_trained_anew(
     history = (tmp_path / "history.csv").read_bytes()
     monkeypatch.setattr(train.training.train, "make_epoch", lambda *_: pytest.fail)
     (row,) = run(folder, tmp_path, attacks=("one-step",), **then)
-    assert (row["n"], row["settings"]["eps"]) == (n, eps)
-    assert report.load_rows(tmp_path / "results.json") == [row]
+    assert (row.n, row.settings["eps"]) == (n, eps)
+    assert records.load(tmp_path / "results.json", records.TrainRow) == [row]
     assert (tmp_path / "params.safetensors").read_bytes() == weights
     assert (tmp_path / "history.csv").read_bytes() == history
 
@@ -253,7 +253,7 @@ def test_results_without_an_attack_are_an_error_before_training(folder, tmp_path
     monkeypatch.setattr(data, "named", pytest.fail)
     (tmp_path / "results.json").write_text("[{}]")
     with pytest.raises(
-        options.UsageError, match=r"with attack in .*results.json, .*; move it away"
+        options.UsageError, match=r"in .*results.json, got some without experiment; move it away"
     ):
         run(folder, tmp_path, attacks=("one-step",))
 
@@ -262,7 +262,7 @@ def test_it_goes_on_where_it_was(folder, trained, tmp_path):
     _, rows = trained
     run(folder, tmp_path, attacks=())
     again = run(folder, tmp_path)
-    assert [row["columns"] for row in again] == [row["columns"] for row in rows]
+    assert [row.columns for row in again] == [row.columns for row in rows]
     with pytest.raises(ValueError, match=r"lr: '0\.1' then, '0\.2' now.*choose another --out"):
         run(folder, tmp_path, lr=0.2)
 
@@ -280,7 +280,7 @@ def test_it_goes_on_where_it_was(folder, trained, tmp_path):
 def test_every_method_trains(folder, tmp_path, changes):
     rows = run(folder, tmp_path, attacks=("one-step",), **changes)
     # Mirrored, the two classes are one.
-    assert rows[0]["columns"]["clean"] > (0.3 if changes.get("mirror") else 0.9)
+    assert rows[0].columns["clean"] > (0.3 if changes.get("mirror") else 0.9)
 
 
 class Own(nn.Module):
@@ -299,7 +299,7 @@ class Normalised(Own):
 
 def test_a_net_of_ones_own(folder, tmp_path):
     rows = run(folder, tmp_path, net=f"{__name__}:Own", widths=(), attacks=("one-step",))
-    assert rows[0]["columns"]["clean"] > 0.9
+    assert rows[0].columns["clean"] > 0.9
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_other_images_are_an_error(folder, trained, tmp_path):
     ("net", "message"),
     [
         ("resnet", r"expected --net to be mlp, lenet, vgg, or a function.*got 'resnet'"),
-        (f"{__name__}:missing", r"missing.*; name it from the folder"),
+        (f"{__name__}:missing", r"function missing in a module .*; name it"),
         ("builtins:int", r"to return a flax.linen module, got int; for other nets write the loop"),
         (f"{__name__}:Normalised", r"only variables are params, got .*batch_stats"),
     ],

@@ -9,7 +9,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from experiments import options, training
+from experiments.lib import options, training
 from jaxadv import objectives, perturb
 
 N, D, K = 70, 5, 3

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import evaluate, models, peers, timing
-from experiments.benchmarks.common import ROOT, Call, Figures, Settings, has_peers, ratio
-from experiments.timing import in_turn
+from experiments.benchmarks.common import Call, Figures, Settings, ratio
+from experiments.compare import libraries
+from experiments.lib import models, problems, timing
+from experiments.lib.timing import in_turn
 from jaxadv import attack, perturb
-
-__all__ = ["METHODS", "run"]
 
 METHODS: Mapping[str, tuple[Any, int]] = {  # with passes over the net's products, if fixed
     "Adv_Loss": (partial(perturb.loss, eps=1.5), 2),
@@ -42,8 +41,7 @@ def run(settings: Settings) -> Figures:
     """Time perturbations of test images against their floors and against other libraries."""
     found: Figures = []
     for name in ("mlp", "lenet"):
-        weights = ROOT / "experiments" / "results" / f"mnist_{name}" / "lwa" / "params.safetensors"
-        problem = evaluate.load(evaluate.Settings(net=str(weights), n=settings.n))
+        problem = problems.recorded(f"mnist_{name}/lwa", settings.n)
         x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
         net = models.recognised(problem.params, x.shape[1:])
         # DeepFool of a net of convolutions takes some libraries many minutes for 1,000 images.
@@ -56,17 +54,16 @@ def run(settings: Settings) -> Figures:
             compiled = jax.jit(partial(perturbation, problem.apply_fn))
             calls[method] = partial(compiled, problem.params, x[:n], y[:n])
         of_peers: dict[str, dict[str, Call]] = {}
-        tasks: tuple[peers.Task, ...] = ("one step", "PGD-40", "DeepFool") if has_peers() else ()
-        for task in tasks:
+        for task in libraries.TASKS if libraries.installed() else ():
             n = counts[task]
-            of_peers[task] = peers.attacks(
+            of_peers[task] = libraries.attacks(
                 problem.params, problem.x[:n], problem.y[:n], eps=1.5, task=task
             )
             calls |= {f"{task}, {peer}": call for peer, call in of_peers[task].items()}
         rate = {"rate": timing.matrix_products()}
         rounds = max(settings.rounds // 3, 1)
         times = in_turn(calls | rate, rounds, seconds=settings.seconds)
-        forward = sum(timing.flops(net, x.shape[1:])) / (2 * 2048**3 / times["rate"])
+        forward = sum(timing.flops(net, problem.params, x[:1])) / (2 * 2048**3 / times["rate"])
         for method, (_, passes) in METHODS.items():
             n = counts[method]
             for library in ("jaxadv", *of_peers.get(method, {})):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,28 +20,10 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from experiments import models, parallel, report
-from experiments.models import Classifier, function
-from experiments.options import Checked, Count, OutputFolder, Several, Size
+from experiments.lib import models, parallel, records
+from experiments.lib.models import Classifier, function
+from experiments.lib.options import Checked, Count, OutputFolder, Several, Size
 from jaxadv import attack, objectives, perturb, train
-
-__all__ = [
-    "PARTS",
-    "ROOT",
-    "Call",
-    "Figures",
-    "Part",
-    "Settings",
-    "child",
-    "has_peers",
-    "in_child",
-    "make_net",
-    "milliseconds",
-    "ratio",
-    "some_images",
-    "step_objectives",
-    "training_calls",
-]
 
 Part = Literal["steps", "loops", "attacks", "growth", "devices", "starts"]
 NetName = Literal["mlp", "lenet", "vgg-0.25", "vgg-0.5", "vgg-1"]
@@ -83,12 +64,6 @@ def ratio(of: Any, to: Any) -> list[float]:
 def milliseconds(times: Any) -> float:
     """Return the median of times in seconds."""
     return float(np.median(times) * 1e3)
-
-
-def has_peers() -> bool:
-    """Say whether the libraries to compare with are installed."""
-    modules = "torch", "foolbox", "torchattacks", "cleverhans", "art"
-    return all(map(importlib.util.find_spec, modules))
 
 
 def make_net(name: str) -> tuple[Classifier, tuple[int, ...]]:
@@ -170,8 +145,8 @@ def in_child(part: Part, settings: Settings, *, devices: int) -> Figures:
     environment = {"JAX_NUM_CPU_DEVICES": str(devices)}
     with tempfile.TemporaryDirectory() as folder:
         child([*arguments, "--out", folder], environment, parse=False)
-        (row,) = report.load_rows(Path(folder) / "results.json")
-        return list(row["figures"])
+        (row,) = records.load(Path(folder) / "results.json", records.BenchmarkRow)
+        return row.figures
 
 
 def child(arguments: list[str], environment: Mapping[str, str], *, parse: bool = True) -> Any:

@@ -8,33 +8,23 @@ import jax
 import numpy as np
 import optax
 
-from experiments import models, parallel
-from experiments.benchmarks.common import (
-    Call,
-    Figures,
-    Settings,
-    in_child,
-    milliseconds,
-    ratio,
-    some_images,
-)
-from experiments.models import function, init
-from experiments.timing import in_turn
+from experiments.benchmarks import common
+from experiments.lib import models, parallel
+from experiments.lib.models import function, init
+from experiments.lib.timing import in_turn
 from jaxadv import objectives, perturb, train
 
-__all__ = ["run"]
 
-
-def run(settings: Settings) -> Figures:
+def run(settings: common.Settings) -> common.Figures:
     """Time LWA's step, of one batch over more and more devices."""
     if jax.device_count() == 1 and jax.default_backend() == "cpu":
-        return in_child("devices", settings, devices=8)
+        return common.in_child("devices", settings, devices=8)
     net, tx = models.mlp((500, 500)), optax.sgd(0.1, momentum=0.9)
-    x, y = some_images(1024, (28, 28, 1))
+    x, y = common.some_images(1024, (28, 28, 1))
     params = init(net, jax.random.key(0), x)
     step = train.make_step(objectives.adversarial(function(net), perturb.loss, eps=1.5), tx)
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= jax.device_count()]
-    calls: dict[str, Call] = {}
+    calls: dict[str, common.Call] = {}
     losses: dict[int, list[float]] = {}
     states: dict[int, train.TrainState] = {}
     for n in counts:
@@ -55,8 +45,8 @@ def run(settings: Settings) -> Figures:
     return [
         {
             "devices": n,
-            "ms a step of 1,024 images": milliseconds(times[str(n)]),
-            "speed-up": ratio(times["1"], times[str(n)]),
+            "ms a step of 1,024 images": common.milliseconds(times[str(n)]),
+            "speed-up": common.ratio(times["1"], times[str(n)]),
             "steps compared": shared,
             "greatest difference of loss": float(np.abs(alone - losses[n][:shared]).max()),
         }

@@ -9,13 +9,11 @@ from typing import Any
 
 import jax
 
-from experiments import models
 from experiments.benchmarks.common import Call, Figures, Settings, milliseconds, some_images
-from experiments.models import Classifier, function, init
-from experiments.timing import in_turn
+from experiments.lib import models
+from experiments.lib.models import Classifier, function, init
+from experiments.lib.timing import in_turn
 from jaxadv import attack, perturb
-
-__all__ = ["measured", "run"]
 
 
 def measured(calls: Mapping[str, tuple[Any, int]], settings: Settings) -> dict[str, dict[str, Any]]:

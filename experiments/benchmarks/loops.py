@@ -9,19 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from experiments.benchmarks.common import (
-    Figures,
-    Settings,
-    milliseconds,
-    ratio,
-    some_images,
-    training_calls,
-)
-from experiments.models import init
-from experiments.timing import in_turn
+from experiments.benchmarks import common
+from experiments.lib.models import init
+from experiments.lib.timing import in_turn
 from jaxadv import attack, objectives, perturb
-
-__all__ = ["run"]
 
 
 class PlainNet(nn.Module):
@@ -35,14 +26,14 @@ class PlainNet(nn.Module):
         return nn.Dense(10)(nn.relu(nn.Dense(128)(x.reshape(len(x), -1))))
 
 
-def run(settings: Settings) -> Figures:
+def run(settings: common.Settings) -> common.Figures:
     """Time the library's loops over a user's convolutions against loops in Python."""
     net = PlainNet()
 
     def apply_fn(params: Any, x: jax.Array, /) -> Any:
         return net.apply(params, x)
 
-    x, _ = some_images(settings.batch_size, (28, 28, 1))
+    x, _ = common.some_images(settings.batch_size, (28, 28, 1))
     x = 0.5 + 1e-4 * x  # in a box so narrow that no attack succeeds, and all iterations are made
     params = init(net, jax.random.key(0), x)
     y = apply_fn(params, x).argmax(-1).astype(jnp.int32)
@@ -52,7 +43,7 @@ def run(settings: Settings) -> Figures:
         "LWA": objectives.adversarial(apply_fn, perturb.loss, eps=1.5),
         "LWA, Adv_Alpha": objectives.adversarial(apply_fn, perturb.alpha, eps=1.5),
     }
-    calls = training_calls(kinds, params, x, y, n)
+    calls = common.training_calls(kinds, params, x, y, n)
     one_step = {  # with the passes of an iteration of the attack, and no loop
         "PGD": partial(perturb.loss, eps=1e-4),
         "APGD": partial(perturb.loss, eps=1e-4),
@@ -70,9 +61,9 @@ def run(settings: Settings) -> Figures:
     return [
         {
             "loop": f"{'make_epoch, ' if name in kinds else 'attack: '}{name}",
-            "ms, an iteration": milliseconds(times[f"{name}, epoch"] / n),
-            "outside, ms": milliseconds(times[f"{name}, step"]),
-            "outside / inside": ratio(times[f"{name}, step"], times[f"{name}, epoch"] / n),
+            "ms, an iteration": common.milliseconds(times[f"{name}, epoch"] / n),
+            "outside, ms": common.milliseconds(times[f"{name}, step"]),
+            "outside / inside": common.ratio(times[f"{name}, step"], times[f"{name}, epoch"] / n),
         }
         for name in (*kinds, *attacks_)
     ]

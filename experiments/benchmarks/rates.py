@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,12 +12,10 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from experiments import models, timing
 from experiments.benchmarks import common
+from experiments.lib import models, timing
 from jaxadv import attack, perturb
-from jaxadv.types import Params, PerturbFn
-
-__all__ = ["ResNet", "flops", "run"]
+from jaxadv.types import PerturbFn
 
 STEPS = {"plain, step": 3, "LWA, step": 5}
 """Passes over the net's products of each step."""
@@ -141,7 +138,7 @@ def run(*, quick: bool, done: Callable[..., bool]) -> Iterator[dict[str, Any]]:
             for name, (method, n, passes) in load.attacks.items():
                 compiled = jax.jit(partial(method, apply_fn))
                 calls[name] = partial(compiled, params, x[:n], y[:n]), n, passes
-            forward = flops(net, params, x[:1])
+            forward = sum(timing.flops(net, params, x[:1]))
             for name, (call, n, passes) in calls.items():
                 identity = {"net": load.name, "dtype": dtype, "call": name, "images": n}
                 if not done(**identity):
@@ -159,18 +156,3 @@ def run(*, quick: bool, done: Callable[..., bool]) -> Iterator[dict[str, Any]]:
                         "TFLOP/s of products": float(np.median(rate)) / 1e12,
                         "share": common.ratio(passes * n * forward / rate, times[""]),
                     }
-
-
-def flops(net: nn.Module, params: Params, x: jax.Array) -> int:
-    """Return the operations of the products of a pass forward for one image."""
-
-    def layers(params: Params, x: jax.Array) -> Any:
-        return net.apply(params, x, capture_intermediates=True)[1]["intermediates"]
-
-    outputs = jax.eval_shape(layers, params, x)
-    count = 0
-    for name, layer in params["params"].items():
-        if "kernel" in layer:  # each of its entries serves every place of the output
-            places = math.prod(outputs[name]["__call__"][0].shape[1:-1])
-            count += 2 * places * math.prod(layer["kernel"].shape)
-    return count

@@ -12,33 +12,23 @@ from typing import Any
 import jax
 import optax
 
+from experiments.benchmarks import common
 from experiments.benchmarks.attacks import METHODS
-from experiments.benchmarks.common import (
-    ROOT,
-    Figures,
-    Settings,
-    child,
-    make_net,
-    some_images,
-    step_objectives,
-)
-from experiments.models import function, init
+from experiments.lib.models import function, init
 from jaxadv import train
 
-__all__ = ["run"]
 
-
-def run(settings: Settings) -> Figures:
+def run(settings: common.Settings) -> common.Figures:
     """Time the compilation of steps and attacks, and two starts of an experiment."""
-    found: Figures = []
+    found: common.Figures = []
     for name in ("mlp", "lenet"):
-        net, shape = make_net(name)
-        x, y = some_images(settings.batch_size, shape)
+        net, shape = common.make_net(name)
+        x, y = common.some_images(settings.batch_size, shape)
         params = init(net, jax.random.key(0), x)
         tx = optax.sgd(1e-3, momentum=0.9)
         state = train.init(params, tx, key=jax.random.key(1))
         programs: dict[str, Callable[[], Any]] = {}
-        for kind, objective in step_objectives(net, all_kinds=True).items():
+        for kind, objective in common.step_objectives(net, all_kinds=True).items():
             step: Any = train.make_step(objective, tx)
             programs[f"step: {kind}"] = partial(step.lower, state, (x, y))
         for kind, (method, _) in METHODS.items():
@@ -84,8 +74,11 @@ print(json.dumps(seconds))
 
 
 def _quick(folder: Path, name: str) -> dict[str, Any]:
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "PYTHONPATH": str(ROOT)}
-    seconds = child(["-c", QUICK, str(folder / name)], environment)
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "PYTHONPATH": str(common.ROOT),
+    }
+    seconds = common.child(["-c", QUICK, str(folder / name)], environment)
     return {
         "to compile": round(seconds["compile"], 2),
         "seconds in all": round(seconds["all"], 2),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,31 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import parallel, peers, report, timing
-from experiments.benchmarks.common import (
-    Call,
-    Figures,
-    Settings,
-    has_peers,
-    in_child,
-    make_net,
-    milliseconds,
-    ratio,
-    some_images,
-    step_objectives,
-    training_calls,
-)
-from experiments.models import Classifier, init
-from experiments.timing import in_turn
-
-__all__ = ["counted", "floors", "products", "run"]
+from experiments.benchmarks import common
+from experiments.compare import libraries, pytorch
+from experiments.lib import parallel, records, timing
+from experiments.lib.models import Classifier, init
+from experiments.lib.timing import in_turn
 
 LARGE = ("vgg-0.5", "vgg-1")  # whose steps take seconds
 # So many that what a call does once, as getting memory, is spread as in a real epoch.
 EPOCH_STEPS = {"mlp": 20, "lenet": 20, "vgg-0.25": 10, "vgg-0.5": 10, "vgg-1": 5}
 
 
-def products(net: Classifier, n_inputs: int, batch: int) -> dict[str, Call]:
+def products(net: Classifier, n_inputs: int, batch: int) -> dict[str, common.Call]:
     """Return one compiled matrix product for each kind and layer of a dense net."""
     sizes = (n_inputs, *net.dense, net.classes)
     rng = np.random.default_rng(0)
@@ -46,7 +33,7 @@ def products(net: Classifier, n_inputs: int, batch: int) -> dict[str, Call]:
     dot = jax.jit(jnp.matmul)
     left_transposed = jax.jit(lambda a, b: a.T @ b)
     right_transposed = jax.jit(lambda a, b: a @ b.T)
-    calls: dict[str, Call] = {}
+    calls: dict[str, common.Call] = {}
     for layer, (i, o) in enumerate(itertools.pairwise(sizes)):
         w, h, g = array(i, o), array(batch, i), array(batch, o)
         gs = array((net.classes - 1) * batch, o)
@@ -79,40 +66,41 @@ def floors(seconds: Mapping[str, Any], layers: int, split: int) -> dict[str, Any
     }
 
 
-def counted(net: Classifier, shape: tuple[int, ...], batch: int, rate: Any) -> dict[str, Any]:
+def counted(flops: Sequence[int], classes: int, batch: int, rate: Any) -> dict[str, Any]:
     """Return the time of each product, as `products` names them, at a rate of operations."""
     seconds = {}
-    for layer, count in enumerate(timing.flops(net, shape)):
+    for layer, count in enumerate(flops):
         for kind in ("forward", "weights", "input"):
             seconds[f"{kind} {layer}"] = count * batch / rate
-        seconds[f"inputs {layer}"] = (net.classes - 1) * count * batch / rate
+        seconds[f"inputs {layer}"] = (classes - 1) * count * batch / rate
     return seconds
 
 
-def run(settings: Settings) -> Figures:
+def run(settings: common.Settings) -> common.Figures:
     """Time training steps against their floors, and against PyTorch's."""
-    found: Figures = []
+    found: common.Figures = []
     several = jax.device_count() > 1
     for name in settings.nets:
-        net, shape = make_net(name)
+        net, shape = common.make_net(name)
         large = name in LARGE
         epoch_steps = EPOCH_STEPS[name]
-        x, y = some_images(settings.batch_size, shape)
+        x, y = common.some_images(settings.batch_size, shape)
         params = init(net, jax.random.key(0), x)
-        kinds = step_objectives(net, all_kinds=not large and not several)
+        kinds = common.step_objectives(net, all_kinds=not large and not several)
         mesh = parallel.mesh(parallel.Devices(), len(x))
-        calls = training_calls(kinds, params, x, y, epoch_steps, mesh)
+        calls = common.training_calls(kinds, params, x, y, epoch_steps, mesh)
         calls["rate"] = timing.matrix_products()
         if not net.blocks:
             calls |= products(net, int(np.prod(shape)), len(x))
-        theirs = {"plain": None, "LWA": 1.5} if has_peers() else {}
+        theirs = {"plain": None, "LWA": 1.5} if libraries.installed() else {}
         for kind, eps in theirs.items():
-            calls[f"{kind}, PyTorch"] = peers.training(params, *map(np.asarray, (x, y)), eps=eps)
+            calls[f"{kind}, PyTorch"] = pytorch.training(params, *map(np.asarray, (x, y)), eps=eps)
         rounds = settings.rounds // 3 if name.startswith("vgg") else settings.rounds
         times = in_turn(calls, max(rounds, 1), seconds=settings.seconds)
         rate = 2 * 2048**3 / times["rate"]
-        seconds = times if not net.blocks else counted(net, shape, len(x), rate)
-        floor = floors(seconds, len(timing.flops(net, shape)), net.split)
+        flops = timing.flops(net, params, x[:1])
+        seconds = times if not net.blocks else counted(flops, net.classes, len(x), rate)
+        floor = floors(seconds, len(flops), net.split)
         for kind, way in itertools.product(kinds, ("step", "epoch")):
             taken = times[f"{kind}, {way}"] / (epoch_steps if way == "epoch" else 1)
             figure = {
@@ -120,14 +108,14 @@ def run(settings: Settings) -> Figures:
                 "objective": kind,
                 "called": "by itself" if way == "step" else "in an epoch",
                 "devices": mesh.size if mesh else 1,
-                "ms": milliseconds(taken),
-                "floor ms": milliseconds(floor[kind]),
-                "floor / time": ratio(floor[kind], taken),
+                "ms": common.milliseconds(taken),
+                "floor ms": common.milliseconds(floor[kind]),
+                "floor / time": common.ratio(floor[kind], taken),
             }
             if kind in theirs:
-                figure["PyTorch ms"] = milliseconds(times[f"{kind}, PyTorch"])
-                figure["PyTorch / time"] = ratio(times[f"{kind}, PyTorch"], taken)
+                figure["PyTorch ms"] = common.milliseconds(times[f"{kind}, PyTorch"])
+                figure["PyTorch / time"] = common.ratio(times[f"{kind}, PyTorch"], taken)
             found.append(figure)
-    if jax.default_backend() == "cpu" and not several and report.cores() > 1:
-        found += in_child("steps", settings, devices=report.cores())
+    if jax.default_backend() == "cpu" and not several and records.cores() > 1:
+        found += common.in_child("steps", settings, devices=records.cores())
     return found

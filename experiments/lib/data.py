@@ -38,32 +38,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import options
+from experiments.lib import options
 
-__all__ = [
-    "CIFAR10",
-    "DIGITS",
-    "ORIGINALS",
-    "Dataset",
-    "Interface",
-    "cache_directory",
-    "cifar10",
-    "cifar10_crops",
-    "composed",
-    "describe",
-    "fingerprint",
-    "from_tfds",
-    "image_folder",
-    "mnist",
-    "mnist_originals",
-    "named",
-    "save_cifar10_crops",
-    "scale_cifar10",
-    "scale_mnist",
-    "split",
-]
-
-ORIGINALS = Path(__file__).resolve().parent / "data"
+ORIGINALS = Path(__file__).resolve().parents[1] / "data"
 DIGITS = tuple("0123456789")
 """MNIST's classes."""
 CIFAR10 = (
@@ -75,6 +52,10 @@ _READING = 2
 """Raised when a folder's files are read as other pixels than before: what is cached is old then."""
 _CROPS = ORIGINALS / "cifar10_crops.npz"
 _CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_CIFAR10_ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+
+Examples = Iterator[tuple[Any, Any]]
+"""Pillow images and their labels."""
 
 
 class Dataset(NamedTuple):
@@ -111,6 +92,46 @@ class Interface(NamedTuple):
     subtract: float
     divide: float
     crop: int | None = None
+
+    def inputs(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Returns the middle of images as the net takes it: cropped to the shape, and scaled.
+
+        Args:
+            pixels: [n, H, W, C] uint8, with H and W at least those of the shape.
+
+        Raises:
+            TypeError: pixels aren't uint8; scaling scaled ones again would go unnoticed.
+            ValueError: pixels have another number of axes.
+        """
+        if pixels.dtype != np.uint8:
+            raise TypeError(
+                f"expected uint8 pixels, got {pixels.dtype}; pass them as a `Dataset` has them"
+            )
+        if pixels.ndim != 4:
+            raise ValueError(
+                f"expected images of shape [n, H, W, C], got {list(pixels.shape)}; for a single "
+                "image, pass images[i : i + 1]"
+            )
+        top, left = (
+            (whole - part) // 2
+            for whole, part in zip(pixels.shape[1:3], self.shape[:2], strict=True)
+        )
+        middle = pixels[:, top : top + self.shape[0], left : left + self.shape[1]]
+        return (np.asarray(middle, np.float32) - np.float32(self.subtract)) / np.float32(
+            self.divide
+        )
+
+
+MNIST = Interface(DIGITS, (28, 28, 1), subtract=0, divide=256)
+"""Pixels divided by 256, into the range [0, .996] of the paper's Section 7."""
+WHOLE = Interface((), (), subtract=0, divide=255)
+"""Whole images, with pixels divided by 255."""
+CIFAR10_CROPS = Interface(CIFAR10, (28, 28, 3), subtract=117, divide=256, crop=28)
+"""The middle 28x28 pixels less 117, divided by 256, into [-.457, .539], as Section 7 has it.
+
+The paper says (-1, 1), which is the range of its released code, (pixel - 128) / 128: there an l2
+size of .5 is one of .25 on this scale.
+"""
 
 
 def named(name: str) -> Dataset:
@@ -201,8 +222,7 @@ def save_cifar10_crops(folder: str | os.PathLike[str], path: Path = _CROPS) -> N
         path: where to write.
     """
     images = image_folder(folder)
-    n = len(images.test_labels)
-    chosen = split(n, n, seed=0)[1][:1000]
+    chosen = order("cifar10", len(images.test_labels))[:1000]
     crops = images.test_images[chosen][:, 2:30, 2:30]
     np.savez_compressed(path, images=crops, labels=images.test_labels[chosen])
 
@@ -371,59 +391,6 @@ def fingerprint(images: Dataset) -> str:
     return f"crc32 {checksum:08x}"
 
 
-def scale_mnist(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Pixels divided by 256, into the range [0, .996] of the paper's Section 7.
-
-    Args:
-        images: [n, 28, 28, 1] uint8.
-
-    Returns:
-        [n, 28, 28, 1] float32.
-
-    Raises:
-        TypeError: images aren't uint8; dividing scaled ones again would go unnoticed.
-        ValueError: images aren't [n, 28, 28, 1].
-    """
-    if images.dtype != np.uint8:
-        raise TypeError(
-            f"expected uint8 images, got {images.dtype}; pass the pixels as `mnist` returns them"
-        )
-    if images.ndim != 4 or images.shape[1:] != (28, 28, 1):
-        raise ValueError(
-            f"expected images of shape [n, 28, 28, 1], got {list(images.shape)}; "
-            "for a single image, pass images[i : i + 1]"
-        )
-    return np.asarray(images, np.float32) / np.float32(256)
-
-
-def scale_cifar10(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Pixels less 117, divided by 256, into the range [-.457, .539], as Section 7 has it.
-
-    The paper says (-1, 1), which is the range of its released code, (pixel - 128) / 128: there an
-    l2 size of .5 is one of .25 on the scale of this function.
-
-    Args:
-        images: [n, H, W, 3] uint8.
-
-    Returns:
-        [n, H, W, 3] float32.
-
-    Raises:
-        TypeError: images aren't uint8.
-        ValueError: images aren't [n, H, W, 3].
-    """
-    if images.dtype != np.uint8:
-        raise TypeError(
-            f"expected uint8 images, got {images.dtype}; pass the pixels as `cifar10` returns them"
-        )
-    if images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(
-            f"expected images of shape [n, H, W, 3], got {list(images.shape)}; "
-            "convert them to RGB, all of one size"
-        )
-    return (np.asarray(images, np.float32) - np.float32(117)) / np.float32(256)
-
-
 def split(n: int, holdout: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draws which of n training examples are held out, for every choice made before the test.
 
@@ -440,8 +407,22 @@ def split(n: int, holdout: int, seed: int) -> tuple[NDArray[np.int64], NDArray[n
     """
     if not 0 <= holdout <= n:
         raise ValueError(f"expected holdout in 0..{n}, got {holdout}; hold out fewer examples")
-    order = np.random.default_rng(seed).permutation(n)
-    return order[holdout:], order[:holdout]
+    drawn = np.random.default_rng(seed).permutation(n)
+    return drawn[holdout:], drawn[:holdout]
+
+
+def order(name: str, n: int) -> NDArray[np.int64]:
+    """The order in which the n test images of a set are taken, the first ones when not all.
+
+    Args:
+        name: of the set. A folder's images come class by class: theirs is drawn once and for all.
+            MNIST's have no order, and everybody takes its first ones.
+        n: how many there are.
+
+    Returns:
+        Indices [n].
+    """
+    return np.arange(n) if name == "mnist" else split(n, n, seed=0)[1]
 
 
 # The array cache.
@@ -531,45 +512,19 @@ def _prepare_mnist(directory: Path) -> _Arrays:
     stock = tfds.image_classification.MNIST
     _check_originals(stock.url_infos.values())
 
-    with tfds.core.registered.skip_registration():
-
-        class Mnist(tfds.core.GeneratorBasedBuilder):
-            """The stock builder's layout, without TensorFlow and in the order of the originals."""
-
-            VERSION = stock.VERSION
-
-            def _info(self) -> Any:
-                return tfds.core.DatasetInfo(
-                    builder=self,
-                    description="The MNIST database of handwritten digits.",
-                    features=tfds.features.FeaturesDict(
-                        {
-                            "image": tfds.features.Image(shape=(28, 28, 1)),
-                            "label": tfds.features.ClassLabel(num_classes=10),
-                        }
-                    ),
-                    supervised_keys=("image", "label"),
-                    disable_shuffling=True,
-                )
-
-            def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
-                def examples(prefix: str) -> Iterator[tuple[int, Any]]:
-                    names = f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"
-                    # A URL is only the key of a checksum: the file is found in manual_dir.
-                    return self._generate_examples(
-                        *dl_manager.download([stock.URL + n for n in names])
-                    )
-
-                return {"train": examples("train"), "test": examples("t10k")}
-
-            def _generate_examples(self, images: Any, labels: Any) -> Iterator[tuple[int, Any]]:
-                for i, (image, digit) in enumerate(zip(_idx(images), _idx(labels), strict=True)):
-                    yield i, {"image": Image.fromarray(image[..., 0]), "label": int(digit)}
+    def parts(dl_manager: Any) -> Iterator[tuple[str, Examples]]:
+        for part, prefix in (("train", "train"), ("test", "t10k")):
+            names = f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"
+            # A URL is only the key of a checksum: the file is found in manual_dir.
+            images, labels = map(_idx, dl_manager.download([stock.URL + n for n in names]))
+            yield part, zip((Image.fromarray(x[..., 0]) for x in images), labels, strict=True)
 
     config = tfds.download.DownloadConfig(
         manual_dir=ORIGINALS, force_checksums_validation=True, try_download_gcs=False
     )
-    return _through_records(Mnist, directory, config)
+    return _through_records(
+        _builder_of("mnist", stock.VERSION, (28, 28, 1), 10, parts), directory, config
+    )
 
 
 def _prepare_cifar10(directory: Path) -> _Arrays:
@@ -577,44 +532,25 @@ def _prepare_cifar10(directory: Path) -> _Arrays:
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    with tfds.core.registered.skip_registration():
+    stock = tfds.image_classification.Cifar10
 
-        class Cifar10(tfds.image_classification.Cifar10):
-            """The stock builder without TensorFlow, in the order of the originals."""
+    def examples(files: Iterable[Path]) -> Examples:
+        # A record is a label of one byte and the planes of red, green and blue.
+        for file in files:
+            for record in np.fromfile(file, np.uint8).reshape(-1, 1 + 3 * 32 * 32):
+                pixels = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
+                yield Image.fromarray(np.ascontiguousarray(pixels)), record[0]
 
-            name = "cifar10"
-
-            def _info(self) -> Any:
-                info = super()._info()
-                return tfds.core.DatasetInfo(
-                    builder=self,
-                    description=info.description,
-                    features=info.features,
-                    supervised_keys=info.supervised_keys,
-                    disable_shuffling=True,
-                )
-
-            def _generate_examples(
-                self, split_prefix: str, filepaths: Iterable[str]
-            ) -> Iterator[tuple[int, Any]]:
-                # A record is a label of one byte and the planes of red, green and blue.
-                files = [
-                    np.fromfile(path, np.uint8).reshape(-1, 1 + 3 * 32 * 32) for path in filepaths
-                ]
-                for i, record in enumerate(np.concatenate(files)):
-                    pixels = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
-                    yield (
-                        i,
-                        {
-                            "id": f"{split_prefix}{i:05d}",
-                            "image": Image.fromarray(pixels),
-                            "label": int(record[0]),
-                        },
-                    )
+    def parts(dl_manager: Any) -> Iterator[tuple[str, Examples]]:
+        place = Path(dl_manager.download_and_extract(_CIFAR10_ARCHIVE)) / "cifar-10-batches-bin"
+        yield "train", examples(place / f"data_batch_{i}.bin" for i in range(1, 6))
+        yield "test", examples([place / "test_batch.bin"])
 
     config = tfds.download.DownloadConfig(force_checksums_validation=True, try_download_gcs=False)
     try:
-        return _through_records(Cifar10, directory, config)
+        return _through_records(
+            _builder_of("cifar10", stock.VERSION, (32, 32, 3), 10, parts), directory, config
+        )
     except Exception as error:  # of a dozen kinds, by what went wrong on the way
         raise OSError(
             f"expected to download CIFAR-10 from {_CIFAR10_PAGE}, got {type(error).__name__}: "
@@ -630,46 +566,72 @@ def _prepare_folder(directory: Path, files: Mapping[str, Mapping[str, list[Path]
     grey = all(_decoded(path).mode == "L" for path in _paths(files))
     width, height = size = _decoded(first).size
 
+    def examples(classes: Mapping[str, list[Path]]) -> Examples:
+        labelled = ((i, path) for i, paths in enumerate(classes.values()) for path in paths)
+        for label, path in labelled:
+            image = _decoded(path)
+            if image.size != size:
+                raise options.UsageError(
+                    f"expected images of one size, {width}x{height} as {first} has, got "
+                    f"{image.width}x{image.height} in {path}; resize or remove it"
+                )
+            yield image if grey else image.convert("RGB"), label
+
+    def parts(dl_manager: Any) -> Iterator[tuple[str, Examples]]:
+        return ((part, examples(classes)) for part, classes in files.items())
+
+    shape = (height, width, 1 if grey else 3)
+    version = tfds.core.Version("1.0.0")
+    builder = _builder_of("image_folder", version, shape, len(files["train"]), parts)
+    return _through_records(builder, directory, tfds.download.DownloadConfig())
+
+
+def _builder_of(
+    called: str,
+    version: Any,
+    shape: tuple[int, ...],
+    n_classes: int,
+    parts: Callable[[Any], Iterable[tuple[str, Examples]]],
+) -> Any:
+    """A builder without TensorFlow, of images in the order of their files.
+
+    Args:
+        called: its name.
+        version: of the data.
+        shape: of the images.
+        n_classes: how many classes they have.
+        parts: from a download manager to the examples of each part, by its name.
+    """
+    import tensorflow_datasets as tfds
+
     with tfds.core.registered.skip_registration():
 
-        class ImageFolder(tfds.core.GeneratorBasedBuilder):
-            """What tfds.ImageFolder reads, as records."""
+        class Images(tfds.core.GeneratorBasedBuilder):
+            """Images with labels."""
 
-            VERSION = tfds.core.Version("1.0.0")
+            name = called
+            VERSION = version
 
             def _info(self) -> Any:
+                features = {
+                    "image": tfds.features.Image(shape=shape),
+                    "label": tfds.features.ClassLabel(num_classes=n_classes),
+                }
                 return tfds.core.DatasetInfo(
                     builder=self,
-                    description="Images in one folder for each class.",
-                    features=tfds.features.FeaturesDict(
-                        {
-                            "image": tfds.features.Image(shape=(height, width, 1 if grey else 3)),
-                            "label": tfds.features.ClassLabel(num_classes=len(files["train"])),
-                        }
-                    ),
-                    supervised_keys=("image", "label"),
+                    features=tfds.features.FeaturesDict(features),
                     disable_shuffling=True,
                 )
 
             def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
-                return {part: self._generate_examples(classes) for part, classes in files.items()}
+                found = parts(dl_manager)
+                return {part: self._generate_examples(examples) for part, examples in found}
 
-            def _generate_examples(
-                self, classes: Mapping[str, list[Path]]
-            ) -> Iterator[tuple[int, Any]]:
-                examples = (
-                    (path, label) for label, paths in enumerate(classes.values()) for path in paths
-                )
-                for i, (path, label) in enumerate(examples):
-                    image = _decoded(path)
-                    if image.size != size:
-                        raise options.UsageError(
-                            f"expected images of one size, {width}x{height} as {first} has, got "
-                            f"{image.width}x{image.height} in {path}; resize or remove it"
-                        )
-                    yield i, {"image": image if grey else image.convert("RGB"), "label": label}
+            def _generate_examples(self, examples: Examples) -> Iterator[tuple[int, Any]]:
+                for i, (image, label) in enumerate(examples):
+                    yield i, {"image": image, "label": int(label)}
 
-    return _through_records(ImageFolder, directory, tfds.download.DownloadConfig())
+    return Images
 
 
 def _image_files(folder: Path) -> dict[str, dict[str, list[Path]]]:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from rows import table_row
 
-from experiments import data, options, protocol, recipes, report, training
-from experiments.models import mlp
-from experiments.recipes import MultiStep
+from experiments.lib import data, options, recipes, records, train_and_score, training, weights
+from experiments.lib.models import mlp
+from experiments.lib.recipes import MultiStep
 
 NET = mlp((6, 5))
 SQUARES = data.Interface(data.DIGITS, (6, 6, 1), subtract=0, divide=1)
@@ -21,43 +22,43 @@ SQUARES = data.Interface(data.DIGITS, (6, 6, 1), subtract=0, divide=1)
 
 def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
     x, y = jax.random.uniform(jax.random.key(2), (40, 6, 6, 1)), jnp.arange(40) % 10
-    images = protocol.Images(x, y)
+    images = train_and_score.Images(x, y)
     trained = []
     for shift in (0, 1):
         method = MultiStep((6, 5), 1, 0.1, eps=0.7, steps=1, shift=shift)
-        task = protocol.Task(
+        task = train_and_score.Task(
             "test", {"lwa_noisy": method}, method, {}, lambda _: NET, lambda _: "6x5", images,
             images, "squares", SQUARES,
         )  # fmt: skip
-        settings = protocol.Settings(out=tmp_path / str(shift), batch_size=10, eval_batch=20)
+        settings = train_and_score.Settings(out=tmp_path / str(shift), batch_size=10, eval_batch=20)
         with training.bars(Console(file=io.StringIO())) as progress:
-            net = protocol.train("lwa_noisy", method, 0, settings, task, progress)
+            net = train_and_score.train("lwa_noisy", method, 0, settings, task, progress)
         trained.append(jax.tree.leaves(net.params)[-1])
     assert not np.array_equal(*trained)
 
 
 def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, monkeypatch):
     x, y = jax.random.uniform(jax.random.key(2), (40, 6, 6, 1)), jnp.arange(40) % 10
-    images = protocol.Images(x, y)
+    images = train_and_score.Images(x, y)
     method = recipes.Method((6, 5), 1, 0.1)
-    task = protocol.Task(
+    task = train_and_score.Task(
         "test", {}, method, {}, lambda _: NET, lambda _: "6x5", images, images, "squares", SQUARES
     )
-    settings = protocol.Settings(out=tmp_path, batch_size=10, eval_batch=20)
+    settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20)
     trained = []
-    train = protocol.train
+    train = train_and_score.train
 
     def counted(name, method, seed, *others):
         trained.append(seed)
         return train(name, method, seed, *others)
 
-    monkeypatch.setattr(protocol, "train", counted)
+    monkeypatch.setattr(train_and_score, "train", counted)
 
     def fixed(**changes):
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
         with training.bars(Console(file=io.StringIO())) as progress:
             changed = dataclasses.replace(settings, **changes)
-            return protocol._make_fixed(changed, task, progress)[1.5].r
+            return train_and_score._make_fixed(changed, task, progress)[1.5].r
 
     first, again = fixed(), fixed()
     assert trained == [1000]
@@ -66,9 +67,9 @@ def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, m
     fixed(fixed_seed=7, batch_size=20)
     assert trained == [1000, 7, 7]
     path = tmp_path / "fixed" / "params.safetensors"
-    params = report.load_params(path)
+    params = weights.load(path)
     del params["params"]["logits"]["bias"]
-    report.save_params(path, params, made=report.made(path))
+    weights.save(path, params, made=weights.made(path))
     with pytest.raises(ValueError, match=r"no params/logits/bias, which should be \[10\]"):
         fixed(fixed_seed=7, batch_size=20)
 
@@ -76,73 +77,77 @@ def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, m
 def test_a_record_has_the_rows_of_earlier_runs_that_were_scored_alike(tmp_path):
     def row(method, seed=0, eps=1.5, run=1, **scored):
         settings = {"data": "squares", "holdout": 0, "n_eval": 10, "epochs": run, **scored}
-        return {"method": method, "seed": seed, "eps": eps, "settings": settings}
+        return table_row(method=method, seed=seed, eps=eps, settings=settings)
 
     others = [row("lwa", run=2), row("normal", seed=1), row("normal", eps=1.0)]
     elsewhere = [row("dropout", n_eval=9), row("dropout", data="circles"), row("dropout", n_pgd=1)]
     # A table has the mean of a method's seeds.
     otherwise = [row("normal", seed=2, run=2), row("lwa", seed=1)]
     rows = [row("normal")]
-    assert protocol.record(tmp_path, rows) == rows
+    assert train_and_score.record(tmp_path, rows) == rows
     known = [row("normal", run=3), *elsewhere, *others, *otherwise]
-    report.save_rows(tmp_path / "results.json", known)
-    assert protocol.record(tmp_path, rows) == [*rows, *others]
+    records.save(tmp_path / "results.json", known)
+    assert train_and_score.record(tmp_path, rows) == [*rows, *others]
 
 
 def test_what_is_scored_is_what_is_stored(tmp_path):
     x, y = jax.random.uniform(jax.random.key(2), (40, 6, 6, 1)), jnp.arange(40) % 10
-    images = protocol.Images(x, y)
+    images = train_and_score.Images(x, y)
     method = recipes.Method((6, 5), 1, 0.1)
-    task = protocol.Task(
+    task = train_and_score.Task(
         "test", {"normal": method}, method, {}, lambda _: NET, lambda _: "6x5", images, images,
         "squares", SQUARES, stored=jnp.float16,
     )  # fmt: skip
-    settings = protocol.Settings(out=tmp_path, batch_size=10, eval_batch=20, pgd_steps=2)
-    (row,), nets = protocol.run(settings, task, Console(file=io.StringIO()))
-    assert row["settings"]["weights"] == "float16"
+    settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20, pgd_steps=2)
+    (row,), nets = train_and_score.run(settings, task, Console(file=io.StringIO()))
+    assert row.settings["weights"] == "float16"
     for name in ("normal", "fixed"):
         path = tmp_path / name / "params.safetensors"
-        stored = jax.tree.leaves(report.load_params(path))
+        stored = jax.tree.leaves(weights.load(path))
         assert {leaf.dtype for leaf in stored} == {jnp.dtype(jnp.float16)}
     chex.assert_trees_all_equal(
         nets["normal"].params,
-        report.load_params(tmp_path / "normal" / "params.safetensors", jnp.float32),
+        weights.load(tmp_path / "normal" / "params.safetensors", jnp.float32),
         strict=True,
     )
     # And the Fixed set is the same where its net is read.
     with training.bars(Console(file=io.StringIO())) as progress:
-        read = protocol._make_fixed(settings, task, progress)[1.5]
-    assert read.accuracy == row["columns"]["fixed_source"]
+        read = train_and_score._make_fixed(settings, task, progress)[1.5]
+    assert read.accuracy == row.columns["fixed_source"]
 
 
 def test_nets_in_another_precision_are_called_so():
-    task = protocol.Task(
+    task = train_and_score.Task(
         experiment="", methods={}, normal=recipes.Method((4,), 1, 0.1), names={}, source="",
         interface=SQUARES,
         make_net=lambda method: mlp(method.widths), network=lambda method: "4",
-        train=protocol.Images(None, None), test=protocol.Images(None, None),
+        train=train_and_score.Images(None, None), test=train_and_score.Images(None, None),
     )  # fmt: skip
-    low = protocol.in_precision(task, "bfloat16")
+    low = train_and_score.in_precision(task, "bfloat16")
     assert low.network(task.normal) == "4, bfloat16"
     assert low.make_net(task.normal).dtype == jnp.bfloat16
-    assert protocol.in_precision(task, "float32") is task
+    assert train_and_score.in_precision(task, "float32") is task
 
 
 def test_a_net_that_is_split_above_its_layers_is_refused_before_any_is_trained(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(protocol, "train", pytest.fail)
-    images = protocol.Images(jnp.zeros((40, 6, 6, 1)), jnp.arange(40) % 10)
+    monkeypatch.setattr(train_and_score, "train", pytest.fail)
+    images = train_and_score.Images(jnp.zeros((40, 6, 6, 1)), jnp.arange(40) % 10)
     method = recipes.Method((), 1, 0.1)
-    task = protocol.Task(
+    task = train_and_score.Task(
         "test", {"lwa_rep": method}, method, {}, lambda method: mlp(method.widths, split=1),
         lambda _: "none", images, images, "squares", SQUARES,
     )  # fmt: skip
     with pytest.raises(options.UsageError, match=r"at least 1 blocks .*, got 0; .*--.*\.widths"):
-        protocol.run(protocol.Settings(out=tmp_path), task, Console(file=io.StringIO()))
+        train_and_score.run(
+            train_and_score.Settings(out=tmp_path), task, Console(file=io.StringIO())
+        )
 
 
 def test_rows_of_another_command_in_the_folder_are_an_error(tmp_path):
-    report.save_rows(tmp_path / "results.json", [{"experiment": "benchmark", "part": "steps"}])
-    with pytest.raises(options.UsageError, match=r"rows with method, seed, .*without method; move"):
-        protocol.record(tmp_path, [])
+    records.save(tmp_path / "results.json", [{"experiment": "benchmark", "part": "steps"}])
+    with pytest.raises(
+        options.UsageError, match=r"of the same command in .*, got some without network; move"
+    ):
+        train_and_score.record(tmp_path, [])

@@ -28,11 +28,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments import options, parallel
+from experiments.lib import options, parallel
 from jaxadv import train
 from jaxadv.types import Objective, Params
-
-__all__ = ["Fitted", "bars", "fit"]
 
 _CHUNK = 50  # steps between two updates of the progress bar
 

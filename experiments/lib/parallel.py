@@ -25,10 +25,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from experiments import data, options
-from experiments.options import Checked, Count, Whole
-
-__all__ = ["Devices", "Settings", "first_process", "mesh", "replicate", "spread", "start"]
+from experiments.lib import data, options
+from experiments.lib.options import Checked, Count, Whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,23 +21,8 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import ArrayLike
 
-from experiments import options
+from experiments.lib import options
 from jaxadv.types import ApplyFn, Params, TrainFn
-
-__all__ = [
-    "Classifier",
-    "Conv",
-    "by_path",
-    "check",
-    "describe",
-    "function",
-    "init",
-    "lenet",
-    "mlp",
-    "recognised",
-    "train_function",
-    "vgg",
-]
 
 _LARGE = 5
 """Side of the kernels that windows are faster for than XLA's convolution, over few channels."""

@@ -6,7 +6,7 @@ A recipe is a `Method`, or one of its kinds:
 - `MultiStep` and `OneStep`, which are `Robust`: nets that are to withstand iterated attacks.
 
 `make_objective`, `optimiser` and `result` make of it what `jaxadv.train` takes, and take from the
-last state what is to be scored. `protocol` trains and scores nets by these.
+last state what is to be scored. `train_and_score` trains and scores nets by these.
 """
 
 from __future__ import annotations
@@ -20,33 +20,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import options
-from experiments.models import Classifier, function, train_function
-from experiments.options import Count, Positive, Range, Size, Whole
+from experiments.lib import options
+from experiments.lib.models import Classifier, function, train_function
+from experiments.lib.options import Count, Positive, Range, Share, Size, Whole
 from jaxadv import attack, losses, norms, objectives, perturb
 from jaxadv.train import TrainState
-from jaxadv.types import ApplyFn, Bounds, Objective, Params, PerturbFn, Schedule, TrainFn
-
-__all__ = [
-    "NAMES",
-    "Adversarial",
-    "Method",
-    "MethodName",
-    "MultiStep",
-    "OneStep",
-    "PaperMethod",
-    "Robust",
-    "aligned",
-    "augmented",
-    "averaging",
-    "check",
-    "make_objective",
-    "one_step",
-    "optimiser",
-    "result",
-    "shifted",
-    "split_of",
-]
+from jaxadv.types import ApplyFn, Bounds, Norm, Objective, Params, PerturbFn, Schedule, TrainFn
 
 PaperMethod = Literal["normal", "dropout", "goodfellow", "lwa", "lwa_rep"]
 MethodName = PaperMethod | Literal["lwa_noisy", "lwa_multi", "trades"]
@@ -61,6 +40,7 @@ NAMES: dict[str, str] = {
     "trades": "TRADES",
 }
 
+ObjectiveName = Literal["adversarial", "mixed", "virtual", "representation"]
 ADVERSARIES: dict[str, PerturbFn] = {
     "alpha": perturb.alpha,
     "loss": perturb.loss,
@@ -87,7 +67,7 @@ class Method:
 class Adversarial(Method):
     """How a net that has an adversary is made."""
 
-    objective: Literal["adversarial", "mixed", "virtual", "representation"] = "adversarial"
+    objective: ObjectiveName = "adversarial"
     """Which objective of jaxadv.objectives."""
     adversary: Literal["alpha", "loss", "loss_sign", "virtual"] = "loss"
     """Which perturbation of jaxadv.perturb."""
@@ -103,7 +83,7 @@ class Adversarial(Method):
 class Robust(Adversarial):
     """How a net is made that is to withstand iterated attacks: not in the paper."""
 
-    average: Annotated[float, Range(ge=0, le=1)] = 0.0
+    average: Share = 0.0
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
     shift: Whole = 0
     """Pixels by which training images are moved at random, at most, either way and up or down."""
@@ -146,6 +126,13 @@ class OneStep(Robust):
 def split_of(method: Method) -> dict[str, int]:
     """Return the argument that puts the split of a net elsewhere than where the paper has it."""
     return {"split": method.split} if isinstance(method, Adversarial) and method.split else {}
+
+
+def shortened(method: Method) -> Method:
+    """Return the recipe for one epoch, in which the size of the perturbations rises if it does."""
+    if isinstance(method, Adversarial) and method.warmup:
+        return dataclasses.replace(method, epochs=1, warmup=1)
+    return dataclasses.replace(method, epochs=1)
 
 
 def check(name: str, method: Method, *, lr_warmup: int) -> None:
@@ -196,61 +183,64 @@ def make_objective(
     train_fn = train_function(net) if net.dropout else None
     if not isinstance(method, Adversarial):
         return objectives.natural(apply_fn, train_fn=train_fn)
-    eps: float | Schedule = method.eps
-    if method.warmup:
-        eps = optax.linear_schedule(0, method.eps, method.warmup * epoch_steps)
-    if isinstance(method, MultiStep):
-        return _multi_step_objective(apply_fn, train_fn, method, eps, box)
-    if isinstance(method, OneStep):
-        return _one_step_objective(apply_fn, train_fn, method, eps, box)
-    adversary = ADVERSARIES[method.adversary]
+    eps = rising(method.eps, method.warmup * epoch_steps)
     if method.objective == "representation":
         return objectives.representation(
             function(net, "encode"),
             function(net, "classify"),
-            adversary,
+            ADVERSARIES[method.adversary],
             # As the authors' script has it: a net escapes an absolute size by scaling features up.
             eps=objectives.Relative(eps),
             encode_train_fn=train_function(net, "encode") if net.dropout else None,
             classify_train_fn=train_function(net, "classify") if net.dropout else None,
         )
-    make = {
-        "adversarial": objectives.adversarial,
-        "mixed": objectives.mixed,
-        "virtual": objectives.kl_regularized,
-    }[method.objective]
-    return make(apply_fn, adversary, eps=eps, train_fn=train_fn)
-
-
-def _multi_step_objective(
-    apply_fn: ApplyFn,
-    train_fn: TrainFn | None,
-    method: MultiStep,
-    eps: float | Schedule,
-    box: Bounds,
-) -> Objective:
-    if method.objective == "virtual":
-        adversary: PerturbFn = partial(attack.pgd_kl, steps=method.steps)
-        return objectives.kl_regularized(
-            apply_fn, adversary, eps=eps, weight=method.weight, train_fn=train_fn, bounds=box
-        )
-    adversary = partial(attack.pgd, steps=method.steps, random_start=method.random_start)
-    make = {"adversarial": objectives.adversarial, "mixed": objectives.mixed}[method.objective]
-    return make(apply_fn, adversary, eps=eps, train_fn=train_fn, bounds=box)
-
-
-def _one_step_objective(
-    apply_fn: ApplyFn,
-    train_fn: TrainFn | None,
-    method: OneStep,
-    eps: float | Schedule,
-    box: Bounds,
-) -> Objective:
-    adversary = partial(one_step, noise=method.noise, stride=method.stride, reach=method.reach)
-    objective = objectives.adversarial(apply_fn, adversary, eps=eps, train_fn=train_fn, bounds=box)
-    if method.alignment:
+    weight = 1.0
+    if isinstance(method, MultiStep):
+        adversary = several_steps(method.objective, method.steps, random_start=method.random_start)
+        weight = method.weight
+    elif isinstance(method, OneStep):
+        adversary = partial(one_step, noise=method.noise, stride=method.stride, reach=method.reach)
+    else:
+        adversary = ADVERSARIES[method.adversary]
+    objective = against(
+        method.objective, apply_fn, adversary, eps=eps, train_fn=train_fn, weight=weight,
+        bounds=box if isinstance(method, Robust) else None,
+    )  # fmt: skip
+    if isinstance(method, OneStep) and method.alignment:
         objective = aligned(objective, apply_fn, eps, method.alignment)
     return objective
+
+
+def against(
+    kind: ObjectiveName,
+    apply_fn: ApplyFn,
+    adversary: PerturbFn,
+    *,
+    eps: float | Schedule,
+    train_fn: TrainFn | None,
+    weight: float,
+    bounds: Bounds | None,
+) -> Objective:
+    """Return the objective of a kind on raw inputs; `weight` is that of its divergence."""
+    common: dict[str, Any] = {"eps": eps, "train_fn": train_fn, "bounds": bounds}
+    if kind == "virtual":
+        return objectives.kl_regularized(apply_fn, adversary, weight=weight, **common)
+    make = {"adversarial": objectives.adversarial, "mixed": objectives.mixed}[kind]
+    return make(apply_fn, adversary, **common)
+
+
+def several_steps(
+    kind: ObjectiveName, steps: int, *, norm: Norm = "l2", random_start: bool = True
+) -> PerturbFn:
+    """Return the adversary of several steps that goes with a kind of objective."""
+    if kind == "virtual":
+        return partial(attack.pgd_kl, norm=norm, steps=steps)
+    return partial(attack.pgd, norm=norm, steps=steps, random_start=random_start)
+
+
+def rising(eps: float, steps: int) -> float | Schedule:
+    """Return a size that rises from 0 over some steps; itself if there are none."""
+    return optax.linear_schedule(0.0, eps, steps) if steps else eps
 
 
 def one_step(
@@ -367,22 +357,27 @@ def shifted(pixels: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return shift
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimiser(options.Checked):
+    """What an experiment can be told of its optimiser."""
+
+    momentum: Annotated[float, Range(ge=0, lt=1)] = 0.9
+    """Of SGD."""
+    weight_decay: Size = 0.0
+    """Added to the gradients of the kernels, per unit of weight."""
+    lr_warmup: Whole = 0
+    """Epochs over which the learning rate rises from 0."""
+
+
 def optimiser(
-    method: Method,
-    epoch_steps: int,
-    *,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    lr_warmup: int = 0,
+    method: Method, epoch_steps: int, settings: Optimiser
 ) -> optax.GradientTransformation:
     """Return SGD with momentum, its rate by a cosine to 0.
 
     Args:
       method: whose epochs and rate.
       epoch_steps: steps of an epoch.
-      momentum: of SGD.
-      weight_decay: added to the gradients of the kernels, per unit of weight.
-      lr_warmup: epochs over which the rate rises from 0, fewer than all.
+      settings: the rest; the rate rises for fewer than all epochs.
 
     Raises:
       UsageError: if an epoch has no step.
@@ -394,12 +389,13 @@ def optimiser(
         )
     total = method.epochs * epoch_steps
     lr = optax.cosine_decay_schedule(method.lr, total)
-    if lr_warmup:
-        lr = optax.warmup_cosine_decay_schedule(0, method.lr, lr_warmup * epoch_steps, total)
-    sgd = optax.sgd(lr, momentum=momentum)
-    if weight_decay:
+    if settings.lr_warmup:
+        steps = settings.lr_warmup * epoch_steps
+        lr = optax.warmup_cosine_decay_schedule(0, method.lr, steps, total)
+    sgd = optax.sgd(lr, momentum=settings.momentum)
+    if settings.weight_decay:
         kernels = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-        sgd = optax.chain(optax.add_decayed_weights(weight_decay, kernels), sgd)
+        sgd = optax.chain(optax.add_decayed_weights(settings.weight_decay, kernels), sgd)
     if isinstance(method, Robust) and method.average:
         return optax.chain(sgd, averaging(method.average))
     return sgd

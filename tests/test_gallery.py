@@ -1,4 +1,4 @@
-"""The gallery and the questions put to other libraries: what of them needs no other library."""
+"""The gallery: what of it can be computed otherwise, and every picture."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from experiments import evaluate, features, gallery, models, peers
+from experiments import gallery
+from experiments.lib import models, problems
 
 
 def problem_of(net, n=3):
     rng = np.random.default_rng(0)
     x = 0.4 + 0.2 * rng.random((n, 2, 2, 1), np.float32)  # far from the edges of the box
     params = models.init(net, jax.random.key(0), x)
-    return evaluate.Problem(models.function(net), params, x, np.arange(n), (0.0, 1.0), {})
+    return problems.Problem(models.function(net), params, x, np.arange(n), (0.0, 1.0), {})
 
 
 def test_the_exact_direction_is_that_of_the_margin():
@@ -41,23 +42,6 @@ def test_the_moons_are_two_classes_side_by_side():
         assert np.quantile(np.abs(r - 1), 0.95) < 0.25
 
 
-def test_a_question_has_an_answer_or_an_error():
-    net = models.mlp((7,))
-    problem = problem_of(net, 6)
-    y = np.asarray(problem.apply_fn(problem.params, problem.x)).argmax(-1)
-    asked = features.questions(problem.params, problem.x, y, eps=1.0)
-    ours = {name: features.asked(question, features.by_us) for name, question in asked.items()}
-    assert ours["a size for each image"] == "yes"
-    assert ours["images one by one and together"] == "the same"
-    assert ours["one-hot labels"].startswith("TypeError: expected integer labels")
-    for name in asked:
-        if name.startswith("accuracy left"):
-            assert 0 <= float(ours[name]) <= 1
-    row = {"answers": {"q": dict.fromkeys(features.ATTACKS, "a|b")}, "versions": {"jax": "1"}}
-    text = features.as_markdown({**row, "n": 3, "eps": 1.0})
-    assert "| q | a/b | a/b |" in text
-
-
 @pytest.mark.slow
 def test_every_picture_is_drawn(tmp_path):
     settings = gallery.Settings(n=40, out=tmp_path)
@@ -66,11 +50,3 @@ def test_every_picture_is_drawn(tmp_path):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 300
             assert len(np.unique(np.asarray(picture.convert("L")))) > 50
-
-
-def test_a_library_that_is_missing_is_named_before_any_work():
-    peers.need("json")
-    with pytest.raises(
-        ModuleNotFoundError, match=r"expected json, nowhere, got no nowhere; .*help"
-    ):
-        peers.need("json", "nowhere")

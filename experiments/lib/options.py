@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import operator
 import os
 import sys
@@ -22,22 +23,6 @@ from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-
-__all__ = [
-    "Checked",
-    "Count",
-    "Distinct",
-    "Limit",
-    "OutputFolder",
-    "Positive",
-    "Range",
-    "Seed",
-    "Several",
-    "Size",
-    "UsageError",
-    "Whole",
-    "command",
-]
 
 _LARGEST = float(np.finfo(np.float32).max)  # what is computed with is float32
 
@@ -114,6 +99,8 @@ Size = Annotated[float, Range(ge=0)]
 """A number that isn't negative."""
 Positive = Annotated[float, Range(gt=0)]
 """A number above 0."""
+Share = Annotated[float, Range(ge=0, le=1)]
+"""A part of a whole."""
 Several = Annotated[tuple[T, ...], _NotEmpty(), Distinct()]
 """One or more different values."""
 OutputFolder = Annotated[Path, _Writable()]
@@ -171,6 +158,23 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
     return str(value)
+
+
+def imported(name: str) -> Any:
+    """Return the function that an option names as `module:function`.
+
+    Raises:
+      UsageError: if the module or its function isn't there.
+    """
+    module, _, function = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"expected a function {function} in a module {module}, got: {error}; name it "
+            "module:function, from the folder that the module is in"
+        ) from error
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

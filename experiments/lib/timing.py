@@ -8,6 +8,7 @@ next, or at the end: a virtual one's neighbours are in no count of its own.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,13 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 from rich.progress import track
 
-from experiments.models import Classifier
-
-__all__ = ["Quiet", "flops", "in_turn", "matrix_products"]
+from jaxadv.types import Params
 
 Call = Callable[[], Any]
 
@@ -78,29 +78,27 @@ def matrix_products(size: int = 2048, dtype: DTypeLike = jnp.float32) -> Call:
 _dot = jax.jit(jnp.matmul)
 
 
-def flops(net: Classifier, shape: tuple[int, ...]) -> list[int]:
-    """Return the operations of each layer's products for one image, in the order of the layers.
+def flops(net: nn.Module, params: Params, x: jax.Array) -> list[int]:
+    """Return the operations of each layer's products for one image, in the order of their names.
 
     A pass forward takes their sum, one back to the input the same, the gradient of the weights the
     same again; what isn't a product isn't counted.
 
     Args:
       net: whose layers.
-      shape: `[H, W, C]` of the images.
+      params: its parameters.
+      x: images.
     """
-    height, width, channels = shape
+
+    def layers(params: Params, x: jax.Array) -> Any:
+        return net.apply(params, x, capture_intermediates=True)[1]["intermediates"]
+
+    outputs = jax.eval_shape(layers, params, x)
     counts = []
-    for block in net.blocks:
-        for features in block:
-            height += 2 * net.padding - net.size + 1
-            width += 2 * net.padding - net.size + 1
-            counts.append(2 * height * width * net.size**2 * channels * features)
-            channels = features
-        height, width = height // 2, width // 2
-    inputs = height * width * channels
-    for outputs in (*net.dense, net.classes):
-        counts.append(2 * inputs * outputs)
-        inputs = outputs
+    for name, layer in sorted(params["params"].items()):
+        if "kernel" in layer:  # each of its entries serves every place of the output
+            places = math.prod(outputs[name]["__call__"][0].shape[1:-1])
+            counts.append(2 * places * math.prod(layer["kernel"].shape))
     return counts
 
 
@@ -108,7 +106,7 @@ class Quiet:
     """Says whether a run had its machine for itself.
 
     Example:
-      >>> from experiments.timing import Quiet
+      >>> from experiments.lib.timing import Quiet
       >>> quiet = Quiet()
       >>> record = quiet.report()  # after the measurements
       >>> sorted(record)[:4]

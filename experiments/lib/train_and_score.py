@@ -4,7 +4,7 @@
 returns the rows of a table, having written results.json, weights and checkpoints. Whatever of it an
 earlier run has finished is taken from there. `recipes` has how a net can be made; `mnist`,
 `cifar10`, `ablations` and `remedies` say which nets, data and settings; `training` has the loop
-over epochs, `report` what becomes of the rows.
+over epochs, `records` and `tables` what becomes of the rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,34 +25,21 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import data, models, options, parallel, recipes, report, training
-from experiments.models import Classifier, function, init
-from experiments.options import Count, OutputFolder, Range, Seed, Several, Size, Whole
-from experiments.recipes import Method
+from experiments.lib import data, models, options, parallel, recipes, records, training, weights
+from experiments.lib.models import Classifier, function, init
+from experiments.lib.options import Count, OutputFolder, Seed, Several, Size, Whole
+from experiments.lib.recipes import Method
+from experiments.lib.records import TableRow
 from jaxadv import attack, evaluate, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import ApplyFn, Bounds, Params, PerturbFn
 
-__all__ = [
-    "Images",
-    "Net",
-    "Settings",
-    "Task",
-    "hold_out",
-    "in_precision",
-    "record",
-    "run",
-    "train",
-]
-
 # What settings say of how nets are scored.
 _SCORING = ("n_eval", "n_pgd", "pgd_steps", "fixed_seed")
-# What rows of another run are told apart by.
-_FIELDS = ("method", "seed", "eps", "settings")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(parallel.Settings):
+class Settings(parallel.Settings, recipes.Optimiser):
     """What every experiment can be told; each has its own defaults."""
 
     seed: Several[Seed] = (0,)
@@ -77,12 +64,6 @@ class Settings(parallel.Settings):
     """What hidden layers compute in; parameters, logits and perturbed images are float32."""
     eval_batch: Count = 1000
     """Images perturbed at once when a net is scored."""
-    momentum: Annotated[float, Range(ge=0, lt=1)] = 0.9
-    """Of SGD."""
-    weight_decay: Size = 0.0
-    """Added to the gradients of the kernels, per unit of weight."""
-    lr_warmup: Whole = 0
-    """Epochs over which the learning rate rises from 0."""
     fixed_seed: Seed = 1000
     """Seed of the Normal net that the Fixed set is made on."""
 
@@ -105,6 +86,9 @@ class Settings(parallel.Settings):
     def nets(self) -> Mapping[str, Method]:
         """Return how each net of the table is made, by its name."""
         return {}
+
+
+Pixels = tuple[NDArray[np.uint8], NDArray[np.int32]]
 
 
 class Images(NamedTuple):
@@ -137,7 +121,7 @@ class Task(NamedTuple):
       source: where the images are from, for the record.
       interface: what the nets' inputs and logits stand for, kept with their weights.
       augment: `(key, x) -> x`, from a batch of training images to what the net is trained on.
-      extra: what else a method's rows say.
+      groups: what a method is called in each of some questions, if there are any.
       box: the range of pixels, scaled.
       stored: what weights are rounded to, before they are scored, and written as.
       mesh: the devices that batches are spread over; None for one.
@@ -154,7 +138,7 @@ class Task(NamedTuple):
     source: str
     interface: data.Interface
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    extra: Callable[[str], dict[str, Any]] = lambda name: {}
+    groups: Callable[[str], dict[str, str] | None] = lambda name: None
     box: Bounds = (0.0, 1.0)
     stored: DTypeLike = jnp.float32
     mesh: Mesh | None = None
@@ -194,13 +178,7 @@ def train(
 
     fitted = training.fit(
         objective,
-        recipes.optimiser(
-            method,
-            epoch_steps,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            lr_warmup=settings.lr_warmup,
-        ),
+        recipes.optimiser(method, epoch_steps, settings),
         init(net, init_key, np.asarray(task.test.x[:1])),
         task.train,
         epochs=method.epochs,
@@ -248,18 +226,23 @@ def row_settings(method: Method, settings: Settings, task: Task, eps: float) -> 
     }
 
 
-def hold_out(settings: Settings, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return which of n training images to train on, and which are held out.
+def parts(settings: Settings, images: data.Dataset) -> tuple[Pixels, Pixels]:
+    """Return the pixels and labels to train on, and those to score.
 
     Raises:
       UsageError: if none is left to train on.
     """
+    train = images.train_images, images.train_labels
+    if not settings.holdout:
+        return train, (images.test_images, images.test_labels)
+    n = len(images.train_labels)
     if settings.holdout >= n:
         raise options.UsageError(
             f"expected --holdout to be less than {n}, the training images there are, got "
             f"{settings.holdout}; hold out fewer"
         )
-    return data.split(n, settings.holdout, seed=0)
+    kept, held = data.split(n, settings.holdout, seed=0)
+    return (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
 
 
 def in_precision(task: Task, precision: str) -> Task:
@@ -308,7 +291,7 @@ def score(
     eps: float,
     pgd: PerturbFn,
     tick: Callable[[], None],
-) -> dict[str, Any]:
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Return the columns of one row and what was counted on the way."""
     batch_size = settings.eval_batch
     images = scored(task)
@@ -325,7 +308,7 @@ def score(
         eps=eps, batch_size=batch_size,
     ).outcome  # fmt: skip
     tick()
-    counts = {}
+    counts: dict[str, dict[str, float]] = {}
     for column, outcome in outcomes.items():
         columns[column] = evaluate.accuracy(outcome.robust)
         counts[column] = {
@@ -334,7 +317,7 @@ def score(
             "invalid": int(outcome.invalid.sum()),
             "max_norm": float(np.where(np.isfinite(outcome.norm), outcome.norm, 0).max()),
         }
-    return {"columns": columns, "counts": counts}
+    return columns, counts
 
 
 def curves(
@@ -367,14 +350,14 @@ def _fixed_net(settings: Settings, task: Task, progress: Progress) -> tuple[Appl
     """Train the net that the Fixed set is made on; or take its weights, if an earlier run did."""
     path = settings.out / "fixed" / "params.safetensors"
     made = {"seed": settings.fixed_seed, **train_settings(task.normal, settings, task)}
-    if report.made(path) == made:
-        params = _as_stored(report.load_params(path, jnp.float32), task)
+    if weights.made(path) == made:
+        params = _as_stored(weights.load(path, jnp.float32), task)
         normal = task.make_net(task.normal)
         models.check(normal, params, task.interface.shape)
         return function(normal), parallel.replicate(task.mesh, params)
     net = train("normal", task.normal, settings.fixed_seed, settings, task, progress)
     if parallel.first_process():
-        report.save_params(path, net.params, task.stored, interface=task.interface, made=made)
+        weights.save(path, net.params, task.stored, interface=task.interface, made=made)
     return net.apply_fn, net.params
 
 
@@ -391,9 +374,7 @@ def _make_fixed(settings: Settings, task: Task, progress: Progress) -> dict[floa
     return fixed
 
 
-def run(
-    settings: Settings, task: Task, console: Console
-) -> tuple[list[report.Row], dict[str, Net]]:
+def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow], dict[str, Net]]:
     """Train, attack and score; return the rows of the table, and each method's first net.
 
     Rows of other methods, seeds and sizes that the file has from an earlier run stay in it.
@@ -404,13 +385,13 @@ def run(
     _check_splits(task)
     results = settings.out / "results.json"
     settings.out.mkdir(parents=True, exist_ok=True)
-    known = report.load_rows(results, _FIELDS)
+    known = records.load(results, TableRow)
     n = len(task.test.y)
     sizes = settings.batch_size, n, min(settings.n_pgd, n)
     task = in_precision(task, settings.precision)
     task = task._replace(mesh=parallel.mesh(settings, *sizes))
     pgd = partial(attack.pgd, norm="l2", steps=settings.pgd_steps)  # one object, one compilation
-    rows: list[report.Row] = []
+    rows: list[TableRow] = []
     nets: dict[str, Net] = {}
 
     with training.bars(console) as progress:
@@ -422,45 +403,46 @@ def run(
             one_step: dict[str, np.ndarray] = {}  # these and the curves serve all sizes
             found: dict[str, list[float]] = {}
             for eps in settings.eps:
-                identity = {
+                identity: dict[str, Any] = {
                     "experiment": task.experiment,
                     "network": task.network(method),
                     "method": name,
                     "seed": seed,
                     "eps": eps,
                     "norm": "l2",
-                    "n": len(task.test.y),
+                    "n": n,
                     "settings": row_settings(method, settings, task, eps),
-                    "versions": report.versions(),
-                    "device": report.device(),
+                    **records.made_by(),
                 }
-                row = next((r for r in known if identity.items() <= r.items()), None)
+                row = records.find(known, identity)
                 if row is None:
                     total = 1 if found else 7
                     bar = progress.add_task(f"{title}: attacks", total=total, note="")
                     tick = partial(progress.advance, bar)
                     one_step = one_step or directions(net, task, settings, tick)
-                    scores = score(net, task, fixed[eps].r, one_step, settings, eps, pgd, tick)
-                    scores["columns"]["fixed_source"] = fixed[eps].accuracy
+                    columns, counts = score(
+                        net, task, fixed[eps].r, one_step, settings, eps, pgd, tick
+                    )
                     found = found or curves(net, task, one_step, settings, tick)
-                    row = {
+                    row = TableRow(
                         **identity,
-                        **task.extra(name),
-                        **scores,
-                        "n_pgd": min(settings.n_pgd, len(task.test.y)),
-                        "curves": found,
-                        "epochs": method.epochs,
-                        "train_seconds": round(net.fitted.seconds, 1),
-                        "history": net.fitted.history,
-                    }
+                        groups=task.groups(name),
+                        columns={**columns, "fixed_source": fixed[eps].accuracy},
+                        counts=counts,
+                        n_pgd=min(settings.n_pgd, n),
+                        curves=found,
+                        epochs=method.epochs,
+                        train_seconds=round(net.fitted.seconds, 1),
+                        history=net.fitted.history,
+                    )
                 rows.append(row)
                 if parallel.first_process():
-                    report.save_rows(results, rows + _others(known, rows))
+                    records.save(results, rows + _others(known, rows))
             first = seed == settings.seed[0]
             folder = settings.out / name if first else settings.out / name / f"seed_{seed}"
             if parallel.first_process():
                 path = folder / "params.safetensors"
-                report.save_params(path, net.params, task.stored, interface=task.interface)
+                weights.save(path, net.params, task.stored, interface=task.interface)
     return rows, nets
 
 
@@ -476,7 +458,7 @@ def _check_splits(task: Task) -> None:
             )
 
 
-def record(folder: Path, rows: Sequence[report.Row]) -> list[report.Row]:
+def record(folder: Path, rows: Sequence[TableRow]) -> list[TableRow]:
     """Return the rows of a run, and what earlier ones left beside them that was scored alike.
 
     Args:
@@ -489,26 +471,26 @@ def record(folder: Path, rows: Sequence[report.Row]) -> list[report.Row]:
       trained as its first, since a table has their mean.
     """
 
-    def scoring(row: report.Row) -> list[Any]:
-        return [row["settings"].get(field) for field in ("data", "holdout", *_SCORING)]
+    def scoring(row: TableRow) -> list[Any]:
+        return [row.settings.get(field) for field in ("data", "holdout", *_SCORING)]
 
-    def training(row: report.Row) -> dict[str, Any]:
+    def training(row: TableRow) -> dict[str, Any]:
         of_size = ("eps", "curve")
-        return {key: value for key, value in row["settings"].items() if key not in of_size}
+        return {key: value for key, value in row.settings.items() if key not in of_size}
 
     kept = list(rows)
-    for row in _others(report.load_rows(folder / "results.json", _FIELDS), rows):
-        first = next((other for other in kept if other["method"] == row["method"]), row)
+    for row in _others(records.load(folder / "results.json", TableRow), rows):
+        first = next((other for other in kept if other.method == row.method), row)
         if scoring(row) == scoring(rows[0]) and training(row) == training(first):
             kept.append(row)
     return kept
 
 
-def _others(known: Sequence[report.Row], rows: Sequence[report.Row]) -> list[report.Row]:
+def _others(known: Sequence[TableRow], rows: Sequence[TableRow]) -> list[TableRow]:
     """Return the known rows whose places in the table the others don't take."""
 
-    def place(row: report.Row) -> tuple[str, int, float]:
-        return row["method"], row["seed"], row["eps"]
+    def place(row: TableRow) -> tuple[str, int, float]:
+        return row.method, row.seed, row.eps
 
     taken = set(map(place, rows))
     return [row for row in known if place(row) not in taken]

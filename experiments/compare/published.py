@@ -1,0 +1,50 @@
+"""AutoAttack as its authors published it, on our nets.
+
+pip install "git+https://github.com/fra31/auto-attack@a39220048b3c9f2cca9a4d3a54604793c68eca7e"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.compare.pytorch import images
+
+
+def autoattack(
+    net: Any,
+    x: NDArray[np.float32],
+    y: NDArray[Any],
+    *,
+    eps: float,
+    norm: str = "l2",
+    attacks: Sequence[str] = (),
+    seed: int = 0,
+    batch_size: int = 250,
+    verbose: bool = False,
+) -> Any:
+    """Return what the published AutoAttack makes of images, as PyTorch has them.
+
+    Args:
+      net: in PyTorch.
+      x: images `[n, H, W, C]`.
+      y: labels `[n]`.
+      eps: size of the perturbations.
+      norm: of that size, l2 or linf.
+      attacks: which of the ensemble's members, by the standard budget; all if none is named.
+      seed: of what is drawn.
+      batch_size: images perturbed at once.
+      verbose: whether it prints what it does.
+    """
+    import torch
+    from autoattack import AutoAttack
+
+    name = {"l2": "L2", "linf": "Linf"}[norm]
+    adversary = AutoAttack(net, norm=name, eps=eps, seed=seed, device="cpu", verbose=verbose)
+    if attacks:
+        adversary.attacks_to_run = list(attacks)
+    labels = torch.from_numpy(np.asarray(y).astype(np.int64))
+    return adversary.run_standard_evaluation(images(x), labels, bs=batch_size)

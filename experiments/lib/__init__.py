@@ -1,0 +1,1 @@
+"""What the commands share: data, nets, recipes, training, attacks, records, tables, figures."""

@@ -1,0 +1,174 @@
+"""Tables of what attacks leave: nets ranked, beside the published AutoAttack, and over one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from experiments.lib import tables
+from experiments.lib.attacks import LABELS, AttackName
+from experiments.lib.recipes import NAMES
+from experiments.lib.records import AttackRow, CheckRow, PublishedRow, RobustRow, TableRow
+
+COLUMNS: tuple[AttackName, ...] = ("one-step", "pgd-100x10", "standard")
+"""The attacks of the board."""
+
+
+def figures_of(rows: Sequence[AttackRow], method: str, norm: str, eps: float) -> list[str]:
+    """Return a net's figures under PGD and AutoAttack, and how far above one step's is.
+
+    Args:
+      rows: the board's.
+      method: the net, as the rows call it.
+      norm: of the size.
+      eps: the size.
+
+    Returns:
+      PGD-100x10, AutoAttack and the difference between one step's robust accuracy and AutoAttack's
+      on the same images, the most that AutoAttack has been run on; empty where an attack hasn't.
+      PGD that has been run on other images alone says on how many, and what AutoAttack leaves of
+      these.
+    """
+    here = [
+        row
+        for row in rows
+        if isinstance(row, RobustRow)
+        and (row.method, row.norm, row.eps) == (method, norm, eps)
+        and row.attack in COLUMNS
+    ]
+    full = {row.n: row.columns["robust"] for row in here if row.attack == "standard"}
+    most = max(full or [row.n for row in here], default=0)
+    own = {row.attack: row.columns["robust"] for row in here if row.n == most}
+    one, pgd, worst = map(own.get, COLUMNS)
+    difference = "" if one is None or worst is None else f"{one - worst:.4f}"
+    cells = ["" if figure is None else f"{figure:.4f}" for figure in (pgd, worst)]
+    others = {row.n: row.columns["robust"] for row in here if row.attack == "pgd-100x10"}
+    if pgd is None and others:
+        n = max(others)
+        beside = [f" AutoAttack {full[n]:.4f}"] if n in full else []
+        cells[0] = f"{others[n]:.4f} ({','.join([f'of {n:,}', *beside])})"
+    return [*cells, difference]
+
+
+def ranked(rows: Sequence[AttackRow]) -> list[str]:
+    """Return, for each record and threat of the board, a table with the most robust net first."""
+    lines: list[str] = []
+
+    def place(row: AttackRow) -> tuple[str, str, float]:
+        return row.method.split("/")[0], row.norm, row.eps
+
+    for key in dict.fromkeys(map(place, rows)):
+        record, norm, eps = key
+        here = [row for row in rows if place(row) == key]
+        attacked = [row for row in here if isinstance(row, RobustRow)]
+        by_n = sorted(attacked, key=lambda row: row.n)  # the most images come last, and stay
+        best = {row.method: row for row in by_n if row.attack == "standard"}
+        order = sorted(best.values(), key=lambda row: -row.columns["robust"])
+        cells = []
+        for row in order:
+            same = row.method, "one-step", row.n
+            one = [r for r in attacked if (r.method, r.attack, r.n) == same]
+            pgd, full, difference = figures_of(here, row.method, norm, eps)
+            low, high = row.interval
+            name = row.method.split("/")[1]
+            cells.append([
+                NAMES.get(name, name), row.network, f"{row.n:,}", f"{row.columns['clean']:.4f}",
+                tables.mean_and_spread(one[:1], "robust"), pgd, f"**{full}**",
+                f"{low:.3f} to {high:.3f}", difference,
+            ])  # fmt: skip
+        headings = (
+            "Net", "Layers", "Images", "Clean", "One step", "PGD-100x10", "AutoAttack", "95 %",
+            "One step less AutoAttack",
+        )  # fmt: skip
+        lines += [f"## {record}: {norm} size {eps:g}", "", *tables.markdown(headings, cells), ""]
+        checks = {row.method: row.flags for row in here if isinstance(row, CheckRow)}
+        for method, flags in checks.items():
+            doubts = "; ".join(flags.values()) or "nothing to doubt was found"
+            lines.append(f"- {method.split('/')[1]}: {doubts}")
+        unchecked = [row.method.split("/")[1] for row in order if row.method not in checks]
+        if unchecked:
+            lines.append(f"- not checked: {', '.join(unchecked)}")
+        lines.append("")
+    return lines
+
+
+def beside_published(ours: Sequence[AttackRow], published: Sequence[AttackRow]) -> list[str]:
+    """Return what AutoAttack and its members leave, ours beside the published.
+
+    Args:
+      ours: rows of `evaluation`.
+      published: rows of `reference`.
+    """
+
+    def place(row: AttackRow) -> tuple[Any, ...]:
+        return row.method, row.norm, row.eps, row.n, row.attack
+
+    cells = []
+    for key in dict.fromkeys(map(place, published)):
+        theirs = [row for row in published if isinstance(row, PublishedRow) and place(row) == key]
+        own = [row for row in ours if isinstance(row, RobustRow) and place(row) == key]
+        if not theirs or not own:
+            continue
+        method, norm, eps, _, attack = key
+        difference = mean(row.columns["robust"] for row in own) - mean(
+            row.columns["robust"] for row in theirs
+        )
+        # Of the first seed: only one run can have had the machine to itself.
+        seconds = [
+            min(theirs, key=lambda row: row.seed).seconds,
+            min(own, key=lambda row: row.seed).seconds,
+        ]  # fmt: skip
+        cells.append([
+            method, f"{norm} {eps:g}", LABELS[attack], tables.mean_and_spread(theirs, "robust"),
+            tables.mean_and_spread(own, "robust"), f"{difference:+.4f}",
+            *(f"{taken:.0f}" for taken in seconds),
+        ])  # fmt: skip
+    headings = (
+        "Net", "Norm, size", "Attack", "Published", "Ours", "Difference", "Seconds, published",
+        "Ours",
+    )  # fmt: skip
+    return tables.markdown(headings, cells)
+
+
+WAYS: dict[str, str] = {
+    "from_x": "one step from x (LWA)",
+    "start": "from a random start, 1.25 eps, projected",
+    "best": "from a random start, 2.5 eps, projected, the better of start and end",
+    "noise": "from a random start, 1 eps, not projected",
+    "aligned": "from x, gradients aligned",
+    "four": "four steps from a random start",
+}
+"""The ways of training by one step that `remedies` compares, and by four."""
+
+
+def ways(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[str]:
+    """Return what the ways of training leave, and their cost; of AutoAttack on the most images."""
+    cells = []
+    for eps in dict.fromkeys(row.eps for row in rows):
+        for method, label in WAYS.items():
+            ours = [row for row in rows if (row.method, row.eps) == (method, eps)]
+            if not ours:
+                continue
+            names = {f"{method}, seed {row.seed}" for row in ours}
+            here = [
+                row
+                for row in attacked
+                if isinstance(row, RobustRow) and row.method in names and row.eps == eps
+            ]
+            most = max((row.n for row in here), default=0)
+            cells.append([
+                label, f"{eps:g}", f"{mean(row.train_seconds / row.epochs for row in ours):.1f}",
+                *(tables.mean_and_spread(ours, name) for name in ("validation", "adv_loss", "pgd")),
+                *(
+                    tables.mean_and_spread(
+                        [row for row in here if (row.attack, row.n) == (attack, most)], "robust"
+                    )
+                    for attack in ("one-step", "standard")
+                ),
+            ])  # fmt: skip
+    headings = (
+        "Training", "l2 size", "Seconds an epoch", "Clean", "Adv_Loss", "PGD",
+        "One step, in the box", "AutoAttack, in the box",
+    )  # fmt: skip
+    return tables.markdown(headings, cells)

@@ -1,0 +1,201 @@
+"""Attacks on a net, by name: run, kept in blocks and rows, and put into tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from experiments.lib import attacks, blocks, parallel, problems, records, tables, training
+from experiments.lib.attacks import LABELS, AttackName
+from experiments.lib.options import Count, OutputFolder, Seed, Several, Size
+from experiments.lib.problems import Problem
+from experiments.lib.records import AttackRow, CheckRow, RobustRow
+from jaxadv import evaluate
+from jaxadv.types import Norm
+
+_PROBLEM = ("data", "subtract", "divide", "crop", "box", "n", "norm", "eps")
+"""What of a row says which table it belongs to."""
+PLACE = ("method", "attack", "seed", *_PROBLEM)
+"""What rows are told apart by."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(problems.Settings, parallel.Devices):
+    """Attack a net and report its robust accuracy."""
+
+    attacks: Several[AttackName] = ("one-step", "pgd-100x10", "standard")
+    """What to run."""
+    eps: Several[Size] = (1.5,)
+    """Sizes of the perturbations."""
+    norm: Norm = "l2"
+    """Of these sizes."""
+    seed: Seed = 0
+    """Of the attacks' random numbers."""
+    block: Count = 500
+    """Images between two savings."""
+    batch_size: Count = 500
+    """Images perturbed at once."""
+    out: OutputFolder = Path("runs/evaluate")
+    """Where results go."""
+
+    def __post_init__(self) -> None:
+        """Check what goes together.
+
+        Raises:
+          UsageError: as `problems.Settings` and `attacks.methods`.
+        """
+        super().__post_init__()
+        for name in self.attacks:
+            if name != "check":
+                attacks.methods(name, self.norm)
+
+
+def run(settings: Settings, console: Console) -> list[AttackRow]:
+    """Attack in every way that is asked for; return the rows of these and of earlier runs.
+
+    Raises:
+      ValueError: as `problems.load`.
+      UsageError: if the devices don't divide the blocks.
+    """
+    problem = problems.load(settings)
+    n = len(problem.y)
+    starts = range(0, n, settings.block)
+    parallel.mesh(settings, *dict.fromkeys(min(settings.block, n - start) for start in starts))
+    settings.out.mkdir(parents=True, exist_ok=True)
+    results = settings.out / "results.json"
+    with training.bars(console) as progress:
+        for name, eps in itertools.product(settings.attacks, settings.eps):
+            identity = {
+                **problem.identity,
+                "attack": name,
+                "eps": eps,
+                "norm": settings.norm,
+                "seed": settings.seed,
+                **records.made_by(),
+            }
+
+            def attacked(
+                name: AttackName = name, eps: float = eps, identity: dict[str, Any] = identity
+            ) -> AttackRow:
+                if name == "check":
+                    return _check(settings, problem, eps, identity)
+                bar = progress.add_task(f"{identity['method']}: {name}, {eps:g}", total=n, note="")
+                content = json.dumps(identity, sort_keys=True).encode()
+                found = blocks.attack(
+                    problem,
+                    attacks.methods(name, settings.norm),
+                    eps=eps,
+                    norm=settings.norm,
+                    key=jax.random.key(settings.seed),
+                    block=settings.block,
+                    batch_size=settings.batch_size,
+                    mesh=lambda size: parallel.mesh(settings, size),
+                    show=lambda done, robust: progress.update(
+                        bar, completed=done, note=f"robust {robust:.4f}"
+                    ),
+                    save=str(settings.out / "blocks" / hashlib.sha256(content).hexdigest()[:16]),
+                )
+                return _row(found, settings, identity)
+
+            records.find_or_run(results, AttackRow, identity, attacked, place=PLACE)
+    return records.load(results, AttackRow)
+
+
+def _row(found: blocks.Attacked, settings: Settings, identity: dict[str, Any]) -> RobustRow:
+    return RobustRow(
+        **identity,
+        columns={
+            "clean": evaluate.accuracy(found.clean),
+            "robust": evaluate.accuracy(found.robust),
+        },
+        interval=list(evaluate.interval(found.robust)),
+        stages=found.stages,
+        counts={
+            "nonfinite": int(found.nonfinite.sum()),
+            "invalid": int(found.invalid.sum()),
+            "max_norm": float(found.norm.max()),
+        },
+        seconds=found.seconds,
+        settings={"batch_size": settings.batch_size, "block": settings.block},
+    )
+
+
+def _check(settings: Settings, problem: Problem, eps: float, identity: dict[str, Any]) -> CheckRow:
+    """Look for signs that figures shouldn't be believed."""
+    n = min(300, len(problem.y))  # as many as the differences that it looks for need
+    found = evaluate.check(
+        problem.apply_fn, problem.params, problem.x[:n], problem.y[:n], eps=eps,
+        norm=settings.norm, key=jax.random.key(settings.seed), bounds=problem.bounds,
+        batch_size=settings.batch_size,
+    )  # fmt: skip
+    return CheckRow(
+        **identity,
+        flags={flag.name: flag.message for flag in found.flags},
+        columns=dict(found.figures),
+        settings={"n": n},
+    )
+
+
+def as_markdown(rows: Sequence[AttackRow]) -> list[str]:
+    """Return, for each problem, a table of nets and attacks, with its flags."""
+    lines: list[str] = []
+
+    def place(row: AttackRow) -> tuple[Any, ...]:
+        return tuple(getattr(row, field) for field in _PROBLEM)
+
+    for key in dict.fromkeys(map(place, rows)):
+        here = [row for row in rows if place(row) == key]
+        source, subtract, divide, crop, box, n, norm, eps = key
+        attacked = [row for row in here if isinstance(row, RobustRow)]
+        shown = [name for name in LABELS if any(row.attack == name for row in attacked)]
+        labels = LABELS | ({"standard": "APGD and FAB-T"} if norm == "l1" else {})  # no Square
+        cells = []
+        for method in dict.fromkeys(row.method for row in attacked):
+            own = [row for row in attacked if row.method == method]
+            of_attacks = [_cell([row for row in own if row.attack == name]) for name in shown]
+            cells.append([method, f"{own[0].columns['clean']:.4f}", *of_attacks])
+        lines += [
+            f"# {source}: {norm} size {eps:g}, {n:,} images",
+            "",
+            *tables.markdown(["Net", "Clean", *(labels[name] for name in shown)], cells),
+            "",
+            f"Inputs are (pixels - {subtract:g}) / {divide:g}"
+            + (f", of the middle {crop}x{crop}. " if crop else ". ")
+            + ("Perturbed images stay in" if box else "Perturbed images may leave")
+            + f" the range of pixels, 0 to {divide:g}.",
+            "",
+        ]
+        remarks = [(row.method, remark) for row in here for remark in _remarks(row)]
+        for method, remark in dict.fromkeys(remarks):
+            lines += [f"- {method}: {remark}.", ""]
+    return lines
+
+
+def _remarks(row: AttackRow) -> list[str]:
+    """Return what must be said beside a row's figures."""
+    remarks = list(row.notes or ())
+    if isinstance(row, CheckRow):
+        remarks.append("; ".join(row.flags.values()) or "nothing to doubt was found")
+    if isinstance(row, RobustRow):
+        for count, what in (
+            ("invalid", "labels are none of the net's classes, and count as wrong"),
+            ("nonfinite", "images have inputs, logits or perturbations that aren't finite"),
+        ):
+            if n := row.counts.get(count):
+                remarks.append(f"{n:,} of {row.n:,} {what}")
+    return remarks
+
+
+def _cell(rows: Sequence[RobustRow]) -> str:
+    if len(rows) != 1:
+        return tables.mean_and_spread(rows, "robust")
+    low, high = rows[0].interval
+    return f"{rows[0].columns['robust']:.4f} [{low:.3f}, {high:.3f}]"

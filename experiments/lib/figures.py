@@ -1,0 +1,414 @@
+"""Every figure of the results, drawn from their JSON files alone.
+
+`draw` looks at what a folder holds and draws what can be drawn from it: curves and learning curves
+for every table, Figures 1 and 2 of the paper where LeNets are among the rows, and digits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib import ticker
+from matplotlib.axes import Axes
+
+from experiments.lib import options, records, tables, train_and_score
+from experiments.lib.recipes import NAMES
+from experiments.lib.records import BenchmarkRow, PropositionRow, TableRow
+
+COLOURS = (  # Okabe, Ito
+    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000",
+)  # fmt: skip
+MARKERS = "osD^vPX"
+SIZE = "l2 size of the perturbation"
+CURVES = ("adv_alpha", "adv_loss", "adv_loss_sign")
+
+AUTHORS_EPS = (0.4, 0.8, 1.0, 1.2, 1.6, 2.0, 3.0, 3.8)
+AUTHORS_CURVES = {  # of the authors' notebook Efficiency.ipynb, which Figure 1 was drawn from
+    "adv_loss_sign": (0.9754, 0.9383, 0.9121, 0.8729, 0.7685, 0.6372, 0.3326, 0.1900),
+    "adv_loss": (0.9555, 0.8540, 0.7692, 0.6736, 0.4662, 0.3117, 0.1281, 0.0678),
+    "adv_alpha": (0.9545, 0.8499, 0.7618, 0.6604, 0.4502, 0.3005, 0.1211, 0.0684),
+}
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw all that a folder's results hold.
+
+    Args:
+      folder: where `results.json` is, and perhaps `digits.json`; the figures go there.
+
+    Returns:
+      The files written.
+
+    Raises:
+      UsageError: if there are no results.
+    """
+    results = folder / "results.json"
+    content = records.read(results)
+    if not content:
+        raise options.UsageError(f"expected rows in {results}, got none; run it first")
+    figures: dict[str, Any] = {}
+    if "curves" in content[0]:  # of the last run's net, and what else its table has
+        last = records.load(results, TableRow)[:1]
+        figures = _plot_table(train_and_score.record(folder, last))
+    elif content[0].get("experiment") == "benchmark":
+        parts = {row.part: row.figures for row in records.load(results, BenchmarkRow)}
+        for part, plot in (("attacks", plot_speeds), ("growth", plot_growth)):
+            if part in parts:
+                figures[f"{part}.png"] = plot(parts[part])
+    elif content[0].get("experiment") == "logistic":
+        figures["appendix_a.png"] = plot_appendix_a(records.load(results, PropositionRow))
+    written = [_save(figure, folder / name) for name, figure in figures.items()]
+    digits = folder / "digits.json"
+    if digits.exists():
+        figure = plot_digits(json.loads(digits.read_text()))
+        written.append(_save(figure, folder / "adversarial_digits.png"))
+    return written
+
+
+def _plot_table(rows: Sequence[TableRow]) -> dict[str, Any]:
+    """Return the figures that rows of a table have, by the names of their files."""
+    if rows[0].groups is not None:
+        return {"ablations.png": plot_groups(rows)}
+    figures = {"accuracy_vs_eps.png": plot_curves(rows)}
+    watched = _watched_alike(rows)
+    if watched and "validation" in watched[0].history[0]:  # Table 1's record is too old
+        figures["learning_curves.png"] = plot_learning(watched)
+    if rows[0].experiment == "mnist_lenet":
+        if "normal" in _methods(rows):
+            figures["figure_1.png"] = plot_figure_1(rows)
+        if {"normal", "lwa"} <= set(_methods(watched)):
+            figures["figure_2.png"] = plot_figure_2(watched)
+    return figures
+
+
+def draw_history(folder: Path, history: Sequence[Mapping[str, float]]) -> Path:
+    """Draw the loss and the accuracies after each epoch of one training.
+
+    Args:
+      folder: where `history.png` goes.
+      history: for each epoch, loss and accuracy in training, and `test` and `one_step`.
+
+    Returns:
+      The file written.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    epochs = np.arange(1, len(history) + 1)
+    labels = {"accuracy": "training, as perturbed", "test": "test", "one_step": "test, one step"}
+    _line(panels[0], epochs, np.array([entry["loss"] for entry in history], float), 0, "loss")
+    for index, (column, label) in enumerate(labels.items()):
+        _line(panels[1], epochs, np.array([entry[column] for entry in history]), index, label)
+    _dress(panels[0], title="loss", xlabel="epoch")
+    _dress(panels[1], legend=True, title="accuracy", xlabel="epoch", ylim=(0, 1))
+    return _save(figure, folder / "history.png")
+
+
+def plot_curves(rows: Sequence[TableRow]) -> Any:
+    """Return accuracy against the l2 size of each perturbation, a panel for each."""
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+    for panel, column in zip(panels, CURVES, strict=True):
+        for index, method in enumerate(_methods(rows)):
+            eps, mean = _curve(rows, method, column)
+            _line(panel, eps, mean, index, NAMES.get(method, method))
+        panel.axvline(rows[0].eps, color="0.6", linewidth=0.8, linestyle=":")
+        _dress(
+            panel, legend=panel is panels[0], title=tables.LABELS[column], xlabel=SIZE,
+            ylim=(0, 1),
+        )  # fmt: skip
+    panels[0].set_ylabel("accuracy")
+    return figure
+
+
+def plot_learning(rows: Sequence[TableRow]) -> Any:
+    """Return accuracies after each epoch, without and with Adv_Loss, a line for each method."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    titles = {"validation": "Validation", "adv_loss": f"Adv_Loss, l2 size {_watched(rows)}"}
+    for panel, (column, title) in zip(panels, titles.items(), strict=True):
+        for index, method in enumerate(_methods(rows)):
+            _learning(panel, rows, method, column, index, NAMES.get(method, method))
+        _dress(
+            panel, legend=panel is panels[0], title=title, xlabel="epoch", ylabel="accuracy"
+        )  # fmt: skip
+    panels[1].set_ylim(0, 1)
+    return figure
+
+
+def plot_groups(rows: Sequence[TableRow]) -> Any:
+    """Return accuracy against the l2 size of Adv_Loss, a panel for each question."""
+    groups = list(dict.fromkeys(group for row in rows for group in row.groups or ()))
+    figure, panels = plt.subplots(
+        1, len(groups), figsize=(4 * len(groups), 3.8), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for panel, group in zip(panels[0], groups, strict=True):
+        labels = {
+            row.method: row.groups[group] for row in rows if row.groups and group in row.groups
+        }
+        for index, (method, label) in enumerate(labels.items()):
+            eps, mean = _curve(rows, method, "adv_loss")
+            _line(panel, eps, mean, index, label)
+        panel.axvline(rows[0].eps, color="0.6", linewidth=0.8, linestyle=":")
+        _dress(panel, legend=True, title=group, xlabel="l2 size of Adv_Loss", ylim=(0, 1))
+    panels[0, 0].set_ylabel("accuracy")
+    return figure
+
+
+def plot_figure_1(rows: Sequence[TableRow]) -> Any:
+    """Return the paper's Figure 1: the Normal LeNet under three perturbations of growing size."""
+    figure, panel = plt.subplots(figsize=(5.6, 4), layout="constrained")
+    for index, column in enumerate(CURVES):
+        eps, mean = _curve(rows, "normal", column)
+        _line(panel, eps, mean, index, tables.LABELS[column])
+        panel.plot(
+            AUTHORS_EPS, AUTHORS_CURVES[column], color=COLOURS[index], linestyle="--", linewidth=1.2
+        )
+    panel.plot([], [], color="0.4", linestyle="--", linewidth=1.2, label="the authors' notebook")
+    _dress(
+        panel, legend=True, title=f"Figure 1: Normal LeNet, {_which(rows)}", xlabel=SIZE,
+        ylabel="accuracy", xlim=(0, 4), ylim=(0, 1),
+    )  # fmt: skip
+    return figure
+
+
+def plot_figure_2(rows: Sequence[TableRow]) -> Any:
+    """Return the paper's Figure 2: Normal and LWA LeNets, against size and over training."""
+    figure, (sizes, epochs) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for index, column in enumerate(CURVES):
+        for method, style in (("normal", "--"), ("lwa", "-")):
+            eps, mean = _curve(rows, method, column)
+            label = f"{NAMES[method]}, {tables.LABELS[column]}"
+            _line(sizes, eps, mean, index, label, linestyle=style)
+    titles = {"validation": "Validation", "adv_loss": f"Adv_Loss, {_watched(rows)}"}
+    for index, (column, title) in enumerate(titles.items()):
+        for method, style in (("normal", "--"), ("lwa", "-")):
+            label = f"{NAMES[method]}, {title}"
+            _learning(epochs, rows, method, column, index, label, linestyle=style)
+    _dress(
+        sizes, title=f"Figure 2: LeNets, {_which(rows)}", xlabel=SIZE, ylabel="accuracy",
+        xlim=(0, 4), ylim=(0, 1),
+    )  # fmt: skip
+    _dress(epochs, title="over training", xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+    for panel in (sizes, epochs):
+        panel.legend(frameon=False, fontsize=8, handlelength=4)
+    return figure
+
+
+def plot_appendix_a(rows: Sequence[PropositionRow]) -> Any:
+    """Return the propositions of Appendix A: convexity, the regulariser, growth of solutions."""
+    series = {row.proposition: row.series for row in rows}
+    figure, panels = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
+    b, c, d = series["B"], series["C"], series["D"]
+    for index, (norm, along) in enumerate(b["objective"].items()):
+        _line(panels[0], b["t"], np.asarray(along) / max(along), index, norm)
+    panels[0].set(
+        title="B: the objective is convex", xlabel="place on a random segment of w",
+        ylabel="objective / its maximum", ylim=(0, None),
+    )  # fmt: skip
+    panels[1].plot(c["w"], c["induced"], color=COLOURS[0], linewidth=1.6, label="corrected")
+    panels[1].plot(
+        c["w"], c["printed"], color=COLOURS[3], linestyle="--", linewidth=1.2, label="as printed"
+    )
+    panels[1].set(
+        title="C: the induced regulariser isn't", xlabel="w", ylabel="R(w)", ylim=(-1, 2.5)
+    )
+    for index, ratio in enumerate(d["norm"]):
+        for panel, key in zip(panels[2:], ("norm", "objective"), strict=True):
+            label = f"c = {ratio} margin / 2"
+            style = "-" if float(ratio) > 1 else "--"
+            _line(panel, d["steps"], d[key][ratio], index, label, linestyle=style)
+    for panel, name in zip(panels[2:], ("||w||", "objective"), strict=True):
+        panel.set(
+            title=f"D: {name} in training", xlabel="steps of L-BFGS", ylabel=name,
+            xscale="log", yscale="log",
+        )  # fmt: skip
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    for panel in panels[:3]:
+        panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_speeds(speeds: Sequence[dict[str, Any]]) -> Any:
+    """Plot how many images a second each library perturbs, for what several of them have."""
+    nets = list(dict.fromkeys(speed["net"] for speed in speeds))
+    libraries = list(dict.fromkeys(speed["library"] for speed in speeds))
+    compared = {speed["method"] for speed in speeds if speed["library"] != "jaxadv"}
+    width = 0.8 / len(libraries)
+    figure, panels = plt.subplots(
+        1, len(nets), figsize=(5 * len(nets), 3.6), squeeze=False, layout="constrained"
+    )
+    for panel, net in zip(panels[0], nets, strict=True):
+        ours = [speed for speed in speeds if speed["net"] == net]
+        methods = list(dict.fromkeys(s["method"] for s in ours))
+        methods = [method for method in methods if method in compared or not compared]
+        for index, library in enumerate(libraries):
+            heights = {s["method"]: s["images a second"] for s in ours if s["library"] == library}
+            shift = (index - (len(libraries) - 1) / 2) * width
+            bars = {i + shift: heights[m] for i, m in enumerate(methods) if m in heights}
+            panel.bar(list(bars), list(bars.values()), width, color=COLOURS[index], label=library)
+        panel.set(yscale="log", ylabel="images a second", title=net)
+        panel.set_xticks(range(len(methods)), methods, rotation=0 if compared else 90)
+    panels[0][0].legend(fontsize=8)
+    return figure
+
+
+def plot_growth(points: Sequence[dict[str, Any]]) -> Any:
+    """Plot time an image and working memory as batches, classes, steps and images grow."""
+    kinds = list(dict.fromkeys(point["what grows"] for point in points))
+    figure, panels = plt.subplots(
+        2, len(kinds), figsize=(4 * len(kinds), 6.5), sharex="col", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for column, kind in enumerate(kinds):
+        here = [point for point in points if point["what grows"] == kind]
+        lines = dict.fromkeys((point["net"], point["method"]) for point in here)
+        for panel, unit in zip(panels[:, column], ("µs an image", "MB"), strict=True):
+            for index, (net, method) in enumerate(lines):
+                line = [p for p in here if (p["net"], p["method"]) == (net, method)]
+                line = [p for p in line if p.get(unit)]  # 0 has no place on such an axis
+                x, y = [p["to"] for p in line], [p[unit] for p in line]
+                _line(panel, x, y, index, f"{net}: {method}")
+            panel.set(xscale="log", yscale="log", ylabel=unit if column == 0 else "")
+            panel.yaxis.set_minor_formatter(ticker.NullFormatter())
+        ticks = sorted({point["to"] for point in here})
+        panels[1, column].set_xticks([], minor=True)
+        panels[1, column].set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        panels[1, column].set_xlabel(kind)
+        # Above, where no line is under it.
+        panels[0, column].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    return figure
+
+
+class Digits(NamedTuple):
+    """One method's perturbations of some images, and the predictions before and after."""
+
+    r: np.ndarray  # [n, 28, 28, 1]
+    before: np.ndarray  # [n]
+    after: np.ndarray  # [n]
+
+
+def save_digits(
+    path: Path, images: jax.Array, labels: jax.Array, perturbed: Mapping[str, Digits]
+) -> None:
+    """Write images and what methods did to them, pixels in thousandths."""
+
+    def thousandths(pixels: Any) -> Any:
+        return np.rint(1000 * np.asarray(pixels)).astype(int).tolist()
+
+    content = {
+        "images": thousandths(images),
+        "labels": np.asarray(labels).tolist(),
+        "perturbed": {
+            name: {
+                "r": thousandths(digits.r),
+                "before": digits.before.tolist(),
+                "after": digits.after.tolist(),
+            }
+            for name, digits in perturbed.items()
+        },
+    }
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def plot_digits(content: dict[str, Any]) -> Any:
+    """Return clean digits, and each method's perturbation and adversarial digit with predictions.
+
+    Args:
+      content: what `save_digits` wrote.
+    """
+    images = np.asarray(content["images"])[..., 0] / 1000
+    labels, perturbed = content["labels"], content["perturbed"]
+    rs = {name: np.asarray(digits["r"])[..., 0] / 1000 for name, digits in perturbed.items()}
+    lines = 1 + 2 * len(perturbed)
+    figure, axes = plt.subplots(
+        lines, len(images), figsize=(1.15 * len(images) + 1.6, 1.3 * lines),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    limit = max(float(np.abs(r).max()) for r in rs.values())
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    grey: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
+    for i, image in enumerate(images):
+        axes[0, i].imshow(image, **grey)
+        axes[0, i].set_title(f"label {labels[i]}", fontsize=8)
+        for j, (name, r) in enumerate(rs.items()):
+            before, after = perturbed[name]["before"][i], perturbed[name]["after"][i]
+            axes[1 + 2 * j, i].imshow(r[i], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axis = axes[2 + 2 * j, i]
+            axis.imshow(image + r[i], **grey)
+            colour = COLOURS[3] if after != labels[i] else "black"
+            axis.set_title(f"{before} → {after}", fontsize=8, color=colour)
+    axes[0, 0].set_ylabel("clean", fontsize=8)
+    for j, name in enumerate(rs):
+        axes[1 + 2 * j, 0].set_ylabel(f"{NAMES.get(name, name)}\nr", fontsize=8)
+        axes[2 + 2 * j, 0].set_ylabel("x + r", fontsize=8)
+    return figure
+
+
+def _which(rows: Sequence[TableRow]) -> str:
+    kind = "held-out" if rows[0].settings["holdout"] else "test"
+    return f"{rows[0].n:,} {kind} images"
+
+
+def _watched(rows: Sequence[TableRow]) -> str:
+    """The size of the perturbations after each epoch; an error where it isn't one."""
+    sizes = {epoch["watched_eps"] for row in rows for epoch in row.history}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"expected histories at one l2 size, got {sorted(sizes)}; draw each run by itself"
+        )
+    return f"{sizes.pop():g}"
+
+
+def _watched_alike(rows: Sequence[TableRow]) -> list[TableRow]:
+    """Rows whose nets were watched at the size that the last run's ended with."""
+    size = rows[0].history[-1].get("watched_eps")
+    return [row for row in rows if {e.get("watched_eps") for e in row.history} == {size}]
+
+
+def _methods(rows: Sequence[TableRow]) -> list[str]:
+    return list(dict.fromkeys(row.method for row in rows))
+
+
+def _of(rows: Sequence[TableRow], method: str) -> list[TableRow]:
+    """One row for each seed of a method: curves and history don't depend on the table's size."""
+    return list({row.seed: row for row in reversed(rows) if row.method == method}.values())
+
+
+def _curve(rows: Sequence[TableRow], method: str, column: str) -> tuple[Any, Any]:
+    curves = [row.curves for row in _of(rows, method)]
+    return curves[0]["eps"], np.mean([curve[column] for curve in curves], axis=0)
+
+
+def _line(panel: Axes, x: Any, y: Any, index: int, label: str, **style: Any) -> None:
+    i = index % len(COLOURS)
+    panel.plot(
+        x, y, color=COLOURS[i], label=label, linewidth=1.6, marker=MARKERS[i],
+        markevery=max(1, len(x) // 5), markersize=4, **style,
+    )  # fmt: skip
+
+
+def _learning(
+    panel: Axes, rows: Sequence[TableRow], method: str, column: str, index: int, label: str,
+    **style: Any,
+) -> None:  # fmt: skip
+    mean = np.mean([[e[column] for e in row.history] for row in _of(rows, method)], axis=0)
+    _line(panel, range(1, len(mean) + 1), mean, index, label, **style)
+
+
+def _dress(panel: Axes, *, legend: bool = False, **labels: Any) -> None:
+    panel.set(**labels)
+    panel.grid(alpha=0.3)
+    if legend:
+        panel.legend(frameon=False, fontsize=8)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return path

@@ -1,0 +1,349 @@
+"""results.json: the rows that a run leaves behind, from which every table and figure is made.
+
+A row is a dataclass, one kind for each kind of run; its fields are the keys of its JSON, in their
+order. `load` and `save` are between the two, and `find_or_run` is what lets a command go on where
+it was: it runs only what the file doesn't have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+import jaxadv
+from experiments.lib import options
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+"""The records that are committed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What every row has. A field whose default is None isn't in the JSON while it is None."""
+
+    experiment: str
+
+    @classmethod
+    def kind_of(cls, content: Mapping[str, Any]) -> type[Row]:
+        """Return the class of a row, by its JSON."""
+        return cls
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as JSON has it."""
+        said = {field: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            field.name: value
+            for field, value in said.items()
+            if value is not None or field.default is dataclasses.MISSING
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableRow(Row):
+    """A trained net as `train_and_score` scores it.
+
+    Attributes:
+      settings: all that it depends on but its seed.
+      groups: of `ablations`, what to call the net in each question.
+      columns: accuracies, by the column of the table.
+      counts: what was counted of each column's perturbations.
+      n_pgd: how many of the n images PGD attacked; old rows don't say.
+      curves: the accuracy at each size, by column.
+      history: what was seen after each epoch.
+    """
+
+    network: str
+    method: str
+    seed: int
+    eps: float
+    norm: str
+    n: int
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    groups: dict[str, str] | None = None
+    columns: dict[str, float]
+    counts: dict[str, dict[str, float]]
+    n_pgd: int | None = None
+    curves: dict[str, list[float]]
+    epochs: int
+    train_seconds: float
+    history: list[dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackRow(Row):
+    """An attack on a net and images.
+
+    Attributes:
+      method: what the net is called.
+      weights: checksum of its parameters.
+      data: where the images are from; `subtract`, `divide` and `crop` make inputs of them.
+      box: whether perturbed images stay in the range of pixels.
+      classes: what the data calls the net's classes, if the weights or an option say.
+      notes: what a reader must know of these.
+      answers: checksum of what a function of one's own makes of the first images.
+    """
+
+    method: str
+    network: str
+    weights: str
+    data: str
+    subtract: float
+    divide: float
+    crop: int | None
+    box: bool
+    n: int
+    classes: list[str] | None = None
+    notes: list[str] | None = None
+    answers: str | None = None
+    attack: str
+    eps: float
+    norm: str
+    seed: int
+    versions: dict[str, str]
+
+    @classmethod
+    def kind_of(cls, content: Mapping[str, Any]) -> type[AttackRow]:
+        """Return the class of a row of `evaluation`, `board` or `reference`, by its JSON."""
+        if content.get("attack") == "check":
+            return CheckRow
+        return PublishedRow if content.get("experiment") == "reference" else RobustRow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RobustRow(AttackRow):
+    """What an attack of ours leaves.
+
+    Attributes:
+      columns: accuracies `clean` and `robust`.
+      interval: of the robust accuracy.
+      stages: for each attack of an ensemble, what it tried and fooled.
+    """
+
+    device: str
+    columns: dict[str, float]
+    interval: list[float]
+    stages: dict[str, dict[str, float]]
+    counts: dict[str, float]
+    seconds: float
+    settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckRow(AttackRow):
+    """What there is to doubt in a net's figures: flags, and the figures that raised them."""
+
+    device: str
+    flags: dict[str, str]
+    columns: dict[str, float]
+    settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishedRow(AttackRow):
+    """What the published AutoAttack leaves."""
+
+    threads: int
+    settings: dict[str, Any]
+    columns: dict[str, float]
+    counts: dict[str, float]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainRow(Row):
+    """What an attack leaves of a net that `train` trained."""
+
+    settings: dict[str, str]
+    attack: str
+    n: int
+    versions: dict[str, str]
+    device: str
+    columns: dict[str, float]
+    interval: list[float]
+    train_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PropositionRow(Row):
+    """A proposition of Appendix A: what is claimed, and what its figure is drawn from."""
+
+    proposition: str
+    statement: str
+    claims: list[dict[str, Any]]
+    series: dict[str, Any]
+    n: int
+    seed: int
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkRow(Row):
+    """A part of the benchmark: its figures, and whether the machine was quiet."""
+
+    part: str
+    figures: list[dict[str, Any]]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartRow(Row):
+    """A part of `accelerator`: the figures so far."""
+
+    part: str
+    device: str
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    finished: bool
+    seconds: float
+    figures: list[dict[str, Any]]
+
+
+R = TypeVar("R", bound=Row)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON of the rows written so far; none if there is no such file.
+
+    Raises:
+      UsageError: if the file isn't a list of objects.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise options.UsageError(
+            f"expected JSON in {path}, got: {error}; move it away, or choose another folder"
+        ) from error
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        return rows
+    raise options.UsageError(
+        f"expected a list of rows in {path}, got something else; move it away, or choose another "
+        "folder"
+    )
+
+
+def load(path: Path, kind: type[R]) -> list[R]:
+    """Return the rows written so far; none if there is no such file.
+
+    Raises:
+      UsageError: if the file isn't a list of rows of this kind.
+    """
+    rows: list[Any] = []
+    for content in read(path):
+        row_kind = kind.kind_of(content)
+        fields = {field.name: field for field in dataclasses.fields(row_kind)}
+        lacking = [
+            name
+            for name, field in fields.items()
+            if content.get(name) is None and not str(field.type).endswith("| None")
+        ]
+        wrong = [f"without {name}" for name in lacking]
+        wrong += [f"with {name}" for name in content if name not in fields]
+        if wrong:
+            raise options.UsageError(
+                f"expected a list of rows of the same command in {path}, got some {wrong[0]}; move "
+                "it away, or choose another folder"
+            )
+        rows.append(row_kind(**content))
+    return rows
+
+
+def save(path: Path, rows: Iterable[Row | Mapping[str, Any]]) -> None:
+    """Write the rows, whole or not at all; what isn't finite, which JSON has not, as null."""
+    content = [row.to_json() if isinstance(row, Row) else row for row in rows]
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    os.replace(unfinished, path)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def find(rows: Iterable[R], identity: Mapping[str, Any]) -> R | None:
+    """Return the row whose JSON has these entries; None if there is none."""
+    return next((row for row in rows if identity.items() <= row.to_json().items()), None)
+
+
+def find_or_run(
+    path: Path,
+    kind: type[R],
+    identity: Mapping[str, Any],
+    run: Callable[[], R],
+    *,
+    place: Sequence[str],
+) -> R:
+    """Return the row of a file that has these entries; if there is none, run what makes it.
+
+    Args:
+      path: of the file, to which a row that is made is added.
+      kind: of its rows.
+      identity: what the row depends on.
+      run: makes the row.
+      place: the fields that tell rows apart: a new row takes the place of one that is the same in
+        these.
+    """
+    # Several processes have to agree on what they run, whichever files they see.
+    found = find(load(path, kind), identity) if jax.process_count() == 1 else None
+    if found is not None:
+        return found
+    row = run()
+    if jax.process_index() == 0:
+        others = (
+            old
+            for old in load(path, kind)
+            if any(getattr(old, field) != getattr(row, field) for field in place)
+        )
+        save(path, [*others, row])
+    return row
+
+
+def made_by() -> dict[str, Any]:
+    """Return what rows say of the machine and the versions that they were made by."""
+    return {"versions": versions(), "device": device()}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "python": platform.python_version(),
+        "jaxadv": jaxadv.__version__,  # known to a checkout that isn't installed, too
+        **{name: version(name) for name in packages},
+    }
+
+
+def device() -> str:
+    """Return the kind and number of devices, e.g. `cpu x1 (2 cores)`."""
+    first = jax.devices()[0]
+    if first.platform != "cpu":
+        return f"{first.device_kind} x{jax.device_count()}"
+    n = cores()
+    return f"cpu x{jax.device_count()} ({n} core{'' if n == 1 else 's'})"
+
+
+def cores() -> int:
+    """Return how many of the machine's cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # which of them, no system but Linux's says
+    return len(allowed(0)) if allowed else os.cpu_count() or 1

@@ -1,0 +1,50 @@
+"""MNIST and the paper's nets for it, as `train_and_score` takes them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.lib import data, recipes
+from experiments.lib.models import Classifier, lenet, mlp
+from experiments.lib.recipes import NAMES, Method
+from experiments.lib.train_and_score import Images, Settings, Task, parts
+
+
+def mnist(settings: Settings, network: Literal["mlp", "lenet"], normal: Method) -> Task:
+    """Return the data and nets of a table.
+
+    Args:
+      settings: which images are trained on and scored, and which nets there are.
+      network: what kind of net.
+      normal: how the net is made that the Fixed set comes from.
+    """
+
+    def make_net(method: Method) -> Classifier:
+        build = mlp if network == "mlp" else lenet
+        return build(method.widths, dropout=method.dropout, **recipes.split_of(method))
+
+    def called(method: Method) -> str:
+        widths = "x".join(map(str, method.widths))
+        return widths if network == "mlp" else f"conv20-conv50-{widths}"
+
+    def images(pixels: NDArray[np.uint8], labels: NDArray[np.int32]) -> Images:
+        return Images(jnp.asarray(data.MNIST.inputs(pixels)), jnp.asarray(labels))
+
+    train, test = parts(settings, data.mnist())
+    n = settings.n_eval
+    return Task(
+        experiment=f"mnist_{network}",
+        methods=settings.nets(),
+        normal=normal,
+        names=NAMES,
+        make_net=make_net,
+        network=called,
+        train=images(*train),
+        test=images(test[0][:n], test[1][:n]),
+        source="the original files, through tensorflow-datasets",
+        interface=data.MNIST,
+    )

@@ -1,0 +1,163 @@
+"""Weights as safetensors, with what a net's inputs and logits stand for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from experiments.lib import data, models, options
+from jaxadv.types import Params
+
+
+def save(
+    path: Path,
+    params: Any,
+    dtype: DTypeLike | None = None,
+    *,
+    interface: data.Interface | None = None,
+    made: Mapping[str, Any] | None = None,
+) -> None:
+    """Write parameters as safetensors, named by their paths joined by "/".
+
+    Args:
+      path: of the file.
+      params: a pytree.
+      dtype: what arrays are rounded to; None for their own.
+      interface: what the net's inputs and logits stand for, which `interface` gives back.
+      made: how they were made, which `made` gives back: what JSON can hold.
+
+    Raises:
+      ValueError: if two of the pytree's paths are the same name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In C's order, which is how safetensors reads an array's memory, whatever its strides.
+    named = {
+        name: np.asarray(leaf, dtype, order="C") for name, leaf in models.by_path(params).items()
+    }
+    said: dict[str, Any] = {} if made is None else {"made": made}
+    if interface is not None:
+        said["interface"] = interface._asdict()
+    unfinished = path.with_suffix(".unfinished")
+    save_file(named, unfinished, {key: json.dumps(value) for key, value in said.items()} or None)
+    os.replace(unfinished, path)
+
+
+def load(path: Path, dtype: DTypeLike | None = None) -> Params:
+    """Return the arrays of a safetensors file, nested by the parts of their names.
+
+    Args:
+      path: of the file.
+      dtype: what they are turned into, of floating-point numbers; None for what they are written
+        as.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it isn't a whole file of safetensors, if a name is both an array and a folder
+        of arrays, or if arrays that aren't of floating-point numbers would be turned into such.
+    """
+    with _opened(path) as file:
+        names = sorted(file.keys())  # a name comes before those that it is a folder of
+        arrays = [file.get_tensor(name) for name in names]
+    others = [
+        f"{array.dtype} in {name}"
+        for name, array in zip(names, arrays, strict=True)
+        if not jnp.issubdtype(array.dtype, jnp.floating)
+    ]
+    if dtype is not None and others:
+        raise options.UsageError(
+            f"expected floating-point weights in {path}, got {', '.join(others)}; write them as "
+            "floating-point numbers, scaled as they are used"
+        )
+    params: dict[str, Any] = {}
+    for name, array in zip(names, arrays, strict=True):
+        *folders, leaf = name.split("/")
+        inner = params
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+            if not isinstance(inner, dict):
+                raise options.UsageError(
+                    f"expected names that are either arrays or folders of arrays in {path}, got "
+                    f"one that is both, on the way to {name}; rename one of them"
+                )
+        inner[leaf] = jnp.asarray(array, dtype)
+    return params
+
+
+def load_net(path: Path, shape: Sequence[int]) -> tuple[models.Classifier, Params]:
+    """Return the net that a file of weights is of, and its parameters, as float32.
+
+    Args:
+      path: of the file.
+      shape: of the images that the net is for, (H, W, C).
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: as `load`; or if the weights aren't those of a net of `models` for such images.
+    """
+    params = load(path, jnp.float32)
+    try:
+        return models.recognised(params, shape), params
+    except ValueError as error:
+        raise options.UsageError(f"in {path}: {error}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a file of weights, got {path}, which isn't there; "
+            "name a .safetensors file, or module:function"
+        )
+    try:
+        with safe_open(path, "numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise options.UsageError(
+            f"expected safetensors in {path}, got {error}; write it again, e.g. with "
+            "safetensors.flax.save_file"
+        ) from error
+
+
+def made(path: Path) -> dict[str, Any] | None:
+    """Return how the weights in a file were made; None if it doesn't say, or isn't there."""
+    return _said(path, "made") if path.is_file() else None
+
+
+def interface(path: Path) -> data.Interface | None:
+    """Return what inputs and logits of the weights' net stand for; None if the file doesn't say.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if what the file says isn't an interface.
+    """
+    said = _said(path, "interface")
+    if said is None:
+        return None
+    if said.keys() != set(data.Interface._fields):
+        raise options.UsageError(
+            f"expected {', '.join(data.Interface._fields)} of the interface in {path}, got "
+            f"{', '.join(said)}; write it again by weights.save"
+        )
+    return data.Interface(**said | {name: tuple(said[name]) for name in ("classes", "shape")})
+
+
+def _said(path: Path, key: str) -> dict[str, Any] | None:
+    with _opened(path) as file:
+        text = (file.metadata() or {}).get(key)
+    try:
+        return None if text is None else dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise options.UsageError(
+            f"expected a JSON object as {key!r} in the metadata of {path}, got {text!r}; write it "
+            "again by weights.save"
+        ) from error

@@ -1,0 +1,120 @@
+"""Tables of what attacks leave say what the rows say."""
+
+from rows import check_row, published_row, robust_row, table_row
+
+from experiments.lib import attack_tables
+
+
+def row(method, attack, robust, **fields):
+    columns = {"clean": 0.99, "robust": robust}
+    interval = [robust - 0.01, robust + 0.01]
+    return robust_row(method=method, attack=attack, columns=columns, interval=interval, **fields)
+
+
+ROWS = [
+    row("mnist_mlp/normal", "one-step", 0.5),
+    row("mnist_mlp/normal", "pgd-100x10", 0.2),
+    row("mnist_mlp/normal", "standard", 0.1),
+    row("mnist_mlp/lwa", "one-step", 0.9),
+    row("mnist_mlp/lwa", "pgd-100x10", 0.8),
+    row("mnist_mlp/lwa", "standard", 0.75),
+    row("mnist_mlp/lwa", "standard", 0.3, eps=2.0),
+    check_row(method="mnist_mlp/lwa", flags={"far": "far off", "budget": "more helps"}),
+]
+
+
+def test_figures_beside_a_table_are_those_of_that_net_and_size():
+    assert attack_tables.figures_of(ROWS, "mnist_mlp/lwa", "l2", 1.5) == [
+        "0.8000",
+        "0.7500",
+        "0.1500",
+    ]
+    assert attack_tables.figures_of(ROWS, "mnist_mlp/lwa", "l2", 2.0) == ["", "0.3000", ""]
+    assert attack_tables.figures_of(ROWS, "mnist_lenet/lwa", "l2", 1.5) == ["", "", ""]
+
+
+def test_figures_are_those_on_the_most_images():
+    few = [row("mnist_mlp/lwa", "one-step", 1.0, n=10), row("mnist_mlp/lwa", "standard", 1.0, n=10)]
+    assert attack_tables.figures_of([*ROWS, *few], "mnist_mlp/lwa", "l2", 1.5)[1:] == [
+        "0.7500",
+        "0.1500",
+    ]
+    for rows in ([*ROWS, *few], [*few, *ROWS]):
+        assert attack_tables.ranked(rows) == attack_tables.ranked(ROWS)
+    more = row("mnist_mlp/lwa", "one-step", 0.95, n=1000)  # on which AutoAttack hasn't been run
+    assert attack_tables.figures_of([*ROWS, more], "mnist_mlp/lwa", "l2", 1.5)[1:] == [
+        "0.7500",
+        "0.1500",
+    ]
+
+
+def test_pgd_on_other_images_says_on_how_many():
+    few = row("mnist_mlp/lwa", "pgd-100x10", 0.6, n=10)
+    fewer = row("mnist_mlp/lwa", "pgd-100x10", 0.5, n=5)
+    here = [r for r in ROWS if r.attack != "pgd-100x10"]
+    found = attack_tables.figures_of([*here, few, fewer], "mnist_mlp/lwa", "l2", 1.5)
+    assert found == ["0.6000 (of 10)", "0.7500", "0.1500"]
+    same = row("mnist_mlp/lwa", "standard", 0.55, n=10)
+    found = attack_tables.figures_of([*here, few, same], "mnist_mlp/lwa", "l2", 1.5)
+    assert found[0] == "0.6000 (of 10, AutoAttack 0.5500)"
+    assert attack_tables.figures_of([*ROWS, few], "mnist_mlp/lwa", "l2", 1.5)[0] == "0.8000"
+
+
+def test_the_most_robust_net_comes_first_and_flags_are_told():
+    lines = attack_tables.ranked(ROWS)
+    nets = [line for line in lines if line.startswith("| ") and "Net" not in line]
+    assert nets[0] == (
+        "| LWA | 7x5 | 100 | 0.9900 | 0.9000 | 0.8000 | **0.7500** | 0.740 to 0.760 | 0.1500 |"
+    )
+    assert [line.split(" | ")[0] for line in nets] == ["| LWA", "| Normal", "| LWA"]
+    assert [line for line in lines if line.startswith("##")] == [
+        "## mnist_mlp: l2 size 1.5", "## mnist_mlp: l2 size 2",
+    ]  # fmt: skip
+    assert [line for line in lines if line.startswith("- ")] == [
+        "- lwa: far off; more helps", "- not checked: normal", "- not checked: lwa",
+    ]  # fmt: skip
+    checked = [*ROWS, check_row(method="mnist_mlp/normal", flags={})]
+    assert "- normal: nothing to doubt was found" in attack_tables.ranked(checked)
+
+
+def test_the_published_ensemble_and_ours_stand_beside_each_other():
+    def fields(seed, robust, seconds, attack="apgd-t", eps=1.5):
+        columns = {"clean": 1.0, "robust": robust}
+        return {
+            "seed": seed, "columns": columns, "seconds": seconds, "attack": attack, "eps": eps
+        }  # fmt: skip
+
+    theirs = [fields(1, 0.6, 20.0), fields(0, 0.5, 10.0), fields(0, 0.1, 1.0, attack="square")]
+    published = [published_row(**row) for row in theirs]
+    own = [fields(0, 0.51, 4.0), fields(1, 0.61, 6.0), fields(0, 0.9, 1.0, eps=2.0)]
+    ours = [robust_row(**row) for row in own]
+    assert attack_tables.beside_published(ours, published)[2:] == [
+        "| mnist_mlp/lwa | l2 1.5 | APGD-T | 0.5500 ± 0.0707 | 0.5600 ± 0.0707 | +0.0100 | 10 | 4 |"
+    ]
+
+
+def trained(method, seed, robust, eps=1.5):
+    columns = {"validation": 0.99, "adv_loss": 0.9, "pgd": robust}
+    return table_row(
+        method=method, seed=seed, eps=eps, train_seconds=40.0, epochs=4, columns=columns
+    )
+
+
+def left(method, seed, robust, attack="standard", eps=1.5, n=500):
+    columns = {"clean": 0.99, "robust": robust}
+    name = f"{method}, seed {seed}"
+    return robust_row(method=name, attack=attack, eps=eps, n=n, columns=columns)
+
+
+def test_a_line_is_of_one_way_and_size_and_of_autoattack_on_the_most_images():
+    rows = [trained("four", 0, 0.8), trained("four", 1, 0.6), trained("four", 0, 0.1, eps=2.0)]
+    attacked = [
+        left("four", 0, 0.7), left("four", 1, 0.5), left("four", 0, 0.9, n=50),
+        left("four", 0, 0.2, eps=2.0), left("start", 0, 0.3), left("four", 0, 0.95, "one-step"),
+    ]  # fmt: skip
+    label = attack_tables.WAYS["four"]
+    assert attack_tables.ways(rows, attacked)[2:] == [
+        f"| {label} | 1.5 | 10.0 | 0.9900 ± 0.0000 | 0.9000 ± 0.0000 | 0.7000 ± 0.1414 | 0.9500 "
+        "| 0.6000 ± 0.1414 |",
+        f"| {label} | 2 | 10.0 | 0.9900 | 0.9000 | 0.1000 |  | 0.2000 |",
+    ]

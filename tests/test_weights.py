@@ -1,0 +1,103 @@
+"""Weights by path, with what their net takes and gives."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from experiments.lib import data, weights
+
+PHOTOS = data.Interface(("caf\u00e9", "\udcff\n"), (28, 28, 3), subtract=117, divide=256, crop=28)
+
+
+def test_weights_are_named_by_their_paths(tmp_path):
+    params = {"params": {"hidden_0": {"kernel": jnp.arange(6.0).reshape(2, 3)}}}
+    weights.save(tmp_path / "lwa" / "params.safetensors", params)
+    stored = load_file(tmp_path / "lwa" / "params.safetensors")
+    assert list(stored) == ["params/hidden_0/kernel"]
+    np.testing.assert_array_equal(stored["params/hidden_0/kernel"], np.arange(6.0).reshape(2, 3))
+
+
+def test_weights_say_how_they_were_made_if_they_were_told(tmp_path):
+    told, untold = tmp_path / "told.safetensors", tmp_path / "untold.safetensors"
+    weights.save(told, {"w": jnp.ones(2)}, made={"seed": 3, "widths": [4, 5]})
+    weights.save(untold, {"w": jnp.ones(2)})
+    assert weights.made(told) == {"seed": 3, "widths": [4, 5]}
+    assert weights.made(untold) is None
+    assert weights.made(tmp_path / "none.safetensors") is None
+    np.testing.assert_array_equal(weights.load(told)["w"], np.ones(2))
+
+
+def test_weights_say_what_their_net_takes_and_gives_if_they_were_told(tmp_path):
+    told, untold = tmp_path / "told.safetensors", tmp_path / "untold.safetensors"
+    weights.save(told, {"w": jnp.ones(2)}, interface=PHOTOS, made={"seed": 3})
+    weights.save(untold, {"w": jnp.ones(2)}, made={"seed": 3})
+    assert weights.interface(told) == PHOTOS
+    assert weights.made(told) == {"seed": 3}
+    assert weights.interface(untold) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "pixels",
+            r"expected a JSON object as 'interface' in .*w\.safetensors, got 'pixels'; write",
+        ),
+        ("[1]", r"expected a JSON object as 'interface' in .*w\.safetensors, got '\[1\]'; write"),
+        ('{"classes": []}', r"expected classes, shape, subtract, divide, crop of .*, got classes;"),
+    ],
+)
+def test_another_text_in_its_place_is_an_error(tmp_path, text, message):
+    save_file({"w": np.ones(2)}, tmp_path / "w.safetensors", {"interface": text})
+    with pytest.raises(ValueError, match=message):
+        weights.interface(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("read", [weights.load, weights.interface, weights.made])
+def test_a_truncated_file_of_weights_is_an_error_whatever_is_read(tmp_path, read):
+    path = tmp_path / "params.safetensors"
+    weights.save(path, {"w": jnp.ones(20)})
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"safetensors in .*params\.safetensors, got .*write it"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [weights.load, weights.interface])
+def test_a_file_of_weights_that_isnt_there_is_an_error(tmp_path, read):
+    with pytest.raises(FileNotFoundError, match=r"expected a file of weights, got .*gone"):
+        read(tmp_path / "gone.safetensors")
+
+
+def test_a_name_that_is_both_an_array_and_a_folder_is_an_error(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file({"a/b": np.ones(2), "a": np.ones(2), "a-b": np.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"either arrays or folders .* on the way to a/b; rename"):
+        weights.load(path)
+
+
+def test_paths_that_would_be_one_name_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"name of its own for each array, .* called a/b; use no"):
+        weights.save(tmp_path / "w.safetensors", {"a": {"b": np.ones(2)}, "a/b": np.ones(2)})
+
+
+def test_arrays_that_arent_laid_out_by_rows_come_back_as_they_were(tmp_path):
+    array = np.arange(6.0, dtype=np.float32).reshape(2, 3).T
+    weights.save(tmp_path / "w.safetensors", {"w": array, "s": np.float32(2)})
+    params = weights.load(tmp_path / "w.safetensors")
+    np.testing.assert_array_equal(params["w"], array)
+    assert params["s"].shape == ()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_weights_of_any_precision_are_read_as_float32(tmp_path, dtype):
+    save_file({"w": np.arange(3).astype(jnp.dtype(dtype))}, tmp_path / "w.safetensors")
+    params = weights.load(tmp_path / "w.safetensors", jnp.float32)
+    np.testing.assert_array_equal(params["w"], np.arange(3, dtype=np.float32), strict=True)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64"])
+def test_weights_that_arent_floating_point_are_an_error(tmp_path, dtype):
+    save_file({"w": np.ones(3, dtype), "b": np.ones(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=rf"floating-point weights in .*, got {dtype} in w; write"):
+        weights.load(tmp_path / "w.safetensors", jnp.float32)
