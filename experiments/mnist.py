@@ -16,8 +16,8 @@ at any moment, the same command goes on where it was. With --holdout 10000 the n
 LeNet, the sizes of LWA's and LWA_Rep's perturbations; the test images are for the reported figures
 alone, for which the nets are trained on all 60,000.
 
-Past the paper, --methods takes lwa_noisy, lwa_multi and trades: adversarial training that is to
-withstand iterated attacks, by one step from a random start, by several steps, and by TRADES.
+Past the paper, --methods takes lwa_noisy, lwa_multi and trades: adversarial training for robustness
+to iterated attacks, by one step from a random start, by several steps, and by TRADES.
 """
 
 from __future__ import annotations

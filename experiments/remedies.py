@@ -1,10 +1,10 @@
-"""One step or several: what keeps a net from learning to withstand nothing but one step.
+"""Catastrophic overfitting: what keeps one-step training from being robust to one step only.
 
     python experiments/remedies.py          # every way, one seed
     python experiments/remedies.py --help   # every setting
 
-A LeNet that LWA trains against one step of full length withstands that step, and not many short
-ones: it bends its gradients, which the paper's scores, of one step, can't show. Here LeNets are
+A LeNet that LWA trains against one step of full length is robust to that step, and not to many
+short ones: it masks its gradients, which the paper's one-step scores can't show. Here LeNets are
 trained alike but for the step: from x, as in LWA; from a random point of the ball, and back into it
 (Wong, Rice and Kolter, 2020); likewise by a longer step, or left at its start where that harms
 more; from a random point and left where it ends (after de Jorge et al., 2022, whose noise is

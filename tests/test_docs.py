@@ -23,7 +23,7 @@ def run(example, *arguments):
     return [float(figure) for figure in re.findall(r"\d\.\d+", done.stdout)]
 
 
-def test_a_net_by_hand_learns_to_withstand():
+def test_a_net_by_hand_becomes_robust():
     normal, lwa = run(DOCS / "examples" / "by_hand.py")
     assert lwa > normal
 

@@ -53,7 +53,7 @@ for _ in range(10):
         plain, opt_state, loss = update(plain, opt_state, x[i : i + 100], y[i : i + 100])
 
 
-# -- what it withstands
+# -- how robust is plain training
 def robust_accuracy(params, eps=0.6):
     outcome = jaxadv.evaluate.attack_and_score(
         net.apply, params, x_test, y_test, pgd, eps=eps, bounds=(0.0, 1.0)

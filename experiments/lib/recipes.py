@@ -3,7 +3,7 @@
 A recipe is a `Method`, or one of its kinds:
 
 - `Adversarial`: the paper's LWA, LWA_Rep, Goodfellow's and Miyato's.
-- `MultiStep` and `OneStep`, which are `Robust`: nets that are to withstand iterated attacks.
+- `MultiStep` and `OneStep`, which are `Robust`: nets that are to be robust to iterated attacks.
 
 `make_objective`, `optimiser` and `result` make of it what `jaxadv.train` takes, and take from the
 last state what is to be scored. `train_and_score` trains and scores nets by these.
@@ -81,7 +81,7 @@ class Adversarial(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Robust(Adversarial):
-    """How a net is made that is to withstand iterated attacks: not in the paper."""
+    """How a net is trained to be robust to iterated attacks: not in the paper."""
 
     average: Share = 0.0
     """Share of the past in the moving average of the weights that is the result; 0 for the last."""
@@ -107,9 +107,9 @@ class MultiStep(Robust):
 
 @dataclasses.dataclass(frozen=True)
 class OneStep(Robust):
-    """A net that is made by one step of Adv_Loss, in the range of pixels, and is to withstand many.
+    """A net trained by one step of Adv_Loss, in the range of pixels, to be robust to many.
 
-    Trained by one step from x, a net may learn to withstand that step alone: it bends its
+    Trained by one step from x, a net may become robust to that step only: it bends its
     gradients, so that they lead nowhere from there.
     """
 
