@@ -84,7 +84,6 @@ def cpu_rows():
 def test_the_cpus_record_is_of_all_images():
     found = {(row["net"], row["attack"], row["n"], len(row["verdicts"])) for row in cpu_rows()}
     cases = [case.net for case in accelerator.CASES]
-
     assert found == {(net, name, 1000, 1000) for net in cases for name in accelerator.ATTACKS}
 
 
