@@ -15,6 +15,20 @@ from scipy import optimize
 
 NORMS = ("l1", "l2", "linf")
 DUAL = {"l1": "linf", "l2": "l2", "linf": "l1"}
+ORDER = {"l1": 1, "l2": 2, "linf": np.inf}  # as NumPy has it
+DUAL_ORDER = {name: ORDER[dual] for name, dual in DUAL.items()}
+
+
+def edited(a, rows, value):
+    """A copy of an array with other values in some rows."""
+    a = np.array(a)
+    a[rows] = value
+    return a
+
+
+def lengths(r, name):
+    """The norm of each example of a batch [B, ...], in float64: [B]."""
+    return np.linalg.norm(np.asarray(r, np.float64).reshape(len(r), -1), ORDER[name], axis=1)
 
 
 # Geometry of one vector

@@ -1,4 +1,4 @@
-"""`jaxadv.attack.apgd`, `apgd_multitargeted` and `dlr`; the contract of all is in test_search."""
+"""`jaxadv.attack.apgd`, `apgd_multitargeted` and `dlr`; the contract of all is in test_contract."""
 
 import functools
 
@@ -6,23 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import DUAL_ORDER, ORDER
 
 from jaxadv import attack, losses, norms
 from jaxadv.attack import _apgd
 from jaxadv.problem import fold
 
-ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
-DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
 B, D, H, K = 6, 5, 8, 4
 KEYS = jax.random.split(jax.random.key(9), B)
 
-quick_jit = functools.partial(
-    jax.jit,
-    static_argnums=0,
-)
 STATIC = ("norm", "steps", "loss_fn", "targeted", "restarts", "samples")
-apgd = quick_jit(attack.apgd, static_argnames=STATIC)
-targeted = quick_jit(attack.apgd_multitargeted, static_argnames=("norm", "steps", "n_targets"))
+apgd = jax.jit(attack.apgd, static_argnums=0, static_argnames=STATIC)
+targeted = jax.jit(
+    attack.apgd_multitargeted, static_argnums=0, static_argnames=("norm", "steps", "n_targets")
+)
 
 every_norm = pytest.mark.parametrize("norm", ORDER)
 
@@ -176,7 +173,7 @@ def test_on_a_linear_net_of_two_classes_the_margin_rises_by_eps_times_the_dual_n
     fn = apgd if name == "apgd" else targeted
     r = fn(linear, params, x, y, eps=eps, norm=norm, steps=40, key=KEYS)
     ahead, away = (a[np.arange(B), 1 - y] for a in leads(params, x, y))
-    want = ahead + eps * np.linalg.norm(away, DUAL[norm], axis=1)
+    want = ahead + eps * np.linalg.norm(away, DUAL_ORDER[norm], axis=1)
     # An l2 step nears the pole by a factor, the others end in a corner exactly.
     np.testing.assert_allclose(losses.margin(linear(params, x + r), y), want, atol=1e-5)
 
@@ -260,7 +257,7 @@ def test_towards_its_targets_an_example_is_fooled_where_a_linear_net_can_be(norm
     n = 40
     params, x, y = linear_problem(K, n)
     ahead, away = leads(params, x, y)
-    size = np.linalg.norm(away, DUAL[norm], axis=2)
+    size = np.linalg.norm(away, DUAL_ORDER[norm], axis=2)
     distance = np.where(size > 0, -ahead / np.where(size > 0, size, 1), np.inf)
     least = distance.min(axis=1)
     keys = jax.random.split(jax.random.key(3), n)

@@ -1,4 +1,4 @@
-"""`jaxadv.attack.fab`: least perturbations against exact ones, and the contract of a method.
+"""`jaxadv.attack.fab`: least perturbations against exact ones; the contract is in test_contract.
 
 Compiling is what costs here, so that all tests share one net, which takes everything that a test
 changes as parameters, one shape, and the programs that `fab` itself compiles, one for each norm,
@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+from references import NORMS, lengths
 
 from jaxadv import attack
 from jaxadv.attack import fab
 
-NORMS = ("l1", "l2", "linf")
-ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 B, D, H, K = 6, 5, 8, 4
 KEYS = jax.random.split(jax.random.key(9), B)
 BOX = (-1.0, 1.0)
@@ -65,14 +64,8 @@ def problem(seed=0, curved=True):
     return params, x, np.asarray(net(params, x)).argmax(axis=1)
 
 
-def edited(params, name, row, value):
-    changed = params[name].copy()
-    changed[row] = value
-    return params | {name: changed}
-
-
-def length(r, norm):
-    return np.linalg.norm(np.asarray(r, np.float64), ORDER[norm], axis=1)
+def with_rows(params, name, row, value):
+    return params | {name: references.edited(params[name], row, value)}
 
 
 def lead(params, x, y, r):
@@ -116,11 +109,11 @@ def test_on_a_linear_net_r_is_least_to_a_hundredth(norm, bounds, n_classes):
     for seed in range(6):
         params, x, y = problem(seed, curved=False)
         if n_classes == 2:
-            params = edited(params, "c", (slice(None), slice(2, None)), -np.inf)
+            params = with_rows(params, "c", (slice(None), slice(2, None)), -np.inf)
             y = np.asarray(net(params, x)).argmax(axis=1)
         want = distances(params, x, y, norm, bounds)
         r = fab(net, params, x, y, norm=norm, steps=30, bounds=bounds)
-        size = length(r, norm)
+        size = lengths(r, norm)
         found = size > 0
         # A plane that cuts off nothing but a corner is missed by going a twentieth too far.
         assert found.sum() >= np.isfinite(want).sum() - 1
@@ -143,18 +136,18 @@ def test_r_is_no_larger_than_the_smallest_ball_in_which_pgd_finds_one(norm):
         eps = (low + high) / 2
         r = attack.pgd(net, params, x, y, eps=eps, norm=norm, steps=60, bounds=BOX)
         hit = lead(params, x, y, r) > 0
-        want = np.where(hit, np.minimum(want, length(r, norm)), want)
+        want = np.where(hit, np.minimum(want, lengths(r, norm)), want)
         low, high = np.where(hit, low, eps), np.where(hit, eps, high)
     assert np.isfinite(want).all()
     r = fab(net, params, x, y, norm=norm, steps=60, bounds=BOX)
-    assert (length(r, norm) > 0).all()
-    assert (length(r, norm) <= 1.02 * want).all()
+    assert (lengths(r, norm) > 0).all()
+    assert (lengths(r, norm) <= 1.02 * want).all()
     assert (lead(params, x, y, r) > -1e-5).all()
 
 
 def test_more_steps_never_do_worse():
     params, x, y = problem()
-    sizes = [length(fab(net, params, x, y, steps=steps), "l2") for steps in (2, 5, 30)]
+    sizes = [lengths(fab(net, params, x, y, steps=steps), "l2") for steps in (2, 5, 30)]
     assert (sizes[0] > 0).all()
     assert (np.diff(sizes, axis=0) <= 0).all()  # one program: the same steps, and more
     assert (sizes[2] < 0.99 * sizes[0]).any()
@@ -169,7 +162,7 @@ def test_one_step_goes_eta_times_the_way_and_is_looked_at(norm, bounds):
     want = distances(params, x, y, norm, None)
     for eta in (1.05, 1.3):
         r = fab(net, params, x, y, norm=norm, steps=1, eta=eta, bounds=bounds)
-        np.testing.assert_allclose(length(r, norm), eta * want, rtol=2e-5)
+        np.testing.assert_allclose(lengths(r, norm), eta * want, rtol=2e-5)
 
 
 @every_norm
@@ -183,7 +176,7 @@ def test_the_second_step_sets_out_from_beta_r_and_is_pulled_back_by_alpha(norm, 
     r = fab(net, params, x, y, norm=norm, steps=2, beta=0.5, alpha_max=alpha_max, bounds=HUGE)
     # From 1.05 back to 0.525, and on from there by 1.05 times 0.475.
     second = (1 - alpha) * (0.525 + 1.05 * 0.475) + alpha * 1.05
-    np.testing.assert_allclose(length(r, norm), second, rtol=2e-6)
+    np.testing.assert_allclose(lengths(r, norm), second, rtol=2e-6)
 
 
 # Targets
@@ -199,7 +192,7 @@ def two_ways():
 
 def test_the_likeliest_wrong_classes_are_tried():
     params, x, y = two_ways()
-    params = edited(params, "c", (0, 1), -np.inf)  # here the likeliest is the next
+    params = with_rows(params, "c", (0, 1), -np.inf)  # here the likeliest is the next
     r = fab(net, params, x, y, n_targets=1, steps=20)
     np.testing.assert_allclose(r[:2, :2], [[0, 1], [10, 0]], rtol=0.01, atol=0.02)
     for n_targets in (2, 3, 9):
@@ -210,7 +203,7 @@ def test_the_likeliest_wrong_classes_are_tried():
 @pytest.mark.parametrize("bounds", [None, HUGE], ids=["free", "box"])
 def test_a_class_masked_at_x_is_no_target_and_one_masked_on_the_way_does_no_harm(bounds):
     params, x, y = two_ways()
-    params = edited(params, "c", (slice(None), 2), -np.inf)  # class 1 alone is left
+    params = with_rows(params, "c", (slice(None), 2), -np.inf)  # class 1 alone is left
     params["edge"] = np.array([5, 5, 5, 5, -1, np.inf], np.float32)
     params["beyond"] = np.zeros((B, K), np.float32)
     params["beyond"][:4, 1:] = [
@@ -221,7 +214,7 @@ def test_a_class_masked_at_x_is_no_target_and_one_masked_on_the_way_does_no_harm
     ]
     params["beyond"][4] = [0, -np.inf, -np.inf, -np.inf]  # never a target at all
     r = fab(net, params, x, y, steps=20, bounds=bounds)
-    assert (length(r, "l2")[[0, 2, 4]] == 0).all()
+    assert (lengths(r, "l2")[[0, 2, 4]] == 0).all()
     # Misclassified as any class will do: from there on back to the edge, by tenths.
     assert 5 < r[1, 0] < 5.6
     assert 5 < r[3, 0] < 5.6
@@ -248,12 +241,12 @@ def test_where_the_target_is_masked_on_the_way_r_is_still_drawn_back(norm, bound
 def test_with_eps_r_is_in_the_ball_and_succeeds_where_the_least_one_fits(norm, bounds):
     params, x, y = problem()
     least_r = fab(net, params, x, y, norm=norm, steps=12, bounds=bounds)
-    least_size = length(least_r, norm)
+    least_size = lengths(least_r, norm)
     assert (least_size > 0).all()
     factor = np.array([0, 0.3, 0.7, 0.9, 1.1, 2])
     eps = (factor * least_size).astype(np.float32)
     r = fab(net, params, x, y, eps=eps, norm=norm, steps=12, bounds=bounds)
-    size = length(r, norm)
+    size = lengths(r, norm)
     assert (size <= eps * (1 + 1e-6)).all()
     np.testing.assert_array_equal(r[0], 0)
     np.testing.assert_allclose(size[1:4], eps[1:4], rtol=1e-5)  # what doesn't fit, projected
@@ -263,7 +256,7 @@ def test_with_eps_r_is_in_the_ball_and_succeeds_where_the_least_one_fits(norm, b
     assert_inside(x, r, bounds)
     # A scalar is the eps of all; a traced one that is negative counts as 0.
     r = fab(net, params, x, y, eps=0.1, norm=norm, steps=12, bounds=bounds)
-    assert (length(r, norm) <= 0.1 * (1 + 1e-6)).all()
+    assert (lengths(r, norm) <= 0.1 * (1 + 1e-6)).all()
     r = fab(net, params, x, y, eps=jnp.float32(-1), norm=norm, steps=12, bounds=bounds)
     np.testing.assert_array_equal(r, 0)
 
@@ -287,7 +280,7 @@ def test_the_loops_end_when_every_example_is_done():
     assert count(eps=0.0) == 1
     # An example without a problem asks for nothing, and one without a target for no steps to it.
     y_alone = np.where(np.arange(K) == y[0], 0, -np.inf)
-    assert count(edited(params, "c", 0, y_alone), eps=1e6) == 1 + 2 + 1
+    assert count(with_rows(params, "c", 0, y_alone), eps=1e6) == 1 + 2 + 1
     two = np.where(
         (np.arange(K) == y[:, None]) | (np.arange(K) == (y[:, None] + 1) % K), 0, -np.inf
     )
@@ -297,7 +290,7 @@ def test_the_loops_end_when_every_example_is_done():
 def test_an_example_that_is_done_does_not_depend_on_how_long_others_take():
     params, x, y = problem()
     together = fab(net, params, x, y, eps=3.0, steps=12)
-    assert (length(together, "l2") > 1.1 * length(fab(net, params, x, y, steps=12), "l2")).any()
+    assert (lengths(together, "l2") > 1.1 * lengths(fab(net, params, x, y, steps=12), "l2")).any()
     for i in range(B):
         eps = np.where(np.arange(B) == i, 3, 1e-3).astype(np.float32)  # the others are never done
         r = fab(net, params, x, y, eps=eps, steps=12)
@@ -305,48 +298,6 @@ def test_an_example_that_is_done_does_not_depend_on_how_long_others_take():
 
 
 # Rows
-
-
-@every_norm
-@boxes
-def test_rows_without_a_problem_are_0_unsound_ones_nan_and_the_others_the_same(norm, bounds):
-    params, x, y = problem()
-
-    def rows(params=params, x=x, y=y):
-        return np.asarray(fab(net, params, x, y, norm=norm, steps=4, bounds=bounds))
-
-    def with_x(value):
-        changed = x.copy()
-        changed[2, 1] = value
-        return changed
-
-    def with_y(value):
-        changed = y.copy()
-        changed[2] = value
-        return changed
-
-    want = rows()
-    assert (length(want, norm) > 0).all()
-    only_y = np.where(np.arange(K) == y[2], 0, -np.inf)
-    not_y = np.where(np.arange(K) == y[2], -np.inf, 0)
-    for zero in (
-        rows(y=with_y((y[2] + 1) % K)),  # misclassified
-        rows(y=with_y(K)),
-        rows(y=with_y(-1)),
-        rows(edited(params, "c", 2, only_y)),
-        rows(edited(params, "c", 2, not_y)),
-        rows(edited(params, "c", 2, -np.inf)),
-    ):
-        np.testing.assert_array_equal(zero[2], 0)
-        np.testing.assert_array_equal(np.delete(zero, 2, 0), np.delete(want, 2, 0))
-    for nan in (
-        rows(x=with_x(np.nan)),
-        rows(x=with_x(np.inf)),
-        rows(edited(params, "c", (2, 1), np.nan)),
-        rows(edited(params, "c", (2, 1), np.inf)),
-    ):
-        assert np.isnan(nan[2]).all()
-        np.testing.assert_array_equal(np.delete(nan, 2, 0), np.delete(want, 2, 0))
 
 
 @every_norm
@@ -365,14 +316,14 @@ def test_without_a_gradient_a_step_leaves_the_point(norm, bounds):
     want = np.zeros((2, D))
     want[1, 0] = 0.9 * 1.05 * 0.75
     np.testing.assert_allclose(r[:2], want, rtol=1e-5)
-    assert (length(r, norm)[2:] > 0.75).all()
+    assert (lengths(r, norm)[2:] > 0.75).all()
 
 
 @every_norm
 @pytest.mark.parametrize("bounds", [None, HUGE], ids=["free", "box"])
 def test_a_point_where_the_logits_are_nan_is_not_misclassified(norm, bounds):
     params, x, y = two_ways()
-    params = edited(params, "c", (slice(None), 2), -np.inf)  # class 1, from 10 on
+    params = with_rows(params, "c", (slice(None), 2), -np.inf)  # class 1, from 10 on
     params["edge"][:2] = 9
     params["beyond"][:2, 1] = np.nan, np.inf
     r = fab(net, params, x, y, norm=norm, steps=5, bounds=bounds)
@@ -383,46 +334,19 @@ def test_a_point_where_the_logits_are_nan_is_not_misclassified(norm, bounds):
 @every_norm
 def test_a_plane_too_far_for_the_dtype_is_not_gone_to(norm):
     params, x, y = two_ways()
-    params = edited(params, "c", (slice(None), 1), -1e4)
-    params = edited(params, "c", (slice(None), 2), -np.inf)
+    params = with_rows(params, "c", (slice(None), 1), -1e4)
+    params = with_rows(params, "c", (slice(None), 2), -np.inf)
     params["v"][0, 1] = 1e-37
     r = fab(net, params, x, y, norm=norm, steps=3)
     np.testing.assert_array_equal(r, 0)
 
 
-# Place, keys, dtype and compilation
+# Restarts, dtype and compilation
 
 # The programs with keys: in a box with eps, and free without.
 KEYED = pytest.mark.parametrize(
     ("norm", "eps", "bounds"), [("linf", 0.3, BOX), ("l2", None, None)], ids=["eps", "least"]
 )
-
-
-@KEYED
-def test_an_example_comes_out_the_same_at_every_place(norm, eps, bounds):
-    params, x, y = problem()
-    order = np.random.default_rng(4).permutation(B)
-    fn = functools.partial(fab, net, params, norm=norm, steps=1, bounds=bounds)
-    sizes = None if eps is None else 0.95 * length(fn(x, y), norm).astype(np.float32)
-    fn = functools.partial(fn, restarts=6)
-    straight = fn(x, y, eps=sizes, key=KEYS)
-    assert (fn(x, y, eps=sizes, key=KEYS[::-1]) != straight).any()
-    if sizes is not None:
-        sizes = sizes[order]
-    shuffled = fn(x[order], y[order], eps=sizes, key=KEYS[order])
-    np.testing.assert_allclose(shuffled, straight[order], rtol=1e-5, atol=1e-5)
-
-
-def test_same_key_same_bits():
-    params, x, y = problem()
-    fn = functools.partial(fab, net, params, x, y, steps=3, restarts=3, n_targets=1)
-    want = fn(key=jax.random.key(1))
-    np.testing.assert_array_equal(fn(key=jax.random.key(1)), want)
-    np.testing.assert_array_equal(fn(key=jax.random.split(jax.random.key(1), B)), want)
-    assert (fn(key=jax.random.key(2)) != want).any()
-    # Without a restart there is nothing to draw.
-    want = fab(net, params, x, y, steps=3)
-    np.testing.assert_array_equal(fab(net, params, x, y, steps=3, key="no key"), want)
 
 
 @KEYED
@@ -432,10 +356,10 @@ def test_restarts_never_do_worse(norm, eps, bounds):
         params, x, y = problem(seed)
         fn = functools.partial(fab, net, params, x, y, norm=norm, steps=2, bounds=bounds)
         if eps is not None:  # a little less than what two steps find
-            eps = 0.95 * length(fn(), norm).astype(np.float32)
+            eps = 0.95 * lengths(fn(), norm).astype(np.float32)
         once, more = fn(eps=eps), fn(eps=eps, restarts=6, key=KEYS)
         if eps is None:
-            sizes = length(once, norm), length(more, norm)
+            sizes = lengths(once, norm), lengths(more, norm)
             once, more = (np.where(size == 0, np.inf, size) for size in sizes)
             # Programs with and without keys may round otherwise.
             assert (more <= once * (1 + 1e-5)).all()
@@ -456,7 +380,7 @@ def test_a_restart_is_within_half_of_the_ball_and_not_at_x():
         r = jax.block_until_ready(fab(net, params, x, y, norm=norm, **kwargs))
         jax.effects_barrier()
         assert len(passes) == 1 + 3 * 2  # at x, and for each start there and where it led
-        return r, np.sort([length(point, norm) for point in passes], axis=0)
+        return r, np.sort([lengths(point, norm) for point in passes], axis=0)
 
     params, x, y = two_ways()
     params["edge"][:] = -1  # flat: each start stays where it is
@@ -472,11 +396,11 @@ def test_a_restart_is_within_half_of_the_ball_and_not_at_x():
     _, sizes = starts("l2")
     np.testing.assert_array_equal(sizes, 0)
     # With something found, half of its size.
-    params = edited(params, "c", (slice(None), 2), -np.inf)
+    params = with_rows(params, "c", (slice(None), 2), -np.inf)
     params["edge"][:] = 9
     params["beyond"][:] = [0, 1, 0, 0]
     r, sizes = starts("l2")
-    found = length(r, "l2")
+    found = lengths(r, "l2")
     assert (found > 9).all()
     np.testing.assert_array_equal(sizes[:2], 0)
     assert (sizes[2] > 0.05 * found).all()
@@ -489,7 +413,7 @@ def test_low_precision():
     want = distances(params, np.asarray(x, np.float64), y, "l2", BOX)
     r = fab(net, params, x, y, steps=20, bounds=BOX)
     assert r.dtype == jnp.bfloat16
-    size = length(r, "l2")
+    size = lengths(r, "l2")
     assert (size > 0).all()
     # The net is in float32, but each entry of x + r, of 1 at most, rounds by 2^-9; and whether it
     # does so before it goes into the net is the compiler's choice.
@@ -508,37 +432,7 @@ def test_float64_stays_float64(x64):
     j = np.argsort(z, axis=1)[:, -2]
     gap = z[np.arange(B), y] - z[np.arange(B), j]
     want = 1.05 * gap / np.linalg.norm(w[:, j] - w[:, y], axis=0)
-    np.testing.assert_allclose(length(r, "l2"), want, rtol=1e-12)
-
-
-@boxes
-def test_dtypes_are_never_promoted_in_silence(strict_dtypes, bounds):
-    def cast(params, x):
-        return x @ params["v"].astype(x.dtype)
-
-    params, x, y = two_ways()
-    params["v"] = params["v"][:D]
-    x, eps = jnp.asarray(x, jnp.bfloat16), jnp.full(B, 0.5, jnp.float32)
-    for norm in ("l2", "linf"):  # of l1 balls the projection is optax's
-        options = {"eps": eps, "norm": norm, "bounds": bounds, "restarts": 2, "key": KEYS}
-        r = jax.eval_shape(lambda x, options=options: fab(cast, params, x, y, **options), x)
-        assert r.dtype == jnp.bfloat16
-
-
-def test_all_axes_but_the_first_are_the_example():
-    def square(params, x):
-        x = x.reshape(B, 4)
-        return net(params, jnp.concatenate([x, jnp.zeros((B, 1))], axis=1))
-
-    params, x, _ = problem()
-    params["w"][4] = x[:, 4] = 0
-    y = np.asarray(net(params, x)).argmax(axis=1)
-    want = fab(net, params, x, y, steps=3, bounds=BOX)
-    bounds = np.full((2, 2), BOX[0], np.float32), np.full((B, 2, 2), BOX[1], np.float32)
-    bounds = bounds[0][None], bounds[1]
-    got = fab(square, params, x[:, :4].reshape(B, 2, 2), y, steps=3, bounds=bounds)
-    np.testing.assert_allclose(got.reshape(B, 4), want[:, :4], rtol=1e-5, atol=1e-5)
-    assert (length(want, "l2") > 0).all()
+    np.testing.assert_allclose(lengths(r, "l2"), want, rtol=1e-12)
 
 
 def test_it_is_traced_once_for_all_counts_and_constants():
@@ -555,55 +449,3 @@ def test_it_is_traced_once_for_all_counts_and_constants():
         )
         # At x, in a step, and after the last; each call looks at the net.
         assert len(calls) == 3 + number
-
-
-def test_in_a_jit_it_is_the_same():
-    params, x, y = problem()
-    r = jax.jit(functools.partial(fab, net, steps=6, n_targets=2))(params, x, y)
-    want = fab(net, params, x, y, steps=6, n_targets=2)
-    np.testing.assert_allclose(r, want, rtol=1e-4, atol=1e-5)
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("error", "match", "kwargs"),
-    [
-        (ValueError, r"expected steps >= 1, got 0; ", {"steps": 0}),
-        (ValueError, r"expected n_targets >= 1, got 0; ", {"n_targets": 0}),
-        (ValueError, r"expected restarts >= 1, got 0; ", {"restarts": 0}),
-        (ValueError, r"expected alpha_max in 0\.\.1, got -0\.1; ", {"alpha_max": -0.1}),
-        (ValueError, r"expected alpha_max in 0\.\.1, got 1\.1; ", {"alpha_max": 1.1}),
-        (ValueError, r"expected eta in 1\.\.inf, got 0\.9; ", {"eta": 0.9}),
-        (ValueError, r"expected beta in 0\.\.1, got nan; ", {"beta": float("nan")}),
-        (ValueError, r"expected norm to be one of .*, got 'l3'; ", {"norm": "l3"}),
-        (ValueError, r"expected a finite eps >= 0, got -1; ", {"eps": -1}),
-        (ValueError, r"expected eps of shape", {"eps": np.ones(B + 1, np.float32)}),
-        (TypeError, r"expected eps to be a number", {"eps": "1"}),
-        (ValueError, r"expected bounds=\(lo, hi\)", {"bounds": 1.0}),
-        (ValueError, r"expected bounds .* lo <= hi", {"bounds": (1.0, 0.0)}),
-        (ValueError, r"expected a key: a restart draws", {"restarts": 2}),
-        (TypeError, r"expected a key, got 3; ", {"restarts": 2, "key": 3}),
-    ],
-)
-def test_arguments_that_make_no_sense_raise(error, match, kwargs):
-    params, x, y = problem()
-    with pytest.raises(error, match=match):
-        fab(None, params, x, y, **kwargs)  # before the net is called
-
-
-def test_arrays_that_make_no_sense_raise():
-    params, x, y = problem()
-    with pytest.raises(TypeError, match="expected x of a floating-point dtype"):
-        fab(net, params, np.ones((B, D), int), y)
-    with pytest.raises(ValueError, match="expected x of shape"):
-        fab(net, params, x[0], y)
-    with pytest.raises(TypeError, match="expected integer labels"):
-        fab(net, params, x, np.eye(K)[y])
-    with pytest.raises(ValueError, match="expected as many labels"):
-        fab(net, params, x, y[1:])
-    with pytest.raises(ValueError, match="expected logits of at least 2 classes"):
-        fab(lambda params, x: x[:, :1], params, x, y)
-    with pytest.raises(TypeError, match="expected apply_fn to return logits, one array"):
-        fab(lambda params, x: (x, x), params, x, y)

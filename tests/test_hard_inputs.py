@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxadv import attack, evaluate, inputs, logistic, losses, norms, objectives, perturb, train
+from jaxadv import attack, evaluate, logistic, losses, norms, objectives, perturb, train
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 EPS = 0.5
@@ -30,7 +30,6 @@ BOUNDED = {  # methods whose r has at most size eps, in a few steps
     "deepfool": functools.partial(attack.deepfool, steps=3),
     "square": functools.partial(attack.square, steps=3, key=KEYS),
 }
-every_method = pytest.mark.parametrize("name", BOUNDED)
 
 
 def linear(w, x):
@@ -52,25 +51,6 @@ def norm_at_zero(w, x):
     """A net of finite logits whose gradient is NaN at 0."""
     size = jnp.sqrt(jnp.sum(x**2, axis=(1, 2, 3)))[:, None]
     return linear(w, x) + jnp.where(jnp.arange(3) == 0, size, 0)
-
-
-@every_method
-def test_a_gradient_that_is_not_finite_gives_0_in_its_row(name):
-    w, x, _ = batch(4, 2, 2, 1)
-    x = x.at[1].set(0)
-    y = jnp.argmax(norm_at_zero(w, x), axis=1)
-    assert bool(jnp.all(jnp.isfinite(norm_at_zero(w, x))))
-    r = BOUNDED[name](norm_at_zero, w, x, y, eps=EPS)
-    assert bool(jnp.all(jnp.isfinite(r)))
-    others = jnp.array([0, 2, 3])
-    assert bool(jnp.all(norms.norm(r[others], "l2") > 0))
-    if name not in (
-        "apgd",
-        "apgd_multitargeted",
-        "pgd restarts",
-        "square",
-    ):  # which leave x at random
-        np.testing.assert_array_equal(r[1], 0)
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
@@ -168,38 +148,12 @@ def test_the_least_perturbation_of_logits_near_overflow_is_infinite_and_not_nan(
 # Sizes
 
 
-@every_method
-def test_a_traced_eps_that_is_not_finite_gives_nan_in_its_row(name):
-    w, x, y = batch(4, 2, 2, 1)
-
-    @jax.jit
-    def r(eps):
-        return BOUNDED[name](linear, w, x, y, eps=eps)
-
-    got = np.asarray(r(jnp.array([EPS, jnp.nan, jnp.inf, EPS]))).reshape(4, -1)
-    assert np.isnan(got[1:3]).all()
-    assert np.isfinite(got[[0, 3]]).all()
-
-
 def test_a_relative_eps_of_an_input_whose_norm_overflows_is_nan_and_counted():
     w, x, y = batch(4, 2, 2, 1)
     x = x.at[2].set(3e38)
     lwa = objectives.adversarial(linear, perturb.loss, eps=objectives.Relative(0.1))
     _, (_, aux) = lwa(w, None, (x, y), key=KEYS[0], step=jnp.zeros((), jnp.int32))
     assert int(aux.nonfinite) == 1
-
-
-@every_method
-@pytest.mark.parametrize("bounds", [None, (-8.0, 8.0)])
-def test_a_bfloat16_r_is_no_larger_than_eps(name, bounds):
-    w, x, _ = batch(4, 6, 6, 1)
-    w, x = w.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
-    y = jnp.argmax(linear(w, x), axis=1)
-    eps = 8 / 255
-    r = BOUNDED[name](linear, w, x, y, eps=eps, bounds=bounds)
-    assert r.dtype == jnp.bfloat16
-    # The norm adds up 36 float32 squares, and eps is rounded once.
-    assert float(norms.norm(r, "l2").max()) <= eps * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("largest", [1e5, 1e8, 1e12, 1e30])
@@ -228,14 +182,6 @@ def test_an_unhashable_net_is_an_error_with_a_cure(name):
     w, x, y = batch(4, 2, 2, 1)
     with pytest.raises(TypeError, match=r"apply_fn to be hashable, got Unhashable.*; pass a"):
         BOUNDED[name](Unhashable(), w, x, y, eps=EPS)
-
-
-@every_method
-@pytest.mark.parametrize("bounds", [(None, 1.0), (0.0, None)])
-def test_an_open_end_of_the_box_is_an_error_with_a_cure(name, bounds):
-    w, x, y = batch(4, 2, 2, 1)
-    with pytest.raises(ValueError, match=r"expected two bounds, got .*None.*; pass -jnp.inf"):
-        BOUNDED[name](linear, w, x, y, eps=EPS, bounds=bounds)
 
 
 @pytest.mark.parametrize("method", [attack.pgd, functools.partial(attack.apgd, key=KEYS)])
@@ -267,9 +213,15 @@ def test_many_classes_name_candidates():
 # Shapes
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 2, 2)])
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("bounds", [None, (-1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("shape", "norm", "bounds"),
+    [
+        ((7,), "l2", None),
+        ((7,), "linf", (-1.0, 1.0)),
+        ((3, 5), "linf", None),
+        ((2, 3, 2, 2), "l2", (-1.0, 1.0)),
+    ],
+)
 def test_square_takes_vectors(shape, norm, bounds):
     w, x, _ = batch(4, *shape)
     x = jnp.clip(x, -1, 1)
@@ -283,12 +235,6 @@ def test_square_takes_vectors(shape, norm, bounds):
     fooled = jnp.argmax(linear(w, x + r), axis=1) != y
     # A linear net that one step misleads, random search misleads as well.
     assert bool(jnp.all(fooled >= (jnp.argmax(linear(w, x + reach), axis=1) != y)))
-
-
-def test_finite_takes_the_size_into_account():
-    x, logits = jnp.ones((3, 2)), jnp.ones((3, 2))
-    got = inputs.finite(x, logits, jnp.array([1.0, jnp.nan, jnp.inf]))
-    np.testing.assert_array_equal(got, [True, False, False])
 
 
 # Counts
@@ -561,13 +507,6 @@ def test_an_order_is_of_integers_for_each_step(order):
 # Measuring, norms and bounds
 
 
-@pytest.mark.parametrize("method", [perturb.loss, attack.pgd])
-def test_reversed_bounds_in_lists_raise(method):
-    w, x, y = batch(4, 5)
-    with pytest.raises(ValueError, match=r"with lo <= hi, got .*; swap them"):
-        method(linear, w, x, y, eps=EPS, bounds=([1.0] * 5, [0.0] * 5))
-
-
 def test_a_data_set_in_reversed_bounds_of_jax_is_told_to_swap_them():
     w, x, y = batch(4, 5)
     bounds = jnp.float32(9), jnp.float32(-9)
@@ -638,6 +577,6 @@ def test_a_float32_input_of_a_float16_net_has_a_float32_perturbation(name):
 def test_an_ensemble_of_parameters_is_perturbed_under_vmap(name):
     w, x, y = batch(4, 5)
     ensemble = jnp.stack([w, 2 * w, -w])
-    together = jax.vmap(lambda w: BOUNDED[name](linear, w, x, y, eps=EPS))(ensemble)
+    together = jax.jit(jax.vmap(lambda w: BOUNDED[name](linear, w, x, y, eps=EPS)))(ensemble)
     one = BOUNDED[name](linear, ensemble[2], x, y, eps=EPS)
     np.testing.assert_allclose(together[2], one, rtol=1e-5, atol=1e-6)  # other programs round so

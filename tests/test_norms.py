@@ -313,3 +313,36 @@ def test_without_a_box_confine_rounds_toward_0():
     confined = norms.clip_to_box(x, r, None)
     assert confined.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(confined, np.float32), [[1.0, -1.0]])
+
+
+clip_to_box = jax.jit(norms.clip_to_box)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("clip", [clip_to_box, norms.clip_to_box], ids=["jit", "plain"])
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1),
+    width=st.sampled_from([1e-3, 0.25, 1.0, 255.0]),
+    shape=st.sampled_from([(), SHAPE]),
+    size=st.sampled_from([1e-4, 0.3, 3.0, 1e4]),
+    wide=...,
+)
+def test_clipped_entries_shrink_keep_their_sign_and_reach_no_further_than_the_box(
+    dtype, clip, seed, width, shape, size, wide: bool
+):
+    rng = np.random.default_rng(seed)
+    middle, below, above = rng.normal(size=shape), rng.random(shape), rng.random(shape)
+    ends = middle - width * below, middle + width * above
+    lo, hi = (np.asarray(jnp.broadcast_to(jnp.asarray(end, dtype), SHAPE)) for end in ends)
+    x = jnp.clip(jnp.asarray(rng.normal(size=SHAPE), dtype), lo, hi)  # some are on the bounds
+    r = (size * rng.normal(size=SHAPE)).astype(np.float32)
+    r = r if wide else np.asarray(jnp.asarray(r, dtype))
+    got = clip(x, r, (lo, hi))
+    moved = np.asarray(x + got)  # as computed in x's dtype
+    assert got.dtype == x.dtype
+    assert (lo <= moved).all()
+    assert (moved <= hi).all()
+    got, r = np.asarray(got, np.float64), np.asarray(r, np.float64)
+    assert (np.abs(got) <= np.abs(r)).all()
+    assert (got * r >= 0).all()

@@ -1,4 +1,4 @@
-"""`jaxadv.attack.pgd`: what is its own; the contract of all methods is in test_perturb."""
+"""`jaxadv.attack.pgd`: what is its own; the contract of all methods is in test_contract."""
 
 import functools
 import itertools
@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from references import DUAL_ORDER, NORMS, ORDER, lengths
 
 from jaxadv import attack, losses
 
-NORMS = ("l1", "l2", "linf")
-ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
-DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
 B, D, H, K = 6, 5, 8, 3
 KEYS = jax.random.split(jax.random.key(9), B)
 
@@ -47,10 +45,6 @@ def problem(seed=0):
     return params, x, y
 
 
-def length(r, norm):
-    return np.linalg.norm(np.asarray(r, np.float64), ORDER[norm], axis=1)
-
-
 def outcome(params, x, y, r):
     """Whether each example is misclassified at x + r, and its margin there."""
     z = net(params, x + r)
@@ -60,9 +54,7 @@ def outcome(params, x, y, r):
 # The best iterate
 
 
-@pytest.mark.parametrize(
-    ("norm", "random_start"), [("l1", False), ("l2", False), ("linf", False), ("l2", True)]
-)
+@pytest.mark.parametrize(("norm", "random_start"), [("l1", False), ("l2", False), ("linf", True)])
 def test_more_steps_of_the_same_size_never_do_worse(norm, random_start):
     params, x, y = problem()
     # Steps so long that single ones do overshoot.
@@ -76,33 +68,24 @@ def test_more_steps_of_the_same_size_never_do_worse(norm, random_start):
         assert (later_loss >= loss - 1e-5)[later_hit == hit].all()
 
 
-@every_norm
-def test_a_custom_loss_of_soft_targets_never_falls_with_more_steps(norm):
+def test_a_custom_loss_of_soft_targets_never_falls_with_more_steps():
     params, x, y = problem()
     soft = 0.8 * np.eye(K, dtype=np.float32)[y] + np.float32(0.2 / K)
     losses = [optax.softmax_cross_entropy(net(params, x), soft)]
     for steps in (1, 9):
         r = pgd(
-            net,
-            params,
-            x,
-            soft,
-            eps=1.0,
-            norm=norm,
-            steps=steps,
-            step_size=0.7,
+            net, params, x, soft, eps=1.0, steps=steps, step_size=0.7,
             loss_fn=optax.softmax_cross_entropy,
-        )
+        )  # fmt: skip
         losses.append(optax.softmax_cross_entropy(net(params, x + r), soft))
     rise = np.diff(np.array(losses), axis=0)
     assert (rise >= -1e-5).all()
     assert (rise.sum(axis=0) > 0.1).all()
 
 
-@every_norm
-def test_the_start_itself_is_kept_where_each_step_does_worse(norm):
+def test_the_start_itself_is_kept_where_each_step_does_worse():
     params, x, y = problem()
-    r = pgd(net, params, x, y, eps=1.0, norm=norm, steps=3, loss_fn=lambda z, y: 0 * z[:, 0])
+    r = pgd(net, params, x, y, eps=1.0, steps=3, loss_fn=lambda z, y: 0 * z[:, 0])
     np.testing.assert_array_equal(r, 0)
 
 
@@ -140,11 +123,11 @@ def test_on_a_linear_net_the_loss_reaches_minus_the_margin_plus_eps_times_the_du
     r = pgd(linear, params, x, y, eps=eps, norm=norm, steps=steps)
     away = (w[:, 1] - w[:, 0]) * np.where(y == 0, 1, -1)[:, None]
     margin = -(x @ away.T)[np.arange(B), np.arange(B)] - (b[1] - b[0]) * np.where(y == 0, 1, -1)
-    want = -margin + eps * np.linalg.norm(away, DUAL[norm], axis=1)
+    want = -margin + eps * np.linalg.norm(away, DUAL_ORDER[norm], axis=1)
     got = losses.margin(linear(params, x + r), y)
     # Float32 sums of D products of about 1.
     np.testing.assert_allclose(got, want, atol=3e-6)
-    np.testing.assert_allclose(length(r, norm), eps, rtol=1e-6)
+    np.testing.assert_allclose(lengths(r, norm), eps, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +155,12 @@ def test_in_l1_it_goes_on_where_the_box_stops_an_entry(box, dtype):
     gained = (away * np.asarray(r, np.float64)).sum(axis=1)
     # What is rounded in bfloat16 is 2^-9 of an entry; float32 loses the last step's end.
     assert (gained >= 0.98 * want).all()
-    assert (length(r, "l1") <= eps * (1 + 1e-2)).all()
+    assert (lengths(r, "l1") <= eps * (1 + 1e-2)).all()
 
 
-@every_norm
-@pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
+@pytest.mark.parametrize(
+    ("norm", "bounds"), [("l1", (0.0, 1.0)), ("l2", None), ("linf", (0.0, 1.0)), ("linf", None)]
+)
 def test_steps_much_shorter_than_what_bfloat16_can_tell_apart_add_up(bounds, norm):
     rng = np.random.default_rng(1)
     w = rng.normal(size=(20, 2)).astype(np.float32)
@@ -187,16 +171,15 @@ def test_steps_much_shorter_than_what_bfloat16_can_tell_apart_add_up(bounds, nor
     )
     away = (w.T[1 - y] - w.T[y]).astype(np.float64)
     gained = (away * np.asarray(r, np.float64)).sum(axis=1)
-    most = 0.3 * np.linalg.norm(away, DUAL[norm], axis=1)
+    most = 0.3 * np.linalg.norm(away, DUAL_ORDER[norm], axis=1)
     # Rounding the last point takes 2^-8 of an entry, at most.
     assert (gained >= 0.99 * most).all()
 
 
-@every_norm
-def test_a_targeted_attack_lowers_the_loss_of_its_target_to_the_closed_form(norm):
+def test_a_targeted_attack_lowers_the_loss_of_its_target_to_the_closed_form():
     params, x, y = linear_problem()
-    away = pgd(linear, params, x, y, eps=0.5, norm=norm, steps=4)
-    toward = pgd(linear, params, x, 1 - y, eps=0.5, norm=norm, steps=4, targeted=True)
+    away = pgd(linear, params, x, y, eps=0.5, steps=4)
+    toward = pgd(linear, params, x, 1 - y, eps=0.5, steps=4, targeted=True)
     # With two classes, to reach one is to leave the other.
     np.testing.assert_allclose(toward, away, atol=1e-6)
 
@@ -216,26 +199,12 @@ def test_a_targeted_attack_reaches_the_target():
 
 
 @every_norm
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("step_size", [0.05, 30.0])
-def test_r_stays_in_the_ball(norm, dtype, step_size):
+def test_r_stays_in_the_ball_whatever_the_step_size(norm, step_size):
     params, x, y = problem()
-    params, x = jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, x))
     eps = np.array([0, 0.1, 0.3, 0.7, 1.3, 5], np.float32)
-    r = pgd(
-        net,
-        params,
-        x,
-        y,
-        eps=eps,
-        norm=norm,
-        steps=5,
-        step_size=step_size,
-        random_start=True,
-        key=KEYS,
-    )
-    assert r.dtype == dtype
-    assert (length(r, norm) <= eps * (1 + 1e-6)).all()
+    r = pgd(net, params, x, y, eps=eps, norm=norm, steps=5, step_size=step_size)
+    assert (lengths(r, norm) <= eps * (1 + 1e-6)).all()
     np.testing.assert_array_equal(r[0], 0)
 
 
@@ -245,7 +214,7 @@ def test_a_random_start_is_a_point_of_the_ball_and_not_x(norm):
     r = pgd(
         net, params, x, y, eps=0.5, norm=norm, steps=1, step_size=0.0, random_start=True, key=KEYS
     )
-    size = length(r, norm)
+    size = lengths(r, norm)
     assert (size > 0).all()
     assert (size <= 0.5 * (1 + 1e-6)).all()
 
@@ -293,14 +262,6 @@ def test_labels_reach_the_loss_unchanged(labels):
     assert r.shape == x.shape
 
 
-def test_the_default_loss_takes_integers():
-    params, x, y = problem()
-    with pytest.raises(TypeError, match=r"expected integer labels .*jnp\.argmax"):
-        pgd(net, params, x, np.eye(K, dtype=np.float32)[y], eps=1.0, steps=2)
-    with pytest.raises(ValueError, match=r"expected integer labels .*jnp\.argmax"):
-        pgd(net, params, x, np.eye(K, dtype=np.int32)[y], eps=1.0, steps=2)
-
-
 # Compilation
 
 
@@ -312,26 +273,6 @@ def counting():
         return net(params, x)
 
     return apply_fn, calls
-
-
-def test_called_twice_without_jit_the_same_net_is_traced_once():
-    params, x, y = problem()
-    apply_fn, calls = counting()
-    attack.pgd(apply_fn, params, x, y, eps=0.5, steps=3)
-    once = len(calls)
-    for eps in (0.25, np.float32(1), jnp.float32(1), np.full(B, 0.3)):
-        attack.pgd(apply_fn, params, 2 * x, y, eps=eps, steps=3)
-    assert len(calls) == once + 4  # each call looks at the net, and compiles nothing
-
-
-def test_under_a_callers_jit_it_is_traced_once_with_the_caller():
-    params, x, y = problem()
-    apply_fn, calls = counting()
-    fn = jax.jit(functools.partial(attack.pgd, apply_fn, steps=3))
-    fn(params, x, y, eps=0.5)
-    once = len(calls)
-    fn(params, x, y, eps=0.25)
-    assert len(calls) == once
 
 
 def test_the_number_of_steps_does_not_multiply_the_traces():
@@ -452,21 +393,6 @@ def test_without_samples_the_net_is_called_without_a_key():
     assert set(calls) == {2}
 
 
-@pytest.mark.parametrize(
-    ("wrong", "match"),
-    [
-        ({"restarts": 0}, "restarts >= 1, got 0; 1 is a single run"),
-        ({"samples": -1}, "samples >= 0, got -1; 0 is for a net that draws no random numbers"),
-        ({"samples": 1}, r"expected a key: the net draws random numbers"),
-        ({"restarts": 2}, r"expected a key: a random start draws random numbers"),
-    ],
-)
-def test_restarts_and_samples_are_counts_and_need_a_key(wrong, match):
-    params, x, y = problem()
-    with pytest.raises(ValueError, match=match):
-        attack.pgd(net, params, x, y, eps=0.5, **wrong)
-
-
 # Away from the net's own output
 
 
@@ -487,7 +413,7 @@ virtual = jax.jit(attack.pgd_kl, static_argnums=0, static_argnames=("norm", "ste
 def test_the_virtual_attack_moves_the_output_further_than_random_points_of_the_ball(norm):
     params, x, _ = problem()
     r = virtual(net, params, x, eps=0.5, norm=norm, steps=20, key=KEYS)
-    assert (length(r, norm) <= 0.5 * (1 + 1e-6)).all()
+    assert (lengths(r, norm) <= 0.5 * (1 + 1e-6)).all()
     draws = np.random.default_rng(4).normal(size=(300, B, D)).astype(np.float32)
     sizes = np.linalg.norm(draws, ORDER[norm], axis=2, keepdims=True)
     random = np.array([divergence(params, x, 0.5 * v) for v in draws / sizes])
@@ -507,16 +433,3 @@ def test_the_virtual_attack_needs_no_labels_but_a_key():
         attack.pgd_kl(net, params, x, eps=0.5)
     with pytest.raises(TypeError, match="expected integer labels"):
         attack.pgd_kl(net, params, x, np.eye(B, K), eps=0.5, key=KEYS)
-
-
-def test_a_masked_class_and_an_unsound_row_do_not_spoil_the_virtual_attack():
-    params, x, _ = problem()
-
-    def masked(params, x):
-        return net(params, x).at[:, 2].set(-jnp.inf)
-
-    bad = x.copy()
-    bad[1, 0] = np.nan
-    r = np.asarray(attack.pgd_kl(masked, params, bad, eps=0.5, steps=2, key=KEYS))
-    assert np.isnan(r).all(axis=1).tolist() == [False, True] + [False] * (B - 2)
-    assert (np.abs(r[[0, *range(2, B)]]).max(axis=1) > 0).all()

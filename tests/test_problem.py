@@ -1,4 +1,4 @@
-"""`jaxadv.problem`: what attacks are made of; the contract of attacks is in test_search."""
+"""`jaxadv.problem`: what attacks are made of; the contract of attacks is in test_contract."""
 
 import functools
 
@@ -6,16 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import NORMS, lengths
 
 from jaxadv import attack, perturb
 from jaxadv.attack import with_info
 from jaxadv.problem import Best, Problem, bisect_to_boundary, run_restarts
-
-ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
-
-
-def length(norm, r):
-    return np.linalg.norm(np.asarray(r, np.float64), ORDER[norm], axis=1)
 
 
 def problem(x, norm="l2", eps=None):
@@ -70,15 +65,15 @@ def test_bisecting_0_asks_nothing():
     np.testing.assert_array_equal(tries, 0)
 
 
-@pytest.mark.parametrize("norm", ORDER)
+@pytest.mark.parametrize("norm", NORMS)
 def test_clip_to_ball_leaves_no_bfloat16_outside_of_the_ball(norm):
     r = jnp.asarray(np.random.default_rng(3).normal(size=(50, 7)), jnp.bfloat16)
     eps = np.linspace(0, 6, 50).astype(np.float32)
     got = problem(r, norm, eps).clip_to_ball(r)
     assert got.dtype == r.dtype
-    size = length(norm, got)
+    size = lengths(got, norm)
     assert (size <= eps * (1 + 1e-6)).all()
-    fits = length(norm, r) <= eps
+    fits = lengths(r, norm) <= eps
     assert 0 < fits.sum() < 50
     np.testing.assert_array_equal(got[fits], r[fits])
     # Toward 0 by an ulp of each entry at the most.
