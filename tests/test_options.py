@@ -1,4 +1,4 @@
-"""`experiments/options.py`, and what the command lines refuse: before any work, by name."""
+"""`experiments/lib/options.py`, and what the command lines refuse: before any work, by name."""
 
 import dataclasses
 import importlib
