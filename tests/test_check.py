@@ -77,9 +77,13 @@ def names_of(look, net, *args):
 outputs = functools.partial(names_of, _check._look_at_outputs)
 
 
+def look_at_gradients(net, w, *args):
+    _check._look_at_gradients(functools.partial(_check._gradient_kinds, net, w), *args)
+
+
 def gradients(net):
     x, _, _ = data()
-    return names_of(_check._look_at_gradients, net, np.zeros_like(x), np.ones(N, bool), N)
+    return names_of(look_at_gradients, net, np.zeros_like(x), np.ones(N, bool), N)
 
 
 # Healthy nets
@@ -326,7 +330,7 @@ def test_gradients_that_vanish_where_an_attack_ended_are_noticed():
         (0, True, set()),
     ):
         flags = names_of(
-            _check._look_at_gradients, ledge, np.full_like(start, moved), np.full(N, standing), N
+            look_at_gradients, ledge, np.full_like(start, moved), np.full(N, standing), N
         )
         assert flags == want
 

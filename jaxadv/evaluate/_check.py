@@ -14,6 +14,7 @@ evaluation: what came isn't a classifier's logits, or examples that can be measu
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -213,7 +214,8 @@ def check(
     figures["one step"], figures["pgd"] = accuracy(one_step), accuracy(iterated)
     figures["pgd, 4 times the steps, 4 starts"] = accuracy(iterated & thorough)
 
-    _look_at_gradients(apply_fn, params, x, y, r, iterated, batch_size, figures, flag)
+    batch = partial(_gradient_kinds, apply_fn, params)
+    _look_at_gradients(batch, x, y, r, iterated, batch_size, figures, flag)
     flag(
         "one step", figures["one step"] > figures["pgd"] + _ONE_STEP, "weak attack",
         f"one step leaves {figures['one step']:.3f}, {steps} steps {figures['pgd']:.3f}: a single "
@@ -343,8 +345,7 @@ def _look_at_outputs(
 
 
 def _look_at_gradients(
-    apply_fn: ApplyFn,
-    params: Params,
+    batch: Callable[..., dict[str, dict[str, jax.Array]]],
     x: Any,
     y: Any,
     r: NDArray[Any],
@@ -353,7 +354,6 @@ def _look_at_gradients(
     figures: dict[str, float],
     flag: Raise,
 ) -> None:
-    batch = partial(_gradient_kinds, apply_fn, params)
     at_x = host.over_batches(batch, (x, y), batch_size)
     at_end = host.over_batches(batch, (x + r, y), batch_size)
     for name, kinds in at_x.items():
