@@ -109,7 +109,9 @@ def test_images_are_cropped_scaled_and_in_the_box_of_their_pixels(folder):
 def test_weights_reach_a_function_of_ones_own_as_a_tree(tmp_path, folder):
     weights.save(Path("w.safetensors"), {"at": jnp.asarray(0.9)})
     settings = problems.Settings("brightness:apply_fn", weights=Path("w.safetensors"))
-    apply_fn, params, name, classes = problems.load_net(settings, np.zeros((1, 8, 8, 1)))
+    apply_fn, params, name, classes = problems.load_net(
+        settings, np.zeros((1, 8, 8, 1), np.float32)
+    )
     assert classes == 2
     assert name == "brightness:apply_fn"
     assert apply_fn(params, jnp.full((1, 2), 0.7)).argmax() == 0
