@@ -1,4 +1,4 @@
-"""What Adv_Alpha loses when it looks at the likeliest classes alone (`perturb.alpha(candidates=)`).
+"""What Adv_Alpha loses when it looks only at the likeliest classes (`perturb.alpha(candidates=)`).
 
     python experiments/candidates.py
 
@@ -147,7 +147,7 @@ def as_markdown(rows: list[dict[str, Any]]) -> list[str]:
     cells = [
         [f"{row[k]:.4g}" if isinstance(row[k], float) else row[k] for k in kept] for row in rows
     ]
-    lines = ["# Adv_Alpha with the likeliest classes alone", "", *tables.markdown(kept, cells)]
+    lines = ["# Adv_Alpha with only the likeliest classes", "", *tables.markdown(kept, cells)]
     device, versions = rows[0]["device"], rows[0]["versions"]
     return [*lines, "", f"Seed {rows[0]['seed']}, {device}, jax {versions['jax']}.", ""]
 

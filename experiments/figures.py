@@ -1,4 +1,4 @@
-"""Every figure of the results, drawn from their JSON files alone.
+"""Every figure of the results, drawn from nothing but their JSON files.
 
 python experiments/figures.py               # all records in experiments/results
 python experiments/figures.py runs/mnist_mlp    # those of a run

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from references import NORMS
+from references import NORMS, mostly_right
 from scipy import stats
 
 from jaxadv import evaluate
@@ -23,16 +23,6 @@ def identity(params, x):
 
 def linear(params, x):
     return x @ params
-
-
-def draw(n, seed=0):
-    """Weights, and n examples of which the net gets most right."""
-    rng = np.random.default_rng(seed)
-    w = rng.normal(size=(D, K)).astype(np.float32)
-    x = rng.normal(size=(n, D)).astype(np.float32)
-    y = np.argmax(x @ w, axis=1)
-    y[::5] = (y[::5] + 1) % K
-    return w, x, y
 
 
 # What is correct
@@ -79,7 +69,7 @@ def test_an_example_that_is_not_finite_is_wrong_whatever_its_logits(bad):
 
 
 def test_measure_works_under_jit_and_vmap():
-    w, x, y = draw(12)
+    w, x, y = mostly_right(12)
     want = np.argmax(x @ w, axis=1) == y
     assert 0 < want.sum() < 12
     measure = partial(evaluate.measure, linear)
@@ -113,7 +103,7 @@ def test_an_example_that_is_misclassified_is_wrong_even_where_r_repairs_it():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_norm_is_measured_of_the_perturbation_that_came(norm):
-    w, x, y = draw(7)
+    w, x, y = mostly_right(7)
     r = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     outcome = evaluate.measure(linear, w, x, y, r, norm=norm)
     want = [references.length(row, norm) for row in r]
@@ -168,7 +158,7 @@ def test_logits_that_overflow_at_the_perturbed_input_are_counted():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_data_set_is_measured_as_a_batch_is(norm):
-    w, x, y = draw(11)
+    w, x, y = mostly_right(11)
     r = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     got = evaluate.score(linear, w, x, y, r, norm=norm, batch_size=4)
     want = evaluate.measure(linear, w, x, y, r, norm=norm)
@@ -180,7 +170,7 @@ def test_a_data_set_is_measured_as_a_batch_is(norm):
             np.testing.assert_array_equal(leaf, expected)
 
 
-W, X, Y = draw(7)
+W, X, Y = mostly_right(7)
 # name: what is called, the error
 BAD = {
     "r like one example": (lambda: evaluate.measure(linear, W, X, Y, X[:1]), ValueError),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from references import mostly_right
 
 from jaxadv import attack, evaluate, perturb
 from jaxadv.evaluate import _ensemble
@@ -325,20 +326,10 @@ METHODS = {
 }
 
 
-def draw(n, seed=0):
-    """Weights of a linear net, and n examples of which it gets most right."""
-    rng = np.random.default_rng(seed)
-    w = rng.normal(size=(5, 3)).astype(np.float32)
-    x = rng.normal(size=(n, 5)).astype(np.float32)
-    y = np.argmax(x @ w, axis=1)
-    y[::5] = (y[::5] + 1) % 3
-    return w, x, y
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_the_batch_size_changes_no_random_perturbation(name):
     method, key = METHODS[name]
-    w, x, y = draw(11)
+    w, x, y = mostly_right(11)
     of = {"eps": np.linspace(0.1, 1.5, 11).astype(np.float32), "key": key}
     whole, r, again = (
         evaluate.attack_and_score(linear, w, x, y, method, **of, batch_size=batch_size).r
@@ -349,7 +340,7 @@ def test_the_batch_size_changes_no_random_perturbation(name):
 
 
 def test_noise_belongs_to_the_example_and_not_to_its_place():
-    w, x, y = draw(6)
+    w, x, y = mostly_right(6)
     keys, back = jax.random.split(jax.random.key(3), 6), np.arange(6)[::-1]
     forth, turned = (
         evaluate.attack_and_score(
@@ -361,7 +352,7 @@ def test_noise_belongs_to_the_example_and_not_to_its_place():
 
 
 def test_sizes_are_per_example():
-    w, x, y = draw(7)
+    w, x, y = mostly_right(7)
     eps = np.arange(7, dtype=np.float32)
     result = evaluate.attack_and_score(linear, w, x, y, perturb.loss, eps=eps, batch_size=3)
     np.testing.assert_allclose(result.outcome.norm, eps, rtol=1e-6)
@@ -371,7 +362,7 @@ def test_sizes_are_per_example():
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("method", [attack.fmn, perturb.alpha])
 def test_without_a_size_a_minimal_attack_finds_the_least_perturbation(method, several):
-    w, x, y = draw(7)
+    w, x, y = mostly_right(7)
     attacks = {"it": method} if several else method
     result = evaluate.attack_and_score(linear, w, x, y, attacks, eps=None, batch_size=3)
     want = method(linear, w, x, y)
@@ -384,12 +375,12 @@ def test_without_a_size_a_minimal_attack_finds_the_least_perturbation(method, se
 def test_an_attack_that_needs_a_size_says_so():
     for attacks in (perturb.loss, {"loss": perturb.loss}):
         with pytest.raises(TypeError, match="expected eps to be a number or an array, got None"):
-            evaluate.attack_and_score(linear, *draw(7), attacks, eps=None)
+            evaluate.attack_and_score(linear, *mostly_right(7), attacks, eps=None)
 
 
 @pytest.mark.parametrize("lo", [-0.5, np.linspace(-0.5, -0.1, 5).astype(np.float32)])
 def test_bounds_are_handed_on(lo):
-    w, x, y = draw(7)
+    w, x, y = mostly_right(7)
     x = np.clip(x, lo, 0.5)
     outcome, r, _ = evaluate.attack_and_score(
         linear, w, x, y, perturb.loss, eps=2.0, bounds=(lo, 0.5), batch_size=3
@@ -401,7 +392,7 @@ def test_bounds_are_handed_on(lo):
 
 
 def test_a_data_set_of_images_keeps_its_shape():
-    w, x, y = draw(7)
+    w, x, y = mostly_right(7)
     images = x.reshape(7, 1, 5, 1)
     r, want = (
         evaluate.attack_and_score(linear, w, v, y, perturb.loss, eps=0.5, batch_size=3).r
@@ -447,7 +438,7 @@ def test_several_attacks_on_another_net_run_on_what_this_one_still_gets_right():
 
 
 def test_a_white_box_attack_and_a_transferred_one_combine_to_their_worst_case():
-    w, x, y = draw(30)
+    w, x, y = mostly_right(30)
     v = w + 0.5 * np.random.default_rng(9).normal(size=w.shape).astype(np.float32)
     transferred, white_box = (
         evaluate.attack_and_score(linear, v, x, y, perturb.loss, eps=1.0, source=source).outcome
@@ -465,7 +456,7 @@ def test_a_white_box_attack_and_a_transferred_one_combine_to_their_worst_case():
 
 @pytest.mark.parametrize("name", ["loss", "pgd"])
 def test_an_attack_is_traced_once_for_sizes_of_every_kind(name):
-    w, x, y = draw(11)
+    w, x, y = mostly_right(11)
     method = {"loss": perturb.loss, "pgd": functools.partial(attack.pgd, steps=3)}[name]
     traces = []
 

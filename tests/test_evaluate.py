@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import mostly_right
 
 from jaxadv import evaluate, perturb
 
@@ -22,17 +23,7 @@ def linear(params, x):
     return x @ params
 
 
-def draw(n, seed=0):
-    """Weights, and n examples of which the net gets most right."""
-    rng = np.random.default_rng(seed)
-    w = rng.normal(size=(D, K)).astype(np.float32)
-    x = rng.normal(size=(n, D)).astype(np.float32)
-    y = np.argmax(x @ w, axis=1)
-    y[::5] = (y[::5] + 1) % K
-    return w, x, y
-
-
-W, X, Y = draw(7)
+W, X, Y = mostly_right(7)
 
 
 def attacked(net, w, x, y, *, attacks=perturb.loss, eps=0.5, **some):
@@ -183,14 +174,14 @@ def test_an_empty_data_set_and_one_with_a_nan_lie_in_any_bounds():
 @functools.cache
 def at_once(name):
     """A driver's result for eleven examples in one batch."""
-    return DRIVERS[name](linear, *draw(11), batch_size=11)
+    return DRIVERS[name](linear, *mostly_right(11), batch_size=11)
 
 
 @every_driver
 @pytest.mark.parametrize("n", [0, 1, 4, 10])
 def test_every_example_is_covered_once_and_in_order(name, n):
     # n = 0 and n = 1; less than, equal to, and no multiple of the batch size.
-    w, x, y = draw(11)
+    w, x, y = mostly_right(11)
     got = DRIVERS[name](linear, w, x[:n], y[:n], batch_size=4)
     want = jax.tree.map(lambda leaf: leaf[:n], at_once(name))
     for leaf, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -200,7 +191,7 @@ def test_every_example_is_covered_once_and_in_order(name, n):
 
 
 def test_the_drivers_do_what_the_batch_functions_do():
-    w, x, y = draw(11)
+    w, x, y = mostly_right(11)
     r = perturb.loss(linear, w, x, y, eps=0.5)
     outcome = evaluate.measure(linear, w, x, y, r)
     chex.assert_trees_all_close(at_once("attack_and_score"), (outcome, r), atol=ATOL)
@@ -214,14 +205,14 @@ def test_the_drivers_do_what_the_batch_functions_do():
 @every_driver
 def test_numpy_float64_data_is_evaluated_in_float32(name):
     # NumPy's default dtype; JAX without x64 has none such.
-    w, x, y = draw(7)
+    w, x, y = mostly_right(7)
     got, want = (DRIVERS[name](linear, w, v, y) for v in (x.astype(np.float64), x))
     chex.assert_trees_all_equal(got, want)
 
 
 @every_driver
 def test_data_on_the_device_and_on_the_host_are_alike(name):
-    w, x, y = draw(7)
+    w, x, y = mostly_right(7)
     got = DRIVERS[name](linear, w, jnp.asarray(x), jnp.asarray(y))
     chex.assert_trees_all_equal(got, DRIVERS[name](linear, w, x, y))
 
@@ -257,7 +248,7 @@ def test_under_a_trace_of_its_options_an_attack_says_what_to_use_instead(traced)
 
 @every_driver
 def test_a_net_is_compiled_once_for_many_sizes_parameters_and_batches(name):
-    w, x, y = draw(11)
+    w, x, y = mostly_right(11)
     traces = []
 
     def net(params, x):

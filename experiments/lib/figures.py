@@ -1,4 +1,4 @@
-"""Every figure of the results, drawn from their JSON files alone.
+"""Every figure of the results, drawn from nothing but their JSON files.
 
 `draw` looks at what a folder holds and draws what can be drawn from it: curves and learning curves
 for every table, Figures 1 and 2 of the paper where LeNets are among the rows, and digits.

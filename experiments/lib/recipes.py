@@ -221,7 +221,7 @@ def against(
     weight: float,
     bounds: Bounds | None,
 ) -> Objective:
-    """Return the objective of a kind on raw inputs; `weight` is that of its divergence."""
+    """Return the objective of a kind on raw inputs; `weight` multiplies its divergence."""
     common: dict[str, Any] = {"eps": eps, "train_fn": train_fn, "bounds": bounds}
     if kind == "virtual":
         return objectives.kl_regularized(apply_fn, adversary, weight=weight, **common)

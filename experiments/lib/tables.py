@@ -55,7 +55,7 @@ def as_printed(figures: Sequence[float]) -> list[str]:
 
 
 def seeds(rows: Sequence[TableRow], names: Mapping[str, str]) -> str:
-    """Return a note of which seeds the rows are of, and which methods' differ."""
+    """Return a note that names the rows' seeds, and the methods that have other ones."""
     of = {
         name: tuple(sorted({row.seed for row in rows if row.method == method}))
         for method, name in names.items()

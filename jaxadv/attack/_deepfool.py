@@ -126,8 +126,8 @@ def boundary_step(
     Args:
       problem: of integer labels.
       r: perturbations, `[B, ...]`, of x's dtype.
-      candidates: consider only this many classes, the likeliest wrong ones; all if None. Each costs
-        a backward pass.
+      candidates: consider only this many wrong classes, the likeliest; None for all. Each costs a
+        backward pass.
       unblocked: whether distances count only the entries that the box doesn't block, a bool or a
         traced one.
 

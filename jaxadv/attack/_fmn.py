@@ -30,7 +30,7 @@ __all__ = ["fmn"]
 # length of a step relative to the first.
 _CHANGE = 0.05, 0.001
 _STEP = 1.0, 0.01
-_CLASSES = 10  # the likeliest wrong ones, toward which one step of DeepFool is tried as well
+_CLASSES = 10  # of largest logit, toward which one step of DeepFool is tried as well
 _PAST = 1.001  # the length of that step, so that a slightly curved boundary is crossed too
 
 
@@ -152,7 +152,7 @@ def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
     state = _State(zero, jnp.zeros_like(none.size), there, none)
     state = lax.fori_loop(0, steps, step, state)
     state = kept(state, *problem.value(state.r))
-    if not problem.targeted:  # the boundary of another class than the likeliest may be nearer
+    if not problem.targeted:  # a less likely class may be nearer
         r = problem.clip_to_box(_PAST * boundary_step(problem, zero, _CLASSES))
         state = kept(state._replace(r=r), *problem.value(r))
     clearly, barely = state.least.found, state.barely.found

@@ -4,8 +4,8 @@ A net whose gradients are useless (gradient masking) may resist `pgd` without be
 search needs no gradient (Andriushchenko et al., 2020). Each query repaints one square window of the
 best perturbation so far, at a random place, and is kept if the loss improves. The windows shrink as
 the search goes on. The perturbation always uses the whole radius: in linf every entry is plus or
-minus eps; in l2 a window gets a bump whose energy is its own, that of a second window, which is set
-to 0, and what the box has cut off.
+minus eps; in l2 a second window is set to 0, and the first gets a bump with the energy of both and
+with what the box has cut off.
 
 Inputs that aren't images are laid out as one, a vector row by row in a square; a window then is
 some runs of neighbouring entries.
