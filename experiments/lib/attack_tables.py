@@ -27,8 +27,8 @@ def figures_of(rows: Sequence[AttackRow], method: str, norm: str, eps: float) ->
     Returns:
       PGD-100x10, AutoAttack and the difference between one step's robust accuracy and AutoAttack's
       on the same images, the most that AutoAttack has been run on; empty where an attack hasn't.
-      PGD that has been run on other images alone says on how many, and what AutoAttack leaves of
-      these.
+      Where PGD has been run only on other images, its cell says on how many, and the robust
+      accuracy of AutoAttack on these.
     """
     here = [
         row
