@@ -177,10 +177,6 @@ REFUSED = {
         "--folder FILE": "nets of --folder as .*, got none",
         "--n 0": "--n to be at least 1, got 0",
     },
-    "candidates.py": {
-        "--few 10": "--few to be at most 9, got 10",
-        "--many 0": "--many to be at least 1, got 0",
-    },
     "features.py": {"--n 4": "--n to be at least 5, got 4"},
     "known.py": {"--check-eps -1": "--check-eps to be at least 0, got -1"},
     "reference.py": {
