@@ -29,7 +29,6 @@ results.json, results.md and figures to --out.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import sys
 import time
@@ -102,13 +101,8 @@ def run(settings: Settings, console: Console) -> list[BenchmarkRow]:
             part=part,
             figures=RUN[part](settings),
             machine=quiet.report(),
-            versions=records.versions() | libraries.versions(),
-            device=records.device(),
-            settings={
-                key: value
-                for key, value in dataclasses.asdict(settings).items()
-                if key not in ("out", "parts")
-            },
+            settings=settings.without("out", "parts"),
+            **records.made_by(libraries.versions()),
         )
         rows = [*(row for row in rows if row.part != part), row]
         rows.sort(key=lambda row: PARTS.index(row.part))

@@ -228,9 +228,7 @@ def main() -> None:
         + f"; images from {rows[0].settings['data']}.",
         f"Fixed is made on a Normal net of seed {settings.fixed_seed}, which itself scores "
         f"{tables.fixed_source(rows)} on it at l2 size {rows[0].eps:g}.",
-        f"PGD: {settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on "
-        f"{rows[0].n_pgd:,} of the images; not in the paper. Nothing is "
-        "clipped to the pixel range.",
+        tables.pgd_note(rows, settings.pgd_steps),
         tables.seeds(rows, NAMES),
     ]
     title = f"CIFAR-10, {rows[0].network}: accuracy on {rows[0].n:,} {which}"

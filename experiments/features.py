@@ -1,4 +1,4 @@
-"""What libraries for adversarial examples do with the same awkward questions, found out by asking.
+"""The same awkward questions put to several libraries for adversarial examples.
 
     pip install -e ".[bench]"
     pip install "git+https://github.com/fra31/auto-attack@a39220048b3c9f2cca9a4d3a54604793c68eca7e"
@@ -34,8 +34,8 @@ from rich.console import Console
 from experiments.compare import libraries, published, pytorch
 from experiments.lib import models, options, problems, records, tables
 from experiments.lib.options import Checked, OutputFolder, Range, Size
-from jaxadv import attack
-from jaxadv import evaluate as measure
+from experiments.lib.records import FeaturesRow
+from jaxadv import attack, evaluate
 
 Images = NDArray[np.float32]
 Attack = Callable[[Mapping[str, Any], Any, Any, Any], Images]
@@ -74,9 +74,10 @@ def by_peer(library: str, params: Mapping[str, Any], x: Any, y: Any, eps: Any) -
     return libraries.attacks(params, x, y, eps=eps, task="PGD-40")[library]()
 
 
+PEERS = ("foolbox", "torchattacks", "cleverhans", "ART")
 ATTACKS: Mapping[str, Attack] = {
     "jaxadv": by_us,
-    **{name: partial(by_peer, name) for name in ("foolbox", "torchattacks", "cleverhans", "ART")},
+    **{name: partial(by_peer, name) for name in PEERS},
     "AutoAttack": by_autoattack,
 }
 
@@ -149,7 +150,7 @@ def flagged(problem: problems.Problem) -> dict[str, str]:
         return jax.nn.softmax(problem.apply_fn(params, x))
 
     x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
-    report_ = measure.check(
+    report = evaluate.check(
         probabilities, problem.params, x, y, eps=1.5, key=jax.random.key(0), bounds=(0.0, 1.0)
     )
     net = torch.nn.Sequential(pytorch.fixed_net(problem.params), torch.nn.Softmax(dim=1))
@@ -159,30 +160,30 @@ def flagged(problem: problems.Problem) -> dict[str, str]:
         published.autoattack(net, problem.x, problem.y, eps=1.5, attacks=["apgd-ce"], verbose=True)
     said = [printed.getvalue(), *(str(warning.message) for warning in caught)]
     return {
-        "jaxadv": "flagged" if any(f.name == "probabilities" for f in report_.flags) else "nothing",
+        "jaxadv": "flagged" if any(f.name == "probabilities" for f in report.flags) else "nothing",
         "AutoAttack": "flagged" if "probability distribution" in " ".join(said) else "nothing",
-        **dict.fromkeys(("foolbox", "torchattacks", "cleverhans", "ART"), "has no such check"),
+        **dict.fromkeys(PEERS, "has no such check"),
     }
 
 
-def as_markdown(row: dict[str, Any]) -> list[str]:
+def as_markdown(row: FeaturesRow) -> list[str]:
     """Return the answers as a table."""
     cells = [
         [question, *(answers[name].replace("|", "/") for name in ATTACKS)]
-        for question, answers in row["answers"].items()
+        for question, answers in row.answers.items()
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in row.versions.items())
     return [
         "# The same questions put to each library",
         "",
         *tables.markdown(["", *ATTACKS], cells),
         "",
-        f"{row['n']} images of MNIST, l2 size {row['eps']:g}. {versions}.",
+        f"{row.n} images of MNIST, l2 size {row.eps:g}. {versions}.",
         "",
     ]
 
 
-def run(settings: Settings, console: Console) -> dict[str, Any]:
+def run(settings: Settings, console: Console) -> FeaturesRow:
     """Ask everything; return the answers.
 
     Raises:
@@ -190,25 +191,18 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     """
     pytorch.need("torch", "foolbox", "torchattacks", "cleverhans", "art", "autoattack")
     problem = problems.recorded("mnist_mlp/normal", settings.n)
-    asked_ = questions(problem.params, problem.x, problem.y, settings.eps)
     answers = {
         question: {name: asked(ask, perturb) for name, perturb in ATTACKS.items()}
-        for question, ask in asked_.items()
+        for question, ask in questions(problem.params, problem.x, problem.y, settings.eps).items()
     }
-    answers["a net that returns probabilities"] = flagged(problem)
-    row: dict[str, Any] = {
-        "experiment": "features",
-        "answers": answers,
-        "n": settings.n,
-        "eps": settings.eps,
-        "versions": records.versions()
-        | libraries.versions()
-        | {"autoattack": version("autoattack")},
-        "device": records.device(),
-    }
-    settings.out.mkdir(parents=True, exist_ok=True)
-    records.save(settings.out / "results.json", [row])
-    tables.write(settings.out, as_markdown(row), console)
+    row = FeaturesRow(
+        experiment="features",
+        answers=answers | {"a net that returns probabilities": flagged(problem)},
+        n=settings.n,
+        eps=settings.eps,
+        **records.made_by(libraries.versions() | {"autoattack": version("autoattack")}),
+    )
+    tables.record(settings.out, [row], as_markdown(row), console)
     return row
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
 from scipy.optimize import minimize
 
 from experiments.lib import data, figures, options, parallel, records, tables
@@ -263,9 +263,23 @@ def proposition_d(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Findi
     )  # fmt: skip
 
 
+def as_markdown(rows: Sequence[PropositionRow]) -> list[str]:
+    """Return a table of claims for each proposition."""
+    first, last = rows[0].settings["digits"]
+    lines = [f"# Appendix A on the digits {first} and {last}", ""]
+    for row in rows:
+        cells = [
+            [claim["what"].replace("|", "\\|"), f"{claim['value']:.4g}",
+             f"{claim['relation']} {claim['bound']:.4g}"]
+            for claim in row.claims
+        ]  # fmt: skip
+        lines += [f"**{row.proposition}.** {row.statement}", ""]
+        lines += [*tables.markdown(("measured", "value", "must be"), cells), ""]
+    return [*lines, f"- {rows[0].n} images, float64, seed {rows[0].seed}, {rows[0].device}.", ""]
+
+
 def run(settings: Settings, console: Console) -> list[PropositionRow]:
     """Measure everything; write it; fail if a claim does."""
-    settings.out.mkdir(parents=True, exist_ok=True)
     x, y = load(settings)
     rng = np.random.default_rng(settings.seed)
     findings = [
@@ -285,21 +299,7 @@ def run(settings: Settings, console: Console) -> list[PropositionRow]:
         )
         for finding in findings
     ]
-    records.save(settings.out / "results.json", rows)
-    lines = [f"# Appendix A on the digits {settings.digits[0]} and {settings.digits[1]}", ""]
-    for finding in findings:
-        headings = ("measured", "value", "must be")
-        table = Table(*headings, title=finding.proposition)
-        rows_ = []
-        for claim in finding.claims:
-            cells = claim.what, f"{claim.value:.4g}", f"{claim.relation} {claim.bound:.4g}"
-            table.add_row(*cells, style=None if claim.holds else "red")
-            rows_.append([cell.replace("|", "\\|") for cell in cells])
-        lines += [f"**{finding.proposition}.** {finding.statement}", ""]
-        lines += [*tables.markdown(headings, rows_), ""]
-        console.print(table)
-    lines += [f"- {len(y)} images, float64, seed {settings.seed}, {records.device()}.", ""]
-    (settings.out / "results.md").write_text("\n".join(lines))
+    tables.record(settings.out, rows, as_markdown(rows), console)
     figures.draw(settings.out)
     broken = [claim for finding in findings for claim in finding.claims if not claim.holds]
     if broken:

@@ -158,9 +158,7 @@ def main() -> None:
     notes = [
         f"Fixed is made on a Normal net of seed {settings.fixed_seed}, which itself scores "
         f"{tables.fixed_source(rows)} on it.",
-        f"PGD: {settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on "
-        f"{rows[0].n_pgd:,} of the images; not in the paper. Nothing is clipped to the pixel "
-        "range.",
+        tables.pgd_note(rows, settings.pgd_steps),
         f"Trained on {60_000 - settings.holdout:,} images. {tables.seeds(rows, NAMES)}",
     ]
     title = f"MNIST, {net}: accuracy on {rows[0].n:,} {which}"

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from experiments import features
-from experiments.lib import models, problems
+from experiments.lib import models, problems, records
 
 
 def problem_of(net, n=3):
@@ -26,6 +26,13 @@ def test_a_question_has_an_answer_or_an_error():
     for name in asked:
         if name.startswith("accuracy left"):
             assert 0 <= float(ours[name]) <= 1
-    row = {"answers": {"q": dict.fromkeys(features.ATTACKS, "a|b")}, "versions": {"jax": "1"}}
-    text = features.as_markdown({**row, "n": 3, "eps": 1.0})
+    row = records.FeaturesRow(
+        experiment="features",
+        answers={"q": dict.fromkeys(features.ATTACKS, "a|b")},
+        n=3,
+        eps=1.0,
+        versions={"jax": "1"},
+        device="cpu",
+    )
+    text = features.as_markdown(row)
     assert "| q | a/b | a/b |" in "\n".join(text)

@@ -24,15 +24,15 @@ def test_both_nets_are_attacked_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(known, "load", lambda path: nets[path.stem.removeprefix("mnist_lenet5_")])
     settings = known.Settings(Path("there"), n=12, steps=20, n_check=8, out=tmp_path)
     rows = known.run(settings, Console(file=io.StringIO()))
-    assert records.read(tmp_path / "results.json") == rows
-    assert all(row["figures"]["fmn, median size"] < 1 for row in rows)
-    assert [(row["net"], row["n"]) for row in rows] == [("clntrained", 12), ("advtrained", 12)]
+    assert records.load(tmp_path / "results.json", records.KnownRow) == rows
+    assert all(row.figures["fmn, median size"] < 1 for row in rows)
+    assert [(row.net, row.n) for row in rows] == [("clntrained", 12), ("advtrained", 12)]
     for row in rows:
-        assert row["network"] == "conv3-conv5-6"
-        *medians, least = row["median l2"].values()
+        assert row.network == "conv3-conv5-6"
+        *medians, least = row.median_l2.values()
         assert 0 < least <= min(medians) < 28
     text = (tmp_path / "results.md").read_text()
-    assert f"| advtrained | 0.9864 | {rows[1]['clean']:.4f} | 1.872 | 3.04 |" in text
+    assert f"| advtrained | 0.9864 | {rows[1].clean:.4f} | 1.872 | 3.04 |" in text
     assert text.count("\n- ") == 2
 
 

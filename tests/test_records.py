@@ -88,6 +88,8 @@ RECORDED = {
     ),
     **dict.fromkeys(("benchmark", "benchmark/slower_machine"), records.BenchmarkRow),
     "logistic": records.PropositionRow,
+    "known": records.KnownRow,
+    "features": records.FeaturesRow,
 }
 
 

@@ -84,8 +84,7 @@ def ranked(rows: Sequence[AttackRow]) -> list[str]:
         lines += [f"## {record}: {norm} size {eps:g}", "", *tables.markdown(headings, cells), ""]
         checks = {row.method: row.flags for row in here if isinstance(row, CheckRow)}
         for method, flags in checks.items():
-            doubts = "; ".join(flags.values()) or "nothing to doubt was found"
-            lines.append(f"- {method.split('/')[1]}: {doubts}")
+            lines.append(f"- {method.split('/')[1]}: {tables.doubts(flags)}")
         unchecked = [row.method.split("/")[1] for row in order if row.method not in checks]
         if unchecked:
             lines.append(f"- not checked: {', '.join(unchecked)}")

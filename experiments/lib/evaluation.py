@@ -183,7 +183,7 @@ def _remarks(row: AttackRow) -> list[str]:
     """Return what must be said beside a row's figures."""
     remarks = list(row.notes or ())
     if isinstance(row, CheckRow):
-        remarks.append("; ".join(row.flags.values()) or "nothing to doubt was found")
+        remarks.append(tables.doubts(row.flags))
     if isinstance(row, RobustRow):
         for count, what in (
             ("invalid", "labels are none of the net's classes, and count as wrong"),

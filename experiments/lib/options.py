@@ -123,6 +123,12 @@ class Checked:
         """
         _check_fields("--", self)
 
+    def without(self, *names: str) -> dict[str, Any]:
+        """Return all options but these, by name, for a record."""
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in names
+        }
+
 
 def _check_fields(prefix: str, settings: Any) -> None:
     for name, annotation in _annotations(type(settings)).items():

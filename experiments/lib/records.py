@@ -1,8 +1,8 @@
 """results.json: the rows that a run leaves behind, from which every table and figure is made.
 
-A row is a dataclass, one kind for each kind of run; its fields are the keys of its JSON, in their
-order. `load` and `save` are between the two, and `find_or_run` is what lets a command go on where
-it was: it runs only what the file doesn't have.
+A row is a dataclass, one kind for each kind of run. Its fields are the keys of its JSON, in the
+same order. `load` and `save` convert between the two. `find_or_run` lets a command resume: it runs
+only what the file lacks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
@@ -28,7 +29,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What every row has. A field whose default is None isn't in the JSON while it is None."""
+    """What every row has. A field whose default is None is left out of the JSON while it is None.
+
+    A field's key in the JSON is its name, unless its metadata have a `key`.
+    """
 
     experiment: str
 
@@ -39,12 +43,16 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON has it."""
-        said = {field: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {field: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
-            field.name: value
-            for field, value in said.items()
+            _key(field): value
+            for field, value in values.items()
             if value is not None or field.default is dataclasses.MISSING
         }
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    return field.metadata.get("key", field.name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,6 +222,47 @@ class PartRow(Row):
     figures: list[dict[str, Any]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KnownRow(Row):
+    """Least perturbations of a net whose figures others have published.
+
+    Attributes:
+      net: its name.
+      weights: checksum of its parameters.
+      published: what others print of it.
+      clean: accuracy on all test images.
+      median_l2: median l2 size by attack, and of the smallest of them for each image.
+      seconds: of each attack.
+      flags: what `evaluate.check` finds to doubt, and `figures` that it measured.
+    """
+
+    net: str
+    network: str
+    weights: str
+    published: dict[str, float]
+    clean: float
+    median_l2: dict[str, float] = dataclasses.field(metadata={"key": "median l2"})
+    seconds: dict[str, float]
+    flags: dict[str, str]
+    figures: dict[str, float]
+    n: int
+    seed: int
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeaturesRow(Row):
+    """Each library's answer to each question."""
+
+    answers: dict[str, dict[str, str]]
+    n: int
+    eps: float
+    versions: dict[str, str]
+    device: str
+
+
 R = TypeVar("R", bound=Row)
 
 
@@ -248,7 +297,7 @@ def load(path: Path, kind: type[R]) -> list[R]:
     rows: list[Any] = []
     for content in read(path):
         row_kind = kind.kind_of(content)
-        fields = {field.name: field for field in dataclasses.fields(row_kind)}
+        fields = {_key(field): field for field in dataclasses.fields(row_kind)}
         lacking = [
             name
             for name, field in fields.items()
@@ -261,7 +310,7 @@ def load(path: Path, kind: type[R]) -> list[R]:
                 f"expected a list of rows of the same command in {path}, got some {wrong[0]}; move "
                 "it away, or choose another folder"
             )
-        rows.append(row_kind(**content))
+        rows.append(row_kind(**{fields[key].name: value for key, value in content.items()}))
     return rows
 
 
@@ -319,9 +368,13 @@ def find_or_run(
     return row
 
 
-def made_by() -> dict[str, Any]:
-    """Return what rows say of the machine and the versions that they were made by."""
-    return {"versions": versions(), "device": device()}
+def made_by(others: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """Return what rows say of the machine and the versions that they were made by.
+
+    Args:
+      others: versions of what else they were made by.
+    """
+    return {"versions": versions() | others, "device": device()}
 
 
 def versions() -> dict[str, str]:

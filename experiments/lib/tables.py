@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
-from experiments.lib import parallel
-from experiments.lib.records import PublishedRow, RobustRow, TableRow
+from experiments.lib import parallel, records
+from experiments.lib.records import PublishedRow, RobustRow, Row, TableRow
 
 LABELS = {
     "validation": "Validation",
@@ -31,11 +30,25 @@ def markdown(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str
     return [first.replace("|  |", "| |"), "|" + "---|" * len(headings), *others]
 
 
+def doubts(flags: Mapping[str, str]) -> str:
+    """Return what `evaluate.check` found to doubt, by its flags."""
+    return "; ".join(flags.values()) or "nothing to doubt was found"
+
+
 def write(folder: Path, lines: Sequence[str], console: Console) -> None:
-    """Write Markdown as `results.md`, and print it."""
+    """Write Markdown as `results.md`, in the first process, and print it."""
     text = "\n".join(lines)
-    (folder / "results.md").write_text(text)
-    console.print(text, highlight=False, markup=False)
+    if parallel.first_process():
+        (folder / "results.md").write_text(text)
+    shown = Markdown(text) if console.is_terminal else text
+    console.print(shown, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
+def record(folder: Path, rows: Sequence[Row], lines: Sequence[str], console: Console) -> None:
+    """Write rows as `results.json`, and what Markdown says of them as `write` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records.save(folder / "results.json", rows)
+    write(folder, lines, console)
 
 
 def mean_and_spread(
@@ -76,17 +89,10 @@ def fixed_source(rows: Sequence[TableRow]) -> str:
     return " or ".join(dict.fromkeys(f"{row.columns['fixed_source']:.4f}" for row in of_one_size))
 
 
-class Section(NamedTuple):
-    """A table, and what it is of."""
-
-    title: str
-    cells: list[list[str]]
-
-
 def by_size(
     rows: Sequence[TableRow], names: Mapping[str, str], paper: Mapping[str, Sequence[float]]
-) -> Iterator[Section]:
-    """Yield a table for each size of the perturbations.
+) -> list[str]:
+    """Return a table for each size of the perturbations, as lines of Markdown.
 
     Args:
       rows: the results.
@@ -94,35 +100,49 @@ def by_size(
       paper: for each method the printed figures, in the order of `LABELS`; shown for the first
         size.
     """
+    lines = []
     for i, eps in enumerate(dict.fromkeys(row.eps for row in rows)):
         ours = [row for row in rows if row.eps == eps]
-        yield Section(f"l2 size {eps:g}", _cells(ours, names, {} if i else paper))
+        lines += _table(f"l2 size {eps:g}", ours, names, {} if i else paper)
+    return lines
 
 
-def by_group(rows: Sequence[TableRow], groups: Iterable[str]) -> Iterator[Section]:
-    """Yield a table for each question and size, of the rows whose `groups` have the question."""
+def by_group(rows: Sequence[TableRow], groups: Iterable[str]) -> list[str]:
+    """Return a table for each question and size, of the rows whose `groups` have the question."""
+    lines = []
     for group in groups:
         for eps in dict.fromkeys(row.eps for row in rows):
             ours = [row for row in rows if row.eps == eps and group in (row.groups or {})]
             names = {row.method: row.groups[group] for row in ours if row.groups}
-            yield Section(f"{group}, l2 size {eps:g}", _cells(ours, names, {}))
+            lines += _table(f"{group}, l2 size {eps:g}", ours, names, {})
+    return lines
 
 
-def _cells(
-    rows: Sequence[TableRow], names: Mapping[str, str], paper: Mapping[str, Sequence[float]]
-) -> list[list[str]]:
-    """Return the table: a row of ours for each method, and the paper's below it."""
+def _table(
+    title: str,
+    rows: Sequence[TableRow],
+    names: Mapping[str, str],
+    paper: Mapping[str, Sequence[float]],
+) -> list[str]:
+    """Return a table under its title: a row of ours for each method, and the paper's below it."""
     cells = []
     for method, name in names.items():
         ours = [row for row in rows if row.method == method]
         if not ours:
             continue
         cells.append([name, *(mean_and_spread(ours, column) for column in LABELS)])
-        printed = paper.get(method, ())
-        if printed:
+        if printed := paper.get(method, ()):
             empty = [""] * (len(LABELS) - len(printed))
-            cells.append(["  paper", *as_printed(printed), *empty])
-    return cells
+            cells.append(["paper", *as_printed(printed), *empty])
+    return [f"## {title}", "", *markdown(["Method", *LABELS.values()], cells), ""]
+
+
+def pgd_note(rows: Sequence[TableRow], pgd_steps: int) -> str:
+    """Return a note on the column PGD, which the paper doesn't have."""
+    return (
+        f"PGD: {pgd_steps} steps of l2 PGD on the margin loss, from x, on {rows[0].n_pgd:,} of the "
+        "images; not in the paper. Nothing is clipped to the pixel range."
+    )
 
 
 def show(
@@ -130,7 +150,7 @@ def show(
     folder: Path,
     title: str,
     rows: Sequence[TableRow],
-    sections: Iterable[Section],
+    sections: Iterable[str],
     notes: Sequence[str],
 ) -> None:
     """Print tables, and write them as `results.md`.
@@ -140,31 +160,14 @@ def show(
       folder: where to write.
       title: what the tables are of.
       rows: the results that they are made from.
-      sections: the tables.
+      sections: the tables, as lines of Markdown.
       notes: what a reader must know, one sentence or two each.
     """
-    # A terminal of 80 columns has no room for the longest heading in one line.
-    headings = [label.replace("Loss_", "Loss\n_") for label in LABELS.values()]
-    lines = [f"# {title}", ""]
-    for section, cells in sections:
-        table = Table(
-            "Method", *headings, title=f"{title}, {section}", box=box.SIMPLE, pad_edge=False
-        )
-        for line in cells:
-            split = (cell.replace(" ±", "\n±") for cell in line)
-            table.add_row(*split, style="dim" if line[0] == "  paper" else None)
-        console.print(table)
-        stripped = [[cell.strip() for cell in line] for line in cells]
-        lines += [f"## {section}", "", *markdown(["Method", *LABELS.values()], stripped), ""]
     seconds = {(row.method, row.seed): row.train_seconds for row in rows}
     notes = [
         *notes,
         f"Training took {sum(seconds.values()):.0f} s in all, on "
         f"{rows[0].device}, jax {rows[0].versions['jax']}.",
     ]
-    for note in notes:
-        console.print(note)
+    write(folder, [f"# {title}", "", *sections, *(f"- {note}" for note in notes), ""], console)
     console.print(f"Results, figures and weights are in {folder}.")
-    if parallel.first_process():
-        text = [*lines, *(f"- {note}" for note in notes), ""]
-        (folder / "results.md").write_text("\n".join(text))
