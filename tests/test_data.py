@@ -20,7 +20,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments.lib import data
+from experiments.lib import cache, data
 
 ROOT = Path(data.__file__).resolve().parents[2]
 
@@ -290,7 +290,7 @@ def test_a_damaged_cache_is_rebuilt(name, damage, preparation, tmp_path):
 
 def test_a_rebuilt_cache_leaves_open_arrays_alone(preparation, tmp_path):
     old = data.mnist(data_dir=tmp_path)
-    data._store(tmp_path / "mnist", tiny(seed=1))
+    cache.store(tmp_path / "mnist", tiny(seed=1))
     assert_same(old, tiny(seed=0))
     assert_same(data.mnist(data_dir=tmp_path), tiny(seed=1))
 
@@ -301,7 +301,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import test_data
-from experiments.lib import data
+from experiments.lib import cache
 calls = 0
 def kill_at(function):
     def counted(*args):
@@ -312,14 +312,14 @@ def kill_at(function):
         return function(*args)
     return counted
 os.fsync, os.replace = kill_at(os.fsync), kill_at(os.replace)
-data._store(Path(sys.argv[1]) / "mnist", test_data.tiny(seed=0))
+cache.store(Path(sys.argv[1]) / "mnist", test_data.tiny(seed=0))
 """
 
 
 @pytest.mark.parametrize("moment", range(11))
 def test_a_killed_store_never_mixes_old_and_new(moment, preparation, tmp_path):
     (tmp_path / "mnist").mkdir()
-    data._store(tmp_path / "mnist", tiny(seed=1))
+    cache.store(tmp_path / "mnist", tiny(seed=1))
     process = python(KILLED_STORE, tmp_path, moment, Path(__file__).parent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if moment < 10 else 0), err

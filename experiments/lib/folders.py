@@ -1,0 +1,143 @@
+"""Folders of images, DIR/{train,test}/CLASS/*.png or jpg: listed, checked and decoded."""
+
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.lib import options
+
+Files = Mapping[str, Mapping[str, list[Path]]]
+"""The images of each class of `train` and of `test`."""
+_LAYOUT = "the layout is DIR/train/CLASS/*.png and DIR/test/CLASS/*.png"
+
+
+def files(folder: Path) -> Files:
+    """Return the images of each class of `train` and `test`, in the order of their names.
+
+    Raises:
+      FileNotFoundError: if a part, or a class of one of the parts, is missing.
+      UsageError: if there is only one class, or something else than images in their places.
+    """
+    found = {part: _classes(folder / part) for part in ("train", "test")}
+    for part in found:
+        for name in sorted(found["train"].keys() | found["test"].keys()):
+            if not found[part].get(name):
+                raise FileNotFoundError(
+                    f"expected images of class {name!r} in {folder / part / name}, got none; each "
+                    "class needs images in both train and test"
+                )
+    if len(found["train"]) < 2:
+        raise options.UsageError(
+            f"expected folders of at least two classes in {folder / 'train'}, got "
+            f"{len(found['train'])}; {_LAYOUT}"
+        )
+    return found
+
+
+def _classes(part: Path) -> dict[str, list[Path]]:
+    if not part.is_dir():
+        raise FileNotFoundError(
+            f"expected a folder {part} with a folder of images for each class, got none; {_LAYOUT}"
+        )
+    places: dict[str, Path] = {}
+    for place in _visible(part):
+        if not place.is_dir():
+            raise options.UsageError(
+                f"expected only folders in {part}, one for each class, got {place}; "
+                "move it into the folder of its class, or remove it"
+            )
+        other = places.setdefault(composed(place.name), place)
+        if other != place:
+            raise options.UsageError(
+                f"expected one folder for each class, got two in {part} whose names "
+                f"look alike, {other.name!a} and {place.name!a}; merge them"
+            )
+    return {name: _images(places[name]) for name in sorted(places)}
+
+
+def _images(place: Path) -> list[Path]:
+    found = _visible(place)
+    for path in found:
+        if not path.exists():
+            raise options.UsageError(
+                f"expected an image in {path}, got a link to {os.readlink(path)}, which isn't "
+                "there; mend or remove it"
+            )
+        if path.suffix.lower() not in (".png", ".jpg", ".jpeg") or not path.is_file():
+            raise options.UsageError(
+                f"expected PNG or JPEG images in {place}, got {path}; convert or remove it"
+            )
+    return found
+
+
+def _visible(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if not path.name.startswith("."))
+
+
+def paths(found: Files) -> Iterator[Path]:
+    """Return the paths of all images."""
+    return (path for part in found.values() for images in part.values() for path in images)
+
+
+def composed(name: str) -> str:
+    """Return a name in Unicode NFC, so that names that look equal are equal strings."""
+    return unicodedata.normalize("NFC", name)
+
+
+def is_jpeg(path: Path) -> bool:
+    """Say whether a file is a JPEG, whatever its name."""
+    return _head(path)[:2] == b"\xff\xd8"
+
+
+def _head(path: Path) -> bytes:
+    """Return a file's first bytes: the format's signature, and the bit depth of a PNG."""
+    with path.open("rb") as file:
+        return file.read(25)
+
+
+def decoded(path: Path) -> Any:
+    """Return a Pillow image, upright: of mode L if it is stored as grey, else RGB.
+
+    Raises:
+      ValueError: if it can't be decoded, has several frames, transparent pixels, or 16 bits.
+    """
+    from PIL import Image, ImageOps
+
+    def refused(got: str, cure: str) -> ValueError:
+        return ValueError(
+            f"expected an opaque image of 8 bits for each pixel and colour in {path}, got {got}; "
+            f"{cure}, or remove it"
+        )
+
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns of images up to twice the size that it refuses.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened: Any = Image.open(path, formats=("PNG", "JPEG"))
+        with opened:
+            png = opened.format == "PNG"
+            frames = opened.n_frames if png else 1  # a JPEG's others are previews of the first
+            upright = ImageOps.exif_transpose(opened)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise refused(f"one larger than Pillow decodes ({error})", "make it smaller") from error
+    except Exception as error:  # of several kinds, by what is broken
+        raise refused(f"a file that can't be decoded ({error})", "replace it") from error
+    if png and _head(path)[24] == 16:  # Pillow keeps the upper 8 bits of colours, and clips greys
+        raise refused("one of 16 bits", "scale it to 8 bits")
+    if frames > 1:
+        raise refused(f"an animation of {frames} frames", "choose one of them")
+    image: Any = upright
+    if upright.getbands()[-1] == "A" or "transparency" in upright.info:
+        image = upright.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            raise refused("one with transparent pixels", "lay it on a background of your choice")
+    colours = np.asarray(image.convert("RGB"))
+    stored_grey = upright.mode in ("1", "L", "LA") or (
+        upright.mode in ("P", "PA") and (colours == colours[..., :1]).all()
+    )
+    return Image.fromarray(colours[..., 0] if stored_grey else colours)
