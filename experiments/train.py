@@ -9,11 +9,11 @@ Pixels are scaled to 0..1, and perturbed images stay there; eps is in these unit
 `lenet` or `vgg`, or `module:function` for a function that takes the number of classes and returns a
 flax.linen module with `__call__(x, train=False)`, whose only variables are parameters.
 
-Shows progress, saves a checkpoint after each epoch, and goes on after an interruption where it
-was. Writes to --out: the weights (params.safetensors), with which `evaluate.py` finds the names of
-the classes and how pixels are scaled, history.csv and history.png, and, with the accuracies under
-each of --attacks, results.json. What it does takes fifty lines of Python, see the documentation;
-this adds what one wants around them.
+Shows progress, saves a checkpoint after each epoch, and resumes after an interruption. Writes to
+--out the weights (params.safetensors, with the names of the classes and the scaling of pixels, for
+`evaluate.py`), history.csv and history.png, and results.json, the accuracies under each of
+--attacks. The documentation does the same in fifty lines of Python; this adds what one wants around
+them.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ from experiments.lib import (
 from experiments.lib.attacks import Attack, methods
 from experiments.lib.options import (
     Count,
-    Distinct,
     OutputFolder,
     Positive,
     Seed,
     Share,
     Size,
     Whole,
+    distinct,
 )
 from experiments.lib.problems import Problem
 from experiments.lib.records import TrainRow
@@ -113,7 +113,7 @@ class Settings(parallel.Settings, recipes.Optimiser):
     """Of everything random."""
     n_eval: Count = 1000
     """How many test images are attacked."""
-    attacks: Annotated[tuple[Attack, ...], Distinct()] = (
+    attacks: Annotated[tuple[Attack, ...], distinct] = (
         "one-step", "pgd-100x10", "standard",
     )  # fmt: skip
     """By what, at the end; followed by nothing, by none."""
@@ -291,11 +291,8 @@ def run(settings: Settings, console: Console) -> list[TrainRow]:
             "watched_n": len(y),
         }
 
-    kept = {
-        key: str(value)
-        for key, value in dataclasses.asdict(settings).items()
-        if key not in ("attacks", "out", *(f.name for f in dataclasses.fields(parallel.Settings)))
-    }
+    placed = (field.name for field in dataclasses.fields(parallel.Settings))
+    kept = {key: str(value) for key, value in settings.without("attacks", "out", *placed).items()}
     kept["images"] = data.fingerprint(images)
     # A trained net is attacked at another size, or on more images, without training it again.
     taught = {key: value for key, value in kept.items() if key not in ("eps", "n_eval")}
@@ -336,16 +333,8 @@ def run(settings: Settings, console: Console) -> list[TrainRow]:
             }
 
             def run_attack(name: Attack = name, identity: dict[str, Any] = identity) -> TrainRow:
-                found = attacked(name, settings, problem, attack_key, mesh, progress)
-                return TrainRow(
-                    **identity,
-                    columns={
-                        "clean": evaluate.accuracy(found.clean),
-                        "robust": evaluate.accuracy(found.robust),
-                    },
-                    interval=list(evaluate.interval(found.robust)),
-                    train_seconds=round(fitted.seconds, 1),
-                )
+                found = attacked(name, settings, problem, attack_key, mesh, progress).figures()
+                return TrainRow(**identity, **found, train_seconds=round(fitted.seconds, 1))
 
             row = records.find_or_run(results, TrainRow, identity, run_attack, place=("attack",))
             rows.append(row)
@@ -360,10 +349,7 @@ def attacked(
     mesh: Mesh | None,
     progress: Progress,
 ) -> blocks.Attacked:
-    """Attack the images, one block at a time."""
-    bar = progress.add_task(
-        f"{name}, {settings.norm} {settings.eps:g}", total=len(problem.y), note=""
-    )
+    """Attack the images, block by block."""
     devices = 1 if mesh is None else mesh.size
     block = max(_BLOCK // devices, 1) * devices
     return blocks.attack(
@@ -375,7 +361,8 @@ def attacked(
         block=block,
         batch_size=block,
         mesh=lambda _: mesh,
-        show=lambda done, robust: progress.update(bar, completed=done, note=f"robust {robust:.4f}"),
+        progress=progress,
+        title=f"{name}, {settings.norm} {settings.eps:g}",
     )
 
 

@@ -1,4 +1,4 @@
-"""Attacks on many images, block by block: shown, and saved if asked to, as each is done."""
+"""Attacks on many images, block by block. A bar shows progress, and each block may be saved."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
+from rich.progress import Progress
 
 from experiments.lib import options, parallel
 from experiments.lib.problems import Problem
@@ -20,20 +21,21 @@ from jaxadv import evaluate
 from jaxadv.types import Norm, PerturbFn
 
 Block = dict[str, NDArray[Any]]
+_OF_IMAGES = ("clean", "robust", "norm", "nonfinite", "invalid")
 
 
 class Attacked(NamedTuple):
-    """What an attack leaves of some images.
+    """How an attack fared on some images.
 
     Attributes:
-      clean: which are right as they are.
-      robust: which are right whatever the attack does.
-      norm: of each perturbation.
+      clean: which images are classified correctly.
+      robust: which still are under the attack.
+      norm: size of each perturbation.
       nonfinite: which have inputs, logits or perturbations that aren't finite.
-      invalid: which have labels that are none of the net's classes.
-      stages: of each part of the attack, how many it tried and fooled, the accuracy that it and
-        those before it left, and its seconds.
-      seconds: of the whole.
+      invalid: which have labels outside the net's classes.
+      stages: for each part of the attack, how many images it tried and fooled, the robust accuracy
+        up to and including it, and its seconds.
+      seconds: of the whole attack.
     """
 
     clean: NDArray[np.bool_]
@@ -43,6 +45,16 @@ class Attacked(NamedTuple):
     invalid: NDArray[np.bool_]
     stages: dict[str, dict[str, float]]
     seconds: float
+
+    def figures(self) -> dict[str, Any]:
+        """Return the accuracies, and the interval of the robust one, as rows have them."""
+        return {
+            "columns": {
+                "clean": evaluate.accuracy(self.clean),
+                "robust": evaluate.accuracy(self.robust),
+            },
+            "interval": list(evaluate.interval(self.robust)),
+        }
 
 
 def attack(
@@ -55,27 +67,30 @@ def attack(
     block: int,
     batch_size: int,
     mesh: Callable[[int], Mesh | None],
-    show: Callable[[int, float], None],
+    progress: Progress,
+    title: str,
     save: str | None = None,
 ) -> Attacked:
-    """Attack images by each part in turn, on those that the parts before it have left.
+    """Attack images by each part in turn; a part attacks what those before it left robust.
 
     Args:
       problem: the net and the images.
-      parts: of the attack, by name.
+      parts: the attack's parts, by name.
       eps: size of the perturbations.
-      norm: of that size.
-      key: what is drawn from; each image has a part of its own, whatever its block.
-      block: images of a block.
+      norm: norm of that size.
+      key: random key; each image draws from its own part of it, whatever its block.
+      block: images in a block.
       batch_size: images perturbed at once.
-      mesh: from how many images to the devices that a block of them is spread over.
-      show: is told, after each block, how many images are done and what share of them is robust.
-      save: what the names of the blocks' files begin with; those that are there aren't attacked
+      mesh: from a block's number of images to the devices that it is spread over.
+      progress: where to show a bar, with the robust accuracy so far.
+      title: what to call it there.
+      save: start of the names of the blocks' files; blocks whose files exist aren't attacked
         again. None to write none.
 
     Raises:
       UsageError: if one of these files is damaged.
     """
+    bar = progress.add_task(title, total=len(problem.y), note="")
     keys = jax.random.split(key, len(problem.y))
     blocks: list[Block] = []
     for start in range(0, len(problem.y), block):
@@ -92,7 +107,7 @@ def attack(
             if path is not None:
                 _write(path, done)
         robust = np.concatenate([done["robust"] for done in blocks])
-        show(len(robust), float(robust.mean()))
+        progress.update(bar, completed=len(robust), note=f"robust {robust.mean():.4f}")
     return _together(blocks)
 
 
@@ -113,11 +128,7 @@ def _attacked(
     stages = found.stages.values()
     return {
         "r": found.r,
-        "clean": found.outcome.clean,
-        "robust": found.outcome.robust,
-        "norm": found.outcome.norm,
-        "nonfinite": found.outcome.nonfinite,
-        "invalid": found.outcome.invalid,
+        **{name: getattr(found.outcome, name) for name in _OF_IMAGES},
         "seconds": np.array(time.perf_counter() - begin),
         "names": np.array(list(found.stages)),
         "tried": np.array([stage.tried for stage in stages]),
@@ -145,8 +156,7 @@ def _read(path: Path) -> Block:
 
 
 def _together(blocks: list[Block]) -> Attacked:
-    names = ("clean", "robust", "norm", "nonfinite", "invalid")
-    images = {name: np.concatenate([block[name] for block in blocks]) for name in names}
+    images = {name: np.concatenate([block[name] for block in blocks]) for name in _OF_IMAGES}
     stages = {}
     standing = images["clean"].copy()
     for i, name in enumerate(blocks[0]["names"].tolist()):

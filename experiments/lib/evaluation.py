@@ -7,11 +7,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
+from rich.progress import Progress
 
 from experiments.lib import attacks, blocks, parallel, problems, records, tables, training
 from experiments.lib.attacks import LABELS, AttackName
@@ -82,41 +84,38 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
                 **records.made_by(),
             }
 
-            def attacked(
-                name: AttackName = name, eps: float = eps, identity: dict[str, Any] = identity
-            ) -> AttackRow:
-                if name == "check":
-                    return _check(settings, problem, eps, identity)
-                bar = progress.add_task(f"{identity['method']}: {name}, {eps:g}", total=n, note="")
-                content = json.dumps(identity, sort_keys=True).encode()
-                found = blocks.attack(
-                    problem,
-                    attacks.methods(name, settings.norm),
-                    eps=eps,
-                    norm=settings.norm,
-                    key=jax.random.key(settings.seed),
-                    block=settings.block,
-                    batch_size=settings.batch_size,
-                    mesh=lambda size: parallel.mesh(settings, size),
-                    show=lambda done, robust: progress.update(
-                        bar, completed=done, note=f"robust {robust:.4f}"
-                    ),
-                    save=str(settings.out / "blocks" / hashlib.sha256(content).hexdigest()[:16]),
-                )
-                return _row(found, settings, identity)
-
+            attacked = partial(_attack, settings, problem, name, eps, identity, progress)
             records.find_or_run(results, AttackRow, identity, attacked, place=PLACE)
     return records.load(results, AttackRow)
 
 
-def _row(found: blocks.Attacked, settings: Settings, identity: dict[str, Any]) -> RobustRow:
+def _attack(
+    settings: Settings,
+    problem: Problem,
+    name: AttackName,
+    eps: float,
+    identity: dict[str, Any],
+    progress: Progress,
+) -> AttackRow:
+    if name == "check":
+        return _check(settings, problem, eps, identity)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    found = blocks.attack(
+        problem,
+        attacks.methods(name, settings.norm),
+        eps=eps,
+        norm=settings.norm,
+        key=jax.random.key(settings.seed),
+        block=settings.block,
+        batch_size=settings.batch_size,
+        mesh=partial(parallel.mesh, settings),
+        progress=progress,
+        title=f"{identity['method']}: {name}, {eps:g}",
+        save=str(settings.out / "blocks" / digest),
+    )
     return RobustRow(
         **identity,
-        columns={
-            "clean": evaluate.accuracy(found.clean),
-            "robust": evaluate.accuracy(found.robust),
-        },
-        interval=list(evaluate.interval(found.robust)),
+        **found.figures(),
         stages=found.stages,
         counts={
             "nonfinite": int(found.nonfinite.sum()),

@@ -1,8 +1,8 @@
 """Several devices, and several processes: where an experiment's arrays lie.
 
 Training images, parameters and the optimiser's state are on every device; batches are spread over
-them along one named axis, `"data"`, and XLA does the rest: `jaxadv.train` and `jaxadv.evaluate` are
-given these arrays and are none the wiser. On one device nothing is placed at all.
+the devices along one named axis, `"data"`. XLA does the rest: `jaxadv.train` and `jaxadv.evaluate`
+take such arrays as any others. On one device nothing is placed.
 
 Each process of a run has some of its devices, and all of them run the same command but for
 `--process`:
@@ -11,7 +11,7 @@ Each process of a run has some of its devices, and all of them run the same comm
     python experiments/mnist.py --coordinator localhost:1234 --processes 2 --process 1
 
 They share the folder given by `--out`; the first writes the results. When one of them dies, the
-others end with an error, and the same commands go on from the last epoch.
+others end with an error, and the same commands resume from the last epoch.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from experiments.lib import data, options
+from experiments.lib import cache, options
 from experiments.lib.options import Checked, Count, Whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices(Checked):
-    """On which devices an experiment runs."""
+    """The devices that an experiment runs on."""
 
     devices: Count | None = None
     """Over how many devices each batch is spread; None for as many as divide it evenly."""
@@ -39,7 +39,7 @@ class Devices(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Devices):
-    """On which devices of which processes an experiment runs."""
+    """The devices and processes that an experiment runs on."""
 
     coordinator: str | None = None
     """Address and port of the first of several processes."""
@@ -84,10 +84,10 @@ def start(settings: Settings = Settings()) -> Console:
     if settings.coordinator is not None:
         jax.distributed.initialize(settings.coordinator, settings.processes, settings.process)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        compiled = data.cache_directory() / "compiled"
+        compiled = cache.directory() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # A run compiles a hundred programs, of which few take the second that JAX asks for.
+        # A run compiles a hundred programs; few take the one second from which JAX keeps them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return Console(quiet=not first_process())
 

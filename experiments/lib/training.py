@@ -1,16 +1,15 @@
-"""Training that shows where it is, and that goes on where it was after any interruption.
+"""Training that shows its progress and resumes after any interruption.
 
 `fit` runs epochs of `jaxadv.train.make_epoch` and saves the whole training state after each, with
 orbax, whose checkpoints appear whole or not at all. Killed at any moment, the same call restores
-the last one and repeats only the epoch that was cut off; since an epoch's order of examples and
-every step's key derive from the run's key, the end is bit for bit that of an uninterrupted run.
+the last checkpoint and repeats only the interrupted epoch. An epoch's order of examples and every
+step's key derive from the run's key, so the result is bit for bit the same.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +49,8 @@ class Fitted(NamedTuple):
     history: list[dict[str, float]]
 
 
-@contextmanager
-def bars(console: Console) -> Iterator[Progress]:
-    """Progress bars with loss, accuracy and time left."""
+def bars(console: Console) -> Progress:
+    """Return progress bars with a note, e.g. loss and accuracy, and the time left."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -60,8 +58,7 @@ def bars(console: Console) -> Iterator[Progress]:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        yield progress
+    return Progress(*columns, console=console)
 
 
 def fit(
