@@ -52,6 +52,7 @@ from experiments.lib import (
     parallel,
     recipes,
     records,
+    tasks,
     timing,
     train_and_score,
     training,
@@ -253,11 +254,8 @@ def _test_images(net: str, n: int) -> train_and_score.Images:
         scaled = data.CIFAR10_CROPS.inputs(pixels[:n])
         return train_and_score.Images(jnp.asarray(scaled), jnp.asarray(labels[:n]))
     mnist = data.mnist_originals()
-    return _digits(mnist.test_images[:n], mnist.test_labels[:n])
-
-
-def _digits(pixels: Any, labels: Any) -> train_and_score.Images:
-    return train_and_score.Images(jnp.asarray(data.MNIST.inputs(pixels)), jnp.asarray(labels))
+    scaled = data.MNIST.inputs(mnist.test_images[:n])
+    return train_and_score.Images(jnp.asarray(scaled), jnp.asarray(mnist.test_labels[:n]))
 
 
 # (e)
@@ -270,18 +268,18 @@ def trained(settings: Settings, record: Record) -> Iterator[Figure]:
     made = next(row.settings for row in rows if row.method == "lwa_multi")
     fields = {field.name: made[field.name] for field in dataclasses.fields(recipes.MultiStep)}
     fields |= {"widths": tuple(made["widths"]), "eps": made["train_eps"]}
-    method, n_train, n_test = recipes.MultiStep(**fields), 60_000, 1000
+    method: recipes.Method = recipes.MultiStep(**fields)
+    n_train, n_test = 60_000, 1000
     if settings.quick:
-        method, n_train, n_test = dataclasses.replace(method, epochs=1, warmup=1), 1000, 100
+        method, n_train, n_test = recipes.shortened(method), 1000, 100
     mnist = data.mnist_originals()
-    task = train_and_score.Task(
-        experiment="accelerator", methods={}, normal=method, names=recipes.NAMES,
-        make_net=lambda method: models.lenet(method.widths), network=lambda _: made["network"],
-        train=_digits(mnist.train_images[:n_train], mnist.train_labels[:n_train]),
-        test=_digits(mnist.test_images[:n_test], mnist.test_labels[:n_test]),
-        source="the original files", interface=data.MNIST,
-    )  # fmt: skip
-    own = train_and_score.Settings(out=settings.out, n_pgd=n_test, batch_size=made["batch_size"])
+    mnist = mnist._replace(
+        train_images=mnist.train_images[:n_train], train_labels=mnist.train_labels[:n_train]
+    )
+    own = train_and_score.Settings(
+        out=settings.out, n_eval=n_test, n_pgd=n_test, batch_size=made["batch_size"]
+    )
+    task = tasks.mnist(own, "lenet", method, mnist)
     shutil.rmtree(own.out / "checkpoints", ignore_errors=True)  # a time from scratch is wanted
     with training.bars(parallel.start()) as progress:
         net = train_and_score.train("lwa_multi", method, 0, own, task, progress)

@@ -189,7 +189,7 @@ def run(settings: Settings, console: Console) -> FeaturesRow:
     Raises:
       ModuleNotFoundError: if one of the libraries isn't installed.
     """
-    pytorch.need("torch", "foolbox", "torchattacks", "cleverhans", "art", "autoattack")
+    pytorch.need(*libraries.PACKAGES, "autoattack")
     problem = problems.recorded("mnist_mlp/normal", settings.n)
     answers = {
         question: {name: asked(ask, perturb) for name, perturb in ATTACKS.items()}
@@ -202,7 +202,7 @@ def run(settings: Settings, console: Console) -> FeaturesRow:
         eps=settings.eps,
         **records.made_by(libraries.versions() | {"autoattack": version("autoattack")}),
     )
-    tables.record(settings.out, [row], as_markdown(row), console)
+    tables.save(settings.out, [row], as_markdown(row), console)
     return row
 
 

@@ -17,7 +17,11 @@ from numpy.typing import NDArray
 
 from experiments.compare.pytorch import fixed_net, images
 
-PACKAGES = ("torch", "foolbox", "torchattacks", "cleverhans", "adversarial-robustness-toolbox")
+PACKAGES = {
+    **{name: name for name in ("torch", "foolbox", "torchattacks", "cleverhans")},
+    "art": "adversarial-robustness-toolbox",
+}
+"""The packages by the module that is imported of each."""
 
 Task = Literal["one step", "PGD-40", "DeepFool"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -26,13 +30,12 @@ Attack = Callable[[], NDArray[np.float32]]
 
 def installed() -> bool:
     """Say whether all of them are."""
-    modules = "torch", "foolbox", "torchattacks", "cleverhans", "art"
-    return all(map(importlib.util.find_spec, modules))
+    return all(map(importlib.util.find_spec, PACKAGES))
 
 
 def versions() -> dict[str, str]:
     """Return which versions are compared with; none where they aren't installed."""
-    return {name: version(name) for name in PACKAGES} if installed() else {}
+    return {name: version(name) for name in PACKAGES.values()} if installed() else {}
 
 
 def attacks(

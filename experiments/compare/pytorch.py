@@ -35,41 +35,34 @@ def torch_net(params: Mapping[str, Any]) -> Any:
     from torch import nn
     from torch.nn import functional
 
+    layers = sorted(params["params"])  # convs_0_0, ..., hidden_0, ..., logits: in their order
+
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            for name, layer in params["params"].items():
-                kernel = torch.from_numpy(np.array(layer["kernel"]))
-                bias = nn.Parameter(torch.from_numpy(np.array(layer["bias"])))
+            for name in layers:
+                kernel = torch.from_numpy(np.array(params["params"][name]["kernel"]))
+                bias = torch.from_numpy(np.array(params["params"][name]["bias"]))
                 if name.startswith("convs"):
                     kernel = kernel.permute(3, 2, 0, 1).contiguous()
                 self.register_parameter(f"{name}_kernel", nn.Parameter(kernel))
-                self.register_parameter(f"{name}_bias", bias)
-
-        def layer(self, name: str) -> Any:
-            if not hasattr(self, f"{name}_kernel"):
-                return None
-            return getattr(self, f"{name}_kernel"), getattr(self, f"{name}_bias")
+                self.register_parameter(f"{name}_bias", nn.Parameter(bias))
 
         def forward(self, x: Any) -> Any:
-            for block in itertools.count():
-                if self.layer(f"convs_{block}_0") is None:
-                    break
-                for i in itertools.count():
-                    if (conv := self.layer(f"convs_{block}_{i}")) is None:
-                        break
-                    kernel, bias = conv
+            for name, following in itertools.pairwise([*layers, ""]):
+                kernel, bias = getattr(self, f"{name}_kernel"), getattr(self, f"{name}_bias")
+                if name.startswith("convs"):
                     padding = 0 if kernel.shape[-1] == 5 else 1
                     x = functional.relu(functional.conv2d(x, kernel, bias, padding=padding))
-                x = functional.max_pool2d(x, 2)
-            x = x.permute(0, 2, 3, 1).reshape(len(x), -1)
-            for i in itertools.count():
-                if (dense := self.layer(f"hidden_{i}")) is None:
-                    break
-                kernel, bias = dense
-                x = functional.relu(torch.addmm(bias, x, kernel))
-            kernel, bias = self.layer("logits")
-            return torch.addmm(bias, x, kernel)
+                    if following.rpartition("_")[0] != name.rpartition("_")[0]:  # its block's last
+                        x = functional.max_pool2d(x, 2)
+                    continue
+                if x.ndim == 4:
+                    x = x.permute(0, 2, 3, 1).reshape(len(x), -1)
+                x = torch.addmm(bias, x, kernel)
+                if name != "logits":
+                    x = functional.relu(x)
+            return x
 
     return Net()
 
@@ -89,10 +82,8 @@ def params_of(state: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
     dense = [name for name in names if state[f"{name}.weight"].ndim == 2]
     layers = {}
     for i, name in enumerate(convs):
-        layers[f"convs_{i}_0"] = (
-            state[f"{name}.weight"].transpose(2, 3, 1, 0),
-            state[f"{name}.bias"],
-        )
+        kernel = state[f"{name}.weight"].transpose(2, 3, 1, 0)
+        layers[f"convs_{i}_0"] = kernel, state[f"{name}.bias"]
     for i, name in enumerate(dense):
         kernel = state[f"{name}.weight"].T
         if i == 0 and convs:  # PyTorch flattens channels first
@@ -116,7 +107,7 @@ def params_of(state: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
 
 
 def fixed_net(params: Mapping[str, Any]) -> Any:
-    """Return the same for use alone: no pass back takes gradients of its weights."""
+    """Return the same for attacks: backward passes take no gradients of its weights."""
     return torch_net(params).eval().requires_grad_(False)
 
 

@@ -10,8 +10,9 @@ a module is applied with `train=True` and a `dropout` key; otherwise the net is 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -25,9 +26,9 @@ from experiments.lib import options
 from jaxadv.types import ApplyFn, Params, TrainFn
 
 _LARGE = 5
-"""Side of the kernels that windows are faster for than XLA's convolution, over few channels."""
+"""Side from which kernels over few channels are faster by windows than by XLA's convolution."""
 _PART = 100
-"""Examples of which a net that convolves by windows is fastest; of more, some are in no cache."""
+"""Batch size at which a net that convolves by windows is fastest: larger ones don't fit a cache."""
 
 
 def init(net: nn.Module, key: jax.Array, x: ArrayLike) -> Params:
@@ -265,37 +266,31 @@ def recognised(params: Params, shape: Sequence[int]) -> Classifier:
       ValueError: if they aren't those of a `Classifier` as `mlp`, `lenet` or `vgg` build it; or as
         `check`.
     """
-    layers = params.get("params", {}) if isinstance(params, dict) else {}
-    if not isinstance(layers, dict):
-        layers = {}
-    dense: list[int] = []
-    blocks: list[tuple[int, ...]] = []
-    sizes = []
-    while (width := _width(layers, f"hidden_{len(dense)}")) is not None:
-        dense.append(width)
-    while _width(layers, f"convs_{len(blocks)}_0") is not None:
-        block: list[int] = []
-        while (width := _width(layers, name := f"convs_{len(blocks)}_{len(block)}")) is not None:
-            kernel = np.shape(layers[name].get("kernel"))
-            if len(kernel) == 4 and min(kernel):
-                sizes.append(kernel[0])
-            block.append(width)
-        blocks.append(tuple(block))
-    classes = _width(layers, "logits")
-    if classes is None or not (dense or blocks):
+    widths: dict[str, int] = {}  # of each layer's outputs, by whichever parameter is there
+    sides = []
+    for path, leaf in by_path(params).items():
+        match path.split("/"), np.shape(leaf):
+            case ["params", layer, "kernel" | "bias"], (*inner, width) if width:
+                widths[layer] = width
+                if len(inner) == 3:
+                    sides.append(inner[0])
+
+    def numbered(name: str) -> Iterator[int]:
+        """Yield the widths of NAME_0, NAME_1, ... as far as there are such layers."""
+        return itertools.takewhile(bool, (widths.get(f"{name}_{i}", 0) for i in itertools.count()))
+
+    dense = tuple(numbered("hidden"))
+    every = (tuple(numbered(f"convs_{i}")) for i in itertools.count())
+    blocks = tuple(itertools.takewhile(bool, every))
+    if "logits" not in widths or not (dense or blocks):
         raise options.UsageError(
             "expected the parameters of an mlp, a lenet or a vgg, params/hidden_0/kernel and so "
             f"on, got {', '.join(list(by_path(params))[:10]) or 'none'}; for a net of your own "
             "pass module:function and --weights"
         )
-    size = sizes[0] if sizes else 3
-    net = Classifier(
-        tuple(dense),
-        blocks=tuple(blocks),
-        size=size,
-        padding=0 if size == 5 else 1,  # the only nets of each size
-        classes=classes,
-    )
+    size = sides[0] if sides else 3
+    padding = 0 if size == 5 else 1  # the only nets of each size
+    net = Classifier(dense, blocks=blocks, size=size, padding=padding, classes=widths["logits"])
     check(net, params, shape)
     return net
 
@@ -316,14 +311,6 @@ def check(net: Classifier, params: Params, shape: Sequence[int]) -> None:
             "those that it was trained on, or write the whole of its parameters; for a net of your "
             "own pass module:function and --weights"
         )
-
-
-def _width(layers: Mapping[str, Any], name: str) -> int | None:
-    """Return how many outputs a layer has, by whichever of its parameters is there."""
-    layer = layers.get(name)
-    parts = layer if isinstance(layer, dict) else {}
-    shapes = [np.shape(parts[name]) for name in ("kernel", "bias") if name in parts]
-    return next((shape[-1] for shape in shapes if shape and shape[-1]), None)
 
 
 def _differences(expected: Mapping[str, Any], params: Params) -> list[str]:

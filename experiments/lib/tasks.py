@@ -14,13 +14,19 @@ from experiments.lib.recipes import NAMES, Method
 from experiments.lib.train_and_score import Images, Settings, Task, parts
 
 
-def mnist(settings: Settings, network: Literal["mlp", "lenet"], normal: Method) -> Task:
+def mnist(
+    settings: Settings,
+    network: Literal["mlp", "lenet"],
+    normal: Method,
+    images: data.Dataset | None = None,
+) -> Task:
     """Return the data and nets of a table.
 
     Args:
       settings: which images are trained on and scored, and which nets there are.
-      network: what kind of net.
+      network: kind of net.
       normal: how the net is made that the Fixed set comes from.
+      images: the data; None for `data.mnist()`.
     """
 
     def make_net(method: Method) -> Classifier:
@@ -31,10 +37,10 @@ def mnist(settings: Settings, network: Literal["mlp", "lenet"], normal: Method) 
         widths = "x".join(map(str, method.widths))
         return widths if network == "mlp" else f"conv20-conv50-{widths}"
 
-    def images(pixels: NDArray[np.uint8], labels: NDArray[np.int32]) -> Images:
+    def scaled(pixels: NDArray[np.uint8], labels: NDArray[np.int32]) -> Images:
         return Images(jnp.asarray(data.MNIST.inputs(pixels)), jnp.asarray(labels))
 
-    train, test = parts(settings, data.mnist())
+    train, test = parts(settings, images or data.mnist())
     n = settings.n_eval
     return Task(
         experiment=f"mnist_{network}",
@@ -43,8 +49,8 @@ def mnist(settings: Settings, network: Literal["mlp", "lenet"], normal: Method) 
         names=NAMES,
         make_net=make_net,
         network=called,
-        train=images(*train),
-        test=images(test[0][:n], test[1][:n]),
+        train=scaled(*train),
+        test=scaled(test[0][:n], test[1][:n]),
         source="the original files, through tensorflow-datasets",
         interface=data.MNIST,
     )
