@@ -170,15 +170,13 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
     params = models.init(net, jax.random.key(0), x)
     call = partial(jax.jit(partial(perturb.loss, models.function(net), eps=1.0)), params, x)
     settings = common.Settings(rounds=1, seconds=0.0)
-    figures = growth.measured(
-        {"a": (partial(call.func, *call.args, jnp.zeros(4, int)), 4)}, settings
-    )
-    assert figures["a"]["µs an image"] > 0
-    assert figures["a"]["MB"] >= 0
+    bound = partial(call.func, *call.args, jnp.zeros(4, int))
+    (figure,) = growth.measured("images", {("mlp", "Adv_Loss", 1): (bound, 4)}, settings)
+    assert figure["µs an image"] > 0
+    assert figure["MB"] >= 0
 
     def points(settings):
-        point = {"net": "mlp", "method": "Adv_Loss", "what grows": "images"}
-        return [{**point, "to": n, **figures["a"]} for n in (1, 10)]
+        return [{**figure, "to": n} for n in (1, 10)]
 
     Machine(monkeypatch)
     monkeypatch.setitem(benchmark.RUN, "growth", points)

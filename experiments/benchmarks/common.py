@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -132,29 +131,24 @@ def step_objectives(net: nn.Module, *, all_kinds: bool) -> dict[str, Any]:
 
 
 def in_child(part: Part, settings: Settings, *, devices: int) -> Figures:
-    """Run a part in another process, in which CPU has so many devices; return its figures."""
-    arguments = [
-        str(ROOT / "experiments" / "benchmark.py"),
-        "--parts",
-        part,
-        "--nets",
-        *settings.nets,
-    ]
+    """Run a part in another process with this many CPU devices; return its figures."""
+    script = str(ROOT / "experiments" / "benchmark.py")
+    arguments = [script, "--parts", part, "--nets", *settings.nets]
     for name in ("batch_size", "rounds", "seconds"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
     environment = {"JAX_NUM_CPU_DEVICES": str(devices)}
     with tempfile.TemporaryDirectory() as folder:
-        child([*arguments, "--out", folder], environment, parse=False)
+        child([*arguments, "--out", folder], environment)
         (row,) = records.load(Path(folder) / "results.json", records.BenchmarkRow)
         return row.figures
 
 
-def child(arguments: list[str], environment: Mapping[str, str], *, parse: bool = True) -> Any:
-    """Run Python; return the JSON of the last line it prints, if asked to."""
+def child(arguments: list[str], environment: Mapping[str, str]) -> str:
+    """Run Python; return what it prints."""
     command = [sys.executable, *arguments]
     child = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **environment}
     )
     if child.returncode and "not valid" not in child.stderr:
         raise RuntimeError(f"expected {command[1:3]} to succeed, got: {child.stderr[-2000:]}")
-    return json.loads(child.stdout.splitlines()[-1]) if parse else None
+    return child.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -78,7 +79,8 @@ def _quick(folder: Path, name: str) -> dict[str, Any]:
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "PYTHONPATH": str(common.ROOT),
     }
-    seconds = common.child(["-c", QUICK, str(folder / name)], environment)
+    printed = common.child(["-c", QUICK, str(folder / name)], environment)
+    seconds = json.loads(printed.splitlines()[-1])
     return {
         "to compile": round(seconds["compile"], 2),
         "seconds in all": round(seconds["all"], 2),

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,10 @@ from rich.progress import track
 from jaxadv.types import Params
 
 Call = Callable[[], Any]
+K = TypeVar("K", bound=Hashable)
 
 LONG = 10.0
-"""Seconds of a call above which it is timed in one round alone."""
+"""Calls that take more seconds are timed in one round only."""
 LARGEST_SHARE = 0.05
 """Of the cores' time, what others may have had in a run that counts."""
 LARGEST_DRIFT = 0.15
@@ -36,8 +37,8 @@ LARGEST_SPREAD = 0.15
 
 
 def in_turn(
-    calls: Mapping[str, Call], rounds: int, *, seconds: float
-) -> dict[str, NDArray[np.float64]]:
+    calls: Mapping[K, Call], rounds: int, *, seconds: float
+) -> dict[K, NDArray[np.float64]]:
     """Time calls one after the other, several times over.
 
     Args:
@@ -50,7 +51,7 @@ def in_turn(
     """
     for call in track(calls.values(), "compiling", transient=True):
         jax.block_until_ready(call())
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[K, list[float]] = {name: [] for name in calls}
     for _ in track(range(rounds), "timing", transient=True):
         for name, call in calls.items():
             if max(taken[name], default=0) < LONG:
