@@ -1,4 +1,4 @@
-"""The board: the nets of a record under AutoAttack, beside what one step makes believe.
+"""The board: the nets of a record under AutoAttack, next to the optimistic one-step figures.
 
     python experiments/board.py mnist_mlp                     # hours on 2 CPU cores
     python experiments/board.py mnist_lenet --methods lwa     # one net
@@ -28,7 +28,7 @@ from rich.console import Console
 from experiments.lib import attack_tables, evaluation, options, parallel, tables
 from experiments.lib.attack_tables import COLUMNS
 from experiments.lib.attacks import AttackName
-from experiments.lib.options import Checked, Count, Distinct, OutputFolder, Several
+from experiments.lib.options import Checked, Count, OutputFolder, Several, distinct
 from experiments.lib.recipes import NAMES
 from experiments.lib.records import RESULTS, AttackRow
 from jaxadv.types import Norm
@@ -44,13 +44,13 @@ THREATS: dict[Record, tuple[Threat, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Checked):
-    """Attack the nets of a record with all there is, and rank them."""
+    """Attack the nets of a record in every way, and rank them."""
 
     record: Annotated[Record, tyro.conf.Positional]
     """Which record's nets."""
-    methods: Annotated[tuple[str, ...], Distinct()] = ()
+    methods: Annotated[tuple[str, ...], distinct] = ()
     """Which of them; all if none is named."""
-    threats: Annotated[tuple[Threat, ...], Distinct()] = ()
+    threats: Annotated[tuple[Threat, ...], distinct] = ()
     """Norms and sizes; l2 at 1.5, 1.0 and 2.0 and linf at 0.3 for MNIST, the sizes of Table 3 for
     CIFAR-10, if none is named."""
     n: Count = 1000

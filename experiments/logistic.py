@@ -30,7 +30,7 @@ from rich.console import Console
 from scipy.optimize import minimize
 
 from experiments.lib import data, figures, options, parallel, records, tables
-from experiments.lib.options import Checked, Distinct, OutputFolder, Range, Seed
+from experiments.lib.options import Checked, OutputFolder, Range, Seed, distinct
 from experiments.lib.records import PropositionRow
 from jaxadv import logistic, norms
 from jaxadv.types import Norm
@@ -43,7 +43,7 @@ Digit = Annotated[int, Range(ge=0, le=9)]
 class Settings(Checked):
     """Measure Appendix A on two digits."""
 
-    digits: Annotated[tuple[Digit, Digit], Distinct()] = (3, 8)
+    digits: Annotated[tuple[Digit, Digit], distinct] = (3, 8)
     """The two classes, labelled -1 and +1."""
     n: Annotated[int, Range(ge=2)] = 400
     """Images, the first of them in the training set, half of each class."""
@@ -299,7 +299,7 @@ def run(settings: Settings, console: Console) -> list[PropositionRow]:
         )
         for finding in findings
     ]
-    tables.record(settings.out, rows, as_markdown(rows), console)
+    tables.save(settings.out, rows, as_markdown(rows), console)
     figures.draw(settings.out)
     broken = [claim for finding in findings for claim in finding.claims if not claim.holds]
     if broken:

@@ -242,7 +242,7 @@ class Inner:
 @dataclasses.dataclass(frozen=True)
 class Outer(options.Checked):
     share: Annotated[float, options.Range(gt=0, le=1)] = 0.5
-    pair: Annotated[tuple[options.Whole, options.Count], options.Distinct()] = (0, 1)
+    pair: Annotated[tuple[options.Whole, options.Count], options.distinct] = (0, 1)
     several: options.Several[options.Seed] = (0,)
     perhaps: options.Count | None = None
     inner_one: Inner = Inner()

@@ -16,7 +16,6 @@ import importlib
 import operator
 import os
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
@@ -31,25 +30,24 @@ class UsageError(ValueError):
     """What a command was told can't be done. Says what was expected, what it got, and the cure."""
 
 
-class Limit(ABC):
-    """What an annotation says of the values that an option takes."""
+Refusal = tuple[str, str]
+"""What was expected instead of a value, and the cure.
 
-    @abstractmethod
-    def refusal(self, value: Any) -> tuple[str, str] | None:
-        """Return what was expected instead of a value, and the cure; None if it is fine."""
+A limit, among an annotation's metadata, is a function from a value to a refusal, or None.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Range(Limit):
-    """The finite numbers within bounds, which are called as in `operator`."""
+class Range:
+    """A limit: finite numbers within bounds, which are named as in `operator`."""
 
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
 
-    def refusal(self, value: float) -> tuple[str, str] | None:
-        """Return the bound that the number isn't within."""
+    def __call__(self, value: float) -> Refusal | None:
+        """Refuse a number outside the bounds."""
         if not abs(value) <= _LARGEST:  # so that NaN is refused, too
             return "finite", "choose another"
         for bound, holds, words, cure in (
@@ -63,28 +61,21 @@ class Range(Limit):
         return None
 
 
-class _NotEmpty(Limit):
-    def refusal(self, value: tuple[Any, ...]) -> tuple[str, str] | None:
-        return None if value else ("followed by at least one value", "name one, or leave it out")
+def distinct(values: tuple[Any, ...]) -> Refusal | None:
+    """A limit: values that all differ."""
+    return None if len(set(values)) == len(values) else ("different values", "name each once")
 
 
-class Distinct(Limit):
-    """Values that all differ."""
-
-    def refusal(self, value: tuple[Any, ...]) -> tuple[str, str] | None:
-        """Say so, if two are."""
-        if len(set(value)) == len(value):
-            return None
-        return "different values", "name each once"
+def _not_empty(values: tuple[Any, ...]) -> Refusal | None:
+    return None if values else ("followed by at least one value", "name one, or leave it out")
 
 
-class _Writable(Limit):
-    def refusal(self, value: Path) -> tuple[str, str] | None:
-        there = next(filter(os.path.lexists, (value, *value.absolute().parents)))
-        if there.is_dir() and os.access(there, os.W_OK):
-            return None
-        what = "can't be written to" if there.is_dir() else "isn't a folder"
-        return "a folder that can be written to", f"{there} {what}, choose another"
+def _writable(folder: Path) -> Refusal | None:
+    there = next(filter(os.path.lexists, (folder, *folder.absolute().parents)))
+    if there.is_dir() and os.access(there, os.W_OK):
+        return None
+    what = "can't be written to" if there.is_dir() else "isn't a folder"
+    return "a folder that can be written to", f"{there} {what}, choose another"
 
 
 T = TypeVar("T")
@@ -101,9 +92,9 @@ Positive = Annotated[float, Range(gt=0)]
 """A number above 0."""
 Share = Annotated[float, Range(ge=0, le=1)]
 """A part of a whole."""
-Several = Annotated[tuple[T, ...], _NotEmpty(), Distinct()]
+Several = Annotated[tuple[T, ...], _not_empty, distinct]
 """One or more different values."""
-OutputFolder = Annotated[Path, _Writable()]
+OutputFolder = Annotated[Path, _writable]
 """A folder to write to, which may be made."""
 
 
@@ -148,7 +139,7 @@ def _check(option: str, annotation: Any, value: Any) -> None:
     elif origin is Annotated:
         _check(option, inner[0], value)
         for limit in inner[1:]:
-            if isinstance(limit, Limit) and (refusal := limit.refusal(value)):
+            if callable(limit) and (refusal := limit(value)):
                 expected, cure = refusal
                 raise UsageError(f"expected {option} to be {expected}, got {_shown(value)}; {cure}")
     elif origin in (Union, UnionType):  # an option that may be left out

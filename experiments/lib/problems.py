@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
-from experiments.lib import data, models, options, records, weights
-from experiments.lib.options import Checked, Count, Distinct, Positive, Range
+from experiments.lib import data, folders, models, options, records, weights
+from experiments.lib.options import Checked, Count, Positive, Range, distinct
 from jaxadv.types import ApplyFn, Bounds, Params
 
 _USUAL = {"mnist": data.MNIST, "cifar10": data.CIFAR10_CROPS}
@@ -49,7 +50,7 @@ class Settings(Checked):
     crop: Count | None = None
     """Side of the part of the images' middle that is used. By default as the weights say; if they
     don't, 28 for cifar10, else all."""
-    classes: Annotated[tuple[str, ...], Distinct()] = ()
+    classes: Annotated[tuple[str, ...], distinct] = ()
     """What the data calls the net's classes, in the order of its logits. By default what the
     weights call them; if they don't say, the data's classes in their order."""
     box: bool = True
@@ -80,6 +81,10 @@ class Problem(NamedTuple):
     y: np.ndarray
     bounds: Bounds | None
     identity: dict[str, Any]  # all that the figures depend on but attack, size and seed
+
+    def correct(self, x: ArrayLike) -> jax.Array:
+        """Say which of these images, perturbed or not, are classified correctly."""
+        return self.apply_fn(self.params, jnp.asarray(x)).argmax(-1) == self.y
 
 
 def load_net(settings: Settings, x: NDArray[np.float32]) -> tuple[ApplyFn, Params, str, int]:
@@ -199,7 +204,7 @@ def _interface(
             f"{height}x{width}; choose larger ones, or a smaller --crop"
         )
     if settings.classes:
-        taken = taken._replace(classes=tuple(map(data.composed, settings.classes)))
+        taken = taken._replace(classes=tuple(map(folders.composed, settings.classes)))
     taken = taken._replace(shape=(taken.crop or height, taken.crop or width, channels))
 
     wrong = []
