@@ -10,8 +10,8 @@ calls the place where LWA_Rep splits the net a hyperparameter. Here nets of 500x
 are trained in each of these ways, alike in all else (but LWA_Rep's have half the rate and a size
 that rises, without which training collapses), then attacked and scored as in Table 1.
 
-Writes results.json, results.md, a figure and each net's weights to --out, and goes on after an
-interruption where it was.
+Writes results.json, results.md, a figure and each net's weights to --out, and resumes after an
+interruption.
 """
 
 from __future__ import annotations
@@ -82,34 +82,29 @@ class Settings(train_and_score.Settings):
 
     def nets(self) -> dict[str, Method]:
         """Return how each net is made, by the name that `GROUPS` uses."""
-        return methods(self)
-
-
-def methods(settings: Settings) -> dict[str, Method]:
-    """Return each net's making, by the name that `GROUPS` uses."""
-    adversarial = partial(Adversarial, WIDTHS, settings.epochs, settings.lr)
-    warmup = settings.epochs // 2
-    made: dict[str, Method] = {
-        "normal": Method(WIDTHS, settings.epochs, settings.lr),
-        **{f"lwa_{eps}": adversarial(eps=eps) for eps in (0.5, 1.0)},
-        "lwa": adversarial(eps=1.5),
-        **{f"lwa_{eps}": adversarial(eps=eps) for eps in (2.0, 2.5, 3.0)},
-        "lwa_alpha": adversarial(eps=1.5, adversary="alpha"),
-        "lwa_sign": adversarial(eps=1.5, adversary="loss_sign"),
-        "mixed_loss": adversarial(eps=1.5, objective="mixed"),
-        "mixed_sign": adversarial(eps=1.5, objective="mixed", adversary="loss_sign"),
-        "virtual": adversarial(eps=1.5, objective="virtual", adversary="virtual"),
-        **{
-            # As for Table 1: half the rate, a relative size that rises, or training collapses.
-            f"rep_{split}": dataclasses.replace(
-                adversarial(eps=0.12, objective="representation", warmup=warmup, split=split),
-                lr=settings.lr / 2,
-            )
-            for split in (1, 2)
-        },
-    }
-    wanted = {name for group in settings.groups for name in GROUPS[group].values()}
-    return {name: method for name, method in made.items() if name in wanted}
+        adversarial = partial(Adversarial, WIDTHS, self.epochs, self.lr)
+        warmup = self.epochs // 2
+        made: dict[str, Method] = {
+            "normal": Method(WIDTHS, self.epochs, self.lr),
+            **{f"lwa_{eps}": adversarial(eps=eps) for eps in (0.5, 1.0)},
+            "lwa": adversarial(eps=1.5),
+            **{f"lwa_{eps}": adversarial(eps=eps) for eps in (2.0, 2.5, 3.0)},
+            "lwa_alpha": adversarial(eps=1.5, adversary="alpha"),
+            "lwa_sign": adversarial(eps=1.5, adversary="loss_sign"),
+            "mixed_loss": adversarial(eps=1.5, objective="mixed"),
+            "mixed_sign": adversarial(eps=1.5, objective="mixed", adversary="loss_sign"),
+            "virtual": adversarial(eps=1.5, objective="virtual", adversary="virtual"),
+            **{
+                # As for Table 1: half the rate, a relative size that rises, or training collapses.
+                f"rep_{split}": dataclasses.replace(
+                    adversarial(eps=0.12, objective="representation", warmup=warmup, split=split),
+                    lr=self.lr / 2,
+                )
+                for split in (1, 2)
+            },
+        }
+        wanted = {name for group in self.groups for name in GROUPS[group].values()}
+        return {name: method for name, method in made.items() if name in wanted}
 
 
 def run(settings: Settings, console: Console) -> list[TableRow]:

@@ -12,9 +12,9 @@ anew in every step, and scores the centre crops of the test images. Pixels are (
 the paper says. The tables are at l2 size 0.5, which the paper names, and at 0.25, which is what its
 released code calls 0.5: that has (px - 128) / 128. (In pixels of [0, 1] these are .502 and .251.)
 
-Writes results.json, results.md, figures and each net's weights to --out, and goes on after an
-interruption where it was: a checkpoint is kept after each epoch. With --holdout 5000 the nets are
-trained on 45,000 images and scored on the 5,000 held out.
+Writes results.json, results.md, figures and each net's weights to --out, and resumes after an
+interruption from the checkpoint of the last epoch. With --holdout 5000 the nets are trained on
+45,000 images and scored on the 5,000 held out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -203,17 +202,8 @@ def main() -> None:
     """Run the experiment from the command line."""
     default = Settings()
     if "--quick" in sys.argv:
-        short: dict[str, Any] = {
-            name: recipes.shortened(getattr(default, name)) for name in default.methods
-        }
-        default = dataclasses.replace(
-            default,
-            width=0.0625,
-            n_eval=500,
-            n_pgd=200,
-            lr_warmup=0,
-            out=default.out.with_name("cifar10_quick"),
-            **short,
+        default = train_and_score.shortened(
+            default, default.methods, width=0.0625, n_eval=500, n_pgd=200, lr_warmup=0
         )
     settings = tyro.cli(Settings, default=default, description=__doc__)
     console = parallel.start(settings)

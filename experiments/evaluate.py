@@ -13,10 +13,10 @@ its inputs, if `weights.save` was given them, as train.py and the experiments do
 are scaled as it says, labels are matched to its logits by the names of the classes, and what
 contradicts it is an error. Otherwise the data's classes are taken to be the net's, in their order.
 
---attacks names what to run: `standard` is AutoAttack's ensemble, whose members have names of their
-own too; `check` looks for signs that the figures shouldn't be believed. The images go through in
-blocks; each is saved when it is done, and the same command goes on where it was interrupted. Writes
-results.json and results.md to --out, beside what is there of other nets, sizes and attacks.
+--attacks names what to run: `standard` is AutoAttack's ensemble, whose members have their own names
+too; `check` looks for signs that the figures shouldn't be believed. Images are attacked in blocks;
+each block is saved when it is done, and after an interruption the same command resumes. Writes
+results.json and results.md to --out, and keeps their rows of other nets, sizes and attacks.
 """
 
 from __future__ import annotations

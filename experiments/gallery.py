@@ -165,12 +165,9 @@ def boundaries(settings: Settings) -> Figure:
         panel.contour(horizontal, vertical, lead, levels=[0.0], colors="black", linewidths=1.4)
         distance = np.linalg.norm(attack.deepfool(apply_fn, state.params, x, y), axis=1)
         right = np.asarray(apply_fn(state.params, x).argmax(-1) == y)
-        for label in (0, 1):
-            of = np.asarray(y) == label
-            panel.scatter(
-                *np.asarray(x)[of].T, s=9, color=COLOURS[0 if label == 0 else 3],
-                edgecolors="black", linewidths=0.3,
-            )  # fmt: skip
+        for label, colour in enumerate((COLOURS[0], COLOURS[3])):
+            points_of = np.asarray(x)[np.asarray(y) == label].T
+            panel.scatter(*points_of, s=9, color=colour, edgecolors="black", linewidths=0.3)
         panel.set_title(f"{name}\nmean distance to the boundary {distance[right].mean():.2f}")
         panel.set_aspect("equal")
     return figure
@@ -185,7 +182,7 @@ def accuracy(settings: Settings) -> Figure:
     for index, net in enumerate(nets):
         problem = problems.recorded(net, settings.n)
         x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
-        clean = problem.apply_fn(problem.params, x).argmax(-1) == y
+        clean = problem.correct(x)
         methods: Mapping[str, tuple[PerturbFn, str]] = {
             "one step": (perturb.loss, "--"),
             "PGD, 40 steps": (partial(attack.pgd, steps=40), "-"),
@@ -194,9 +191,8 @@ def accuracy(settings: Settings) -> Figure:
             perturbed = jax.jit(partial(method, problem.apply_fn, bounds=BOX))
             left = []
             for eps in sizes:
-                at = x + perturbed(problem.params, x, y, eps=eps)
-                right = clean & (problem.apply_fn(problem.params, at).argmax(-1) == y)
-                left.append(float(right.mean()))
+                r = perturbed(problem.params, x, y, eps=eps)
+                left.append(float((clean & problem.correct(x + r)).mean()))
             panel.plot(sizes, left, style, color=COLOURS[index], label=f"{method_of(net)}: {name}")
         ensemble = net, "l2", "standard", settings.n  # of the same images
         points = {
@@ -231,11 +227,7 @@ def surface(settings: Settings) -> Figure:
         x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
         one = perturb.loss(problem.apply_fn, problem.params, x, y, eps=settings.eps)
         many = attack.pgd(problem.apply_fn, problem.params, x, y, eps=settings.eps)
-
-        def right(r: Any, problem: problems.Problem = problem, x: Any = x, y: Any = y) -> Any:
-            return np.asarray(problem.apply_fn(problem.params, x + r).argmax(-1) == y)
-
-        missed = np.flatnonzero(right(one) & ~right(many))
+        missed = np.flatnonzero(problem.correct(x + one) & ~problem.correct(x + many))
         if not missed.size:
             raise ValueError(
                 f"expected an image that one step misses and PGD doesn't, got none of "
@@ -329,17 +321,13 @@ def saturation(settings: Settings) -> Figure:
             unit = g / np.where(alive, size, 1)[:, None]
             similar.append((unit * exact_direction(problem, float(scale))).sum(1).mean())
             zero.append(1 - alive.mean())
-        style: dict[str, Any] = {
-            "color": COLOURS[3 if index == 0 else 0], "marker": figures.MARKERS[index],
-            "label": name, "markersize": 4,
-        }  # fmt: skip
-        cosine.plot(scales, similar, **style)
-        dead.plot(scales, zero, **style)
-    for panel, label in (
-        (cosine, "mean cosine to the float64 direction"),
-        (dead, "share exactly 0"),
-    ):
-        panel.set(xscale="log", xlabel="logits multiplied by", ylabel=label, ylim=(-0.03, 1.03))
+        colour, marker = COLOURS[3 if index == 0 else 0], figures.MARKERS[index]
+        for panel, values in ((cosine, similar), (dead, zero)):
+            panel.plot(scales, values, color=colour, marker=marker, label=name, markersize=4)
+    cosine.set_ylabel("mean cosine to the float64 direction")
+    dead.set_ylabel("share exactly 0")
+    for panel in (cosine, dead):
+        panel.set(xscale="log", xlabel="logits multiplied by", ylim=(-0.03, 1.03))
         panel.grid(alpha=0.3)
     dead.legend(fontsize=8, loc="center right")
     return figure

@@ -154,7 +154,7 @@ def run(settings: Settings, console: Console) -> list[KnownRow]:
     """Attack and check both nets; return a row for each."""
     nets = {name: load(settings.folder / f"mnist_lenet5_{name}.pt") for name in NETS}
     rows = [measure(name, params, settings, console) for name, params in nets.items()]
-    tables.record(settings.out, rows, as_markdown(rows), console)
+    tables.save(settings.out, rows, as_markdown(rows), console)
     return rows
 
 

@@ -11,10 +11,10 @@ column PGD isn't in the paper: 100 steps of an iterated attack, so that nobody t
 figure for robustness. Perturbed images are not clipped to the pixel range, as in the paper.
 
 Writes results.json, results.md, digits.json, figures and each net's weights to --out. Interrupted
-at any moment, the same command goes on where it was. With --holdout 10000 the nets are trained on
-50,000 images and scored on the 10,000 held out. So were chosen the settings of Table 1 and, for
-LeNet, the sizes of LWA's and LWA_Rep's perturbations; the test images are for the reported figures
-alone, for which the nets are trained on all 60,000.
+at any moment, the same command resumes. With --holdout 10000 the nets are trained on 50,000 images
+and scored on the 10,000 held out. The settings of Table 1 and, for LeNet, the sizes of LWA's and
+LWA_Rep's perturbations were chosen in this way; the test images serve only the reported figures,
+for which the nets are trained on all 60,000.
 
 Past the paper, --methods takes lwa_noisy, lwa_multi and trades: adversarial training for robustness
 to iterated attacks, by one step from a random start, by several steps, and by TRADES.
@@ -26,7 +26,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -40,7 +40,6 @@ from experiments.lib import (
     options,
     paper,
     parallel,
-    recipes,
     tables,
     tasks,
     train_and_score,
@@ -140,11 +139,7 @@ def defaults(arguments: list[str]) -> Settings:
     parser.add_argument("--quick", action="store_true")
     known, _ = parser.parse_known_args(arguments)
     chosen = LENET if known.network == "lenet" else MLP
-    if known.quick:
-        short: dict[str, Any] = {name: recipes.shortened(getattr(chosen, name)) for name in NAMES}
-        out = chosen.out.with_name(f"{chosen.out.name}_quick")
-        chosen = dataclasses.replace(chosen, n_eval=1000, out=out, **short)
-    return chosen
+    return train_and_score.shortened(chosen, NAMES, n_eval=1000) if known.quick else chosen
 
 
 @options.command

@@ -1,4 +1,4 @@
-r"""AutoAttack as its authors published it, on the same nets and images: a check from outside.
+r"""AutoAttack as its authors published it, on the same nets and images: an independent check.
 
     python -m venv reference
     reference/bin/pip install -e '.[experiments]' -c constraints.txt torch
@@ -7,10 +7,10 @@ r"""AutoAttack as its authors published it, on the same nets and images: a check
     reference/bin/python experiments/reference.py \
         experiments/results/mnist_mlp/lwa/params.safetensors
 
-Needs PyTorch and the authors' code, neither of which the project depends on. Each net is built anew
-in PyTorch from its weights and must give the logits that it gives here. Each attack of the ensemble
-runs alone, from all images that are classified right; `standard` is the ensemble, each attack on
-what the ones before it have left.
+Needs PyTorch and the authors' code; the project depends on neither. Each net is rebuilt in PyTorch
+from its weights and must give the same logits as here. Each attack of the ensemble runs separately,
+on all correctly classified images; `standard` is the ensemble, in which each attack runs on the
+images that the attacks before it left robust.
 
 Writes rows to results.json in --out like those of `evaluate`, whose `--attacks apgd-ce apgd-t fab-t
 square standard` and `--name` make ours; `summary` puts both beside each other.

@@ -12,15 +12,14 @@ larger); from x with a penalty on gradients that turn within the ball (Andriushc
 Flammarion, 2020); and by four steps, at several times the cost. They are scored as in Table 2, and
 under AutoAttack in the pixel range.
 
-Writes results.json, results.md and each net's weights to --out, what AutoAttack leaves to
---out/autoattack, and goes on after an interruption where it was.
+Writes results.json, results.md and each net's weights to --out, AutoAttack's rows to
+--out/autoattack, and resumes after an interruption.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -41,7 +40,7 @@ from experiments.lib import (
 )
 from experiments.lib.attack_tables import WAYS
 from experiments.lib.options import Count, OutputFolder, Positive, Several, Size
-from experiments.lib.recipes import Method, MultiStep, OneStep, Robust
+from experiments.lib.recipes import Method, MultiStep, OneStep
 from experiments.lib.records import AttackRow, TableRow
 
 Way = Literal["from_x", "start", "best", "noise", "aligned", "four"]
@@ -82,27 +81,22 @@ class Settings(train_and_score.Settings):
                 f"got {self.precision} and {self.processes}; leave these out"
             )
 
-    def nets(self) -> Mapping[str, Method]:
+    def nets(self) -> dict[str, Method]:
         """Return how each net is made, by its name in `WAYS`."""
-        return methods(self)
-
-
-def methods(settings: Settings) -> dict[str, Robust]:
-    """Return each way by its name in `WAYS`."""
-    common: dict[str, Any] = {
-        "widths": (500,), "epochs": settings.epochs, "lr": 0.05, "eps": settings.train_eps,
-        "warmup": settings.epochs // 8, "average": 0.999, "shift": 1,
-    }  # fmt: skip
-    one = partial(OneStep, **common)
-    made: dict[str, Robust] = {
-        "from_x": one(),
-        "start": one(noise=1.0, stride=1.25),
-        "best": MultiStep(steps=1, **common),  # as lwa_noisy of Table 2
-        "noise": one(noise=1.0, reach=2.0),
-        "aligned": one(alignment=settings.alignment),
-        "four": MultiStep(steps=4, **common),
-    }
-    return {name: made[name] for name in settings.methods}
+        common: dict[str, Any] = {
+            "widths": (500,), "epochs": self.epochs, "lr": 0.05, "eps": self.train_eps,
+            "warmup": self.epochs // 8, "average": 0.999, "shift": 1,
+        }  # fmt: skip
+        one = partial(OneStep, **common)
+        made: dict[str, Method] = {
+            "from_x": one(),
+            "start": one(noise=1.0, stride=1.25),
+            "best": MultiStep(steps=1, **common),  # as lwa_noisy of Table 2
+            "noise": one(noise=1.0, reach=2.0),
+            "aligned": one(alignment=self.alignment),
+            "four": MultiStep(steps=4, **common),
+        }
+        return {name: made[name] for name in self.methods}
 
 
 def run(settings: Settings, console: Console) -> tuple[list[TableRow], list[AttackRow]]:
@@ -111,7 +105,7 @@ def run(settings: Settings, console: Console) -> tuple[list[TableRow], list[Atta
     task = task._replace(experiment="remedies", names=WAYS)
     rows, _ = train_and_score.run(settings, task, console)
     attacked: list[AttackRow] = []
-    # What chooses settings on held-out images leaves the test images alone.
+    # A run that chooses settings on held-out images doesn't touch the test images.
     for row in [] if settings.holdout else rows:
         folder = settings.out / row.method
         if row.seed != settings.seed[0]:

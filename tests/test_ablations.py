@@ -15,7 +15,7 @@ from experiments.lib.recipes import Adversarial
 
 
 def test_every_net_of_every_question_is_made_and_no_other():
-    made = ablations.methods(ablations.Settings())
+    made = ablations.Settings().nets()
     assert set(made) == {name for group in ablations.GROUPS.values() for name in group.values()}
     assert all(method.widths == (500, 500) for method in made.values())
     assert {method.epochs for method in made.values()} == {15}
@@ -23,7 +23,7 @@ def test_every_net_of_every_question_is_made_and_no_other():
 
 def test_some_questions_need_some_nets_only():
     settings = ablations.Settings(groups=("split of LWA_Rep",))
-    assert list(ablations.methods(settings)) == ["lwa", "rep_1", "rep_2"]
+    assert list(settings.nets()) == ["lwa", "rep_1", "rep_2"]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_some_questions_need_some_nets_only():
     ],
 )
 def test_the_nets_of_a_question_differ_in_what_it_asks(question, differs):
-    made = ablations.methods(ablations.Settings(groups=(question,)))
+    made = ablations.Settings(groups=(question,)).nets()
     nets = [dataclasses.asdict(method) for method in made.values()]
     assert {field for field in nets[0] if len({net[field] for net in nets}) > 1} == differs
 
@@ -46,7 +46,7 @@ def test_each_objective_and_adversary_gives_another_loss():
     x = jax.random.uniform(jax.random.key(0), (6, 28, 28, 1))
     params = init(net, jax.random.key(1), x)
     losses = {}
-    for name, method in ablations.methods(ablations.Settings()).items():
+    for name, method in ablations.Settings().nets().items():
         if isinstance(method, Adversarial) and method.objective == "representation":
             continue
         objective = jax.jit(recipes.make_objective(net, method, 10))

@@ -14,7 +14,7 @@ from experiments.lib.recipes import MultiStep, OneStep
 
 def test_the_ways_differ_in_the_step_alone():
     settings = remedies.Settings()
-    made = remedies.methods(settings)
+    made = settings.nets()
     assert list(made) == list(attack_tables.WAYS)
     shared = {"widths", "epochs", "lr", "eps", "warmup", "average", "shift", "objective"}
     for field in shared:
@@ -50,7 +50,7 @@ def test_images_held_out_leave_the_test_images_alone(tmp_path, monkeypatch):
 def test_each_way_is_trained_attacked_and_set_beside_the_others(tmp_path, monkeypatch):
     few = {"widths": (5,), "epochs": 1, "lr": 0.05, "eps": 1.0}
     made = {"from_x": OneStep(**few), "four": MultiStep(**few)}
-    monkeypatch.setattr(remedies, "methods", lambda settings: made)
+    monkeypatch.setattr(remedies.Settings, "nets", lambda settings: made)
     make_task = tasks.mnist
 
     def make_small(*args):

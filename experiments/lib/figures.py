@@ -205,31 +205,28 @@ def plot_appendix_a(rows: Sequence[PropositionRow]) -> Any:
     b, c, d = series["B"], series["C"], series["D"]
     for index, (norm, along) in enumerate(b["objective"].items()):
         _line(panels[0], b["t"], np.asarray(along) / max(along), index, norm)
-    panels[0].set(
-        title="B: the objective is convex", xlabel="place on a random segment of w",
-        ylabel="objective / its maximum", ylim=(0, None),
-    )  # fmt: skip
     panels[1].plot(c["w"], c["induced"], color=COLOURS[0], linewidth=1.6, label="corrected")
     panels[1].plot(
         c["w"], c["printed"], color=COLOURS[3], linestyle="--", linewidth=1.2, label="as printed"
-    )
-    panels[1].set(
-        title="C: the induced regulariser isn't", xlabel="w", ylabel="R(w)", ylim=(-1, 2.5)
     )
     for index, ratio in enumerate(d["norm"]):
         for panel, key in zip(panels[2:], ("norm", "objective"), strict=True):
             label = f"c = {ratio} margin / 2"
             style = "-" if float(ratio) > 1 else "--"
             _line(panel, d["steps"], d[key][ratio], index, label, linestyle=style)
+    _dress(
+        panels[0], legend=True, title="B: the objective is convex", ylim=(0, None),
+        xlabel="place on a random segment of w", ylabel="objective / its maximum",
+    )  # fmt: skip
+    _dress(
+        panels[1], legend=True, title="C: the induced regulariser isn't", xlabel="w",
+        ylabel="R(w)", ylim=(-1, 2.5),
+    )  # fmt: skip
     for panel, name in zip(panels[2:], ("||w||", "objective"), strict=True):
-        panel.set(
-            title=f"D: {name} in training", xlabel="steps of L-BFGS", ylabel=name,
-            xscale="log", yscale="log",
+        _dress(
+            panel, legend=name == "||w||", title=f"D: {name} in training", xscale="log",
+            yscale="log", xlabel="steps of L-BFGS", ylabel=name,
         )  # fmt: skip
-    for panel in panels:
-        panel.grid(alpha=0.3)
-    for panel in panels[:3]:
-        panel.legend(frameon=False, fontsize=8)
     return figure
 
 

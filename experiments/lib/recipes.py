@@ -342,7 +342,7 @@ def augmented(
 
 
 def shifted(pixels: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return `(key, x) -> x`, which moves each image by at most so many pixels, over zeros."""
+    """Return `(key, x) -> x`, which moves each image by at most `pixels`, padding with zeros."""
 
     def shift(key: jax.Array, x: jax.Array) -> jax.Array:
         around = (pixels, pixels)

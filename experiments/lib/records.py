@@ -374,7 +374,7 @@ def made_by(others: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     Args:
       others: versions of what else they were made by.
     """
-    return {"versions": versions() | others, "device": device()}
+    return {"versions": {**versions(), **others}, "device": device()}
 
 
 def versions() -> dict[str, str]:

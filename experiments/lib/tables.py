@@ -44,7 +44,7 @@ def write(folder: Path, lines: Sequence[str], console: Console) -> None:
     console.print(shown, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
-def record(folder: Path, rows: Sequence[Row], lines: Sequence[str], console: Console) -> None:
+def save(folder: Path, rows: Sequence[Row], lines: Sequence[str], console: Console) -> None:
     """Write rows as `results.json`, and what Markdown says of them as `write` does."""
     folder.mkdir(parents=True, exist_ok=True)
     records.save(folder / "results.json", rows)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,22 @@ class Settings(parallel.Settings, recipes.Optimiser):
     def nets(self) -> Mapping[str, Method]:
         """Return how each net of the table is made, by its name."""
         return {}
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def shortened(settings: S, names: Iterable[str], **changes: Any) -> S:
+    """Return the settings of --quick: nets trained for one epoch, into another folder.
+
+    Args:
+      settings: an experiment's defaults.
+      names: its fields that are recipes.
+      **changes: other fields.
+    """
+    short: dict[str, Any] = {name: recipes.shortened(getattr(settings, name)) for name in names}
+    out = settings.out.with_name(f"{settings.out.name}_quick")
+    return dataclasses.replace(settings, out=out, **short, **changes)
 
 
 Pixels = tuple[NDArray[np.uint8], NDArray[np.int32]]
