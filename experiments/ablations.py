@@ -118,7 +118,7 @@ def run(settings: Settings, console: Console) -> list[TableRow]:
 
 
 def groups_of(name: str) -> dict[str, str]:
-    """Return the questions that a net answers, and what to call it in each."""
+    """Return the questions that a net belongs to, with its name in each."""
     return {
         group: label for group, nets in GROUPS.items() for label, net in nets.items() if net == name
     }

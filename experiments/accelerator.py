@@ -128,7 +128,7 @@ def tests(settings: Settings, record: Record) -> Iterator[Figure]:
 
 
 def _tested(name: str, end: float) -> Figure:
-    """Return how many tests of a file passed, and the names of those that didn't."""
+    """Run a file of tests; return how many passed, and the names of the others."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         outcome = Path(folder) / "outcome.xml"
@@ -215,7 +215,7 @@ def verdicts(settings: Settings, record: Record) -> Iterator[Figure]:
 def attacked(
     apply_fn: ApplyFn, params: Params, images: train_and_score.Images, name: str, case: Case
 ) -> Figure:
-    """Return what an attack leaves of some images, in numbers and image by image."""
+    """Attack images; return accuracies, and a verdict for each image."""
     start = time.perf_counter()
     keys = jax.random.split(jax.random.key(0), 1000)[: len(images.y)]  # those of a full run
     found = evaluate.attack_and_score(
@@ -230,7 +230,7 @@ def attacked(
 
 
 def compared(figure: Figure) -> Figure:
-    """Return the figure with how many verdicts differ from the CPU's; unchanged without these."""
+    """Add the number of verdicts that differ from the CPU's, if the CPU's are known."""
     identity = {key: figure[key] for key in ("net", "attack", "norm", "eps")}
     known = [other for row in records.load(CPU, PartRow) for other in row.figures]
     same = [other["verdicts"] for other in known if identity.items() <= other.items()]
@@ -248,7 +248,7 @@ def compared(figure: Figure) -> Figure:
 
 
 def _test_images(net: str, n: int) -> train_and_score.Images:
-    """Return the first of the test images, in the order in which evaluate.py takes them."""
+    """Return the first n test images, in the order of evaluate.py."""
     if net.startswith("cifar10"):
         pixels, labels = data.cifar10_crops()
         scaled = data.CIFAR10_CROPS.inputs(pixels[:n])

@@ -1,4 +1,4 @@
-"""How fast training steps and attacks are, beside what the machine allows and what peers reach.
+"""Speed of training steps and attacks, next to the machine's limit and to other libraries.
 
     python experiments/benchmark.py                  # everything, about half an hour on 2 cores
     python experiments/benchmark.py --parts steps    # one part; the others' figures stay

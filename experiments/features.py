@@ -96,7 +96,7 @@ def asked(question: Callable[[Attack], str], perturb: Attack) -> str:
 def questions(
     params: Mapping[str, Any], x: Images, y: NDArray[Any], eps: float
 ) -> dict[str, Callable[[Attack], str]]:
-    """Return what is asked, each a function of an attack to an answer."""
+    """Return the questions: functions from an attack to its answer."""
     net = models.recognised(dict(params), x.shape[1:])
     apply_fn = models.function(net)
 
@@ -143,7 +143,7 @@ def questions(
 
 
 def flagged(problem: problems.Problem) -> dict[str, str]:
-    """Return what our checks and AutoAttack's say of a net that returns probabilities."""
+    """Return whether each library's checks flag a net that returns probabilities."""
     import torch
 
     def probabilities(params: Any, x: jax.Array, /) -> jax.Array:

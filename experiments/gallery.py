@@ -59,13 +59,13 @@ class Settings(Checked):
     eps: Size = 1.5
     """l2 size of the perturbations shown."""
     seed: Seed = 0
-    """Of what is drawn at random."""
+    """Random seed."""
     out: OutputFolder = Path("runs/gallery")
     """Where the pictures go."""
 
 
 def method_of(net: str) -> str:
-    """Return what to call a recorded net, e.g. `LWA, LeNet`."""
+    """Return a recorded net's name, e.g. `LWA, LeNet`."""
     record, method = net.split("/")
     return f"{NAMES[method]}, {'LeNet' if record == 'mnist_lenet' else 'MLP'}"
 

@@ -159,7 +159,7 @@ def run(settings: Settings, console: Console) -> list[KnownRow]:
 
 
 def as_markdown(rows: Sequence[KnownRow]) -> list[str]:
-    """Return the rows as a table, with what the checks say."""
+    """Return the rows as a table, with the flags of the checks."""
     first = rows[0]
     headings = (
         "Net", "Clean, published", "ours", "DDN, published", "FAB, published", *first.median_l2,

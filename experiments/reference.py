@@ -55,15 +55,15 @@ class Settings(Checked):
     eps: Several[Size] = (1.5,)
     """Sizes of the perturbations."""
     norm: Literal["l2", "linf"] = "l2"
-    """Of these sizes."""
+    """Their norm."""
     seed: Several[Seed] = (0,)
-    """Of the random numbers; a run for each."""
+    """Random seeds; one run for each."""
     n: Count = 1000
     """How many test images."""
     batch_size: Count = 500
     """Images perturbed at once."""
     threads: Count = 2
-    """Of PyTorch."""
+    """Threads for PyTorch."""
     out: OutputFolder = Path("runs/reference")
     """Where results go."""
 

@@ -82,19 +82,19 @@ class Settings(parallel.Settings, recipes.Optimiser):
     widths: tuple[Count, ...] = ()
     """Sizes of the hidden dense layers; those of the paper's nets if none is named."""
     width: Positive = 0.25
-    """By what all sizes of vgg are multiplied; 1 is the paper's."""
+    """Factor for all sizes of vgg; 1 is the paper's."""
     method: Literal["normal", "lwa", "goodfellow", "trades"] = "lwa"
     """The objective: without an adversary, on perturbed images, on both, or with a divergence."""
     norm: Norm = "l2"
-    """Of that size."""
+    """Norm of eps."""
     train_eps: Positive | None = None
     """Size in training; eps unless set. A fifth more often gives the most robust net at eps."""
     steps: Count = 5
-    """Of the adversary in training, each of 2.5 eps / steps; 1 is the paper's Adv_Loss."""
+    """Steps of the adversary in training, each of 2.5 eps / steps; 1 is the paper's Adv_Loss."""
     eps_warmup: Whole = 2
     """Epochs over which the adversary's size rises from 0; at most all but the last."""
     weight: Size = 6.0
-    """Of the divergence, for trades."""
+    """Weight of the divergence, for trades."""
     epochs: Count = 30
     """Passes over the training images."""
     batch_size: Count = 100
@@ -110,13 +110,13 @@ class Settings(parallel.Settings, recipes.Optimiser):
     mirror: bool = False
     """Whether training images are mirrored at random."""
     seed: Seed = 0
-    """Of everything random."""
+    """Random seed."""
     n_eval: Count = 1000
     """How many test images are attacked."""
     attacks: Annotated[tuple[Attack, ...], distinct] = (
         "one-step", "pgd-100x10", "standard",
     )  # fmt: skip
-    """By what, at the end; followed by nothing, by none."""
+    """Attacks on the trained net; followed by nothing, none."""
     out: OutputFolder = Path("runs/train")
     """Where everything goes."""
 
@@ -184,7 +184,7 @@ KINDS: dict[str, recipes.ObjectiveName] = {
 
 
 def make_objective(settings: Settings, net: nn.Module, epoch_steps: int) -> Objective:
-    """Return what is minimised."""
+    """Return the objective of the training."""
     apply_fn, train_fn = models.function(net), models.train_function(net)
     size = training_size(settings)
     if size is None:
@@ -215,7 +215,7 @@ def drawn(settings: Settings, objective: Objective) -> Objective:
 
 
 def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
-    """Return what to do about a net that is no better than one class for every image, or ""."""
+    """Return advice on a net that is no better than a constant class; "" if it is better."""
     constant = np.bincount(labels).max() / len(labels)
     if accuracy > constant or constant == 1:
         return ""

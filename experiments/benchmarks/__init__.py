@@ -1,1 +1,1 @@
-"""What `benchmark.py` measures: a module for each part, and what they share."""
+"""The parts of `benchmark.py`, a module for each, and their common code."""

@@ -16,25 +16,20 @@ from experiments.lib import models, problems, timing
 from experiments.lib.timing import in_turn
 from jaxadv import attack, perturb
 
-METHODS: Mapping[str, tuple[Any, int]] = {  # with passes over the net's products, if fixed
+BOX, KEY = (0.0, 1.0), jax.random.key(0)
+METHODS: Mapping[str, tuple[Any, int]] = {  # with passes over the net's products; 0 if not fixed
     "Adv_Loss": (partial(perturb.loss, eps=1.5), 2),
     "Adv_Loss_Sign": (partial(perturb.loss_sign, eps=1.5), 2),
     "Adv_Alpha": (partial(perturb.alpha, eps=1.5), 10),
-    "Miyato": (partial(perturb.vat, eps=1.5, key=jax.random.key(0)), 0),
-    "one step": (partial(perturb.loss, eps=1.5, bounds=(0.0, 1.0)), 2),
-    "PGD-40": (partial(attack.pgd, eps=1.5, steps=40, bounds=(0.0, 1.0)), 80),
-    "APGD-CE, 100 steps": (
-        partial(attack.apgd, eps=1.5, steps=100, bounds=(0.0, 1.0), key=jax.random.key(0)),
-        200,
-    ),
-    "DeepFool": (partial(attack.deepfool, steps=50, bounds=(0.0, 1.0)), 0),
-    "FMN, 100 steps": (partial(attack.fmn, steps=100, bounds=(0.0, 1.0)), 0),
-    "FAB-T, 10 steps": (partial(attack.fab, eps=1.5, steps=10, bounds=(0.0, 1.0)), 0),
-    "Square, 100 queries": (
-        partial(attack.square, eps=1.5, steps=100, bounds=(0.0, 1.0), key=jax.random.key(0)),
-        100,
-    ),
-}  # fmt: skip
+    "Miyato": (partial(perturb.vat, eps=1.5, key=KEY), 0),
+    "one step": (partial(perturb.loss, eps=1.5, bounds=BOX), 2),
+    "PGD-40": (partial(attack.pgd, eps=1.5, steps=40, bounds=BOX), 80),
+    "APGD-CE, 100 steps": (partial(attack.apgd, eps=1.5, steps=100, bounds=BOX, key=KEY), 200),
+    "DeepFool": (partial(attack.deepfool, steps=50, bounds=BOX), 0),
+    "FMN, 100 steps": (partial(attack.fmn, steps=100, bounds=BOX), 0),
+    "FAB-T, 10 steps": (partial(attack.fab, eps=1.5, steps=10, bounds=BOX), 0),
+    "Square, 100 queries": (partial(attack.square, eps=1.5, steps=100, bounds=BOX, key=KEY), 100),
+}
 
 
 def run(settings: Settings) -> Figures:

@@ -40,7 +40,7 @@ class Settings(Checked):
     parts: Several[Part] = PARTS
     """What to measure."""
     nets: Several[NetName] = ("mlp", "lenet", "vgg-0.25", "vgg-0.5", "vgg-1")
-    """Whose steps; vgg is the CIFAR-10 net at a share of its width."""
+    """Nets whose steps are timed; vgg is the CIFAR-10 net at a share of its width."""
     batch_size: Count = 100
     """Images per step."""
     n: Count = 1000
@@ -113,7 +113,7 @@ def training_calls(
 
 
 def step_objectives(net: nn.Module, *, all_kinds: bool) -> dict[str, Any]:
-    """Return what the steps that are timed minimise."""
+    """Return the objectives of the timed steps."""
     apply_fn = function(net)
     kinds = {
         "plain": objectives.natural(apply_fn),

@@ -44,18 +44,19 @@ def run(settings: common.Settings) -> common.Figures:
         "LWA, Adv_Alpha": objectives.adversarial(apply_fn, perturb.alpha, eps=1.5),
     }
     calls = common.training_calls(kinds, params, x, y, n)
-    one_step = {  # with the passes of an iteration of the attack, and no loop
-        "PGD": partial(perturb.loss, eps=1e-4),
-        "APGD": partial(perturb.loss, eps=1e-4),
-        "DeepFool": partial(perturb.alpha, eps=1e-4),
+    attacks = {  # each beside one step with the passes of an iteration, and no loop
+        "PGD": (partial(attack.pgd, eps=1e-4, steps=n), partial(perturb.loss, eps=1e-4)),
+        "APGD": (
+            partial(attack.apgd, eps=1e-4, steps=n, key=jax.random.key(0)),
+            partial(perturb.loss, eps=1e-4),
+        ),
+        "DeepFool": (
+            partial(attack.deepfool, steps=n, bounds=(0.5, 0.5001)),
+            partial(perturb.alpha, eps=1e-4),
+        ),
     }
-    attacks_ = {
-        "PGD": partial(attack.pgd, eps=1e-4, steps=n),
-        "APGD": partial(attack.apgd, eps=1e-4, steps=n, key=jax.random.key(0)),
-        "DeepFool": partial(attack.deepfool, steps=n, bounds=(0.5, 0.5001)),
-    }
-    for name in attacks_:
-        for way, method in (("step", one_step[name]), ("epoch", attacks_[name])):
+    for name, (loop, step) in attacks.items():
+        for way, method in (("step", step), ("epoch", loop)):
             calls[f"{name}, {way}"] = partial(jax.jit(partial(method, apply_fn)), params, x, y)
     times = in_turn(calls, settings.rounds, seconds=settings.seconds)
     return [
@@ -65,5 +66,5 @@ def run(settings: common.Settings) -> common.Figures:
             "outside, ms": common.milliseconds(times[f"{name}, step"]),
             "outside / inside": common.ratio(times[f"{name}, step"], times[f"{name}, epoch"] / n),
         }
-        for name in (*kinds, *attacks_)
+        for name in (*kinds, *attacks)
     ]

@@ -89,7 +89,7 @@ class Load(NamedTuple):
 
 
 def loads(*, quick: bool) -> list[Load]:
-    """Return what is timed; little of it in the small form."""
+    """Return the nets and attacks to time; few of them in the small form."""
     pgd, alpha = partial(attack.pgd, eps=1.5, steps=10), partial(perturb.alpha, eps=1.5)
 
     def small_net(name: str, batch: int) -> Load:

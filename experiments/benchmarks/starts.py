@@ -1,4 +1,4 @@
-"""How long compiling takes, and what the cache of compiled programs saves."""
+"""Compile times, and the time that the cache of compiled programs saves."""
 
 from __future__ import annotations
 

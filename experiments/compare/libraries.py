@@ -34,7 +34,7 @@ def installed() -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Return which versions are compared with; none where they aren't installed."""
+    """Return the versions of all of them; none unless all are installed."""
     return {name: version(name) for name in PACKAGES.values()} if installed() else {}
 
 
@@ -46,7 +46,7 @@ def attacks(
     eps: float | NDArray[np.float32],
     task: Task,
 ) -> dict[str, Attack]:
-    """Return what each library has for a task, in l2 and in the box from 0 to 1.
+    """Return each library's attack for a task, in l2 and in the box from 0 to 1.
 
     Args:
       params: of the net.

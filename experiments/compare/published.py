@@ -26,7 +26,7 @@ def autoattack(
     batch_size: int = 250,
     verbose: bool = False,
 ) -> Any:
-    """Return what the published AutoAttack makes of images, as PyTorch has them.
+    """Return images perturbed by the published AutoAttack, in PyTorch's layout.
 
     Args:
       net: in PyTorch.

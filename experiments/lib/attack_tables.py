@@ -16,7 +16,7 @@ COLUMNS: tuple[AttackName, ...] = ("one-step", "pgd-100x10", "standard")
 
 
 def figures_of(rows: Sequence[AttackRow], method: str, norm: str, eps: float) -> list[str]:
-    """Return a net's figures under PGD and AutoAttack, and how far above one step's is.
+    """Return a net's figures under PGD and AutoAttack, and the one-step figure's excess.
 
     Args:
       rows: the board's.
@@ -93,7 +93,7 @@ def ranked(rows: Sequence[AttackRow]) -> list[str]:
 
 
 def beside_published(ours: Sequence[AttackRow], published: Sequence[AttackRow]) -> list[str]:
-    """Return what AutoAttack and its members leave, ours beside the published.
+    """Return a table of AutoAttack and its members, ours next to the published.
 
     Args:
       ours: rows of `evaluation`.
@@ -142,7 +142,10 @@ WAYS: dict[str, str] = {
 
 
 def ways(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[str]:
-    """Return what the ways of training leave, and their cost; of AutoAttack on the most images."""
+    """Return a table of the ways of training: accuracies and cost.
+
+    AutoAttack's figures are of the most images that it has been run on.
+    """
     cells = []
     for eps in dict.fromkeys(row.eps for row in rows):
         for method, label in WAYS.items():

@@ -336,7 +336,7 @@ def _check_labels(name: str, images: Dataset) -> None:
 
 
 def describe(folder: str | os.PathLike[str], images: Dataset) -> str:
-    """Return what a record says of a folder's images: their format, and a checksum of the pixels.
+    """Return a description of a folder's images for records: format, and checksum of the pixels.
 
     Args:
         folder: as given to `image_folder`.

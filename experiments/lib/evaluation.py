@@ -24,7 +24,7 @@ from jaxadv import evaluate
 from jaxadv.types import Norm
 
 _PROBLEM = ("data", "subtract", "divide", "crop", "box", "n", "norm", "eps")
-"""What of a row says which table it belongs to."""
+"""The fields that determine the table of a row."""
 PLACE = ("method", "attack", "seed", *_PROBLEM)
 """What rows are told apart by."""
 
@@ -38,9 +38,9 @@ class Settings(problems.Settings, parallel.Devices):
     eps: Several[Size] = (1.5,)
     """Sizes of the perturbations."""
     norm: Norm = "l2"
-    """Of these sizes."""
+    """Their norm."""
     seed: Seed = 0
-    """Of the attacks' random numbers."""
+    """Random seed of the attacks."""
     block: Count = 500
     """Images between two savings."""
     batch_size: Count = 500
@@ -179,7 +179,7 @@ def as_markdown(rows: Sequence[AttackRow]) -> list[str]:
 
 
 def _remarks(row: AttackRow) -> list[str]:
-    """Return what must be said beside a row's figures."""
+    """Return the remarks that a row's figures need."""
     remarks = list(row.notes or ())
     if isinstance(row, CheckRow):
         remarks.append(tables.doubts(row.flags))

@@ -314,7 +314,7 @@ def check(net: Classifier, params: Params, shape: Sequence[int]) -> None:
 
 
 def _differences(expected: Mapping[str, Any], params: Params) -> list[str]:
-    """Return what is to be said of each parameter that isn't as expected."""
+    """Return a description of each parameter that isn't as expected."""
     there = by_path(params)
     said = []
     for name in sorted(expected.keys() | there.keys()):

@@ -27,7 +27,7 @@ _LARGEST = float(np.finfo(np.float32).max)  # what is computed with is float32
 
 
 class UsageError(ValueError):
-    """What a command was told can't be done. Says what was expected, what it got, and the cure."""
+    """A command was misused. The message says what was expected, what it got, and the cure."""
 
 
 Refusal = tuple[str, str]

@@ -31,7 +31,7 @@ _USUAL = {"mnist": data.MNIST, "cifar10": data.CIFAR10_CROPS}
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Checked):
-    """Which net, on which images."""
+    """A net, and images for it."""
 
     net: Annotated[str, tyro.conf.Positional]
     """A file of weights, or `module:function`."""
@@ -51,7 +51,7 @@ class Settings(Checked):
     """Side of the part of the images' middle that is used. By default as the weights say; if they
     don't, 28 for cifar10, else all."""
     classes: Annotated[tuple[str, ...], distinct] = ()
-    """What the data calls the net's classes, in the order of its logits. By default what the
+    """The data's names of the net's classes, in the order of its logits. By default what the
     weights call them; if they don't say, the data's classes in their order."""
     box: bool = True
     """Whether perturbed images stay in the range of pixels."""
@@ -88,7 +88,7 @@ class Problem(NamedTuple):
 
 
 def load_net(settings: Settings, x: NDArray[np.float32]) -> tuple[ApplyFn, Params, str, int]:
-    """Return the net, its parameters, what it is, and its number of classes.
+    """Return the net, its parameters, its description, and its number of classes.
 
     Args:
       settings: what names it.
@@ -110,7 +110,7 @@ def load_net(settings: Settings, x: NDArray[np.float32]) -> tuple[ApplyFn, Param
 def _classes_of(
     settings: Settings, apply_fn: ApplyFn, params: Params, x: NDArray[np.float32]
 ) -> int:
-    """Return how many classes a function of one's own tells apart; an error if it can't be run."""
+    """Return the number of classes of a user's function; an error if it can't be run."""
     asked = f"expected {settings.net} to give logits [1, K] of an input {list(x.shape)}"
     try:
         logits = jax.eval_shape(apply_fn, params, jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -240,7 +240,7 @@ def _interface(
 
 
 def _notes(taken: data.Interface, said: data.Interface | None, images: data.Dataset) -> list[str]:
-    """Return what a reader of the figures must know of the classes."""
+    """Return notes on the classes, for readers of the figures."""
     notes = []
     if said is not None and said.classes != taken.classes:
         notes.append(
@@ -275,7 +275,7 @@ def _check_scale(subtract: float, divide: float, greatest: int | None) -> None:
 
 
 def _short_name(settings: Settings) -> str:
-    """Return what a net is called: its function, and where its weights lie."""
+    """Return a net's default name: its function, and the place of its weights."""
 
     def place(path: Path) -> str:
         *_, group, folder, name = "", *path.resolve().with_suffix("").parts
@@ -287,7 +287,7 @@ def _short_name(settings: Settings) -> str:
 
 
 def digest(params: Params) -> str:
-    """Return what identifies the parameters of a row."""
+    """Return a checksum of parameters."""
     content = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         content.update(np.ascontiguousarray(leaf).tobytes())

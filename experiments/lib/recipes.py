@@ -1,4 +1,4 @@
-"""How nets are made: by what objective, against what adversary, by which optimiser.
+"""Recipes for nets: objective, adversary and optimiser.
 
 A recipe is a `Method`, or one of its kinds:
 
@@ -98,11 +98,11 @@ class MultiStep(Robust):
     """
 
     steps: Count = 5
-    """Of the adversary; each of 2.5 eps / steps."""
+    """Steps of the adversary, each of 2.5 eps / steps."""
     random_start: bool = True
     """Whether it starts at a random point of the ball; TRADES always does."""
     weight: Size = 1.0
-    """Of the divergence, for TRADES."""
+    """Weight of the divergence, for TRADES."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def split_of(method: Method) -> dict[str, int]:
 
 
 def shortened(method: Method) -> Method:
-    """Return the recipe for one epoch, in which the size of the perturbations rises if it does."""
+    """Return the recipe for one epoch, and for a warmup within it if there is one."""
     if isinstance(method, Adversarial) and method.warmup:
         return dataclasses.replace(method, epochs=1, warmup=1)
     return dataclasses.replace(method, epochs=1)
@@ -178,7 +178,7 @@ def check(name: str, method: Method, *, lr_warmup: int) -> None:
 def make_objective(
     net: Classifier, method: Method, epoch_steps: int, box: Bounds = (0.0, 1.0)
 ) -> Objective:
-    """Return what a method minimises; `check` says which can be had."""
+    """Return the objective of a method that `check` accepts."""
     apply_fn = function(net)
     train_fn = train_function(net) if net.dropout else None
     if not isinstance(method, Adversarial):
@@ -320,7 +320,7 @@ def averaging(decay: float) -> optax.GradientTransformation:
 
 
 def result(method: Method, state: TrainState) -> Params:
-    """Return what training has made: the average of the weights if there is one, or the last."""
+    """Return the trained parameters: their average if there is one, or else the last."""
     if isinstance(method, Robust) and method.average:
         return optax.tree_utils.tree_get(state.opt_state, "average")
     return state.params
@@ -362,7 +362,7 @@ class Optimiser(options.Checked):
     """What an experiment can be told of its optimiser."""
 
     momentum: Annotated[float, Range(ge=0, lt=1)] = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: Size = 0.0
     """Added to the gradients of the kernels, per unit of weight."""
     lr_warmup: Whole = 0

@@ -29,9 +29,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What every row has. A field whose default is None is left out of the JSON while it is None.
+    """The base class of rows.
 
-    A field's key in the JSON is its name, unless its metadata have a `key`.
+    A field's key in the JSON is its name, unless its metadata have a `key`. A field whose default
+    is None is left out while it is None.
     """
 
     experiment: str
@@ -343,7 +344,7 @@ def find_or_run(
     *,
     place: Sequence[str],
 ) -> R:
-    """Return the row of a file that has these entries; if there is none, run what makes it.
+    """Return the row of a file that has these entries; if there is none, make and add it.
 
     Args:
       path: of the file, to which a row that is made is added.
@@ -369,7 +370,7 @@ def find_or_run(
 
 
 def made_by(others: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
-    """Return what rows say of the machine and the versions that they were made by.
+    """Return a row's versions and device.
 
     Args:
       others: versions of what else they were made by.
@@ -397,6 +398,6 @@ def device() -> str:
 
 
 def cores() -> int:
-    """Return how many of the machine's cores this process may use."""
+    """Return the number of cores that this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)  # which of them, no system but Linux's says
     return len(allowed(0)) if allowed else os.cpu_count() or 1

@@ -31,7 +31,7 @@ def markdown(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str
 
 
 def doubts(flags: Mapping[str, str]) -> str:
-    """Return what `evaluate.check` found to doubt, by its flags."""
+    """Return the messages of `evaluate.check`'s flags as one sentence."""
     return "; ".join(flags.values()) or "nothing to doubt was found"
 
 
@@ -84,7 +84,7 @@ def seeds(rows: Sequence[TableRow], names: Mapping[str, str]) -> str:
 
 
 def fixed_source(rows: Sequence[TableRow]) -> str:
-    """Return what the Fixed set's own net scores on it; once for each such net, in several runs."""
+    """Return the accuracy of the Fixed set's own net on it; of several such nets, one each."""
     of_one_size = [row for row in rows if row.eps == rows[0].eps]
     return " or ".join(dict.fromkeys(f"{row.columns['fixed_source']:.4f}" for row in of_one_size))
 
@@ -108,7 +108,7 @@ def by_size(
 
 
 def by_group(rows: Sequence[TableRow], groups: Iterable[str]) -> list[str]:
-    """Return a table for each question and size, of the rows whose `groups` have the question."""
+    """Return a table for each question and size, of the rows with the question in `groups`."""
     lines = []
     for group in groups:
         for eps in dict.fromkeys(row.eps for row in rows):

@@ -29,7 +29,7 @@ K = TypeVar("K", bound=Hashable)
 LONG = 10.0
 """Calls that take more seconds are timed in one round only."""
 LARGEST_SHARE = 0.05
-"""Of the cores' time, what others may have had in a run that counts."""
+"""Largest share of the cores' time that other programs may take in a valid run."""
 LARGEST_DRIFT = 0.15
 """How much of its speed the machine may have lost or won from a run's start to its end."""
 LARGEST_SPREAD = 0.15
@@ -121,7 +121,7 @@ class Quiet:
         self._start = self._now()
 
     def report(self) -> dict[str, Any]:
-        """Return what others took since this was made, and whether figures are valid; why not."""
+        """Return the load by others since this was made; whether figures are valid, or why not."""
         elapsed, busy, stolen, own = (
             now - before for now, before in zip(self._now(), self._start, strict=True)
         )

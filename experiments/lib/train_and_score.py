@@ -1,4 +1,4 @@
-"""What the experiments of Section 7 have in common: how a net is trained, attacked and scored.
+"""The common part of Section 7's experiments: nets are trained, attacked and scored.
 
 `run` trains each of some methods for each seed, perturbs the images in the ways of Section 7.2 and
 returns the rows of a table, having written results.json, weights and checkpoints. Whatever of it an
@@ -123,7 +123,7 @@ class Net(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is learnt, and by which nets.
+    """The data and the nets of an experiment.
 
     Attributes:
       experiment: its name in the rows.
@@ -211,7 +211,7 @@ def train(
 
 
 def _as_stored(params: Params, task: Task) -> Params:
-    """Return weights as their file will give them back: what is scored is what is kept."""
+    """Return weights as rounded in their file, so that the scored net is the saved one."""
     return jax.tree.map(lambda leaf: leaf.astype(task.stored).astype(leaf.dtype), params)
 
 
@@ -287,7 +287,7 @@ ONE_STEP: Mapping[str, PerturbFn] = {
 def directions(
     net: Net, task: Task, settings: Settings, tick: Callable[[], None]
 ) -> dict[str, np.ndarray]:
-    """Return each one-step method's perturbations of l2 size 1, which serve all sizes."""
+    """Return each one-step method's perturbations of l2 size 1, to be scaled to all sizes."""
     found = {}
     for column, method in ONE_STEP.items():
         found[column] = evaluate.attack_and_score(
@@ -308,7 +308,7 @@ def score(
     pgd: PerturbFn,
     tick: Callable[[], None],
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return the columns of one row and what was counted on the way."""
+    """Return the columns and the counts of one row."""
     batch_size = settings.eval_batch
     images = scored(task)
     scores = partial(evaluate.score, net.apply_fn, net.params, batch_size=batch_size)
@@ -475,7 +475,7 @@ def _check_splits(task: Task) -> None:
 
 
 def record(folder: Path, rows: Sequence[TableRow]) -> list[TableRow]:
-    """Return the rows of a run, and what earlier ones left beside them that was scored alike.
+    """Return the rows of a run, with those of earlier runs that were scored in the same way.
 
     Args:
       folder: where results.json is.
@@ -503,7 +503,7 @@ def record(folder: Path, rows: Sequence[TableRow]) -> list[TableRow]:
 
 
 def _others(known: Sequence[TableRow], rows: Sequence[TableRow]) -> list[TableRow]:
-    """Return the known rows whose places in the table the others don't take."""
+    """Return the known rows, without those whose places in the table are taken by others."""
 
     def place(row: TableRow) -> tuple[str, int, float]:
         return row.method, row.seed, row.eps

@@ -172,7 +172,7 @@ def _summary(infos: list[train.StepInfo]) -> dict[str, float]:
 
 
 def _restored(manager: ocp.CheckpointManager, args: ocp.args.Composite) -> Any:
-    """Return what the last checkpoint has of what is asked for."""
+    """Restore these parts of the last checkpoint."""
     try:
         return manager.restore(manager.latest_step(), args=args)
     except (OSError, ValueError) as error:

@@ -129,12 +129,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def made(path: Path) -> dict[str, Any] | None:
-    """Return how the weights in a file were made; None if it doesn't say, or isn't there."""
+    """Return how a file's weights were made; None if it doesn't say, or doesn't exist."""
     return _said(path, "made") if path.is_file() else None
 
 
 def interface(path: Path) -> data.Interface | None:
-    """Return what inputs and logits of the weights' net stand for; None if the file doesn't say.
+    """Return the interface of the weights' net; None if the file doesn't have it.
 
     Raises:
       FileNotFoundError: if there is no such file.
