@@ -92,6 +92,11 @@ def test_without_perturbations_examples_are_measured_as_they_are(function):
         np.testing.assert_array_equal(got, expected)
 
 
+def test_a_perturbation_may_be_a_list():
+    outcome = evaluate.score(identity, None, *faulty()[:2], np.zeros((8, 3)).tolist())
+    assert outcome.zero.all()
+
+
 def test_an_example_that_is_misclassified_is_wrong_even_where_r_repairs_it():
     x, y = jnp.array([[1.0, 2.0], [3.0, 2.0]]), jnp.array([0, 0])
     r = jnp.array([[4.0, 0.0], [4.0, 0.0]])

@@ -268,3 +268,11 @@ def test_a_thousand_classes_of_images_of_224_pixels_fit_in_four_gigabytes():
     )
     assert at_once > 4e9
     assert chunked < 1e9
+
+
+def test_many_classes_name_candidates():
+    params, x, y = wide_problem(n=2, size=6, classes=120)
+    with pytest.warns(UserWarning, match="119 backward passes.*candidates=10"):
+        r = perturb.alpha(net, params, x, y, eps=1.0)
+    # By which all of them can be asked for without a word.
+    np.testing.assert_array_equal(r, perturb.alpha(net, params, x, y, eps=1.0, candidates=119))

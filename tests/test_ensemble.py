@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from references import mostly_right
 
-from jaxadv import attack, evaluate, perturb
+from jaxadv import attack, evaluate, objectives, perturb
 from jaxadv.evaluate import _ensemble
 
 N, D = 11, 3
@@ -467,3 +467,47 @@ def test_an_attack_is_traced_once_for_sizes_of_every_kind(name):
     for eps in (0.1, 2, np.float32(1), jnp.float32(2), np.full(11, 0.5)):
         evaluate.attack_and_score(linear, w, x, y, counted, eps=eps, batch_size=4)
     assert len(traces) == 1
+
+
+# What callers' attacks take and return
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+def test_a_gradient_that_is_not_finite_is_counted(norm):
+    def norm_at_zero(w, x):  # whose gradient is NaN at 0, and its logits finite
+        size = jnp.sqrt(jnp.sum(x**2, axis=1))[:, None]
+        return linear(w, x) + jnp.where(jnp.arange(3) == 0, size, 0)
+
+    w, x, _ = mostly_right(4)
+    x[1] = 0
+    y = np.argmax(norm_at_zero(w, x), axis=1)
+    method = functools.partial(perturb.loss, norm=norm)
+    outcome = evaluate.attack_and_score(norm_at_zero, w, x, y, method, eps=0.5).outcome
+    np.testing.assert_array_equal(outcome.zero, [False, True, False, False])
+    assert not outcome.nonfinite.any()
+
+
+@pytest.mark.parametrize("name", ["the attack", "attack 'mine'"])
+def test_an_attack_of_another_signature_is_named_before_any_runs(name):
+    def mine(apply_fn, params, x, y, eps):
+        return 0 * x
+
+    attacks = mine if name == "the attack" else {"mine": mine}
+    with pytest.raises(TypeError, match=rf"expected {name} to take .*eps, key, bounds\), got"):
+        evaluate.attack_and_score(linear, *mostly_right(4), attacks, eps=0.5)
+
+
+def test_what_a_method_returns_is_a_perturbation():
+    w, x, y = mostly_right(4)
+
+    def short(apply_fn, params, x, y, *, eps, key=None, bounds=None):
+        return x[:1]
+
+    lwa = objectives.adversarial(linear, short, eps=0.5)
+    for call in (
+        lambda: evaluate.attack_and_score(linear, w, x, y, short, eps=0.5),
+        lambda: evaluate.attack_and_score(linear, w, x, y, {"it": short}, eps=0.5),
+        lambda: lwa(w, None, (x, y), key=KEY, step=0),
+    ):
+        with pytest.raises(ValueError, match=r"expected r of x's shape \(4, 5\), got \(1, 5\)"):
+            call()

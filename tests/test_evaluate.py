@@ -92,7 +92,7 @@ BAD = {
         ValueError,
     ),
     "no key": ({"attacks": perturb.vat}, ValueError),
-    "bounds upside down": ({"bounds": (1.0, 0.0)}, ValueError),
+    "bounds upside down": ({"bounds": (jnp.float32(9), jnp.float32(-9))}, ValueError),
     "source without parameters": ({"source": linear}, TypeError),
 }
 
@@ -265,3 +265,31 @@ def test_a_net_is_compiled_once_for_many_sizes_parameters_and_batches(name):
         for eps in (0.05, 0.5, 3.5):
             drive(params, eps)
     assert len(traces) == once + 6  # what each call has captured is looked at anew
+
+
+class Table:
+    """A column of a data frame after a shuffle: its rows have names, by which it is indexed."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values)
+        self.dtype, self.shape, self.ndim = self.values.dtype, self.values.shape, 1
+
+    def __len__(self):
+        return len(self.values)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+    def __getitem__(self, names):
+        return self.values[::-1][names]
+
+
+def test_labels_are_taken_by_their_place_and_not_by_the_names_of_rows():
+    expected, got = (evaluate.score(linear, W, X, kind(Y)).clean for kind in (np.array, Table))
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f2", np.longdouble])
+def test_arrays_of_numpys_other_dtypes_are_data_sets(kind):
+    got, want = (evaluate.score(linear, W, X.astype(of), Y.astype(">i8")) for of in (kind, "f4"))
+    np.testing.assert_array_equal(got.clean, want.clean)

@@ -416,3 +416,8 @@ def test_an_unknown_norm_and_a_negative_size_raise(function):
 def test_no_steps_raise():
     with pytest.raises(ValueError, match="steps"):
         logistic.fit(*draw(), eps=EPS, norm="l2", steps=0)
+
+
+def test_lists_are_taken():
+    r = logistic.adversary([3.0, 4.0], [[1.0, 1.0]], [1], eps=5.0, norm="l2")
+    np.testing.assert_allclose(r, [[-3, -4]], rtol=1e-6)

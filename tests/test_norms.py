@@ -346,3 +346,21 @@ def test_clipped_entries_shrink_keep_their_sign_and_reach_no_further_than_the_bo
     got, r = np.asarray(got, np.float64), np.asarray(r, np.float64)
     assert (np.abs(got) <= np.abs(r)).all()
     assert (got * r >= 0).all()
+
+
+@pytest.mark.parametrize("largest", [1e5, 1e8, 1e30])
+def test_the_l1_projection_of_huge_entries_has_size_eps(largest):
+    got = norms.project(np.float32([[largest, 0.5 * largest, -0.1], 3 * [largest]]), 0.3, "l1")
+    np.testing.assert_allclose(got, [[0.3, 0, 0], [0.1, 0.1, 0.1]], rtol=1e-6)  # an ulp or two
+
+
+def test_one_key_draws_a_point_for_each_example():
+    x, key = jnp.zeros((4, 5)), jax.random.key(1)
+    one, each = (norms.sample(k, x, 0.5, "l2") for k in (key, jax.random.split(key, 4)))
+    np.testing.assert_array_equal(one, each)
+    assert len(np.unique(one, axis=0)) == 4
+
+
+def test_directions_of_lists():
+    for got in (norms.steepest([[3.0, 4.0]], "l2"), norms.rescale([[3.0, 4.0]], 5.0, "l2")):
+        np.testing.assert_allclose(got / jnp.max(got), [[0.75, 1.0]], rtol=1e-6)

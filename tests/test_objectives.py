@@ -15,7 +15,7 @@ import optax
 import pytest
 import references
 from flax import linen as nn
-from references import NORMS
+from references import NORMS, edited
 
 from jaxadv import attack, logistic, norms, objectives, perturb, train
 
@@ -799,3 +799,43 @@ def test_a_bfloat16_net_is_perturbed_in_bfloat16_and_scored_in_float32():
     # The logits are bfloat16, what is made of them is not: float32's tolerance holds.
     want = [-references.log_softmax(row)[k] for row, k in zip(np.float64(z), y, strict=True)]
     np.testing.assert_allclose(loss, np.mean(want), rtol=RTOL)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x, y: {"image": x, "label": y}, r"got \['image', 'label'\]; pass a pair"),
+        (lambda x, y: (x, y, y), "got tuple; pass a pair"),
+        (lambda x, y: x[:2], r"got \w+; pass a pair"),  # of two rows, which are no pair
+    ],
+)
+def test_a_batch_is_a_pair(make, message):
+    with pytest.raises(TypeError, match=rf"expected a batch \(x, y\), {message}"):
+        trace(objectives.natural(mlp), make(*BATCH))
+
+
+def test_an_empty_batch_is_an_error_and_no_loss_of_nan():
+    with pytest.raises(ValueError, match="batch of at least one example, got none"):
+        trace(objectives.natural(mlp), (BATCH[0][:0], BATCH[1][:0]))
+
+
+def test_tokens_are_no_inputs_of_an_adversary():
+    with pytest.raises(TypeError, match=r"got int64; cast pixels.*embeddings as x"):
+        call(every_objective()["adversarial"], batch=(BATCH[0].astype(int), BATCH[1]))
+
+
+def test_a_train_fn_without_a_state_is_told_to_return_one():
+    natural = objectives.natural(mlp, train_fn=lambda params, state, x, key: mlp(params, x))
+    with pytest.raises(TypeError, match=r"train_fn to return \(output, model_state\), got Array"):
+        call(natural)
+
+
+def test_an_input_whose_norm_overflows_is_counted_and_has_no_relative_size():
+    x = edited(BATCH[0], 2, 3e38)
+    _, (_, aux) = call(
+        objectives.adversarial(mlp, perturb.loss, eps=objectives.Relative(0.1)), batch=(x, BATCH[1])
+    )
+    assert int(aux.nonfinite) == 1

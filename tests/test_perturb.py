@@ -200,3 +200,80 @@ def test_bounds_that_are_numbers_hold_op_by_op_in_low_precision(name, dtype, wid
         assert (lo <= x + r).all()
         assert (x + r <= hi).all()
         assert (lengths(r, norm_of(name)) <= 1 + 1e-6).all()
+
+
+# Classes of one gradient, and logits near the largest float
+
+
+def same_gradient(gap, kind):
+    """A net whose top wrong class has y's gradient, and the ascent of the third class."""
+    g, v = np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)
+    g = 0 * g if kind == "constant" else g
+    shift = jnp.array([gap, 0, -gap], jnp.float32)[None]
+
+    def apply_fn(_, x):
+        if kind == "matrix":
+            return x @ jnp.stack([g, g, v], axis=1) + shift
+        return jnp.stack([x @ g, x @ g, x @ v], axis=1) + shift
+
+    return apply_fn, v - g
+
+
+@pytest.mark.parametrize("gap", [20.0, 300.0])
+@pytest.mark.parametrize("kind", ["stack", "constant", "matrix"])
+@pytest.mark.parametrize("method", [perturb.alpha, perturb.loss])
+def test_a_third_class_is_found_behind_one_with_the_true_class_s_gradient(method, kind, gap):
+    apply_fn, ascent = same_gradient(gap, kind)
+    x, y = 0.1 * np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32), np.zeros(4, int)
+    want = 0.5 * ascent / np.linalg.norm(ascent)
+    # Some ulps of float32, over 6 entries.
+    np.testing.assert_allclose(method(apply_fn, None, x, y, eps=0.5), [want] * 4, atol=1e-5)
+
+
+def test_two_classes_of_one_gradient_leave_no_direction():
+    w, x, y = np.ones((D, 2), np.float32), problem()[1], np.zeros(B, int)
+    for method in (perturb.alpha, perturb.loss, perturb.loss_sign):
+        np.testing.assert_array_equal(method(lambda w, x: x @ w, w, x, y, eps=0.5), 0)
+
+
+def near_overflow(scale):
+    """A net, its weights, examples and labels, with logits of at most this size."""
+    rng = np.random.default_rng(0)
+    w, x = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 3), (50, 8)))
+    w /= np.abs(x @ w).max()
+    return (lambda w, x: scale * (x @ w)), w, x, (x @ w).argmax(axis=1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_logits_of_1e29_have_the_nearest_class(norm):
+    apply_fn, w, x, y = near_overflow(1e29)
+    r = perturb.alpha(apply_fn, w, x, y, norm=norm, eps=0.5)
+    # Probabilities fall so steeply there that the second largest logit is the nearest class.
+    d = w.T[np.argsort(x @ w, axis=1)[:, -2]] - w.T[y]
+    want = [0.5 * steepest(row, norm) for row in d]
+    # A direction is rounded some ulps of its largest entry.
+    np.testing.assert_allclose(r, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_logits_whose_differences_overflow_have_a_direction_and_an_infinite_distance(norm):
+    apply_fn, w, x, y = near_overflow(3.3e38)
+
+    def lead(x):  # of the label over the mean
+        z = x @ w
+        return z[np.arange(len(y)), y] - z.mean(axis=1)
+
+    for method in (perturb.alpha, perturb.loss):
+        r = np.asarray(method(apply_fn, w, x, y, norm=norm, eps=0.5))
+        np.testing.assert_allclose(lengths(r, norm), 0.5, rtol=1e-6)
+        assert (lead(x + r) < lead(x)).all()
+    least = perturb.alpha(apply_fn, w, x, y, norm=norm)
+    np.testing.assert_array_equal(np.abs(least).max(axis=1), np.inf)
+
+
+def test_an_ensemble_of_parameters_is_perturbed_under_vmap():
+    params, x, y, eps, _ = problem()
+    ensemble = jax.tree.map(lambda a: np.stack([a, 2 * a, -a]), params)
+    several = jax.jit(jax.vmap(lambda p: perturb.alpha(net, p, x, y, eps=eps)))(ensemble)
+    one = perturb.alpha(net, jax.tree.map(lambda a: a[2], ensemble), x, y, eps=eps)
+    np.testing.assert_allclose(several[2], one, rtol=1e-5, atol=1e-6)  # other programs round so

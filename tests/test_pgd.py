@@ -433,3 +433,26 @@ def test_the_virtual_attack_needs_no_labels_but_a_key():
         attack.pgd_kl(net, params, x, eps=0.5)
     with pytest.raises(TypeError, match="expected integer labels"):
         attack.pgd_kl(net, params, x, np.eye(B, K), eps=0.5, key=KEYS)
+
+
+def test_a_third_class_is_found_behind_one_with_the_true_class_s_gradient():
+    g, v = np.random.default_rng(0).normal(size=(2, D)).astype(np.float32)
+    for gap in (90.0, 300.0):
+
+        def apply_fn(_, x, gap=gap):
+            z = jnp.stack([x @ g, x @ g, x @ v], axis=1)
+            return z + jnp.array([gap, 0, -gap], jnp.float32)[None]
+
+        x, y = 0.1 * problem()[1], np.zeros(B, int)
+        eps = 2.5 * gap / float(np.linalg.norm(v - g))  # beyond the boundary
+        r = attack.pgd(apply_fn, None, x, y, eps=eps, steps=10)
+        np.testing.assert_array_equal(np.argmax(apply_fn(None, x + r), axis=1), 2)
+
+
+@pytest.mark.parametrize("method", [attack.pgd, attack.apgd])
+def test_a_mean_over_the_batch_is_no_loss_of_an_attack(method):
+    def mean(logits, labels):
+        return jnp.mean(losses.dlr(logits, labels))
+
+    with pytest.raises(ValueError, match=r"one loss per example, \[6\], got shape \(\); leave out"):
+        method(net, *problem(), eps=1.0, steps=2, loss_fn=mean, key=KEYS)

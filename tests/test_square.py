@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import io_callback
 from references import DUAL_ORDER, lengths
 
-from jaxadv import losses
+from jaxadv import losses, perturb
 from jaxadv.attack import square as eager
 from jaxadv.attack._square import _SEARCHES, _peak, _side
 
@@ -383,3 +383,27 @@ def test_in_64_bit_mode_r_has_the_dtype_of_x(norm, dtype):
     r = square(net, params, x, y, eps=0.1, norm=norm, steps=SHORT, key=KEYS)
     assert r.dtype == dtype
     assert (lengths(r, norm) <= 0.1 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "norm", "bounds"),
+    [((7,), "l2", None), ((3, 5), "linf", (-1.0, 1.0)), ((2, 3, 2, 2), "l2", (-1.0, 1.0))],
+)
+def test_square_takes_vectors(shape, norm, bounds):
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(math.prod(shape), 3)).astype(np.float32)
+    x = rng.normal(size=(B, *shape)).clip(-1, 1).astype(np.float32)
+
+    def linear(w, x):
+        return x.reshape(len(x), -1) @ w
+
+    y = np.asarray(linear(w, x)).argmax(axis=1)
+    r = square(linear, w, x, y, eps=3.0, norm=norm, steps=100, key=KEYS, bounds=bounds)
+    assert r.shape == x.shape
+    assert (lengths(r, norm) <= 3 * (1 + 1e-6)).all()
+    assert bounds is None or (np.abs(x + r) <= 1).all()
+    reach = perturb.loss(linear, w, x, y, eps=3.0, norm=norm, bounds=bounds)
+    fooled, by_one_step = (np.asarray(linear(w, x + v)).argmax(axis=1) != y for v in (r, reach))
+    # A linear net that one step misleads, random search misleads as well.
+    assert (fooled >= by_one_step).all()
+    assert by_one_step.any()

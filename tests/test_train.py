@@ -566,3 +566,26 @@ def test_a_leaf_that_can_not_be_trained_is_named_with_the_cure(name, where):
 def test_every_inexact_leaf_can_be_trained(dtype):
     leaf = 1.0 if dtype is float else jnp.ones(2, dtype)
     train.init({"w": leaf}, optax.sgd(0.1), key=KEY)
+
+
+@pytest.mark.parametrize("key", [0, None, jax.random.split(KEY, 4)], ids=["seed", "none", "four"])
+def test_a_run_has_one_key(key):
+    with pytest.raises((TypeError, ValueError), match=r"expected (a|one) key, got .*; pass jax"):
+        train.init(PARAMS, ADAM, key=key)
+
+
+def epoch_loss(order):
+    epoch = train.make_epoch(NATURAL, ADAM)
+    return epoch(start(), batch(0), order)[1].loss
+
+
+def test_an_example_beyond_the_last_is_seen_and_is_not_the_last():
+    np.testing.assert_array_equal(
+        np.isnan(epoch_loss(jnp.array([[0, 1, 2, 3], [1, 2, 3, 4]]))), [False, True]
+    )
+
+
+@pytest.mark.parametrize("order", [jnp.array([[1.0, 2.0]]), jnp.array([1, 2])])
+def test_an_order_is_of_integers_for_each_step(order):
+    with pytest.raises(ValueError, match=r"expected order of integers \[S, B\], got"):
+        epoch_loss(order)
