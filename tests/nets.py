@@ -1,8 +1,24 @@
-"""Nets that several files attack, and problems for which they have answers."""
+"""Attacks of a few steps, nets that several files attack, and problems with a known answer."""
+
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 from references import DUAL_ORDER
+
+from jaxadv import attack
+
+ATTACKS = {
+    "pgd": partial(attack.pgd, steps=3, random_start=True),
+    "pgd_kl": partial(attack.pgd_kl, steps=3),
+    "apgd": partial(attack.apgd, steps=4),
+    "apgd_multitargeted": partial(attack.apgd_multitargeted, steps=4, n_targets=2),
+    "deepfool": attack.deepfool,
+    "fab": partial(attack.fab, steps=3, n_targets=2),
+    "fmn": partial(attack.fmn, steps=3),
+    "square": partial(attack.square, steps=3),
+}
+"""Every iterated attack, to be given eps and a key."""
 
 
 def linear(params, x):
@@ -15,9 +31,9 @@ def curved(params, x):
     return jnp.tanh(x @ w) @ v
 
 
-def linear_problem(n_classes, n=60, size=6):
+def linear_problem(n_classes, n=60, size=6, seed=0):
     """A linear net, all right."""
-    rng = np.random.default_rng(n_classes)
+    rng = np.random.default_rng(seed)
     params = rng.normal(size=(size, n_classes)), rng.normal(size=n_classes)
     w, b = (p.astype(np.float32) for p in params)
     x = rng.normal(size=(n, size)).astype(np.float32)

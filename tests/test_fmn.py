@@ -49,7 +49,7 @@ def test_a_targeted_r_reaches_the_class_and_is_0_where_it_is_there():
 
 
 def test_fmn_takes_the_step_size_that_suits_the_units_of_x():
-    (w, b), x, y = linear_problem(2)
+    (w, b), x, y = linear_problem(2, seed=2)
     r = fmn(linear, (w, b), x, y, norm="l2")
     thousand = fmn(linear, (w / 1000, b), 1000 * x, y, norm="l2", step_size=1000.0)
     np.testing.assert_allclose(thousand, 1000 * np.asarray(r), rtol=1e-2, atol=1)

@@ -22,7 +22,7 @@ every_norm = pytest.mark.parametrize("norm", ORDER)
 @pytest.mark.parametrize("n_classes", [2, 10])
 @both
 def test_r_is_the_distance_to_the_nearest_hyperplane(fn, n_classes, norm):
-    params, x, y = linear_problem(n_classes)
+    params, x, y = linear_problem(n_classes, seed=n_classes)
     r = fn(linear, params, x, y, norm=norm)
     to_each = distances(params, x, y, norm)
     assert misled(linear, params, x, y, r).all()
@@ -55,7 +55,7 @@ def test_what_a_net_of_convolutions_has_wrong_needs_no_perturbation(fn):
 
 @both
 def test_the_answer_is_wrong_by_more_than_rounding(fn):
-    params, x, y = linear_problem(2)
+    params, x, y = linear_problem(2, seed=2)
     w, b = (p.astype(np.float64) for p in params)
     before = x.astype(np.float64) @ w + b
     z = (x.astype(np.float64) + np.asarray(fn(linear, params, x, y, norm="l2"))) @ w + b
@@ -65,7 +65,7 @@ def test_the_answer_is_wrong_by_more_than_rounding(fn):
 
 @both
 def test_r_is_0_where_x_is_misclassified_by_no_more_than_rounding(fn):
-    params, x, _ = linear_problem(2)
+    params, x, _ = linear_problem(2, seed=2)
     w, b = 0 * params[0], np.array([100, np.nextafter(np.float32(100), 101)], np.float32)
     w[0] = 1, -1
     x[:, 0] = 0

@@ -169,12 +169,6 @@ def test_without_noise_it_is_lwas():
     np.testing.assert_allclose(got, value(by_hand)[0], rtol=1e-6)
 
 
-def test_with_noise_it_is_not():
-    one, other = (OneStep((6, 5), 1, 0.1, eps=0.7, noise=noise) for noise in (0.0, 1.0))
-    losses = [value(recipes.make_objective(NET, m, 10, BOX))[0] for m in (one, other)]
-    assert losses[0] != losses[1]
-
-
 def test_aligned_gradients_cost_nothing_and_turned_ones_the_weight_of_their_angle():
     x, y = jax.random.normal(jax.random.key(3), (400, 3)), jnp.zeros(400, jnp.int32)
     natural = objectives.natural(curved)
