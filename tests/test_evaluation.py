@@ -50,6 +50,10 @@ def own_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
+def load(net, data="mnist", **options):
+    return problems.load(problems.Settings(net, data=str(data), **options))
+
+
 def run(folder, **kwargs):
     settings = evaluation.Settings(
         "brightness:apply_fn", data=str(folder), attacks=("one-step", "pgd"), eps=(1.0,), n=100,
@@ -74,8 +78,7 @@ def test_saved_weights_are_recognised(tmp_path):
 
 
 def test_committed_weights_have_the_accuracy_of_their_record():
-    settings = problems.Settings(str(RECORD / "lwa" / "params.safetensors"), n=300)
-    problem = problems.load(settings)
+    problem = load(str(RECORD / "lwa" / "params.safetensors"), n=300)
     assert problem.identity["network"] == "500x500"
     assert problem.identity["method"] == "mnist_mlp/lwa"
     assert problem.bounds == (0, 1)
@@ -86,16 +89,14 @@ def test_committed_weights_have_the_accuracy_of_their_record():
 
 
 def test_images_are_cropped_scaled_and_in_the_box_of_their_pixels(folder):
-    settings = problems.Settings(
-        "brightness:apply_fn", data=str(folder), subtract=51.0, divide=255.0, crop=4
-    )
-    problem = problems.load(settings)
+    scale = {"subtract": 51.0, "divide": 255.0, "crop": 4}
+    problem = load("brightness:apply_fn", folder, **scale)
     assert problem.x.shape == (12, 4, 4, 1)
     want = [(level + 5 * i - 51) / 255 for level in (60, 190) for i in range(6)]
     np.testing.assert_allclose(np.sort(problem.x[:, 0, 0, 0]), want, rtol=1e-6)
     assert problem.bounds == (-0.2, 0.8)
-    assert problems.load(dataclasses.replace(settings, box=False)).bounds is None
-    whole = problems.load(problems.Settings("brightness:apply_fn", data=str(folder)))
+    assert load("brightness:apply_fn", folder, **scale, box=False).bounds is None
+    whole = load("brightness:apply_fn", folder)
     assert whole.x.shape == (12, 8, 8, 1)
     assert whole.bounds == (0, 1)
     np.testing.assert_array_equal(whole.y, whole.x.mean(axis=(1, 2, 3)) > 0.5)
@@ -142,7 +143,7 @@ def test_a_net_of_two_classes_on_data_of_three_is_an_error(three):
     message = r"expected 2 classes, .* got 3 of the data \(dark, light, white\); .*--classes"
     for net in (saved(interface=None), "brightness:apply_fn"):
         with pytest.raises(ValueError, match=message):
-            problems.load(problems.Settings(net, data=three))
+            load(net, three)
 
 
 def test_classes_that_the_weights_dont_name_are_an_error(three, renamed):
@@ -150,21 +151,21 @@ def test_classes_that_the_weights_dont_name_are_an_error(three, renamed):
     for place, listed in ((three, "dark, light, white"), (renamed, "light, night")):
         message = rf"of the data \({listed}\) among the 2 of the net \(dark, light\)"
         with pytest.raises(ValueError, match=message):
-            problems.load(problems.Settings(net, data=place))
+            load(net, place)
 
 
 def test_the_names_of_the_classes_say_which_logit_is_whose(folder):
-    usual = problems.load(problems.Settings(saved(), data=str(folder)))
+    usual = load(saved(), folder)
     turned = saved(SQUARES._replace(classes=("light", "dark")))
-    problem = problems.load(problems.Settings(turned, data=str(folder)))
+    problem = load(turned, folder)
     np.testing.assert_array_equal(problem.y, 1 - usual.y)
     np.testing.assert_array_equal(problem.x, usual.x)
 
 
 def test_classes_may_be_given_their_names_in_the_data(folder, renamed):
-    usual = problems.load(problems.Settings(saved(), data=str(folder)))
+    usual = load(saved(), folder)
     for net in (saved(), saved(interface=None)):
-        problem = problems.load(problems.Settings(net, data=renamed, classes=("night", "light")))
+        problem = load(net, renamed, classes=("night", "light"))
         dark = problem.x.mean(axis=(1, 2, 3)) < 0.5
         np.testing.assert_array_equal(problem.y, np.where(dark, 0, 1))
         assert sorted(problem.y) == sorted(usual.y)
@@ -190,7 +191,7 @@ def test_classes_may_be_given_their_names_in_the_data(folder, renamed):
 )
 def test_names_that_arent_one_for_each_class_are_an_error(renamed, classes, message):
     with pytest.raises(ValueError, match=message):
-        problems.load(problems.Settings(saved(), data=renamed, classes=classes))
+        load(saved(), renamed, classes=classes)
 
 
 def test_data_without_some_of_the_nets_classes_is_said_to_be(folder):
@@ -204,29 +205,23 @@ def test_images_are_scaled_as_the_weights_say(folder):
     net = models.mlp((4,)).clone(classes=2)
     params = models.init(net, jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
     weights.save(Path("small.safetensors"), params, interface=small)
-    said = problems.load(problems.Settings("small.safetensors", data=str(folder), box=False))
+    said = load("small.safetensors", folder, box=False)
     options = {"box": False, "subtract": 51.0, "divide": 204.0, "crop": 4}
-    told = problems.load(problems.Settings("brightness:apply_fn", data=str(folder), **options))
+    told = load("brightness:apply_fn", folder, **options)
     np.testing.assert_array_equal(said.x, told.x)
     assert said.bounds == told.bounds
     assert {name: said.identity[name] for name in options} == options
-    problems.load(problems.Settings("small.safetensors", data=str(folder), **options))
+    load("small.safetensors", folder, **options)
     with pytest.raises(
         ValueError, match=r"\(pixels - 51\) / 204 of the middle 4x4, got --subtract "
     ):
-        problems.load(
-            problems.Settings("small.safetensors", data=str(folder), subtract=0.0, box=False)
-        )
+        load("small.safetensors", folder, subtract=0.0, box=False)
 
 
 def test_weights_of_a_function_of_ones_own_say_so_too(folder):
     turned = SQUARES._replace(classes=("light", "dark"), divide=204)
     weights.save(Path("w.safetensors"), {"at": jnp.asarray(0.5)}, interface=turned)
-    problem = problems.load(
-        problems.Settings(
-            "brightness:apply_fn", weights=Path("w.safetensors"), data=str(folder), box=False
-        )
-    )
+    problem = load("brightness:apply_fn", folder, weights=Path("w.safetensors"), box=False)
     assert problem.identity["divide"] == 204
     np.testing.assert_array_equal(problem.y, problem.x.mean(axis=(1, 2, 3)) < 0.5)
 
@@ -239,16 +234,16 @@ def test_all_that_contradicts_the_weights_is_one_error(three):
         r"expected the 3 classes of the data \(dark, light, white\) among the 2 of the net"
     )
     with pytest.raises(ValueError, match=message):
-        problems.load(problems.Settings(net, data=three, divide=256.0, crop=7))
+        load(net, three, divide=256.0, crop=7)
 
 
 def test_a_crop_that_is_the_whole_image_is_none(folder):
-    problem = problems.load(problems.Settings(saved(), data=str(folder), crop=8))
+    problem = load(saved(), folder, crop=8)
     assert problem.identity["crop"] is None
 
 
 def test_weights_that_say_nothing_are_taken_as_ever():
-    identity = problems.load(problems.Settings(str(RECORD / "lwa" / "params.safetensors"))).identity
+    identity = load(str(RECORD / "lwa" / "params.safetensors")).identity
     assert list(identity) == [
         "experiment", "method", "network", "weights", "data", "subtract", "divide", "crop", "box",
         "n",
@@ -390,16 +385,16 @@ def test_nets_of_one_folder_stand_beside_each_other(folder, tmp_path):
 
 def test_errors_name_what_is_wrong(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected a file of weights, got .*gone"):
-        problems.load(problems.Settings("gone.safetensors"))
+        load("gone.safetensors")
     with pytest.raises(ValueError, match="expected a function f in a module nowhere, got: No mod"):
-        problems.load(problems.Settings("nowhere:f"))
+        load("nowhere:f")
     with pytest.raises(ValueError, match="expected a function f in a module brightness"):
-        problems.load(problems.Settings("brightness:f"))
+        load("brightness:f")
     weights.save(tmp_path / "other.safetensors", {"params": {"dense": jnp.ones(3)}})
     with pytest.raises(ValueError, match=r"got params/dense; for a net of your own"):
-        problems.load(problems.Settings(str(tmp_path / "other.safetensors")))
+        load(str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="--crop to be at most 8, got 9; images are 8x8"):
-        problems.load(problems.Settings("brightness:apply_fn", data=str(folder), crop=9))
+        load("brightness:apply_fn", folder, crop=9)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +447,7 @@ def test_weights_that_dont_fit_are_an_error_naming_the_file(folder):
         r"params/hidden_0/kernel of shape \[64, 4\] and not \[25, 4\]\. Choose"
     )
     with pytest.raises(ValueError, match=message):
-        problems.load(problems.Settings(net, data=str(folder), crop=5))
+        load(net, folder, crop=5)
 
 
 @pytest.mark.parametrize(
@@ -469,10 +464,9 @@ def test_a_function_that_doesnt_take_its_weights_and_images_is_an_error(folder, 
     Path("own.py").write_text(f"def f(params, x):\n    return {returned}\n")
     sys.modules.pop("own", None)
     weights.save(Path("w.safetensors"), {"w": jnp.zeros((9, 2))})
-    settings = problems.Settings("own:f", weights=Path("w.safetensors"), data=str(folder))
     start = r"expected own:f to give logits \[1, K\] of an input \[1, 8, 8, 1\].*"
     with pytest.raises(ValueError, match=start + message):
-        problems.load(settings)
+        load("own:f", folder, weights=Path("w.safetensors"))
 
 
 def test_labels_outside_of_the_classes_are_counted_and_said(folder, monkeypatch):
