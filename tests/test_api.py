@@ -15,146 +15,52 @@ import jaxadv
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(jaxadv.__file__).parent
 
-# The public surface. To change it, change this.
-PUBLIC = {
-    "jaxadv": {
-        "attack",
-        "evaluate",
-        "jacobian",
-        "logistic",
-        "losses",
-        "norms",
-        "objectives",
-        "perturb",
-        "problem",
-        "train",
-        "types",
-    },
-    "jaxadv.attack": {
-        "AttackInfo",
-        "Found",
-        "apgd",
-        "apgd_multitargeted",
-        "deepfool",
-        "fab",
-        "fmn",
-        "pgd",
-        "pgd_kl",
-        "reports",
-        "square",
-        "with_info",
-    },
-    "jaxadv.evaluate": {
-        "Flag",
-        "Outcome",
-        "Report",
-        "Result",
-        "Stage",
-        "accuracy",
-        "attack_and_score",
-        "autoattack",
-        "check",
-        "interval",
-        "measure",
-        "score",
-    },
-    "jaxadv.jacobian": {
-        "Rows",
-        "class_differences",
-        "class_pullback",
-        "pullback",
-        "softmax_jacobian",
-    },
-    "jaxadv.logistic": {"adversary", "fit", "logits", "loss", "objective"},
-    "jaxadv.losses": {"dlr", "logit_margin", "margin", "targeted_dlr"},
-    "jaxadv.norms": {
-        "clip_to_box",
-        "dual",
-        "is_zero",
-        "log_norm",
-        "norm",
-        "project",
-        "rescale",
-        "sample",
-        "steepest",
-    },
-    "jaxadv.objectives": {
-        "Aux",
-        "Relative",
-        "adversarial",
-        "kl_regularized",
-        "mixed",
-        "natural",
-        "representation",
-    },
-    "jaxadv.perturb": {"alpha", "loss", "loss_sign", "vat"},
-    "jaxadv.problem": {
-        "Best",
-        "Least",
-        "Problem",
-        "beyond_rounding",
-        "bisect_to_boundary",
-        "fold",
-        "run_restarts",
-    },
-    "jaxadv.train": {"StepInfo", "TrainState", "init", "make_epoch", "make_step", "update"},
-    "jaxadv.types": {
-        "ApplyFn",
-        "Bounds",
-        "EncodeFn",
-        "Eps",
-        "LossFn",
-        "Norm",
-        "Objective",
-        "Params",
-        "PerturbFn",
-        "Schedule",
-        "StochasticFn",
-        "TrainFn",
-    },
+# The public surface. To change it, change this. What has a star names the paper that it is from.
+SURFACE = """
+jaxadv: attack evaluate jacobian logistic losses norms objectives perturb problem train types
+jaxadv.attack: AttackInfo Found apgd* apgd_multitargeted* deepfool* fab* fmn* pgd* pgd_kl* reports
+    square* with_info
+jaxadv.evaluate: Flag Outcome Report Result Stage accuracy attack_and_score autoattack* check*
+    interval measure score
+jaxadv.jacobian: Rows class_differences* class_pullback* pullback softmax_jacobian*
+jaxadv.logistic: adversary* fit* logits loss* objective*
+jaxadv.losses: dlr* logit_margin* margin targeted_dlr*
+jaxadv.norms: clip_to_box dual* is_zero log_norm norm project rescale* sample* steepest*
+jaxadv.objectives: Aux Relative adversarial* kl_regularized* mixed* natural representation*
+jaxadv.perturb: alpha* loss* loss_sign* vat*
+jaxadv.problem: Best Least Problem beyond_rounding bisect_to_boundary fold run_restarts
+jaxadv.train: StepInfo TrainState init make_epoch* make_step* update
+jaxadv.types: ApplyFn Bounds EncodeFn Eps LossFn Norm Objective Params PerturbFn Schedule
+    StochasticFn TrainFn
+"""
+STARRED = {
+    module: names.split()
+    for module, names in re.findall(r"^([\w.]+): (.*(?:\n    .*)*)", SURFACE, re.MULTILINE)
 }
-# What is from the paper (or another) names it.
-CITING = {
-    "jaxadv.attack": {
-        "apgd",
-        "apgd_multitargeted",
-        "deepfool",
-        "fab",
-        "fmn",
-        "pgd",
-        "pgd_kl",
-        "square",
-    },
-    "jaxadv.evaluate": {"autoattack", "check"},
-    "jaxadv.jacobian": {"class_differences", "class_pullback", "softmax_jacobian"},
-    "jaxadv.logistic": {"adversary", "fit", "loss", "objective"},
-    "jaxadv.losses": {"dlr", "logit_margin", "targeted_dlr"},
-    "jaxadv.norms": {"dual", "rescale", "sample", "steepest"},
-    "jaxadv.objectives": {"adversarial", "kl_regularized", "mixed", "representation"},
-    "jaxadv.perturb": {"alpha", "loss", "loss_sign", "vat"},
-    "jaxadv.train": {"make_epoch", "make_step"},
-}
-
-MODULES = [name for name in PUBLIC if name != "jaxadv"]
+PUBLIC = {module: {name.rstrip("*") for name in names} for module, names in STARRED.items()}
+CITING = [
+    (module, name[:-1]) for module, names in STARRED.items() for name in names if name[-1] == "*"
+]
 OBJECTS = [
     (module, name)
-    for module in MODULES
-    if module != "jaxadv.types"
+    for module in PUBLIC
+    if module not in ("jaxadv", "jaxadv.types")
     for name in sorted(PUBLIC[module])
 ]
-FUNCTIONS = [
-    (module, name)
-    for module, name in OBJECTS
-    if inspect.isfunction(inspect.unwrap(getattr(importlib.import_module(module), name)))
-]
-TUPLES = [pair for pair in OBJECTS if pair not in FUNCTIONS]
 
+
+def found(module, name):
+    return getattr(importlib.import_module(module), name)
+
+
+FUNCTIONS = [pair for pair in OBJECTS if inspect.isfunction(inspect.unwrap(found(*pair)))]
+TUPLES = [pair for pair in OBJECTS if pair not in FUNCTIONS]
 every_function = pytest.mark.parametrize(("module", "name"), FUNCTIONS)
 
 
 def documentation(module, name):
     """Split a docstring into what comes before its sections, and these by their headings."""
-    text = inspect.getdoc(getattr(importlib.import_module(module), name))
+    text = inspect.getdoc(found(module, name))
     parts = re.split(r"(?m)^(Args|Returns|Raises|Attributes|Example|References):$", text)
     return parts[0], dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -163,27 +69,20 @@ def documentation(module, name):
 
 
 @pytest.mark.parametrize("module", PUBLIC)
-def test_the_public_names_of_a_module_are_these(module):
+def test_the_public_names_of_a_module_are_these_and_there(module):
     exported = importlib.import_module(module).__all__
-    assert set(exported) == PUBLIC[module]
-    assert len(exported) == len(set(exported))
+    assert sorted(exported) == sorted(PUBLIC[module])  # each once
+    assert all(hasattr(importlib.import_module(module), name) for name in exported)
 
 
-@pytest.mark.parametrize("module", PUBLIC)
-def test_every_public_name_is_there(module):
-    for name in PUBLIC[module]:
-        assert hasattr(importlib.import_module(module), name), name
-
-
-@pytest.mark.parametrize(("module", "name"), OBJECTS)
-def test_a_name_is_exported_where_it_is_defined(module, name):
-    home = getattr(importlib.import_module(module), name).__module__
-    assert home == module or home.startswith(f"{module}.")
+def test_a_name_is_exported_where_it_is_defined():
+    for module, name in OBJECTS:
+        assert f"{found(module, name).__module__}.".startswith(f"{module}."), name
 
 
 def test_every_module_is_public_but_what_handles_arguments_and_loops_on_the_host():
-    found = {info.name for info in pkgutil.iter_modules(jaxadv.__path__)}
-    assert found - set(jaxadv.__all__) == {"_cpu", "boxes", "closures", "host", "inputs", "meshes"}
+    modules = {info.name for info in pkgutil.iter_modules(jaxadv.__path__)}
+    assert modules - PUBLIC["jaxadv"] == {"_cpu", "boxes", "closures", "host", "inputs", "meshes"}
 
 
 def test_the_version_is_a_version():
@@ -193,53 +92,32 @@ def test_the_version_is_a_version():
 # Documentation
 
 
-@pytest.mark.parametrize("module", PUBLIC)
-def test_every_module_says_what_it_is_for(module):
-    assert inspect.getdoc(importlib.import_module(module))
+def test_every_module_says_what_it_is_for():
+    assert all(inspect.getdoc(importlib.import_module(module)) for module in PUBLIC)
 
 
 @every_function
-def test_every_function_begins_with_one_line(module, name):
-    summary, _ = documentation(module, name)
+def test_every_function_says_in_one_line_what_it_does_then_what_it_returns(module, name):
+    summary, sections = documentation(module, name)
     first, *rest = summary.splitlines()
     assert first.endswith((".", "`."))
     assert not rest or not rest[0]
-
-
-@every_function
-def test_every_argument_is_documented(module, name):
-    _, sections = documentation(module, name)
-    function = getattr(importlib.import_module(module), name)
-    documented = re.findall(r"(?m)^  (\*?\w+): ", sections["Args"])
-    expected = [
-        f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name
-        for p in inspect.signature(function).parameters.values()
-    ]
-    assert documented == expected
-
-
-@every_function
-def test_every_function_says_what_it_returns(module, name):
-    _, sections = documentation(module, name)
     assert sections["Returns"].strip()
-
-
-@every_function
-def test_every_function_has_an_example_that_runs(module, name):
-    _, sections = documentation(module, name)
     assert ">>> " in sections["Example"]  # doctest runs it
-
-
-@every_function
-def test_the_sections_of_a_docstring_come_in_one_order(module, name):
-    _, sections = documentation(module, name)
     order = ["Args", "Returns", "Raises", "Example", "References"]
     assert list(sections) == [section for section in order if section in sections]
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [(module, name) for module in CITING for name in sorted(CITING[module])]
-)
+@every_function
+def test_every_argument_is_documented(module, name):
+    documented = re.findall(r"(?m)^  (\*?\w+): ", documentation(module, name)[1]["Args"])
+    assert documented == [
+        f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name
+        for p in inspect.signature(found(module, name)).parameters.values()
+    ]
+
+
+@pytest.mark.parametrize(("module", "name"), CITING)
 def test_what_is_from_a_paper_says_which_and_where(module, name):
     _, sections = documentation(module, name)
     assert re.search(r"(et al\.|and \w+), .*20\d\d", sections["References"], re.DOTALL)
@@ -247,10 +125,8 @@ def test_what_is_from_a_paper_says_which_and_where(module, name):
 
 @pytest.mark.parametrize(("module", "name"), TUPLES)
 def test_every_field_of_a_tuple_is_documented(module, name):
-    _, sections = documentation(module, name)
-    of = getattr(importlib.import_module(module), name)
-    fields = inspect.get_annotations(of)
-    assert re.findall(r"(?m)^  (\w+): ", sections["Attributes"]) == list(fields)
+    documented = re.findall(r"(?m)^  (\w+): ", documentation(module, name)[1]["Attributes"])
+    assert documented == list(inspect.get_annotations(found(module, name)))
 
 
 # Layers
@@ -258,15 +134,15 @@ def test_every_field_of_a_tuple_is_documented(module, name):
 
 def imports(source, package=""):
     """Every module, or name of a module, that a source imports, at any depth of it."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package.split(".")[: -node.level + 1 or None] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{origin}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{origin}.{alias.name}" for alias in node.names}
+    return names
 
 
 def sources(directory):
@@ -281,8 +157,7 @@ SOURCES = sources(LIBRARY)
 
 def layers_of(module):
     """The top modules of jaxadv that a module of it imports, but its own."""
-    package = module.rpartition(".")[0]
-    used = {name.split(".")[1] for name in imports(SOURCES[module], package)
+    used = {name.split(".")[1] for name in imports(SOURCES[module], module.rpartition(".")[0])
             if name.startswith("jaxadv.")}  # fmt: skip
     return used - {module.split(".")[1]}
 
@@ -302,78 +177,57 @@ def test_imports_go_one_way(layer):
         assert layers_of(module) <= below, module
 
 
-@pytest.mark.parametrize("module", ["jaxadv.objectives", "jaxadv.train"])
-def test_the_perturbation_is_an_argument(module):
-    assert not layers_of(module) & {"perturb", "attack"}
+def test_the_perturbation_is_an_argument():
+    for module in ("jaxadv.objectives", "jaxadv.train"):
+        assert not layers_of(module) & {"perturb", "attack"}
 
 
-@pytest.mark.parametrize("module", SOURCES)
-def test_the_library_imports_jax_numpy_optax_and_the_standard_library_only(module):
+def test_the_library_imports_jax_numpy_optax_and_the_standard_library_only():
     allowed = {"jax", "numpy", "optax", "jaxadv"} | sys.stdlib_module_names
-    package = module.rpartition(".")[0]
-    assert {name.split(".")[0] for name in imports(SOURCES[module], package)} <= allowed
+    for module, source in SOURCES.items():
+        package = module.rpartition(".")[0]
+        assert {name.split(".")[0] for name in imports(source, package)} <= allowed, module
 
 
 def private_uses(source):
-    """Every use of jaxadv in a source that is not of a public name, as dotted names.
-
-    Names are followed from imports, through attributes, for as long as they lead to modules.
-    """
+    """Every use of jaxadv in a source that is not of a public name, as dotted names."""
     bound, uses = {}, set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            origin = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                uses.add(alias.name)
-                short = alias.asname or alias.name.split(".")[0]
-                bound[short] = alias.name if alias.asname else short
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            for alias in node.names:
-                bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-                uses.add(f"{node.module}.{alias.name}")
+                uses.add(f"{origin}{alias.name}")
+                bound[alias.asname or alias.name] = f"{origin}{alias.name}"
     for node in ast.walk(ast.parse(source)):
-        path, inner = [], node
-        while isinstance(inner, ast.Attribute):
-            path.append(inner.attr)
-            inner = inner.value
-        if path and isinstance(inner, ast.Name) and inner.id in bound:
-            uses.add(".".join([bound[inner.id], *reversed(path)]))
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"[\w.]+", ast.unparse(node)):
+            head, _, rest = ast.unparse(node).partition(".")
+            uses.add(f"{bound.get(head)}.{rest}")
     return {use for use in uses if use.split(".")[0] == "jaxadv" and not is_public(use)}
 
 
 def is_public(use):
-    module, *path = use.split(".")
-    for name in path:
-        if name not in PUBLIC[module] and (module, name) != ("jaxadv", "__version__"):
-            return False
-        module = f"{module}.{name}"
-        if module not in PUBLIC:
-            return True  # no module: what it has is its own affair
-    return True
+    _, *path = use.split(".")  # of a name in a module, what follows is its own affair
+    module = f"jaxadv.{path[0]}" if path else ""
+    return path[:1] in ([], ["__version__"]) or (
+        module in PUBLIC and (len(path) == 1 or path[1] in PUBLIC[module])
+    )
 
 
-# source, and what of it is private
-USES = [
-    ("import jaxadv\njaxadv.perturb.loss\njaxadv.__version__", set()),
-    ("from jaxadv import attack, train as t\nattack.pgd\nt.TrainState._fields", set()),
-    ("from jaxadv.perturb import alpha\nalpha.__name__", set()),
-    ("import jax\njax._src\nfrom os import _exit", set()),
-    ("import jaxadv\njaxadv.inputs.radius", {"jaxadv.inputs", "jaxadv.inputs.radius"}),
-    ("from jaxadv import inputs", {"jaxadv.inputs"}),
-    ("from jaxadv.inputs import radius", {"jaxadv.inputs.radius"}),
-    ("import jaxadv.inputs as checks", {"jaxadv.inputs"}),
-    ("from jaxadv import norms\nnorms._flat(v)", {"jaxadv.norms._flat"}),
-    ("def f():\n    from jaxadv.norms import _flat", {"jaxadv.norms._flat"}),
-]
+def test_private_uses_are_found():
+    for source, private in (
+        ("import jaxadv\njaxadv.perturb.loss\njaxadv.__version__", set()),
+        ("from jaxadv import attack, train as t\nattack.pgd\nt.TrainState._fields", set()),
+        ("from jaxadv.perturb import alpha\nalpha.__name__", set()),
+        ("import jax\njax._src\nfrom os import _exit", set()),
+        ("import jaxadv\njaxadv.inputs.radius", {"jaxadv.inputs", "jaxadv.inputs.radius"}),
+        ("from jaxadv.inputs import radius", {"jaxadv.inputs.radius"}),
+        ("import jaxadv.inputs as checks", {"jaxadv.inputs"}),
+        ("from jaxadv import norms\nnorms._flat(v)", {"jaxadv.norms._flat"}),
+        ("def f():\n    from jaxadv.norms import _flat", {"jaxadv.norms._flat"}),
+    ):
+        assert private_uses(source) == private
 
 
-@pytest.mark.parametrize(("source", "private"), USES)
-def test_private_uses_are_found(source, private):
-    assert private_uses(source) == private
-
-
-EXPERIMENTS = sources(ROOT / "experiments")
-
-
-@pytest.mark.parametrize("module", EXPERIMENTS)
-def test_experiments_use_public_names_only(module):
-    assert not private_uses(EXPERIMENTS[module])
+def test_experiments_use_public_names_only():
+    assert {name: private_uses(text) for name, text in sources(ROOT / "experiments").items()
+            if private_uses(text)} == {}  # fmt: skip

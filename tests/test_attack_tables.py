@@ -23,41 +23,33 @@ ROWS = [
 ]
 
 
+def figures(rows, method="mnist_mlp/lwa", eps=1.5):
+    return attack_tables.figures_of(rows, method, "l2", eps)
+
+
 def test_figures_beside_a_table_are_those_of_that_net_and_size():
-    assert attack_tables.figures_of(ROWS, "mnist_mlp/lwa", "l2", 1.5) == [
-        "0.8000",
-        "0.7500",
-        "0.1500",
-    ]
-    assert attack_tables.figures_of(ROWS, "mnist_mlp/lwa", "l2", 2.0) == ["", "0.3000", ""]
-    assert attack_tables.figures_of(ROWS, "mnist_lenet/lwa", "l2", 1.5) == ["", "", ""]
+    assert figures(ROWS) == ["0.8000", "0.7500", "0.1500"]
+    assert figures(ROWS, eps=2.0) == ["", "0.3000", ""]
+    assert figures(ROWS, "mnist_lenet/lwa") == ["", "", ""]
 
 
 def test_figures_are_those_on_the_most_images():
     few = [row("mnist_mlp/lwa", "one-step", 1.0, n=10), row("mnist_mlp/lwa", "standard", 1.0, n=10)]
-    assert attack_tables.figures_of([*ROWS, *few], "mnist_mlp/lwa", "l2", 1.5)[1:] == [
-        "0.7500",
-        "0.1500",
-    ]
+    assert figures([*ROWS, *few])[1:] == ["0.7500", "0.1500"]
     for rows in ([*ROWS, *few], [*few, *ROWS]):
         assert attack_tables.ranked(rows) == attack_tables.ranked(ROWS)
     more = row("mnist_mlp/lwa", "one-step", 0.95, n=1000)  # on which AutoAttack hasn't been run
-    assert attack_tables.figures_of([*ROWS, more], "mnist_mlp/lwa", "l2", 1.5)[1:] == [
-        "0.7500",
-        "0.1500",
-    ]
+    assert figures([*ROWS, more])[1:] == ["0.7500", "0.1500"]
 
 
 def test_pgd_on_other_images_says_on_how_many():
     few = row("mnist_mlp/lwa", "pgd-100x10", 0.6, n=10)
     fewer = row("mnist_mlp/lwa", "pgd-100x10", 0.5, n=5)
     here = [r for r in ROWS if r.attack != "pgd-100x10"]
-    found = attack_tables.figures_of([*here, few, fewer], "mnist_mlp/lwa", "l2", 1.5)
-    assert found == ["0.6000 (of 10)", "0.7500", "0.1500"]
+    assert figures([*here, few, fewer]) == ["0.6000 (of 10)", "0.7500", "0.1500"]
     same = row("mnist_mlp/lwa", "standard", 0.55, n=10)
-    found = attack_tables.figures_of([*here, few, same], "mnist_mlp/lwa", "l2", 1.5)
-    assert found[0] == "0.6000 (of 10, AutoAttack 0.5500)"
-    assert attack_tables.figures_of([*ROWS, few], "mnist_mlp/lwa", "l2", 1.5)[0] == "0.8000"
+    assert figures([*here, few, same])[0] == "0.6000 (of 10, AutoAttack 0.5500)"
+    assert figures([*ROWS, few])[0] == "0.8000"
 
 
 def test_the_most_robust_net_comes_first_and_flags_are_told():

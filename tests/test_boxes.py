@@ -7,20 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+from references import NORMS, lengths
 
 from jaxadv import boxes
 from jaxadv.boxes import drop_blocked, project_ball_and_box
 
-NORMS = ("l1", "l2", "linf")
-ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 D = 5
 
 every_norm = pytest.mark.parametrize("norm", NORMS)
 to_plane = jax.jit(boxes.project_hyperplane_in_box, static_argnums=4)
-
-
-def length(r, norm):
-    return np.linalg.norm(np.asarray(r, np.float64), ORDER[norm], axis=1)
 
 
 # Going to the plane
@@ -59,7 +54,7 @@ def test_the_way_to_the_plane_is_feasible_and_optimal(norm):
     np.testing.assert_allclose(reached[:-10], c[:-10], rtol=2e-6, atol=1e-6)
     want = [references.to_plane(*row, norm) for row in zip(w, c, lower, upper, strict=True)]
     np.testing.assert_array_equal(np.isinf(want), np.arange(len(c)) >= len(c) - 10)
-    np.testing.assert_allclose(length(got, norm)[:-10], want[:-10], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lengths(got, norm)[:-10], want[:-10], rtol=1e-5, atol=1e-6)
     # The corner that comes nearest; entries that gain nothing stay where they are.
     corner = np.where(w > 0, upper, np.where(w < 0, lower, 0))
     np.testing.assert_array_equal(got[-10:], corner[-10:])

@@ -7,7 +7,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -15,7 +14,7 @@ from rows import table_row
 from safetensors.numpy import load_file
 
 from experiments import cifar10
-from experiments.lib import options, recipes, records, tables, train_and_score, training
+from experiments.lib import options, recipes, records, tables, train_and_score
 from experiments.lib.models import vgg
 
 CLASSES = "abcdefghij"
@@ -89,39 +88,6 @@ def test_it_scores_each_method_at_both_sizes(small, tmp_path):
     assert stored["params/convs_1_2/kernel"].shape == (3, 3, 32, 32)
     for name in ("accuracy_vs_eps.png", "learning_curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
-
-
-class Interrupted(Exception):
-    pass
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_ends_bit_identical(small, tmp_path, monkeypatch):
-    task = cifar10.make_task(small)
-
-    def train(out):
-        settings = dataclasses.replace(small, out=out)
-        with training.bars(Console(file=io.StringIO())) as progress:
-            net = train_and_score.train("lwa", small.lwa, 0, settings, task, progress)
-        return jax.tree.leaves(net.fitted.state)
-
-    class Stop(ocp.CheckpointManager):
-        def save(self, step, **kwargs):
-            super().save(step, **kwargs)
-            self.wait_until_finished()
-            raise Interrupted
-
-    whole = train(tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(training.ocp, "CheckpointManager", Stop)
-        with pytest.raises(Interrupted):
-            train(tmp_path / "cut")
-    cut = train(tmp_path / "cut")
-    assert len(whole) == len(cut) > 30  # weights, momentum, step and key
-    for one, other in zip(whole, cut, strict=True):
-        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-            one, other = jax.random.key_data(one), jax.random.key_data(other)
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 def test_crops_are_windows_of_the_image_mirrored_half_the_time():
@@ -203,20 +169,9 @@ def test_grey_images_are_an_error(tmp_path):
         cifar10.load(folder_with(tmp_path, CLASSES, "L"))
 
 
-def test_a_rate_that_only_rises_is_an_error(small, tmp_path):
-    normal = dataclasses.replace(small.normal, epochs=1)
-    with pytest.raises(ValueError, match=r"--lr-warmup to be less than 1, .*of normal, got 1"):
-        dataclasses.replace(small, normal=normal)
-
-
 def test_images_that_are_all_held_out_are_an_error(small):
     with pytest.raises(options.UsageError, match=r"--holdout to be less than (\d+), .*; hold out"):
         cifar10.load(dataclasses.replace(small, holdout=10**6))
-
-
-def test_a_fixed_set_of_the_net_itself_is_an_error(small, tmp_path):
-    with pytest.raises(ValueError, match=r"--fixed-seed to be none of --seed, got 3 among"):
-        dataclasses.replace(small, seed=(1, 3), fixed_seed=3)
 
 
 def test_width_one_is_the_papers_net(small):

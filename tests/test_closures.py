@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from nets import ATTACKS
 
 from jaxadv import attack, closures, evaluate, perturb
 
@@ -77,25 +78,14 @@ def nested(net):
     return apply_fn
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        partial(attack.pgd, steps=2),
-        partial(attack.apgd, steps=2, key=KEY),
-        partial(attack.apgd_multitargeted, steps=2, n_targets=1, key=KEY),
-        partial(attack.fab, steps=2, n_targets=1),
-        partial(attack.fmn, steps=2),
-        partial(attack.deepfool, steps=2),
-        partial(attack.square, steps=2, key=KEY),
-    ],
-    ids=lambda method: method.func.__name__,
-)
-def test_an_attack_on_a_bound_method_follows_its_weights(method):
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_on_a_bound_method_follows_its_weights(name):
+    method = partial(ATTACKS[name], eps=0.3, key=KEY)
     net = Mutable()
     for _ in range(2):
         y = jnp.argmax(net.logits(None, X), axis=1)
-        want = method(lambda w, x: x @ w, net.w, X, y, eps=0.3)
-        np.testing.assert_array_equal(method(net.logits, None, X, y, eps=0.3), want)
+        want = method(lambda w, x: x @ w, net.w, X, y)
+        np.testing.assert_array_equal(method(net.logits, None, X, y), want)
         net.turn()
 
 

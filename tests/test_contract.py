@@ -40,10 +40,10 @@ IN_BALL = {
     **each_norm("square", attack.square, ("l2", "linf"), steps=9),
 }
 LEAST = {
-    **each_norm("least_alpha", perturb.alpha),
+    **each_norm("least_alpha", perturb.alpha, ("l1", "l2")),
     **each_norm("fab", attack.fab, ("l1",), steps=4, n_targets=2),
     **each_norm("fab_restarts", attack.fab, ("l2",), steps=4, n_targets=2, restarts=2),
-    **each_norm("fmn", attack.fmn, steps=12),
+    **each_norm("fmn", attack.fmn, ("l2", "linf"), steps=12),
     **each_norm("deepfool", attack.deepfool, ("l1", "linf"), steps=12),
     **each_norm("probabilities", attack.deepfool, ("l2",), steps=12, output="probabilities"),
 }
@@ -64,8 +64,6 @@ SOME = ("alpha-linf", "loss-l2", "pgd-l2", "fmn-l2")
 SOME_KEYED = ("vat-l2", "pgd_restarts-linf", "pgd_kl-l2", "apgd-l2", "square-l2", "fab_restarts-l2")
 
 every_method = pytest.mark.parametrize("name", METHODS)
-sized_methods = pytest.mark.parametrize("name", SIZED)
-keyed_methods = pytest.mark.parametrize("name", KEYED)
 some_methods = pytest.mark.parametrize("name", SOME)
 
 
@@ -94,14 +92,7 @@ ZERO = (
     "no class is left",
 )
 ZERO_SIZE = "eps is 0", "eps is negative"
-NAN = (
-    "NaN in x",
-    "inf in x",
-    "-inf in x",
-    "NaN in a logit",
-    "inf in a logit",
-    "inf in all logits",
-)
+NAN = ("NaN in x", "inf in x", "-inf in x", "NaN in a logit", "inf in a logit", "inf in all logits")
 NAN_SIZE = "eps is NaN", "eps is inf"
 FLAT = "the logits are constant", "constant and wrong", "constant and tied", "the gradient is NaN"
 STEEP = ("gradients near the smallest float",)
@@ -331,10 +322,7 @@ def test_x_plus_r_is_in_the_box_and_r_in_the_ball(dtype, width, radius):
 
 
 # optax's projection onto the l1 ball relies on promotion.
-PROMOTES = (
-    {"pgd-l1", "apgd-l1", "fmn-l1", "deepfool-l1-in_ball"},
-    {"pgd-l1", "deepfool-l1-in_ball"},
-)
+PROMOTES = ({"pgd-l1", "apgd-l1", "deepfool-l1-in_ball"}, {"pgd-l1", "deepfool-l1-in_ball"})
 
 
 @pytest.mark.parametrize(
@@ -355,7 +343,8 @@ FUNCTIONS = {method.func.__name__: name for name, method in METHODS.items()}
 
 @pytest.mark.parametrize("name", FUNCTIONS.values())
 @pytest.mark.parametrize(
-    ("dtype", "logits"), [(np.float32, np.float64), (np.float64, np.float32)], ids=["x", "logits"]
+    ("dtype", "logits"),
+    [(np.float32, np.float64), (np.float64, np.float32), (np.float32, np.float16)],
 )
 def test_in_64_bit_mode_r_has_the_dtype_of_x_whatever_others_have(name, dtype, logits, x64):
     params, x, y, eps, key = problem(np.float64)
@@ -398,18 +387,15 @@ def test_one_size_is_that_of_each_example_and_one_key_is_split(name):
     np.testing.assert_allclose(one[name], each[name], **SAME)
 
 
-@keyed_methods
-@pytest.mark.parametrize(
-    ("key", "error", "match"),
-    [
+@pytest.mark.parametrize("name", SOME_KEYED)
+def test_a_missing_key_is_named(name):
+    params, x, y, eps, _ = problem()
+    for key, error, match in (
         (None, ValueError, r"expected a key: .* draws random numbers; pass key=jax\.random\.key"),
         (3, TypeError, r"expected a key, got 3; pass jax\.random\.key"),
-    ],
-)
-def test_a_missing_key_is_named(name, key, error, match):
-    params, x, y, eps, _ = problem()
-    with pytest.raises(error, match=match):
-        call(name, net, params, x, y, eps, key)
+    ):
+        with pytest.raises(error, match=match):
+            call(name, net, params, x, y, eps, key)
 
 
 # Transformations
@@ -578,14 +564,6 @@ def test_a_jitted_caller_traces_the_net_once_for_all_sizes():
     assert len(traced) == once
 
 
-@pytest.mark.parametrize("eps", [1, np.int32(1), np.ones(B, np.int32), jnp.ones(B, jnp.int32)])
-@some_methods
-def test_eps_may_be_an_integer(name, eps):
-    params, x, y, _, key = problem()
-    r = jax.eval_shape(lambda: call(name, net, params, x, y, eps, key))
-    assert r.dtype == x.dtype
-
-
 # Arguments
 
 
@@ -607,50 +585,54 @@ def test_the_signature_is_that_of_perturb_fn(name):
     assert needs_eps == (name not in {"alpha", "fab", "fmn", "deepfool"})
 
 
-ONE_HOT = np.eye(K)[np.arange(B) % K]
 BEFORE_THE_NET = [
-    ({"norm": "l3"}, ValueError, r"norm to be one of 'l1', 'l2', 'linf', got 'l3'"),
+    ({"norm": "l3"}, ValueError, r"norm to be one of .*'l2', 'linf', got 'l3'"),
     ({"eps": -0.5}, ValueError, r"a finite eps >= 0, got -0.5"),
-    ({"eps": np.float32(-0.5)}, ValueError, r"a finite eps >= 0"),
-    ({"eps": np.array([0.5] * (B - 1) + [-0.5])}, ValueError, r"a finite eps >= 0"),
     ({"eps": np.ones(B + 1, np.float32)}, ValueError, r"eps of shape \(\) or"),
     ({"eps": "1"}, TypeError, r"eps to be a number or an array, got str"),
-    ({"bounds": 3}, ValueError, r"bounds=\(lo, hi\), got 3"),
     ({"bounds": (1.0, 0.0)}, ValueError, r"with lo <= hi, got .*; swap them"),
-    ({"bounds": ([1.0] * D, [0.0] * D)}, ValueError, r"with lo <= hi, got .*; swap them"),
-    ({"bounds": (None, 1.0)}, ValueError, r"two bounds, got .*None.*; pass -jnp.inf"),
-    ({"bounds": (0.0, None)}, ValueError, r"two bounds, got .*None.*; pass -jnp.inf"),
     ({"x": np.ones((B, D), np.int32)}, TypeError, r"x of a floating-point dtype, got int32"),
-    ({"x": np.ones(D, np.float32)}, ValueError, r"x of shape \[B, \.\.\.\]"),
     ({"y": np.zeros(B - 1, int)}, ValueError, "as many labels as examples"),
-    ({"y": np.zeros(B, np.float32)}, TypeError, "expected integer labels"),
-    ({"y": ONE_HOT.astype(np.float32)}, TypeError, r"expected integer labels .*jnp\.argmax"),
-    ({"y": ONE_HOT.astype(np.int32)}, ValueError, r"expected integer labels .*jnp\.argmax"),
-]
-AT_THE_NET = [
-    (lambda params, x: (x, x), TypeError, "apply_fn to return logits, one array, got tuple"),
-    (lambda params, x: x[:, :1], ValueError, "logits of at least 2 classes"),
-    (lambda params, x: x[:1], ValueError, rf"logits of shape \[{B}, K\], got \(1, {D}\)"),
+    ({"y": np.ones(B, np.float32)}, TypeError, "expected integer labels"),
+    ({"y": np.eye(B, K, dtype=int)}, ValueError, r"expected integer labels .*jnp\.argmax"),
 ]
 
 
-@some_methods
-@pytest.mark.parametrize(("wrong", "error", "match"), BEFORE_THE_NET)
-def test_arguments_that_make_no_sense_raise_before_the_net_is_called(name, wrong, error, match):
-    params, x, y, eps, _ = problem()
-    # The loss that takes the labels, or doesn't, is called after the net.
-    apply_fn = net if name.startswith("pgd") and "y" in wrong else None
-    kwargs = {"x": x, "y": y, "eps": eps} | wrong
-    with pytest.raises(error, match=match):
-        METHODS[name].func(apply_fn, params, kwargs.pop("x"), kwargs.pop("y"), **kwargs)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_that_make_no_sense_raise_before_the_net_is_called(name):
+    params, x, y, eps, key = problem()
+    for wrong, error, match in BEFORE_THE_NET:
+        if name == "loss_sign" and "norm" in wrong:  # which has none to choose
+            continue
+        # The loss that takes the labels, or doesn't, is called after the net.
+        apply_fn = net if name == "pgd_kl" or (name in ("pgd", "apgd") and "y" in wrong) else None
+        kwargs = {"x": x, "y": y, "eps": eps, "key": key} | wrong
+        with pytest.raises(error, match=match):
+            METHODS[FUNCTIONS[name]].func(
+                apply_fn, params, kwargs.pop("x"), kwargs.pop("y"), **kwargs
+            )
 
 
-@some_methods
-@pytest.mark.parametrize(("apply_fn", "error", "match"), AT_THE_NET)
-def test_a_net_that_returns_no_logits_raises(name, apply_fn, error, match):
-    _, x, y, eps, key = problem()
-    with pytest.raises(error, match=match):
-        call(name, apply_fn, None, x, y, eps, key)
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, params, x):
+        return net(params, x)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_net_that_returns_no_logits_or_has_no_hash_raises(name):
+    params, x, y, eps, key = problem()
+    for apply_fn, error, match in (
+        (lambda params, x: (x, x), TypeError, "to return logits, one array, got tuple"),
+        (lambda params, x: x[:, :1], ValueError, "logits of at least 2 classes"),
+        (lambda params, x: x[:1], ValueError, rf"logits of shape \[{B}, K\], got \(1, {D}\)"),
+        (Unhashable(), TypeError, r"apply_fn to be hashable, got Unhashable.*; pass a"),
+    ):
+        if "hashable" in match and name in perturb.__all__:  # which compile nothing
+            continue
+        with pytest.raises(error, match=match):
+            call(FUNCTIONS[name], apply_fn, params, x, y, eps, key)
 
 
 @pytest.mark.parametrize(
@@ -662,35 +644,39 @@ def test_a_net_that_returns_no_logits_raises(name, apply_fn, error, match):
         (attack.pgd, {"samples": 2, "key": None}, r"a key: the net draws random numbers"),
         (attack.pgd, {"restarts": 2, "key": None}, r"a key: a random start draws random numbers"),
         (attack.pgd_kl, {"steps": 0}, r"steps >= 1, got 0; one step is perturb\.vat"),
+        (attack.pgd_kl, {"key": None}, r"a key: attack\.pgd_kl draws random numbers"),
         (attack.apgd, {"steps": 0}, r"steps >= 1, got 0; 100 is the published"),
         (attack.apgd, {"restarts": 0}, r"restarts >= 1, got 0; 1 is a single run"),
-        (attack.apgd, {"samples": -1}, r"samples >= 0, got -1; 0 is for a net that draws no"),
-        (attack.apgd_multitargeted, {"steps": 0}, r"steps >= 1, got 0; 100 is the published"),
+        (attack.apgd, {"samples": 2.5}, r"an integer samples, got 2\.5; 0 is for a net"),
+        (attack.apgd_multitargeted, {"steps": 2.5}, r"an integer steps, got 2\.5; 100 is the"),
         (attack.apgd_multitargeted, {"n_targets": 0}, r"n_targets >= 1, got 0; 9 is the published"),
         (attack.fmn, {"steps": 0}, r"steps >= 1, got 0; 100 is usual"),
-        (attack.fmn, {"step_size": 0.0}, r"step_size > 0, got 0.0"),
         (attack.fmn, {"step_size": float("nan")}, r"step_size > 0, got nan"),
-        (attack.deepfool, {"steps": 0}, r"steps >= 1, got 0; one step is perturb\.alpha"),
+        (
+            attack.deepfool,
+            {"steps": 2.5},
+            r"an integer steps, got 2\.5; one step is perturb\.alpha",
+        ),
         (attack.deepfool, {"overshoot": -0.1}, r"overshoot >= 0, got -0.1; 0.02"),
         (attack.deepfool, {"output": "odds"}, r"one of 'logits', 'probabilities', got 'odds'"),
-        (attack.fab, {"steps": 0}, r"expected steps >= 1, got 0; "),
-        (attack.fab, {"n_targets": 0}, r"expected n_targets >= 1, got 0; "),
-        (attack.fab, {"restarts": 0}, r"expected restarts >= 1, got 0; "),
-        (attack.fab, {"alpha_max": -0.1}, r"expected alpha_max in 0\.\.1, got -0\.1; "),
-        (attack.fab, {"alpha_max": 1.1}, r"expected alpha_max in 0\.\.1, got 1\.1; "),
-        (attack.fab, {"eta": 0.9}, r"expected eta in 1\.\.inf, got 0\.9; "),
-        (attack.fab, {"beta": float("nan")}, r"expected beta in 0\.\.1, got nan; "),
+        (attack.fab, {"steps": 2.5}, r"an integer steps, got 2\.5; "),
+        (attack.fab, {"n_targets": 0}, r"n_targets >= 1, got 0; "),
+        (attack.fab, {"restarts": 0}, r"restarts >= 1, got 0; "),
+        (attack.fab, {"alpha_max": 1.1}, r"alpha_max in 0\.\.1, got 1\.1; "),
+        (attack.fab, {"eta": 0.9}, r"eta in 1\.\.inf, got 0\.9; "),
+        (attack.fab, {"beta": float("nan")}, r"beta in 0\.\.1, got nan; "),
         (attack.square, {"norm": "l1"}, r"one of 'l2', 'linf', got 'l1'; .*pgd"),
-        (attack.square, {"norm": "l3"}, r"one of 'l2', 'linf', got 'l3'"),
-        (attack.square, {"steps": 0}, r"expected steps >= 1, got 0; .*5000"),
-        (attack.square, {"p_init": 0}, r"expected 0 < p_init <= 1, got 0; pass a share"),
-        (attack.square, {"p_init": 1.1}, r"got 1\.1"),
-        (attack.square, {"p_init": float("nan")}, r"got nan"),
+        (attack.square, {"steps": 2.5}, r"an integer steps, got 2\.5; .*5000"),
+        (attack.square, {"p_init": 0}, r"0 < p_init <= 1, got 0; pass a share"),
+        (attack.square, {"p_init": float("nan")}, r"0 < p_init <= 1, got nan"),
+        (perturb.vat, {"steps": 0}, r"steps >= 1, got 0; one power iteration"),
+        (perturb.alpha, {"candidates": 0}, r"candidates >= 1, got 0; None is for all classes"),
+        (perturb.alpha, {"chunk": -3}, r"chunk >= 1, got -3; None is for all classes"),
     ],
 )
 def test_a_wrong_number_or_name_is_named_with_its_cure(fn, wrong, match):
     params, x, y, eps, key = problem()
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=f"^expected .*{match}"):
         fn(net, params, x, y, **({"eps": eps, "key": key} | wrong))
 
 

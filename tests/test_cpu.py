@@ -12,6 +12,7 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import optax
 import pytest
@@ -78,17 +79,19 @@ def count(function, *args):
 CONVOLUTIONS = {
     "channels last": ((2, 6, 6, 3), (3, 3, 3, 4), (1, 1), "SAME", ("NHWC", "HWIO", "NHWC")),
     "channels first": ((2, 3, 6, 6), (4, 3, 3, 3), (1, 1), "VALID", ("NCHW", "OIHW", "NCHW")),
-    "mixed": ((2, 3, 6, 5), (3, 2, 3, 4), (1, 2), "SAME", ("NCHW", "HWIO", "NHWC")),
     "examples last": ((6, 5, 3, 2), (3, 2, 3, 4), (2, 1), "SAME", ("HWCN", "HWIO", "CNHW")),
     "1-D": ((2, 9, 3), (3, 3, 4), (2,), "SAME", ("NWC", "WIO", "NWC")),
     "3-D": ((2, 3, 4, 5, 4), (4, 3, 2, 2, 2), (1, 1, 2), "VALID", ("NCDHW", "OIDHW", "NCDHW")),
 }
 # Here rows are added to the kernel; the other weight gradients are products with patches.
-KERNEL_ROWS = {("channels last", None), ("mixed", None)}
+KERNEL_ROWS = {("channels last", None)}
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-@pytest.mark.parametrize("dilated", [None, "rhs_dilation", "lhs_dilation"])
+@pytest.mark.parametrize(
+    ("name", "dilated"),
+    [(name, None) for name in CONVOLUTIONS]
+    + [(name, of) for name in ("channels first", "1-D") for of in ("rhs_dilation", "lhs_dilation")],
+)
 def test_values_and_gradients_are_unchanged_and_all_layouts_fast(name, dilated):
     x_shape, w_shape, strides, padding, numbers = CONVOLUTIONS[name]
     x, w = draw(*x_shape), draw(*w_shape, seed=1)
@@ -106,11 +109,9 @@ def test_values_and_gradients_are_unchanged_and_all_layouts_fast(name, dilated):
     ("image", "size", "strides", "padding", "rows"),
     [
         (28, 3, 1, "SAME", 29),  # one more than the image and than the result
-        (28, 3, 1, "VALID", 29),
         (28, 9, 1, "VALID", 20),  # nine more would be too many
         (28, 3, 2, "SAME", 14),
         (28, 3, 1, [(2, 2), (1, 1)], 30),
-        (4, 3, 1, "SAME", 5),
         (3, 3, 1, "SAME", 3),
     ],
 )
@@ -127,10 +128,7 @@ def test_a_result_that_lacks_few_rows_gets_more_than_the_image(image, size, stri
     ("size", "strides", "padding", "rows"),
     [
         (3, 1, "SAME", 29),
-        (3, 1, "VALID", 29),
-        (5, 1, "SAME", 29),
         (5, 1, "VALID", 29),
-        (2, 1, "SAME", 29),
         (3, 1, [(0, 1), (2, 0)], 29),
         (7, 1, "VALID", None),  # seven more would be too many
         (3, 2, "SAME", None),
@@ -220,7 +218,7 @@ def test_nested_convolutions_are_found(name):
     assert set(layouts(_cpu.fast_convolutions(NESTED[name]), X, W)) == {FAST[2]}
 
 
-@pytest.mark.parametrize("name", sorted(set(NESTED) - {"while"}))  # it has no reverse mode
+@pytest.mark.parametrize("name", ["custom_vjp", "custom_jvp", "cond", "vmap", "deep"])
 def test_derivatives_are_unchanged(name):
     gradient = jax.grad(lambda f, x, w: jnp.sum(f(x, w) ** 2), argnums=(1, 2))
     got = gradient(_cpu.fast_convolutions(NESTED[name]), X, W)
@@ -301,36 +299,28 @@ class Net(nn.Module):
 IMAGES, Y, KEY = jax.nn.sigmoid(draw(2, 8, 8, 1)), jnp.array([0, 2]), jax.random.key(3)
 PARAMS = Net().init(KEY, IMAGES)
 APPLY = Net().apply
-ATTACKS = {
-    "pgd": partial(attack.pgd, eps=0.5, steps=2),
-    "pgd, restarts": partial(attack.pgd, eps=0.5, steps=2, restarts=2),
-    "apgd": partial(attack.apgd, eps=0.5, steps=4, restarts=2),
-    "apgd l1": partial(attack.apgd, norm="l1", eps=0.5, steps=4),
-    "apgd_multitargeted": partial(attack.apgd_multitargeted, eps=0.5, steps=4, n_targets=2),
-    "deepfool": attack.deepfool,
-    "fmn": partial(attack.fmn, steps=2),
-    "fab": partial(attack.fab, steps=2, n_targets=2),
-    "square": partial(attack.square, eps=0.5, steps=2, bounds=(0.0, 1.0)),
-    "pgd_kl": partial(attack.pgd_kl, eps=0.5, steps=2),
+ATTACKS = nets.ATTACKS | {
+    "pgd, restarts": partial(attack.pgd, steps=2, restarts=2),
+    "apgd l1": partial(attack.apgd, norm="l1", steps=4),
 }
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_use_the_fast_layout(name):
     def run(x):
-        return ATTACKS[name](APPLY, PARAMS, x, Y, key=KEY)
+        return ATTACKS[name](APPLY, PARAMS, x, Y, eps=0.5, key=KEY)
 
     inside = layouts_in_loops(run, IMAGES)
     assert inside
     assert set(inside) == {FAST[2]}
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", ["pgd", "deepfool", "fab", "square"])
 def test_attacks_take_a_batch_of_no_examples_through_a_convolution(name):
     def apply_fn(w, x):
         return jnp.sum(convolution(padding="VALID")(x, w), axis=(1, 2))
 
-    r = ATTACKS[name](apply_fn, draw(5, 5, 1, 3), IMAGES[:0], Y[:0], key=KEY)
+    r = ATTACKS[name](apply_fn, draw(5, 5, 1, 3), IMAGES[:0], Y[:0], eps=0.5, key=KEY)
     assert (r.shape, r.dtype) == ((0, 8, 8, 1), IMAGES.dtype)
 
 
@@ -375,8 +365,10 @@ def layouts_in_loops(function, *args):
 # Weight gradients as products with patches
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-@pytest.mark.parametrize("most", [1, 700])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("channels last", 700), ("channels first", 1), ("examples last", 1), ("1-D", 1), ("3-D", 1)],
+)
 def test_a_weight_gradient_in_parts_is_the_same(name, most, monkeypatch):
     x_shape, w_shape, *rest = CONVOLUTIONS[name]
     examples = rest[-1][0].index("N")
@@ -447,12 +439,9 @@ def test_parts_can_be_summed_in_a_shard_map(monkeypatch):
 
 EMPTY = {
     "no examples": ((0, 8, 8, 2), (3, 3, 2, 4), 1, "SAME"),
-    "no rows": ((3, 0, 8, 2), (3, 3, 2, 4), 1, "SAME"),
     "no channels": ((3, 8, 8, 0), (3, 3, 0, 4), 1, "SAME"),
-    "no features": ((3, 8, 8, 2), (3, 3, 2, 0), 1, "SAME"),
     "a kernel larger than the image": ((3, 2, 2, 2), (3, 3, 2, 4), 1, "VALID"),
     "no examples, with strides": ((0, 8, 8, 2), (3, 3, 2, 4), 2, "SAME"),
-    "no examples, a kernel larger than the result": ((0, 8, 8, 2), (5, 5, 2, 4), 1, "VALID"),
 }
 
 
@@ -491,13 +480,7 @@ class Without:
         return Without(value, self._gone) if name in ("primitive", "ctx", "source_info") else value
 
 
-GONE = [
-    "bind", "constvars", "ctx", "eqns", "get_bind_params", "invars", "manager",
-    "multiple_results", "name", "name_stack", "outvars", "params", "primitive", "source_info",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("gone", GONE)
+@pytest.mark.parametrize("gone", ["bind", "ctx", "eqns", "get_bind_params", "name_stack"])
 def test_a_function_runs_unchanged_with_one_warning_if_jax_lacks(gone, monkeypatch):
     make = jax.make_jaxpr
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import re
 import shutil
@@ -24,24 +25,12 @@ from experiments.lib import cache, data
 
 ROOT = Path(data.__file__).resolve().parents[2]
 
-# Size and sha256 as tensorflow-datasets registers them.
+# Size and the beginning of the sha256 as tensorflow-datasets registers them.
 ORIGINALS = {
-    "train-images-idx3-ubyte.gz": (
-        9912422,
-        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    ),
-    "train-labels-idx1-ubyte.gz": (
-        28881,
-        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    ),
-    "t10k-images-idx3-ubyte.gz": (
-        1648877,
-        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    ),
-    "t10k-labels-idx1-ubyte.gz": (
-        4542,
-        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-    ),
+    "train-images-idx3-ubyte.gz": (9912422, "440fcabf73cc546fa21475e81ea37026"),
+    "train-labels-idx1-ubyte.gz": (28881, "3552534a0a558bbed6aed32b30c495cc"),
+    "t10k-images-idx3-ubyte.gz": (1648877, "8d422c7b0a1c1c79245a5bcf07fe86e3"),
+    "t10k-labels-idx1-ubyte.gz": (4542, "f7ae60f92e00ec6debd23a6088c31dbd"),
 }
 
 # Run where warnings are errors; says on its last line what it imported and whom it tried to reach.
@@ -136,10 +125,11 @@ def assert_same(got, arrays):
 # What MNIST is.
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
-def test_embedded_original_is_byte_exact(name):
-    content = (data.ORIGINALS / name).read_bytes()
-    assert (len(content), hashlib.sha256(content).hexdigest()) == ORIGINALS[name]
+def test_the_embedded_originals_are_byte_exact():
+    for name, (size, digest) in ORIGINALS.items():
+        content = (data.ORIGINALS / name).read_bytes()
+        assert len(content) == size
+        assert hashlib.sha256(content).hexdigest().startswith(digest)
 
 
 def test_embedded_originals_and_crops_are_all_there_is():
@@ -147,15 +137,6 @@ def test_embedded_originals_and_crops_are_all_there_is():
     embedded = {path.name for path in data.ORIGINALS.iterdir()}
     assert embedded == {*ORIGINALS, "cifar10_crops.npz"}
     assert Path(data.__file__) == ROOT / "experiments" / "lib" / "data.py"
-
-
-def test_shapes_and_dtypes(mnist):
-    assert [(array.shape, array.dtype) for array in mnist[:4]] == [
-        ((60000, 28, 28, 1), np.uint8),
-        ((60000,), np.int32),
-        ((10000, 28, 28, 1), np.uint8),
-        ((10000,), np.int32),
-    ]
 
 
 def test_known_facts(mnist):
@@ -226,9 +207,9 @@ def test_opening_does_not_import_tensorflow_datasets(prepared):
     assert finish(python(LOAD, prepared.directory)).splitlines() == ["[] []"]
 
 
-@pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
-def test_a_damaged_original_is_named_with_its_cure(name, damage, tmp_path, monkeypatch):
+def test_a_damaged_original_is_named_with_its_cure(damage, tmp_path, monkeypatch):
+    name = "t10k-labels-idx1-ubyte.gz"
     shutil.copytree(data.ORIGINALS, tmp_path / "originals")
     monkeypatch.setattr(data, "ORIGINALS", tmp_path / "originals")
     path = tmp_path / "originals" / name
@@ -247,7 +228,7 @@ def test_a_damaged_original_is_named_with_its_cure(name, damage, tmp_path, monke
         got = hashlib.sha256(content).hexdigest()
         error = ValueError
         message = (
-            f"{re.escape(str(path))}.*expected {size} bytes of sha256 {expected}, "
+            f"{re.escape(str(path))}.*expected {size} bytes of sha256 {expected}\\w+, "
             f"got {len(content)} of {got}; .*{cure}"
         )
     with pytest.raises(error, match=message):
@@ -265,7 +246,7 @@ def test_the_second_call_opens_what_the_first_stored(preparation, tmp_path):
     assert_same(second, first)
 
 
-@pytest.mark.parametrize("name", [*data.Dataset._fields[:4], "checksums"])
+@pytest.mark.parametrize("name", ["train_labels", "checksums"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "first byte", "last byte"])
 def test_a_damaged_cache_is_rebuilt(name, damage, preparation, tmp_path):
     data.mnist(data_dir=tmp_path)
@@ -316,7 +297,7 @@ cache.store(Path(sys.argv[1]) / "mnist", test_data.tiny(seed=0))
 """
 
 
-@pytest.mark.parametrize("moment", range(11))
+@pytest.mark.parametrize("moment", [0, 1, 2, 6, 9, 10])
 def test_a_killed_store_never_mixes_old_and_new(moment, preparation, tmp_path):
     (tmp_path / "mnist").mkdir()
     cache.store(tmp_path / "mnist", tiny(seed=1))
@@ -368,18 +349,13 @@ def test_scale_refuses_what_is_not_pixels():
 
 
 @pytest.mark.parametrize(("n", "holdout"), [(60, 10), (60, 0), (60, 60), (1, 1)])
-def test_split_is_a_partition(n, holdout):
+def test_split_is_a_partition_drawn_by_seed(n, holdout):
     train, held_out = data.split(n, holdout, seed=3)
     assert (len(train), len(held_out)) == (n - holdout, holdout)
     np.testing.assert_array_equal(np.sort(np.concatenate([train, held_out])), np.arange(n))
-
-
-def test_split_is_drawn_by_seed():
-    first, again, other = (data.split(60, 10, seed=seed) for seed in (3, 3, 4))
-    np.testing.assert_array_equal(first[0], again[0])
-    np.testing.assert_array_equal(first[1], again[1])
-    assert set(first[1]) != set(other[1])
-    assert set(first[1]) != set(range(10))
+    np.testing.assert_array_equal(data.split(n, holdout, seed=3)[1], held_out)
+    other = data.split(n, holdout, seed=4)[1]
+    assert set(held_out) != set(other) or holdout in (0, n)
 
 
 @pytest.mark.parametrize("holdout", [-1, 61])
@@ -434,65 +410,16 @@ def test_a_folder_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
     np.testing.assert_array_equal(read.test_images[4], np.broadcast_to([9, 8, 7], (4, 5, 3)))
 
 
-def broken(place, how):
-    if how == "no test":
-        shutil.rmtree(place / "test")
-    elif how == "no class":
-        shutil.rmtree(place / "test" / "b")
-    elif how == "empty class":
-        for path in (place / "train" / "a").iterdir():
-            path.unlink()
-    elif how == "no classes":
-        for part in ("train", "test"):
-            shutil.rmtree(place / part)
-            (place / part).mkdir()
-    elif how == "unreadable":
-        path = place / "test" / "a" / "1.png"
-        path.write_bytes(path.read_bytes()[:60])
-    elif how == "altered":
-        path = place / "test" / "a" / "1.png"
-        content = bytearray(path.read_bytes())
-        content[content.index(b"IDAT") - 1] -= 20  # the length of the pixels' chunk
-        path.write_bytes(content)
-    elif how == "no image":
-        (place / "train" / "b" / "0.png").write_text("hello")
-    elif how == "size":
-        Image.new("RGB", (4, 4)).save(place / "train" / "b" / "2.png")
-    elif how == "16 bits":
-        Image.fromarray(np.full((4, 5), 4096, np.uint16)).save(place / "train" / "b" / "0.png")
-    elif how == "suffix":
-        (place / "train" / "b" / "notes.txt").write_text("hello")
-
-
-@pytest.mark.parametrize(
-    ("how", "error", "message"),
-    [
-        ("no test", FileNotFoundError, r"expected a folder .*test with a folder of images"),
-        ("no class", FileNotFoundError, r"expected images of class 'b' in .*test.b, got none"),
-        ("empty class", FileNotFoundError, r"expected images of class 'a' in .*train.a, got none"),
-        (
-            "no classes",
-            ValueError,
-            r"folders of at least two classes in .*train, got 0; the layout",
-        ),
-        ("unreadable", ValueError, r"image .* in .*test.a.1\.png.*; replace it, or remove"),
-        ("altered", ValueError, r"image .* in .*test.a.1\.png.*; replace it, or remove"),
-        ("no image", ValueError, r"image .* in .*train.b.0\.png.*; replace it, or remove"),
-        ("size", ValueError, r"images of one size, 5x4 as .*0\.png has, got 4x4 in .*b.2\.png"),
-        ("16 bits", ValueError, r"of 8 bits .* in .*train.b.0\.png, got one of 16 bits; scale"),
-        ("suffix", ValueError, r"PNG or JPEG images in .*b, got .*notes\.txt; convert or"),
-    ],
-)
-def test_a_broken_folder_is_an_error_naming_the_place(tmp_path, how, error, message):
+def test_once_a_broken_folder_is_mended_nothing_of_the_failure_is_left(tmp_path):
     place = tmp_path / "images"
     folder_of(place)
-    broken(place, how)
-    with pytest.raises(error, match=message):
-        data.image_folder(place, data_dir=tmp_path / "cache")
-    # And once it is mended, nothing of the failure is left.
-    shutil.rmtree(place)
-    folder_of(place)
-    assert len(data.image_folder(place, data_dir=tmp_path / "cache").test_labels) == 6
+    path = place / "test" / "a" / "1.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60])
+    with pytest.raises(ValueError, match=r"image .* in .*test.a.1\.png.*; replace it, or remove"):
+        read(place)
+    path.write_bytes(whole)
+    assert len(read(place).test_labels) == 6
 
 
 def test_jpegs_are_decoded_and_hidden_files_passed_over(tmp_path):
@@ -510,8 +437,7 @@ def test_cifar10_is_the_archives_bytes_in_their_order(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     place = tmp_path / "extracted" / "cifar-10-batches-bin"
     place.mkdir(parents=True)
-    names = ["airplane", "automobile", "bird", "cat", "deer"]
-    names += ["dog", "frog", "horse", "ship", "truck"]
+    names = data.CIFAR10
     (place / "batches.meta.txt").write_text("\n".join(names) + "\n\n")
     records = {}
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
@@ -527,7 +453,7 @@ def test_cifar10_is_the_archives_bytes_in_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
     read = data.cifar10(data_dir=tmp_path / "cache")
     assert asked == ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
-    assert read.classes == tuple(names)
+    assert read.classes == names
     train = np.concatenate([records[f"data_batch_{i}"] for i in range(1, 6)])
     for images, labels, expected in (
         (read.train_images, read.train_labels, train),
@@ -618,24 +544,22 @@ def test_a_palette_with_a_colour_makes_a_folder_colour(place):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_turned_as_their_exif_orientation_says(tmp_path, orientation, suffix):
+def test_photographs_are_turned_as_their_exif_orientation_says(tmp_path, suffix):
     # By the EXIF standard: what is the stored first row, and the first column, of what is seen.
-    as_seen = {
-        1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
-        5: lambda a: a.T, 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).T,
-        8: np.rot90,
-    }[orientation]  # fmt: skip
-    stored = np.kron([[10, 100, 200], [60, 150, 250]], np.ones((8, 8))).astype(np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    for part in ("train", "test"):
-        for name in "ab":
-            (tmp_path / "images" / part / name).mkdir(parents=True)
-            path = tmp_path / "images" / part / name / f"0.{suffix}"
-            Image.fromarray(stored).save(path, exif=exif)
-    seen = read(tmp_path / "images").test_images[0, ..., 0].astype(int)
-    np.testing.assert_allclose(seen, as_seen(stored), atol=0 if suffix == "png" else 2)
+    as_seen = [
+        lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud, np.transpose,
+        lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).T, np.rot90,
+    ]  # fmt: skip
+    stored = np.kron([[10, 100], [60, 200]], np.ones((8, 8))).astype(np.uint8)
+    for part, orientation in itertools.product(("train", "test"), range(1, 9)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / "images" / part / str(orientation) / f"0.{suffix}"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(stored).save(path, exif=exif)
+    seen = read(tmp_path / "images").test_images[..., 0].astype(int)
+    for got, turn in zip(seen, as_seen, strict=True):
+        np.testing.assert_allclose(got, turn(stored), atol=0 if suffix == "png" else 2)
 
 
 def test_a_class_whose_name_is_written_in_two_ways_is_one(place):
@@ -662,10 +586,6 @@ def test_links_to_classes_and_images_are_followed(place):
     images = read(place).train_images
     assert len(images) == 7
     np.testing.assert_array_equal(images[3], images[6])
-
-
-def test_the_classes_are_the_folders_names_in_the_order_of_the_labels(place):
-    assert read(place).classes == ("a", "b")
 
 
 def test_a_class_whose_name_is_no_text_is_read(place):
@@ -752,19 +672,18 @@ def transparent(mode, colour, **options):
     ("content", "message"),
     [
         (large_png(20_000), r"got one larger than Pillow decodes \(.*400000000 pixels.*make it"),
-        (large_png(10_000), r"got one larger than Pillow decodes \(.*100000000 pixels.*make it"),
         (b"", "got a file that can't be decoded .*; replace it, or remove it"),
         (gif(), "got a file that can't be decoded .*; replace it, or remove it"),
         (animation(), "got an animation of 2 frames; choose one of them, or remove it"),
         (png_of_16_bits(2, 3), "got one of 16 bits; scale it to 8 bits, or remove it"),
-        (png_of_16_bits(4, 2), "got one of 16 bits; scale it to 8 bits, or remove it"),
+        (png_of_16_bits(0, 1), "got one of 16 bits; scale it to 8 bits, or remove it"),
         (transparent("LA", (9, 254)), "got one with transparent pixels; lay it on a background"),
         (transparent("RGBA", (9, 8, 7, 0)), "got one with transparent pixels; lay it on a back"),
         (transparent("P", 0, transparency=0), "got one with transparent pixels; lay it on a back"),
         (transparent("L", 9, transparency=9), "got one with transparent pixels; lay it on a back"),
     ],
     ids=[
-        "20000x20000", "10000x10000", "empty", "GIF", "animated PNG", "16-bit RGB", "16-bit LA",
+        "20000x20000", "empty", "GIF", "animated PNG", "16-bit RGB", "16-bit grey",
         "LA", "RGBA", "transparent palette", "transparent grey",
     ],
 )  # fmt: skip
@@ -775,53 +694,62 @@ def test_an_image_that_cant_be_read_as_it_is_is_an_error_naming_it(place, conten
         read(place)
 
 
-def changed(place, how):
-    if how == "broken link":
-        (place / "train" / "b" / "9.png").symlink_to("gone.png")
-    elif how == "broken link to a class":
-        (place / "train" / "c").symlink_to("gone")
-    elif how == "stray image":
-        shutil.copy(place / "train" / "b" / "0.png", place / "train" / "0.png")
-    elif how == "nested folder":
-        (place / "train" / "b" / "more").mkdir()
-    elif how == "folder called as an image":
-        (place / "train" / "b" / "more.png").mkdir()
-    elif how == "pipe called as an image":
-        os.mkfifo(place / "train" / "b" / "more.png")
-    elif how == "names that look alike":
-        shutil.copytree(place / "train" / "a", place / "train" / "caf\u00e9")
-        shutil.copytree(place / "train" / "a", place / "train" / "cafe\u0301")
-    elif how == "one class":
-        for part in ("train", "test"):
-            shutil.rmtree(place / part / "b")
-    elif how == "class of test only":
-        shutil.copytree(place / "test" / "b", place / "test" / "c")
-    elif how == "empty class of test":
-        shutil.rmtree(place / "test" / "b")
-        (place / "test" / "b").mkdir()
+def altered(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") - 1] -= 20  # the length of the pixels' chunk
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("broken link", r"image in .*b.9\.png, got a link to gone\.png, which isn't there; mend"),
-        ("broken link to a class", r"only folders in .*train, one for .*, got .*train.c; move it"),
-        (
-            "stray image",
-            r"only folders in .*train, one for each class, got .*train.0\.png; move it",
-        ),
-        ("nested folder", r"PNG or JPEG images in .*b, got .*b.more; convert or remove it"),
-        ("folder called as an image", r"JPEG images in .*b, got .*more\.png; convert or remove it"),
-        ("pipe called as an image", r"JPEG images in .*b, got .*more\.png; convert or remove it"),
-        ("names that look alike", r"got two .* alike, 'cafe\\u0301' and 'caf\\xe9'; merge them"),
-        ("one class", r"folders of at least two classes in .*train, got 1; the layout is"),
-        ("class of test only", r"expected images of class 'c' in .*train.c, got none; each class"),
-        ("empty class of test", r"expected images of class 'b' in .*test.b, got none; each class"),
-    ],
-)
-def test_a_folder_that_holds_something_else_is_an_error_naming_it(place, how, message):
-    changed(place, how)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+def emptied(place):
+    for path in place.iterdir():
+        path.unlink()
+
+
+def of_both(place, change):
+    for part in ("train", "test"):
+        change(place / part)
+
+
+def twice(classes):
+    for name in ("caf\u00e9", "cafe\u0301"):
+        shutil.copytree(classes / "a", classes / name)
+
+
+# name: what is done to the folder, and what is said
+BROKEN = {
+    "no test": (lambda p: shutil.rmtree(p / "test"), r"a folder .*test with a folder of images"),
+    "no class": (lambda p: shutil.rmtree(p / "test" / "b"), r"of class 'b' in .*test.b, got none"),
+    "empty class": (lambda p: emptied(p / "train" / "a"), r"of class 'a' in .*train.a, got none"),
+    "one class": (lambda p: of_both(p, lambda q: shutil.rmtree(q / "b")),
+                  r"folders of at least two classes in .*train, got 1; the layout is"),
+    "class of test only": (lambda p: shutil.copytree(p / "test" / "b", p / "test" / "c"),
+                           r"images of class 'c' in .*train.c, got none; each class"),
+    "altered": (lambda p: altered(p / "test" / "a" / "1.png"),
+                r"image .* in .*test.a.1\.png.*; replace it, or remove"),
+    "size": (lambda p: Image.new("RGB", (4, 4)).save(p / "train" / "b" / "2.png"),
+             r"images of one size, 5x4 as .*0\.png has, got 4x4 in .*b.2\.png"),
+    "suffix": (lambda p: (p / "train" / "b" / "notes.txt").write_text("hello"),
+               r"PNG or JPEG images in .*b, got .*notes\.txt; convert or"),
+    "broken link": (lambda p: (p / "train" / "b" / "9.png").symlink_to("gone.png"),
+                    r"image in .*b.9\.png, got a link to gone\.png, which isn't there; mend"),
+    "broken link to a class": (lambda p: (p / "train" / "c").symlink_to("gone"),
+                               r"only folders in .*train, one for .*, got .*train.c; move it"),
+    "stray image": (lambda p: shutil.copy(p / "train" / "b" / "0.png", p / "train" / "0.png"),
+                    r"only folders in .*train, one for each class, got .*train.0\.png; move it"),
+    "nested folder": (lambda p: (p / "train" / "b" / "more.png").mkdir(),
+                      r"JPEG images in .*b, got .*more\.png; convert or remove it"),
+    "pipe": (lambda p: os.mkfifo(p / "train" / "b" / "more.png"),
+             r"JPEG images in .*b, got .*more\.png; convert or remove it"),
+    "names that look alike": (lambda p: twice(p / "train"),
+                              r"got two .* alike, 'cafe\\u0301' and 'caf\\xe9'; merge them"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_folder_that_is_no_data_set_is_an_error_naming_the_place(place, how):
+    change, message = BROKEN[how]
+    change(place)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"expected .*{message}"):
         read(place)
 
 

@@ -23,6 +23,7 @@ def run(example, *arguments):
     return [float(figure) for figure in re.findall(r"\d\.\d+", done.stdout)]
 
 
+@pytest.mark.slow
 def test_a_net_by_hand_becomes_robust():
     normal, lwa = run(DOCS / "examples" / "by_hand.py")
     assert lwa > normal

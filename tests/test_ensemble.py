@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from references import mostly_right
 
-from jaxadv import attack, evaluate, perturb
+from jaxadv import attack, evaluate, objectives, perturb
 from jaxadv.evaluate import _ensemble
 
 N, D = 11, 3
@@ -74,7 +74,7 @@ def test_the_perturbation_that_misled_the_net_is_kept_and_others_are_0():
     assert np.flatnonzero(~result.outcome.clean).tolist() == [3, 4]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 8, 500])
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_batch_size_changes_nothing(batch_size):
     chex.assert_trees_all_equal(run()[:2], run(batch_size=batch_size)[:2])
 
@@ -103,18 +103,17 @@ def test_what_an_attack_refuses_is_said_before_any_runs():
     assert not ran
 
 
-@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
-def test_of_no_examples_there_is_nothing_to_attack(norm):
+def test_of_no_examples_there_is_nothing_to_attack():
     def of_pixels(w, x):
         return x.reshape(x.shape[0], 16) @ w
 
     x, y = np.zeros((0, 4, 4, 1), np.float32), np.zeros(0, int)
     result = evaluate.attack_and_score(
-        of_pixels, np.ones((16, 3), np.float32), x, y, eps=1.0, norm=norm, key=KEY
+        of_pixels, np.ones((16, 3), np.float32), x, y, eps=1.0, norm="linf", key=KEY
     )
     assert result.r.shape == x.shape
     assert result.outcome.robust.shape == (0,)
-    assert list(result.stages) == list(evaluate.autoattack(norm))
+    assert list(result.stages) == list(evaluate.autoattack("linf"))
 
 
 @given(st.integers(0, 3000), st.integers(1, 600))
@@ -283,12 +282,6 @@ def test_the_stored_points_are_measured():
     np.testing.assert_array_equal(result.r, run().r)
 
 
-def test_an_attack_that_misleads_nobody_gains_nothing():
-    x, y = problem()
-    result = evaluate.attack_and_score(net, 1.0, x, y, {"none": push(0, 0.0)}, eps=1.0)
-    np.testing.assert_array_equal(result.outcome.robust, result.outcome.clean)
-
-
 @pytest.mark.parametrize("attacks", [[attack.pgd], (attack.pgd, perturb.loss), "pgd"])
 def test_several_attacks_without_names_are_refused(attacks):
     x, y = problem()
@@ -317,18 +310,15 @@ def test_one_attack_is_run_on_every_example_and_all_it_makes_is_kept():
     assert one.outcome.zero.all()
 
 
-# name: a method and a key of the whole data set
-METHODS = {
-    "virtual, one key": (perturb.vat, jax.random.key(3)),
-    "virtual, raw key": (perturb.vat, jax.random.PRNGKey(3)),
-    "virtual, keys": (perturb.vat, jax.random.split(jax.random.key(3), 11)),
-    "pgd": (functools.partial(attack.pgd, steps=3, random_start=True), jax.random.key(3)),
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_batch_size_changes_no_random_perturbation(name):
-    method, key = METHODS[name]
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        (perturb.vat, jax.random.PRNGKey(3)),
+        (functools.partial(attack.pgd, steps=3, random_start=True), jax.random.key(3)),
+    ],
+    ids=["vat", "pgd"],
+)
+def test_the_batch_size_changes_no_random_perturbation(method, key):
     w, x, y = mostly_right(11)
     of = {"eps": np.linspace(0.1, 1.5, 11).astype(np.float32), "key": key}
     whole, r, again = (
@@ -339,33 +329,12 @@ def test_the_batch_size_changes_no_random_perturbation(name):
     np.testing.assert_array_equal(again, r)  # same key, same bits
 
 
-def test_noise_belongs_to_the_example_and_not_to_its_place():
-    w, x, y = mostly_right(6)
-    keys, back = jax.random.split(jax.random.key(3), 6), np.arange(6)[::-1]
-    forth, turned = (
-        evaluate.attack_and_score(
-            linear, w, x[order], y[order], perturb.vat, eps=1.0, key=keys[order]
-        ).r
-        for order in (np.arange(6), back)
-    )
-    np.testing.assert_allclose(turned[back], forth, atol=1e-5)
-
-
-def test_sizes_are_per_example():
-    w, x, y = mostly_right(7)
-    eps = np.arange(7, dtype=np.float32)
-    result = evaluate.attack_and_score(linear, w, x, y, perturb.loss, eps=eps, batch_size=3)
-    np.testing.assert_allclose(result.outcome.norm, eps, rtol=1e-6)
-    np.testing.assert_array_equal(result.outcome.zero, eps == 0)
-
-
-@pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("method", [attack.fmn, perturb.alpha])
+@pytest.mark.parametrize(("method", "several"), [(attack.fmn, True), (perturb.alpha, False)])
 def test_without_a_size_a_minimal_attack_finds_the_least_perturbation(method, several):
     w, x, y = mostly_right(7)
     attacks = {"it": method} if several else method
     result = evaluate.attack_and_score(linear, w, x, y, attacks, eps=None, batch_size=3)
-    want = method(linear, w, x, y)
+    want = jax.jit(functools.partial(method, linear))(w, x, y)
     assert np.linalg.norm(want, axis=1).max() > 0.5
     fooled = result.outcome.clean & ~result.outcome.robust if several else np.ones(7, bool)
     assert fooled.any()
@@ -389,17 +358,6 @@ def test_bounds_are_handed_on(lo):
     assert np.all(x + r <= 0.5)
     np.testing.assert_allclose(outcome.norm, np.linalg.norm(r, axis=1), rtol=1e-6)
     assert np.all(outcome.norm < 2)  # the box did bind
-
-
-def test_a_data_set_of_images_keeps_its_shape():
-    w, x, y = mostly_right(7)
-    images = x.reshape(7, 1, 5, 1)
-    r, want = (
-        evaluate.attack_and_score(linear, w, v, y, perturb.loss, eps=0.5, batch_size=3).r
-        for v in (images, x)
-    )
-    assert r.shape == images.shape
-    np.testing.assert_allclose(r.reshape(7, 5), want, atol=1e-5)
 
 
 # Transfer
@@ -437,20 +395,6 @@ def test_several_attacks_on_another_net_run_on_what_this_one_still_gets_right():
     assert result.stages["again"].tried.tolist() == result.outcome.robust.tolist() == [True, False]
 
 
-def test_a_white_box_attack_and_a_transferred_one_combine_to_their_worst_case():
-    w, x, y = mostly_right(30)
-    v = w + 0.5 * np.random.default_rng(9).normal(size=w.shape).astype(np.float32)
-    transferred, white_box = (
-        evaluate.attack_and_score(linear, v, x, y, perturb.loss, eps=1.0, source=source).outcome
-        for source in ((linear, w), None)
-    )
-    r = evaluate.attack_and_score(linear, w, x, y, perturb.loss, eps=1.0).r
-    right = np.argmax(x @ v, axis=1) == y
-    np.testing.assert_array_equal(transferred.robust, right & (np.argmax((x + r) @ v, 1) == y))
-    both = evaluate.accuracy(white_box.robust & transferred.robust)
-    assert both <= evaluate.accuracy(white_box.robust) < evaluate.accuracy(white_box.clean)
-
-
 # Compilation
 
 
@@ -467,3 +411,47 @@ def test_an_attack_is_traced_once_for_sizes_of_every_kind(name):
     for eps in (0.1, 2, np.float32(1), jnp.float32(2), np.full(11, 0.5)):
         evaluate.attack_and_score(linear, w, x, y, counted, eps=eps, batch_size=4)
     assert len(traces) == 1
+
+
+# What callers' attacks take and return
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+def test_a_gradient_that_is_not_finite_is_counted(norm):
+    def norm_at_zero(w, x):  # whose gradient is NaN at 0, and its logits finite
+        size = jnp.sqrt(jnp.sum(x**2, axis=1))[:, None]
+        return linear(w, x) + jnp.where(jnp.arange(3) == 0, size, 0)
+
+    w, x, _ = mostly_right(4)
+    x[1] = 0
+    y = np.argmax(norm_at_zero(w, x), axis=1)
+    method = functools.partial(perturb.loss, norm=norm)
+    outcome = evaluate.attack_and_score(norm_at_zero, w, x, y, method, eps=0.5).outcome
+    np.testing.assert_array_equal(outcome.zero, [False, True, False, False])
+    assert not outcome.nonfinite.any()
+
+
+@pytest.mark.parametrize("name", ["the attack", "attack 'mine'"])
+def test_an_attack_of_another_signature_is_named_before_any_runs(name):
+    def mine(apply_fn, params, x, y, eps):
+        return 0 * x
+
+    attacks = mine if name == "the attack" else {"mine": mine}
+    with pytest.raises(TypeError, match=rf"expected {name} to take .*eps, key, bounds\), got"):
+        evaluate.attack_and_score(linear, *mostly_right(4), attacks, eps=0.5)
+
+
+def test_what_a_method_returns_is_a_perturbation():
+    w, x, y = mostly_right(4)
+
+    def short(apply_fn, params, x, y, *, eps, key=None, bounds=None):
+        return x[:1]
+
+    lwa = objectives.adversarial(linear, short, eps=0.5)
+    for call in (
+        lambda: evaluate.attack_and_score(linear, w, x, y, short, eps=0.5),
+        lambda: evaluate.attack_and_score(linear, w, x, y, {"it": short}, eps=0.5),
+        lambda: lwa(w, None, (x, y), key=KEY, step=0),
+    ):
+        with pytest.raises(ValueError, match=r"expected r of x's shape \(4, 5\), got \(1, 5\)"):
+            call()

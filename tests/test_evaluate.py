@@ -12,8 +12,7 @@ from references import mostly_right
 
 from jaxadv import evaluate, perturb
 
-D, K = 5, 3
-INF, NAN = float("inf"), float("nan")
+K = 3
 
 # Batches of different sizes may be compiled to sums in another order: a few roundings of 2^-24.
 ATOL = 1e-5
@@ -56,13 +55,8 @@ SHAPES = {
         TypeError,
         r"got float32 of shape \(7, 3\)",
     ),
-    "one-hot integers": (X, np.eye(K, dtype=int)[Y], ValueError, r"shape \[7\], got \(7, 3\)"),
     "scalar y": (X, np.int32(3), ValueError, r"shape \[7\], got \(\)"),
-    "boolean x": (X > 0, Y, TypeError, "floating-point dtype, got bool"),
-    "boolean y": (X, Y > 0, TypeError, r"got bool of shape \(7,\)"),
     "one example": (X[0], Y, ValueError, r"got \(5,\).*x\[None\]"),
-    "a number": (np.float32(1), Y, ValueError, r"got \(\)"),
-    "no entries": (X[:, :0], Y, ValueError, r"got \(7, 0\)"),
     "fewer labels": (X, Y[:3], ValueError, "got 3 labels for 7 examples"),
 }
 
@@ -75,8 +69,8 @@ def test_an_error_about_a_data_set_shows_its_shape(name, driver):
         (DRIVERS | {"check": CHECK})[driver](linear, W, x, y)
 
 
-@pytest.mark.parametrize("size", [NAN, INF, -1.0])
-@pytest.mark.parametrize("kind", [float, np.float32, jnp.float32, lambda v: jnp.full(7, v)])
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("kind", [float, lambda v: jnp.full(7, v)], ids=["float", "array"])
 @every_attack
 def test_a_size_that_is_none_is_refused_whatever_array_it_is_in(driver, kind, size):
     with pytest.raises(ValueError, match="expected a finite eps >= 0"):
@@ -92,7 +86,7 @@ BAD = {
         ValueError,
     ),
     "no key": ({"attacks": perturb.vat}, ValueError),
-    "bounds upside down": ({"bounds": (1.0, 0.0)}, ValueError),
+    "bounds upside down": ({"bounds": (jnp.float32(9), jnp.float32(-9))}, ValueError),
     "source without parameters": ({"source": linear}, TypeError),
 }
 
@@ -125,9 +119,7 @@ def test_a_data_set_outside_the_bounds_is_named(driver, as_array):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(
-    ("mean", "std"), [(0.1307, 0.3081), (0.4914, 0.2470), (0.4822, 0.2435), (0.4465, 0.2616)]
-)
+@pytest.mark.parametrize(("mean", "std"), [(0.1307, 0.3081), (0.4914, 0.2470)])
 def test_standardised_black_and_white_lie_in_standardised_bounds(mean, std, dtype):
     pixels, w, y = jnp.array([[0.0, 1.0], [1.0, 0.0]], dtype), jnp.eye(2, dtype=dtype), np.arange(2)
     x = (pixels - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
@@ -178,9 +170,9 @@ def at_once(name):
 
 
 @every_driver
-@pytest.mark.parametrize("n", [0, 1, 4, 10])
+@pytest.mark.parametrize("n", [0, 4, 10])
 def test_every_example_is_covered_once_and_in_order(name, n):
-    # n = 0 and n = 1; less than, equal to, and no multiple of the batch size.
+    # None; equal to, and no multiple of the batch size.
     w, x, y = mostly_right(11)
     got = DRIVERS[name](linear, w, x[:n], y[:n], batch_size=4)
     want = jax.tree.map(lambda leaf: leaf[:n], at_once(name))
@@ -203,17 +195,11 @@ def test_the_drivers_do_what_the_batch_functions_do():
 
 
 @every_driver
-def test_numpy_float64_data_is_evaluated_in_float32(name):
-    # NumPy's default dtype; JAX without x64 has none such.
+@pytest.mark.parametrize("kind", [np.float64, ">f4", np.longdouble])
+def test_data_of_numpys_other_dtypes_are_evaluated_in_float32(name, kind):
+    # JAX without x64 has none such.
     w, x, y = mostly_right(7)
-    got, want = (DRIVERS[name](linear, w, v, y) for v in (x.astype(np.float64), x))
-    chex.assert_trees_all_equal(got, want)
-
-
-@every_driver
-def test_data_on_the_device_and_on_the_host_are_alike(name):
-    w, x, y = mostly_right(7)
-    got = DRIVERS[name](linear, w, jnp.asarray(x), jnp.asarray(y))
+    got = DRIVERS[name](linear, w, x.astype(kind), y.astype(">i8"))
     chex.assert_trees_all_equal(got, DRIVERS[name](linear, w, x, y))
 
 
@@ -265,3 +251,25 @@ def test_a_net_is_compiled_once_for_many_sizes_parameters_and_batches(name):
         for eps in (0.05, 0.5, 3.5):
             drive(params, eps)
     assert len(traces) == once + 6  # what each call has captured is looked at anew
+
+
+class Table:
+    """A column of a data frame after a shuffle: its rows have names, by which it is indexed."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values)
+        self.dtype, self.shape, self.ndim = self.values.dtype, self.values.shape, 1
+
+    def __len__(self):
+        return len(self.values)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+    def __getitem__(self, names):
+        return self.values[::-1][names]
+
+
+def test_labels_are_taken_by_their_place_and_not_by_the_names_of_rows():
+    expected, got = (evaluate.score(linear, W, X, kind(Y)).clean for kind in (np.array, Table))
+    np.testing.assert_array_equal(got, expected)

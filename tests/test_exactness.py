@@ -200,19 +200,6 @@ def test_many_digits_agree_with_float64_where_nothing_saturates(name, norm):
         assert references.cosine(references.loss_row(z, jac, y), -t[y]) > 1 - 1e-12
 
 
-def test_the_reference_quadratic_form_is_the_curvature_of_kl():
-    p, h = problem("mlp-3", 1), 1e-4
-    for x, z, jac in zip(p.x.astype(np.float64), p.logits, p.jac, strict=True):
-        v, values = references.virtual(z, jac)
-        rng = np.random.default_rng(0)
-        others = [references.steepest(u, "l2") for u in rng.normal(size=(20, x.size))]
-        bends = [references.kl(z, references.net(p.params, x + h * u)[0]) for u in (v, *others)]
-        # KL is r^T H r / 2 up to a relative h: no direction bends it more than the top one.
-        assert max(bends[1:]) <= bends[0] * (1 + 10 * h)
-        assert values[-1] == 1
-        assert np.all(values > -1e-12)
-
-
 # Algorithm 1
 
 
@@ -268,7 +255,19 @@ def test_the_plain_softmax_jacobian_is_lost_on_these_points(scale):
     assert np.mean(lost) > 0.5
 
 
-# Adv_Loss
+# Adv_Loss, and the virtual adversary
+
+
+def test_vat_goes_the_way_in_which_the_divergence_bends_most():
+    p = problem("mlp-3", 1)
+    keys = jax.random.split(jax.random.key(0), len(p.x))
+    r, ratios = perturb.vat(apply, p.params, p.x, eps=0.5, steps=10, key=keys), []
+    for z, jac, row in zip(p.logits, p.jac, r, strict=True):
+        top, values = references.virtual(z, jac)
+        # Ten power iterations, by the ratio of two eigenvalues, from 86 degrees off at the most.
+        assert abs(references.cosine(row, top)) >= 1 - 1e-4 - 100 * values[-2] ** 20
+        ratios.append(values[-2])
+    assert np.median(ratios) < 0.5  # or little would be asked
 
 
 @every_norm
@@ -294,14 +293,6 @@ def test_loss_sign_is_the_sign_direction_at_l2_size_eps(name, scale):
         np.testing.assert_allclose(
             np.abs(row), 0.5 * np.abs(references.loss_sign(z, jac, y)), rtol=1e-6
         )
-
-
-@every_scale
-@pytest.mark.parametrize("name", ["linear-2", "mlp-2"])
-def test_with_two_classes_alpha_and_loss_go_the_same_way(name, scale):
-    r = solved(name, scale)
-    # The same difference of two rows, but for a few roundings of 2^-24 in its weights.
-    np.testing.assert_allclose(r["alpha", "l2"], r["loss", "l2"], atol=1e-6)
 
 
 # Other precisions
@@ -419,17 +410,6 @@ def test_softmax_jacobian_is_the_papers_t_and_its_rows_sum_to_0(name):
     # Sums of K rows of order 1: some roundings of 2^-24.
     np.testing.assert_allclose(t, want, atol=1e-6)
     np.testing.assert_allclose(t.sum(axis=1), 0, atol=1e-6)
-
-
-def test_images_keep_their_shape():
-    p = problem("mlp-3", 1)
-    x = p.x.reshape(-1, 2, 4)
-    # The same numbers in another order of axes: XLA may sum them in another order too.
-    r = jax.jit(perturb.alpha, static_argnums=0)(apply, p.params, x, p.y)
-    want = solved("mlp-3", 1)["minimal", "l2"].reshape(x.shape)
-    np.testing.assert_allclose(r, want, rtol=1e-5, atol=1e-6)
-    t, flat = (softmax_jacobian(apply, p.params, v) for v in (x, p.x))
-    np.testing.assert_allclose(t, flat.reshape(-1, 3, 2, 4), rtol=1e-5, atol=1e-6)
 
 
 # Ties, masks and derivatives

@@ -34,14 +34,6 @@ def test_the_exact_direction_is_that_of_the_margin():
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-12)
 
 
-def test_the_moons_are_two_classes_side_by_side():
-    x, y = gallery.moons(np.random.default_rng(0), 400)
-    assert x.shape == (400, 2)
-    for label, centre in ((0, (0, 0)), (1, (1, 0.5))):
-        r = np.linalg.norm(np.asarray(x)[np.asarray(y) == label] - np.array(centre), axis=1)
-        assert np.quantile(np.abs(r - 1), 0.95) < 0.25
-
-
 @pytest.mark.slow
 def test_every_picture_is_drawn(tmp_path):
     settings = gallery.Settings(n=40, out=tmp_path)

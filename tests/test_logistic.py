@@ -1,6 +1,5 @@
 """`jaxadv.logistic`: Appendix A, against brute force over the ball and scipy's optimum."""
 
-import itertools
 from functools import partial
 
 import jax
@@ -50,13 +49,6 @@ def in_ball(norm, n, d, eps, seed=1):
     return eps * v * np.where(np.arange(n) % 2, 1, rng.random(n))[:, None]
 
 
-def corners(norm, d, eps):
-    """Every vertex of the l1 and of the linf ball."""
-    if norm == "l1":
-        return eps * np.concatenate([np.eye(d), -np.eye(d)])
-    return eps * np.array(list(itertools.product([-1.0, 1.0], repeat=d)))
-
-
 # The inner maximum, Proposition B
 
 
@@ -70,27 +62,11 @@ def test_the_loss_is_that_at_the_adversary(norm):
 
 
 @every_norm
-def test_the_adversary_is_of_size_eps(norm):
-    w, x, y = draw()
-    r = logistic.adversary(w, x, y, eps=EPS, norm=norm)
-    sizes = [references.length(row, norm) for row in np.asarray(r)]
-    np.testing.assert_allclose(sizes, EPS, rtol=RTOL)
-
-
-@every_norm
 def test_no_point_of_the_ball_beats_the_loss(norm):
     w, x, y = draw()
     best = np.asarray(logistic.loss(w, x, y, eps=EPS, norm=norm), np.float64)
     for r in in_ball(norm, 2000, D, EPS):
         assert np.all(loss_at(w, x + r[None], y) <= best * (1 + RTOL))
-
-
-@pytest.mark.parametrize("norm", ["l1", "linf"])
-def test_the_loss_is_that_at_the_worst_corner_of_the_ball(norm):
-    w, x, y = draw()
-    at_corners = [loss_at(w, x + r[None], y) for r in corners(norm, D, EPS)]
-    got = logistic.loss(w, x, y, eps=EPS, norm=norm)
-    np.testing.assert_allclose(got, np.max(at_corners, axis=0), rtol=RTOL)
 
 
 @every_norm
@@ -203,49 +179,18 @@ def test_proposition_c_the_regularisation_is_not_convex():
     assert middle > start + (end - start) * 2 / 12
 
 
-def scipy_optimum(x, y, eps, norm):
-    """The least objective, by a smooth problem in float64 and scipy."""
-    x, n, d = np.asarray(x, np.float64), *x.shape
-
-    def value_and_gradient(w, size, of_size):
-        q = -y * (x @ w) + eps * size
-        s = 1 / (1 + np.exp(-q)) / n
-        return np.logaddexp(0, q).mean(), -(s * y) @ x, eps * s.sum() * of_size
-
-    if norm == "l2":
-
-        def smooth(w):
-            size = np.linalg.norm(w)
-            value, of_w, of_size = value_and_gradient(w, size, w / size)
-            return value, of_w + of_size
-
-        found = optimize.minimize(smooth, np.full(d, 0.1), jac=True, method="L-BFGS-B",
-                                  options={"ftol": 1e-15, "gtol": 1e-10})  # fmt: skip
-        return found.fun, found.x
-    if norm == "linf":  # ||w||_1 = sum(u + v) for w = u - v, u and v >= 0
-
-        def smooth(uv):
-            w = uv[:d] - uv[d:]
-            value, of_w, of_size = value_and_gradient(w, uv.sum(), np.ones(2 * d))
-            return value, np.concatenate([of_w, -of_w]) + of_size
-
-        found = optimize.minimize(smooth, np.full(2 * d, 0.1), jac=True, method="L-BFGS-B",
-                                  bounds=[(0, None)] * (2 * d),
-                                  options={"ftol": 1e-15, "gtol": 1e-10})  # fmt: skip
-        return found.fun, found.x[:d] - found.x[d:]
-
-    def smooth(wt):  # ||w||_inf <= t
-        value, of_w, of_size = value_and_gradient(wt[:d], wt[d], 1)
-        return value, np.append(of_w, of_size)
-
-    eye, ones = np.eye(d), np.ones((d, 1))
-    within = optimize.LinearConstraint(
-        np.vstack([np.hstack([-eye, ones]), np.hstack([eye, ones])]), 0, np.inf
-    )
-    found = optimize.minimize(smooth, np.full(d + 1, 0.1), jac=True, method="SLSQP",
-                              constraints=within,
-                              options={"ftol": 1e-14, "maxiter": 500})  # fmt: skip
-    return found.fun, found.x[:d]
+def scipy_optimum(x, y, norm):
+    """The least objective, by a search without gradients in float64, since the norm has kinks."""
+    options = {"xatol": 1e-9, "fatol": 1e-13, "maxiter": 10_000, "maxfev": 10_000}
+    best = optimize.OptimizeResult(x=np.full(D, 0.1))
+    for _ in range(5):  # a simplex that has collapsed begins anew
+        best = optimize.minimize(
+            lambda w: exact(w, x, y, EPS, norm).mean(),
+            best.x,
+            method="Nelder-Mead",
+            options=options,
+        )
+    return best.fun, best.x
 
 
 def draw_problem(seed=5):
@@ -258,7 +203,7 @@ def draw_problem(seed=5):
 
 def test_fit_meets_scipys_optimum_in_l2():
     x, y = draw_problem()
-    least, at = scipy_optimum(x, y, EPS, "l2")
+    least, at = scipy_optimum(x, y, "l2")
     w, values = logistic.fit(jnp.full(D, 0.1), x, y, eps=EPS, norm="l2")
     # The objective in float32 near its minimum: a few roundings.
     np.testing.assert_allclose(values[-1], least, rtol=1e-6)
@@ -271,7 +216,7 @@ def test_fit_meets_scipys_optimum_in_l2():
 @pytest.mark.parametrize("norm", ["l1", "linf"])
 def test_fit_with_a_decaying_subgradient_method_meets_scipys_optimum(norm):
     x, y = draw_problem()
-    least, at = scipy_optimum(x, y, EPS, norm)
+    least, at = scipy_optimum(x, y, norm)
     steps = 3000
     tx = optax.sgd(optax.cosine_decay_schedule(0.5, steps))
     w, values = logistic.fit(jnp.full(D, 0.1), x, y, eps=EPS, norm=norm, tx=tx, steps=steps)
@@ -371,9 +316,6 @@ def test_everything_works_under_jit_with_a_traced_size():
     for function in (logistic.loss, logistic.adversary, logistic.objective):
         got = jax.jit(partial(function, norm="l2"))(w, x, y, eps=EPS)
         np.testing.assert_allclose(got, function(w, x, y, eps=EPS, norm="l2"), rtol=RTOL)
-    fit = partial(logistic.fit, norm="l2", tx=optax.sgd(0.1), steps=3)
-    got, want = jax.jit(fit)(w, x, y, eps=EPS)[1], fit(w, x, y, eps=EPS)[1]
-    np.testing.assert_allclose(got, want, rtol=RTOL)
 
 
 FUNCTIONS = (logistic.loss, logistic.adversary, logistic.objective, logistic.fit)
@@ -389,10 +331,8 @@ def test_labels_0_and_1_raise_with_the_cure(function):
 # name: w, x and y of w [D], x [B, D], y [B]
 SHAPES = {
     "w of another size": lambda w, x, y: (w[:-1], x, y),
-    "w a column": lambda w, x, y: (w[:, None], x, y),
     "y of another batch": lambda w, x, y: (w, x, y[:-1]),
     "y a column": lambda w, x, y: (w, x, y[:, None]),
-    "x images": lambda w, x, y: (w, x.reshape(B, 2, 2), y),
     "w and x images": lambda w, x, y: (w.reshape(2, 2), x.reshape(B, 2, 2), y),
     "x one example": lambda w, x, y: (w, x[0], y[0]),
 }
@@ -407,12 +347,16 @@ def test_shapes_that_do_not_match_raise(name, function):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_an_unknown_norm_and_a_negative_size_raise(function):
-    with pytest.raises(ValueError, match="l3"):
-        function(*draw(), eps=EPS, norm="l3")
-    with pytest.raises(ValueError, match="eps"):
-        function(*draw(), eps=-EPS, norm="l2")
+    for wrong in ({"norm": "l3"}, {"eps": -EPS}):
+        with pytest.raises(ValueError, match=r"expected (norm to be one of|a finite eps >= 0)"):
+            function(*draw(), **{"eps": EPS, "norm": "l2", **wrong})
 
 
 def test_no_steps_raise():
     with pytest.raises(ValueError, match="steps"):
         logistic.fit(*draw(), eps=EPS, norm="l2", steps=0)
+
+
+def test_lists_are_taken():
+    r = logistic.adversary([3.0, 4.0], [[1.0, 1.0]], [1], eps=5.0, norm="l2")
+    np.testing.assert_allclose(r, [[-3, -4]], rtol=1e-6)

@@ -23,7 +23,7 @@ def made(**kwargs):
 
 
 def shapes(net, x):
-    leaves, _ = jax.tree_util.tree_flatten_with_path(init(net, jax.random.key(0), x))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.eval_shape(net.init, jax.random.key(0), x))
     return {
         jax.tree_util.keystr(path[1:-1], simple=True, separator="/"): leaf.shape
         for path, leaf in leaves
@@ -110,8 +110,8 @@ def convolved(x, kernel, padding):
     return out
 
 
-SIZES = [(1, 0), (3, 1), (3, 0), (5, 0), (5, 2)]  # of a kernel, with its padding
-IMAGES = [(6, 8, 4), (6, 7, 4), (7, 6, 9)]
+SIZES = [(1, 0), (3, 1), (5, 0)]  # of a kernel, with its padding
+IMAGES = [(6, 8, 4), (7, 6, 9)]
 FORMS = (models._convolve, models._by_windows)
 
 
@@ -156,7 +156,7 @@ def test_on_cpu_large_kernels_over_few_channels_are_matrix_products(net, x):
     assert text.count("stablehlo.convolution") == expected
 
 
-@pytest.mark.parametrize("n", [100, 101, 250])
+@pytest.mark.parametrize("n", [101, 250])
 def test_large_batches_go_through_lenet_in_parts_that_make_no_difference(n):
     net, rng = lenet((9,)), np.random.default_rng(n)
     x = jnp.asarray(rng.uniform(size=(n, *DIGITS.shape[1:])), jnp.float32)
@@ -164,20 +164,26 @@ def test_large_batches_go_through_lenet_in_parts_that_make_no_difference(n):
     params = init(net, jax.random.key(0), x)
     apply_fn = function(net)
 
-    def loss(params, x, y):
-        return jnp.sum(losses.margin(apply_fn(params, x), y))
+    @jax.jit
+    def logits_and_slopes(params, x, y):
+        def loss(params, x):
+            logits = apply_fn(params, x)
+            return jnp.sum(losses.margin(logits, y)), logits
 
-    logits, by = [], []
-    for part in np.split(np.arange(n), range(60, n, 60)):
-        logits.append(apply_fn(params, x[part]))
-        by.append(jax.grad(loss, (0, 1))(params, x[part], y[part]))
-    in_params, in_x = zip(*by, strict=True)
+        slopes, logits = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+        return logits, *slopes
+
+    parts = [
+        logits_and_slopes(params, x[part], y[part])
+        for part in np.split(np.arange(n), range(50, n, 50))
+    ]
+    logits, in_params, in_x = zip(*parts, strict=True)
     # Sums of some hundred float32 products, and for the parameters of n examples, in other orders.
     close = partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-4)
-    close(apply_fn(params, x), jnp.concatenate(logits))
-    whole = jax.grad(loss, (0, 1))(params, x, y)
-    close(whole[1], jnp.concatenate(in_x))
-    close(whole[0], jax.tree.map(lambda *parts: sum(parts), *in_params))
+    whole = logits_and_slopes(params, x, y)
+    close(whole[0], jnp.concatenate(logits))
+    close(whole[1], jax.tree.map(lambda *of_parts: sum(of_parts), *in_params))
+    close(whole[2], jnp.concatenate(in_x))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="parts are for CPU's caches")
@@ -196,12 +202,12 @@ def test_the_windows_of_a_large_batch_arent_all_there_at_once():
 @pytest.mark.parametrize(("net", "x"), [(lenet((9,)), DIGITS), (vgg((32, 32), width=0.25), PHOTOS)])
 def test_every_net_has_derivatives_in_both_modes(net, x):
     params = init(net, jax.random.key(0), x)
-    r = perturb.vat(function(net), params, x, eps=0.5, key=jax.random.key(1))
+    r = jax.jit(partial(perturb.vat, function(net), eps=0.5))(params, x, key=jax.random.key(1))
     # A sum of at most 2352 squares.
     np.testing.assert_allclose(jnp.linalg.norm(r.reshape(2, -1), axis=1), 0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
 @pytest.mark.parametrize(("net", "x"), [(mlp((64, 64)), DIGITS), (lenet((32,)), DIGITS)])
 def test_in_bfloat16_perturbations_keep_their_direction(net, x, scale):
     params = init(net, jax.random.key(0), x)
@@ -211,7 +217,8 @@ def test_in_bfloat16_perturbations_keep_their_direction(net, x, scale):
     y = function(net)(params, x).argmax(axis=1)
     assert function(low)(params, x).dtype == jnp.float32
     for method in (perturb.loss, perturb.alpha):
-        r = [np.ravel(method(function(n), params, x, y, eps=1.0)) for n in (net, low)]
+        attacked = [jax.jit(partial(method, function(n), eps=1.0)) for n in (net, low)]
+        r = [np.ravel(fn(params, x, y)) for fn in attacked]
         assert r[0].dtype == np.float32
         # bfloat16 has 8 bits; a few of the ReLUs turn over.
         assert np.dot(*r) / np.prod(np.linalg.norm(r, axis=1)) > 0.99
@@ -260,53 +267,28 @@ def with_(params, layer, part, shape):
     return params
 
 
-MLP = "500x400 for images of 28x28x1, got "
+LAYER = "params/hidden_"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda p: without(p, "hidden_0", "kernel"),
-            MLP + r"no params/hidden_0/kernel, which should be \[784, 500\]\. Choose images like",
-        ),
-        (
-            lambda p: without(p, "hidden_1", "bias"),
-            MLP + r"no params/hidden_1/bias, which should be \[400\]\. Choose images like",
-        ),
-        (
-            lambda p: with_(p, "hidden_0", "kernel", ()),
-            MLP + r"params/hidden_0/kernel of shape \[\] and not \[784, 500\]\. Choose",
-        ),
-        (
-            lambda p: with_(p, "hidden_1", "kernel", (500, 0)),
-            MLP + r"params/hidden_1/kernel of shape \[500, 0\] and not \[500, 400\]\. Choose",
-        ),
-        (
-            lambda p: with_(p, "logits", "bias", (11,)),
-            MLP + r"params/logits/bias of shape \[11\] and not \[10\]\. Choose",
-        ),
-        (
-            lambda p: with_(p, "norm", "scale", (3,)),
-            MLP + r"params/norm/scale, which the net doesn't have\. Choose",
-        ),
-        (
-            lambda p: {**p, "batch_stats": {"mean": np.zeros(3)}},
-            MLP + r"batch_stats/mean, which the net doesn't have\. Choose",
-        ),
-        (
-            lambda p: with_(without(p, "hidden_1", "bias"), "hidden_0", "kernel", (100, 500)),
-            MLP + r"params/hidden_0/kernel of .*; no params/hidden_1/bias, which should be",
-        ),
+        (lambda p: without(p, "hidden_0", "kernel"), rf"no {LAYER}0/kernel, .* be \[784, 500\]"),
+        (lambda p: without(p, "hidden_1", "bias"), rf"no {LAYER}1/bias, which should be \[400\]"),
+        (lambda p: with_(p, "hidden_0", "kernel", ()), rf"{LAYER}0/kernel of .* \[\] and not \["),
+        (lambda p: with_(p, "hidden_1", "kernel", (500, 0)), r"\[500, 0\] and not \[500, 400\]"),
+        (lambda p: with_(p, "norm", "scale", (3,)), r"params/norm/scale, which the net doesn"),
+        (lambda p: {**p, "batch_stats": {"mean": np.zeros(3)}}, "batch_stats/mean, which the ne"),
+        (lambda p: with_(without(p, "hidden_1", "bias"), "hidden_0", "kernel", (100, 500)),
+         rf"{LAYER}0/kernel of .*; no {LAYER}1/bias, which should be"),
     ],
-    ids=[
-        "missing kernel", "missing bias", "scalar kernel", "empty kernel", "another shape",
-        "another layer", "another collection", "several",
-    ],
+    ids=["missing kernel", "missing bias", "scalar kernel", "empty kernel", "another layer",
+         "another collection", "several"],
 )  # fmt: skip
 def test_parameters_that_arent_those_of_the_net_are_named(change, message):
     params = change(stored(mlp((500, 400)), DIGITS))
-    with pytest.raises(ValueError, match="expected the parameters of " + message):
+    start = "expected the parameters of 500x400 for images of 28x28x1, got .*"
+    with pytest.raises(ValueError, match=start + message):
         models.recognised(params, (28, 28, 1))
 
 

@@ -1,13 +1,13 @@
 """`jaxadv.attack.pgd`: what is its own; the contract of all methods is in test_contract."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import references
 from references import DUAL_ORDER, NORMS, ORDER, lengths
 
 from jaxadv import attack, losses
@@ -52,20 +52,6 @@ def outcome(params, x, y, r):
 
 
 # The best iterate
-
-
-@pytest.mark.parametrize(("norm", "random_start"), [("l1", False), ("l2", False), ("linf", True)])
-def test_more_steps_of_the_same_size_never_do_worse(norm, random_start):
-    params, x, y = problem()
-    # Steps so long that single ones do overshoot.
-    fn = functools.partial(pgd, net, params, x, y, eps=1.0, norm=norm, step_size=0.7, key=KEYS)
-    results = [
-        outcome(params, x, y, fn(steps=steps, random_start=random_start)) for steps in (1, 3, 13)
-    ]
-    for (hit, loss), (later_hit, later_loss) in itertools.pairwise(results):
-        assert (later_hit >= hit).all()
-        # Of those that neither gain nor lose; programs of other lengths round otherwise.
-        assert (later_loss >= loss - 1e-5)[later_hit == hit].all()
 
 
 def test_a_custom_loss_of_soft_targets_never_falls_with_more_steps():
@@ -184,28 +170,7 @@ def test_a_targeted_attack_lowers_the_loss_of_its_target_to_the_closed_form():
     np.testing.assert_allclose(toward, away, atol=1e-6)
 
 
-def test_a_targeted_attack_reaches_the_target():
-    params, x, _ = problem()
-    clean = np.asarray(net(params, x)).argmax(axis=1)
-    for target in range(K):
-        y = np.full(B, target)
-        r = pgd(net, params, x, y, eps=5.0, steps=60, targeted=True)
-        hit = np.asarray(net(params, x + r)).argmax(axis=1) == target
-        assert hit[clean == target].all()  # what was there stays there
-        assert hit.mean() > 0.5
-
-
 # The ball
-
-
-@every_norm
-@pytest.mark.parametrize("step_size", [0.05, 30.0])
-def test_r_stays_in_the_ball_whatever_the_step_size(norm, step_size):
-    params, x, y = problem()
-    eps = np.array([0, 0.1, 0.3, 0.7, 1.3, 5], np.float32)
-    r = pgd(net, params, x, y, eps=eps, norm=norm, steps=5, step_size=step_size)
-    assert (lengths(r, norm) <= eps * (1 + 1e-6)).all()
-    np.testing.assert_array_equal(r[0], 0)
 
 
 @every_norm
@@ -240,14 +205,7 @@ def test_the_default_step_is_two_and_a_half_times_eps_over_the_steps():
 
 
 @pytest.mark.parametrize(
-    "labels",
-    [
-        np.full((B, K), 1 / K, np.float32),
-        np.eye(K, dtype=np.int32)[[0, 1, 2, 0, 1, 2]],
-        np.linspace(0, 1, B, dtype=np.float32),
-        np.full((B, 2, 2), 7, np.uint8),
-    ],
-    ids=["soft", "one-hot", "regression", "anything"],
+    "labels", [np.full((B, K), 1 / K, np.float32), np.full((B, 2, 2), 7, np.uint8)]
 )
 def test_labels_reach_the_loss_unchanged(labels):
     params, x, _ = problem()
@@ -265,26 +223,16 @@ def test_labels_reach_the_loss_unchanged(labels):
 # Compilation
 
 
-def counting():
-    calls = []
-
-    def apply_fn(params, x):
-        calls.append(x.shape)
-        return net(params, x)
-
-    return apply_fn, calls
-
-
 def test_the_number_of_steps_does_not_multiply_the_traces():
-    params, x, y = problem()
-    traces = []
-    for steps in (2, 50):
-        apply_fn, calls = counting()
-        jax.eval_shape(
-            lambda fn=apply_fn, steps=steps: attack.pgd(fn, params, x, y, eps=0.5, steps=steps)
-        )
-        traces.append(len(calls))
-    assert traces[0] == traces[1]
+    traces = {2: [], 50: []}
+    for steps, calls in traces.items():
+
+        def apply_fn(params, x, calls=calls):
+            calls.append(x.shape)
+            return net(params, x)
+
+        attack.pgd(apply_fn, *problem(), eps=0.5, steps=steps)
+    assert len(traces[2]) == len(traces[50])
 
 
 # Restarts
@@ -313,18 +261,6 @@ def test_the_first_of_several_runs_starts_at_x(random_start):
     worse = outcome(params, x, y, fn(restarts=2))[1] < outcome(params, x, y, 0 * x)[1] - 1e-5
     assert not worse.any()
     np.testing.assert_array_equal(fn(restarts=2)[-1], 0)  # that one is misclassified at x
-
-
-def test_one_run_has_a_derivative_in_eps():
-    params, x, y = linear_problem()
-
-    def rise(eps):
-        r = attack.pgd(linear, params, x, y, eps=eps, steps=3)
-        return losses.margin(linear(params, x + r), y).sum()
-
-    # Each margin rises by eps times the gradient's length.
-    slope = B * np.linalg.norm(params[0][:, 1] - params[0][:, 0])
-    np.testing.assert_allclose(jax.grad(rise)(0.3), slope, rtol=1e-5)
 
 
 # Nets that draw random numbers
@@ -380,30 +316,14 @@ def test_what_is_drawn_for_an_example_does_not_depend_on_its_batch():
     assert (np.asarray(fn(x, y, key=KEYS[::-1])) != r).any()
 
 
-def test_without_samples_the_net_is_called_without_a_key():
-    params, x, y = problem()
-    calls = []
-
-    def apply_fn(*args):
-        calls.append(len(args))
-        return net(*args)
-
-    for fn in (attack.pgd, attack.apgd):
-        jax.eval_shape(lambda fn=fn: fn(apply_fn, params, x, y, eps=0.5, steps=2, key=KEYS))
-    assert set(calls) == {2}
-
-
 # Away from the net's own output
 
 
 def divergence(params, x, r):
-    """Of the net's output at x from that at x + r, in float64."""
-    z, moved = (np.asarray(net(params, v), np.float64) for v in (x, x + r))
-    log_p, log_q = (
-        v - np.log(np.exp(v - v.max(1, keepdims=True)).sum(1, keepdims=True))
-        - v.max(1, keepdims=True) for v in (z, moved)
-    )  # fmt: skip
-    return (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    """Of the net's output at x from that at x + r."""
+    return np.array(
+        [references.kl(*z) for z in zip(net(params, x), net(params, x + r), strict=True)]
+    )
 
 
 virtual = jax.jit(attack.pgd_kl, static_argnums=0, static_argnames=("norm", "steps"))
@@ -423,13 +343,32 @@ def test_the_virtual_attack_moves_the_output_further_than_random_points_of_the_b
     assert (found > np.median(random, axis=0)).all()
 
 
-def test_the_virtual_attack_needs_no_labels_but_a_key():
+def test_the_virtual_attack_needs_no_labels():
     params, x, y = problem()
     r = virtual(net, params, x, eps=0.5, norm="l2", steps=2, key=KEYS)
     np.testing.assert_array_equal(
         r, virtual(net, params, x, y, eps=0.5, norm="l2", steps=2, key=KEYS)
     )
-    with pytest.raises(ValueError, match=r"expected a key: attack\.pgd_kl draws random numbers"):
-        attack.pgd_kl(net, params, x, eps=0.5)
-    with pytest.raises(TypeError, match="expected integer labels"):
-        attack.pgd_kl(net, params, x, np.eye(B, K), eps=0.5, key=KEYS)
+
+
+def test_a_third_class_is_found_behind_one_with_the_true_class_s_gradient():
+    g, v = np.random.default_rng(0).normal(size=(2, D)).astype(np.float32)
+    for gap in (90.0, 300.0):
+
+        def apply_fn(_, x, gap=gap):
+            z = jnp.stack([x @ g, x @ g, x @ v], axis=1)
+            return z + jnp.array([gap, 0, -gap], jnp.float32)[None]
+
+        x, y = 0.1 * problem()[1], np.zeros(B, int)
+        eps = 2.5 * gap / float(np.linalg.norm(v - g))  # beyond the boundary
+        r = attack.pgd(apply_fn, None, x, y, eps=eps, steps=10)
+        np.testing.assert_array_equal(np.argmax(apply_fn(None, x + r), axis=1), 2)
+
+
+@pytest.mark.parametrize("method", [attack.pgd, attack.apgd])
+def test_a_mean_over_the_batch_is_no_loss_of_an_attack(method):
+    def mean(logits, labels):
+        return jnp.mean(losses.dlr(logits, labels))
+
+    with pytest.raises(ValueError, match=r"one loss per example, \[6\], got shape \(\); leave out"):
+        method(net, *problem(), eps=1.0, steps=2, loss_fn=mean, key=KEYS)

@@ -27,10 +27,7 @@ def test_the_ways_differ_in_the_step_alone():
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"precision": "bfloat16"},
-        {"coordinator": "localhost:1", "processes": 2, "process": 0},
-    ],
+    [{"precision": "bfloat16"}, {"coordinator": "localhost:1", "processes": 2, "process": 0}],
     ids=["bfloat16", "processes"],
 )
 def test_what_autoattack_is_not_run_with_is_refused(changes):

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import io_callback
 from references import DUAL_ORDER, lengths
 
-from jaxadv import losses
+from jaxadv import losses, perturb
 from jaxadv.attack import square as eager
 from jaxadv.attack._square import _SEARCHES, _peak, _side
 
@@ -130,17 +130,6 @@ def test_the_search_ends_with_the_last_row_that_is_fooled():
 
 
 @every_norm
-def test_rows_that_are_misclassified_from_the_start_are_0(norm):
-    params, x, y = problem()
-    r = square(net, params, x, y, eps=1.0, norm=norm, steps=SHORT, key=KEYS)
-    np.testing.assert_array_equal(r[-1], 0)
-    assert (lengths(r, norm)[:-1] > 0).all()
-    clean = np.asarray(net(params, x)).argmax(axis=1)
-    r = square(net, params, x, clean, eps=1.0, norm=norm, steps=LONG, targeted=True, key=KEYS)
-    np.testing.assert_array_equal(r, 0)
-
-
-@every_norm
 def test_a_targeted_search_lowers_the_cross_entropy_until_it_reaches_the_target(norm):
     params, x, _ = problem()
     clean = np.asarray(net(params, x)).argmax(axis=1)
@@ -154,36 +143,12 @@ def test_a_targeted_search_lowers_the_cross_entropy_until_it_reaches_the_target(
     assert (after < before).all()
 
 
-def test_success_comes_before_loss():
-    def split(params, x):  # class 0 wins, with more cross-entropy, where two corners differ
-        hit = x[:, 0, 0, 0] * x[:, -1, 0, 0] < 0
-        near, even = (jnp.array([0.0, first] + [last] * 7) for first, last in ((1, -9), (-1, -1)))
-        return jnp.where(hit[:, None], even[None], near[None])
-
-    x, y = np.zeros((B, S, S, C), np.float32), np.zeros(B, int)
-    apart = x.copy()
-    apart[:, 0, 0, 0], apart[:, -1, 0, 0] = -1, 1
-    near, far = (losses.margin(split(None, a), y) for a in (x, apart))
-    assert (near < far).all()
-    r = square(split, None, x, y, eps=1.0, norm="linf", steps=SHORT, targeted=True, key=KEYS)
-    assert (np.asarray(split(None, r)).argmax(axis=1) == y).sum() > B / 2
-
-
-def test_logits_of_inf_fool_nobody():
-    def broken(params, x):  # overflows everywhere but at the origin
-        total = jnp.sum(jnp.abs(x), axis=(1, 2, 3))
-        return jnp.stack([jnp.ones_like(total), jnp.where(total > 0, jnp.inf, 0)], axis=1)
-
-    x, y = np.zeros((B, S, S, C), np.float32), np.zeros(B, int)
-    r = square(broken, None, x, y, eps=1.0, norm="linf", steps=1, key=KEYS)
-    np.testing.assert_array_equal(r, 0)
-
-
-def test_logits_of_nan_fool_nobody():
-    def broken(params, x):  # NaN everywhere but at the origin
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_logits_that_are_not_finite_fool_nobody(bad):
+    def broken(params, x):  # everywhere but at the origin
         total = jnp.sum(jnp.abs(x), axis=(1, 2, 3))
         logits = jnp.stack([jnp.zeros_like(total), 1 - total], axis=1)
-        return jnp.where(total[:, None] > 0, jnp.nan, logits)
+        return jnp.where(total[:, None] > 0, jnp.where(jnp.arange(2) == 0, bad, logits), logits)
 
     x = np.zeros((B, S, S, C), np.float32)
     for targeted in (False, True):  # argmax takes NaN for the largest, so that class 0 would win
@@ -320,31 +285,7 @@ def test_a_window_is_anywhere_in_the_image(norm):
     assert (support.sum(axis=(1, 2)) == 9).all()
 
 
-# The ball and the box
-
-
-@every_norm
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("bounds", [None, (0.1, 0.9)])
-def test_r_stays_in_the_ball_and_in_the_box(norm, dtype, bounds):
-    params, x, y = problem()
-    x = x if bounds is None else x.clip(*bounds)
-    params, x = jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, x))
-    params, y = (params[0], jnp.array([1e3, 0, 0], dtype)), np.zeros(B, int)  # never fooled
-    eps = np.array([0, 0.01, 0.3, 0.7, 1.3, 5], np.float32)
-    r = square(net, params, x, y, eps=eps, norm=norm, steps=SHORT, key=KEYS, bounds=bounds)
-    assert r.dtype == dtype
-    size = lengths(r, norm)
-    assert (size <= eps * (1 + 1e-6)).all()
-    np.testing.assert_array_equal(r[0], 0)
-    if bounds is None:  # nothing is lost but what rounding to x's dtype takes
-        assert (size >= eps * (1 - 2 * float(jnp.finfo(dtype).eps))).all()
-    else:
-        moved = np.asarray((x + r).astype(jnp.float32))
-        lo, hi = (float(jnp.asarray(b, dtype)) for b in bounds)
-        assert lo <= moved.min() <= moved.max() <= hi
-        assert (moved[5] == lo).any()
-        assert (moved[5] == hi).any()
+# The ball
 
 
 def test_the_l2_ball_has_any_size():
@@ -376,10 +317,25 @@ def test_the_number_of_steps_and_of_windows_does_not_multiply_the_traces():
     assert traces[0] == traces[1]
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("norm", "dtype"), [("l2", np.float64), ("linf", np.float32)])
-def test_in_64_bit_mode_r_has_the_dtype_of_x(norm, dtype):
-    params, x, y = jax.tree.map(lambda v: v.astype(dtype) if v.dtype.kind == "f" else v, problem())
-    r = square(net, params, x, y, eps=0.1, norm=norm, steps=SHORT, key=KEYS)
-    assert r.dtype == dtype
-    assert (lengths(r, norm) <= 0.1 * (1 + 1e-6)).all()
+@pytest.mark.parametrize(
+    ("shape", "norm", "bounds"),
+    [((7,), "l2", None), ((3, 5), "linf", (-1.0, 1.0)), ((2, 3, 2, 2), "l2", (-1.0, 1.0))],
+)
+def test_square_takes_vectors(shape, norm, bounds):
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(math.prod(shape), 3)).astype(np.float32)
+    x = rng.normal(size=(B, *shape)).clip(-1, 1).astype(np.float32)
+
+    def linear(w, x):
+        return x.reshape(len(x), -1) @ w
+
+    y = np.asarray(linear(w, x)).argmax(axis=1)
+    r = square(linear, w, x, y, eps=3.0, norm=norm, steps=100, key=KEYS, bounds=bounds)
+    assert r.shape == x.shape
+    assert (lengths(r, norm) <= 3 * (1 + 1e-6)).all()
+    assert bounds is None or (np.abs(x + r) <= 1).all()
+    reach = perturb.loss(linear, w, x, y, eps=3.0, norm=norm, bounds=bounds)
+    fooled, by_one_step = (np.asarray(linear(w, x + v)).argmax(axis=1) != y for v in (r, reach))
+    # A linear net that one step misleads, random search misleads as well.
+    assert (fooled >= by_one_step).all()
+    assert by_one_step.any()

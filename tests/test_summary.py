@@ -51,10 +51,7 @@ def test_ways_of_training_by_one_step_stand_beside_what_autoattack_leaves(monkey
     left = robust_row(method="four, seed 0", n=5, columns={"clean": 1.0, "robust": 0.6})
     (tmp_path / "remedies" / "autoattack").mkdir(parents=True)
     records.save(tmp_path / "remedies" / "results.json", [row])
-    records.save(
-        tmp_path / "remedies" / "autoattack" / "results.json",
-        [left],
-    )
+    records.save(tmp_path / "remedies" / "autoattack" / "results.json", [left])
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     _, _, _, line, _ = summary.fill("<!-- table remedies -->\n<!-- end -->").splitlines()
     assert line.startswith("| four steps from a random start | 1.5 | 5.0 | 0.9900 |")

@@ -59,38 +59,35 @@ def test_the_markdown_table_has_a_row_for_ours_and_one_for_the_paper(tmp_path):
     assert lines[-2:] == ["- note", "- Training took 6 s in all, on cpu x1, jax 0."]
 
 
+def written(tmp_path, rows, sections):
+    tables.show(Console(file=io.StringIO()), tmp_path, "A title", rows, sections, [])
+    return (tmp_path / "results.md").read_text().splitlines()
+
+
+def headings(lines):
+    return [line for line in lines if line.startswith("#")]
+
+
 def test_figures_printed_with_four_digits_keep_them(tmp_path):
-    out = io.StringIO()
     paper = {"lwa": (0.9932, 0.9817, 0.98, 0.9533, 0.9529)}
-    sections = tables.by_size(ROWS, NAMES, paper)
-    tables.show(Console(file=out), tmp_path, "t", ROWS, sections, [])
-    assert (
-        "| paper | 0.9932 | 0.9817 | 0.9800 | 0.9533 | 0.9529 |  |"
-        in (tmp_path / "results.md").read_text()
-    )
+    lines = written(tmp_path, ROWS, tables.by_size(ROWS, NAMES, paper))
+    assert "| paper | 0.9932 | 0.9817 | 0.9800 | 0.9533 | 0.9529 |  |" in lines
 
 
 def test_each_size_has_a_table_and_the_paper_stands_beside_the_first(tmp_path):
     small = [row(r.method, r.seed, 0.9, eps=0.251) for r in ROWS]
     _, lines = shown(tmp_path, [*ROWS, *small])
-    assert [line for line in lines if line.startswith("#")] == [
-        "# A title", "## l2 size 1.5", "## l2 size 0.251",
-    ]  # fmt: skip
+    assert headings(lines) == ["# A title", "## l2 size 1.5", "## l2 size 0.251"]
     assert sum(line.startswith("| paper |") for line in lines) == 1
     assert "| Normal | " + " | ".join(["0.9000"] * 6) + " |" in lines
     assert lines[-1].startswith("- Training took 6 s")  # each net was trained once
 
 
 def test_grouped_tables_have_one_for_each_question(tmp_path):
-    out = io.StringIO()
     groups = {"normal": {"objective": "none"}, "lwa": {"objective": "LWA", "size": "1.5"}}
     rows = [dataclasses.replace(r, groups=groups[r.method]) for r in ROWS]
-    sections = tables.by_group(rows, ["objective", "size"])
-    tables.show(Console(file=out), tmp_path, "A title", rows, sections, [])
-    lines = (tmp_path / "results.md").read_text().splitlines()
-    assert [line for line in lines if line.startswith("#")] == [
-        "# A title", "## objective, l2 size 1.5", "## size, l2 size 1.5",
-    ]  # fmt: skip
+    lines = written(tmp_path, rows, tables.by_group(rows, ["objective", "size"]))
+    assert headings(lines) == ["# A title", "## objective, l2 size 1.5", "## size, l2 size 1.5"]
     assert [line.split(" | ")[0] for line in lines if "0." in line and line[0] == "|"] == [
         "| none", "| LWA", "| 1.5",
     ]  # fmt: skip
@@ -98,12 +95,8 @@ def test_grouped_tables_have_one_for_each_question(tmp_path):
 
 def test_sizes_arent_averaged_as_if_they_were_seeds(tmp_path):
     rows = [row("lwa", 0, v, eps=e, groups={"q": "a"}) for e, v in ((1.5, 0.2), (1.0, 0.4))]
-    sections = tables.by_group(rows, ["q"])
-    tables.show(Console(file=io.StringIO()), tmp_path, "A title", rows, sections, [])
-    lines = (tmp_path / "results.md").read_text().splitlines()
-    assert [line for line in lines if line.startswith("#")] == [
-        "# A title", "## q, l2 size 1.5", "## q, l2 size 1",
-    ]  # fmt: skip
+    lines = written(tmp_path, rows, tables.by_group(rows, ["q"]))
+    assert headings(lines) == ["# A title", "## q, l2 size 1.5", "## q, l2 size 1"]
     assert [line.split(" | ")[1] for line in lines if line.startswith("| a |")] == [
         "0.2000", "0.4000",
     ]  # fmt: skip

@@ -18,18 +18,24 @@ from experiments.lib.recipes import MultiStep
 
 NET = mlp((6, 5))
 SQUARES = data.Interface(data.DIGITS, (6, 6, 1), subtract=0, divide=1)
+METHOD = recipes.Method((6, 5), 1, 0.1)
+
+
+def task_of(methods, make_net=lambda _: NET, **more):
+    """Forty small images, which a net is trained on and scored on."""
+    x, y = jax.random.uniform(jax.random.key(2), (40, 6, 6, 1)), jnp.arange(40) % 10
+    images = train_and_score.Images(x, y)
+    return train_and_score.Task(
+        "test", methods, METHOD, {}, make_net, lambda _: "6x5", images, images, "squares", SQUARES,
+        **more,
+    )  # fmt: skip
 
 
 def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
-    x, y = jax.random.uniform(jax.random.key(2), (40, 6, 6, 1)), jnp.arange(40) % 10
-    images = train_and_score.Images(x, y)
     trained = []
     for shift in (0, 1):
         method = MultiStep((6, 5), 1, 0.1, eps=0.7, steps=1, shift=shift)
-        task = train_and_score.Task(
-            "test", {"lwa_noisy": method}, method, {}, lambda _: NET, lambda _: "6x5", images,
-            images, "squares", SQUARES,
-        )  # fmt: skip
+        task = task_of({"lwa_noisy": method})
         settings = train_and_score.Settings(out=tmp_path / str(shift), batch_size=10, eval_batch=20)
         with training.bars(Console(file=io.StringIO())) as progress:
             net = train_and_score.train("lwa_noisy", method, 0, settings, task, progress)
@@ -38,12 +44,7 @@ def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
 
 
 def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, monkeypatch):
-    x, y = jax.random.uniform(jax.random.key(2), (40, 6, 6, 1)), jnp.arange(40) % 10
-    images = train_and_score.Images(x, y)
-    method = recipes.Method((6, 5), 1, 0.1)
-    task = train_and_score.Task(
-        "test", {}, method, {}, lambda _: NET, lambda _: "6x5", images, images, "squares", SQUARES
-    )
+    task = task_of({})
     settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20)
     trained = []
     train = train_and_score.train
@@ -91,13 +92,7 @@ def test_a_record_has_the_rows_of_earlier_runs_that_were_scored_alike(tmp_path):
 
 
 def test_what_is_scored_is_what_is_stored(tmp_path):
-    x, y = jax.random.uniform(jax.random.key(2), (40, 6, 6, 1)), jnp.arange(40) % 10
-    images = train_and_score.Images(x, y)
-    method = recipes.Method((6, 5), 1, 0.1)
-    task = train_and_score.Task(
-        "test", {"normal": method}, method, {}, lambda _: NET, lambda _: "6x5", images, images,
-        "squares", SQUARES, stored=jnp.float16,
-    )  # fmt: skip
+    task = task_of({"normal": METHOD}, stored=jnp.float16)
     settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20, pgd_steps=2)
     (row,), nets = train_and_score.run(settings, task, Console(file=io.StringIO()))
     assert row.settings["weights"] == "float16"
@@ -117,14 +112,9 @@ def test_what_is_scored_is_what_is_stored(tmp_path):
 
 
 def test_nets_in_another_precision_are_called_so():
-    task = train_and_score.Task(
-        experiment="", methods={}, normal=recipes.Method((4,), 1, 0.1), names={}, source="",
-        interface=SQUARES,
-        make_net=lambda method: mlp(method.widths), network=lambda method: "4",
-        train=train_and_score.Images(None, None), test=train_and_score.Images(None, None),
-    )  # fmt: skip
+    task = task_of({}, lambda method: mlp(method.widths))
     low = train_and_score.in_precision(task, "bfloat16")
-    assert low.network(task.normal) == "4, bfloat16"
+    assert low.network(task.normal) == "6x5, bfloat16"
     assert low.make_net(task.normal).dtype == jnp.bfloat16
     assert train_and_score.in_precision(task, "float32") is task
 
@@ -133,12 +123,7 @@ def test_a_net_that_is_split_above_its_layers_is_refused_before_any_is_trained(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(train_and_score, "train", pytest.fail)
-    images = train_and_score.Images(jnp.zeros((40, 6, 6, 1)), jnp.arange(40) % 10)
-    method = recipes.Method((), 1, 0.1)
-    task = train_and_score.Task(
-        "test", {"lwa_rep": method}, method, {}, lambda method: mlp(method.widths, split=1),
-        lambda _: "none", images, images, "squares", SQUARES,
-    )  # fmt: skip
+    task = task_of({"lwa_rep": recipes.Method((), 1, 0.1)}, lambda m: mlp(m.widths, split=1))
     with pytest.raises(options.UsageError, match=r"at least 1 blocks .*, got 0; .*--.*\.widths"):
         train_and_score.run(
             train_and_score.Settings(out=tmp_path), task, Console(file=io.StringIO())

@@ -2,20 +2,11 @@
 
 import inspect
 import typing
-from functools import partial
 
-import jax.numpy as jnp
 import pytest
 
-from jaxadv import attack, logistic, losses, norms, objectives, perturb, types
+from jaxadv import logistic, losses, objectives, perturb, types
 
-# What `attack` has besides attacks.
-BESIDES = {"AttackInfo", "Found", "reports", "with_info"}
-PERTURB_FNS = {
-    **{name: getattr(perturb, name) for name in perturb.__all__},
-    **{name: getattr(attack, name) for name in attack.__all__ if name not in BESIDES},
-    "partial": partial(perturb.loss, norm="linf"),
-}
 OBJECTIVES = {
     "natural": objectives.natural(logistic.logits),
     "adversarial": objectives.adversarial(logistic.logits, perturb.loss, eps=0.5),
@@ -39,19 +30,6 @@ def accepts(function, protocol):
     signature.bind(*positional, **{p.name: None for p in keywords})
 
 
-@pytest.mark.parametrize("name", PERTURB_FNS)
-def test_every_perturbation_is_a_perturb_fn(name):
-    accepts(PERTURB_FNS[name], types.PerturbFn)
-
-
-@pytest.mark.parametrize("name", PERTURB_FNS)
-def test_a_perturbation_takes_its_data_by_position_and_the_rest_by_name(name):
-    kinds = [p.kind for p in inspect.signature(PERTURB_FNS[name]).parameters.values()]
-    by_position, by_name = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY
-    assert kinds[:4] == [by_position] * 4
-    assert set(kinds[4:]) == {by_name}
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_factory_makes_an_objective(name):
     accepts(OBJECTIVES[name], types.Objective)
@@ -64,14 +42,6 @@ def test_the_logistic_model_is_an_apply_fn():
 @pytest.mark.parametrize("loss", [losses.margin, losses.dlr])
 def test_the_losses_are_loss_fns(loss):
     accepts(loss, types.LossFn)
-
-
-def test_the_norms_named_are_those_there_are():
-    names = typing.get_args(types.Norm)
-    assert names == ("l1", "l2", "linf")
-    assert {norms.dual(name) for name in names} == set(names)
-    for name in names:
-        assert norms.norm(jnp.ones((2, 3)), name).shape == (2,)
 
 
 PROTOCOLS = ("ApplyFn", "EncodeFn", "LossFn", "Objective", "PerturbFn", "TrainFn")

@@ -18,23 +18,15 @@ def test_weights_are_named_by_their_paths(tmp_path):
     np.testing.assert_array_equal(stored["params/hidden_0/kernel"], np.arange(6.0).reshape(2, 3))
 
 
-def test_weights_say_how_they_were_made_if_they_were_told(tmp_path):
+def test_weights_say_how_they_were_made_and_what_their_net_takes_if_they_were_told(tmp_path):
     told, untold = tmp_path / "told.safetensors", tmp_path / "untold.safetensors"
-    weights.save(told, {"w": jnp.ones(2)}, made={"seed": 3, "widths": [4, 5]})
+    made = {"seed": 3, "widths": [4, 5]}
+    weights.save(told, {"w": jnp.ones(2)}, interface=PHOTOS, made=made)
     weights.save(untold, {"w": jnp.ones(2)})
-    assert weights.made(told) == {"seed": 3, "widths": [4, 5]}
-    assert weights.made(untold) is None
+    assert (weights.made(told), weights.interface(told)) == (made, PHOTOS)
+    assert (weights.made(untold), weights.interface(untold)) == (None, None)
     assert weights.made(tmp_path / "none.safetensors") is None
     np.testing.assert_array_equal(weights.load(told)["w"], np.ones(2))
-
-
-def test_weights_say_what_their_net_takes_and_gives_if_they_were_told(tmp_path):
-    told, untold = tmp_path / "told.safetensors", tmp_path / "untold.safetensors"
-    weights.save(told, {"w": jnp.ones(2)}, interface=PHOTOS, made={"seed": 3})
-    weights.save(untold, {"w": jnp.ones(2)}, made={"seed": 3})
-    assert weights.interface(told) == PHOTOS
-    assert weights.made(told) == {"seed": 3}
-    assert weights.interface(untold) is None
 
 
 @pytest.mark.parametrize(
