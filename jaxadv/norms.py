@@ -424,7 +424,7 @@ def clip_to_box(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
     x = inputs.examples(x)
     r = jnp.asarray(inputs.perturbation(r, x))
     if bounds is None:
-        return r if r.dtype == x.dtype else _rounded_toward_zero(r, x.dtype).astype(x.dtype)
+        return _rounded_toward_zero(r, x.dtype).astype(x.dtype)
     lo, hi = inputs.box(bounds, x)
     start = x.astype(lo.dtype)
     r = r.astype(lo.dtype)
@@ -437,6 +437,8 @@ def clip_to_box(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
 
 def _rounded_toward_zero(r: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Return the values of `dtype` next to r, in r's dtype; what overflows is infinite."""
+    if r.dtype == dtype:
+        return r
     kind = jnp.finfo(dtype)
     # reduce_precision, since a compiler may drop a cast down and up again.
     rounded = lax.reduce_precision(r, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
