@@ -113,7 +113,7 @@ class Record:
 
 TESTS = (
     "exactness", "perturb", "alpha", "jacobian", "norms", "inputs", "objectives", "train", "pgd",
-    "apgd", "fab", "square", "minimal", "ensemble",
+    "apgd", "deepfool", "fmn", "minimal", "fab", "square", "ensemble",
 )  # fmt: skip
 
 
