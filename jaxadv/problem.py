@@ -10,15 +10,18 @@ An attack keeps its best perturbation of each example in one of two records:
 - `Best`, if it searches a ball: the point of highest loss, misclassified ones first.
 - `Least`, if it searches for the smallest perturbation: the smallest that is misclassified.
 
-`run_restarts` repeats an attack from other points, and `bisect_to_boundary` shortens what an attack
-has found. `attack` is written with these; the documentation has a page that writes a new attack.
+`iterate` is every attack's loop, `run_restarts` repeats an attack from other points, and
+`bisect_to_boundary` shortens what an attack has found. `attack` is written with these; the
+documentation has a page that writes a new attack.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +37,11 @@ __all__ = [
     "beyond_rounding",
     "bisect_to_boundary",
     "fold",
+    "iterate",
     "run_restarts",
 ]
+
+State = TypeVar("State")
 
 CROSSING = 1e-4  # how far past the boundary, relative to the way there, is past it for certain
 
@@ -63,11 +69,12 @@ class Problem:
       targeted: y are the classes to reach instead of those to leave.
       samples: how many draws of a random net are averaged; 0 for a deterministic net.
       params: the first argument of `apply_fn`.
-      x: `[B, ...]`.
+      x: `[B, ...]`; from `start` on `[B, D]`.
       y: labels, integers `[B]`, or whatever `loss_fn` takes; None for a loss without labels.
       eps: the radius of the ball, `[B]`, in the dtype of norms; None for the least perturbation.
       bounds: the box that x + r stays in, or None.
       keys: one key per example, `[B]`, or None.
+      shape: x's, before `start` made rows of the examples; None before that.
       logits: the net's output at x, `[B, K]`; None before `start`.
       attackable: which rows have a class to leave and one to reach, bool `[B]`; None before
         `start`.
@@ -84,6 +91,7 @@ class Problem:
     eps: Any
     bounds: Bounds | None
     keys: Any
+    shape: tuple[int, ...] | None = field(default=None, metadata=_STATIC)
     logits: Any = None
     attackable: Any = None
 
@@ -154,8 +162,26 @@ class Problem:
         return replace(self, apply_fn=closures.keyed(self.apply_fn, self.params, self.x))
 
     def start(self) -> Problem:
-        """Return the problem with the net's logits at x, which judging a perturbation needs."""
-        return self.with_logits(jnp.mean(self._draws(self.x, 0), axis=0))
+        """Return the problem with a row for each example, and with the net's logits at x.
+
+        An attack works on rows, x and r of shape `[B, D]`, whatever the shape of an example. (Where
+        the net flattens its input, XLA's CPU code adds rows three times as fast as images.)
+        """
+        shape = self.x.shape
+        rows = shape[0], math.prod(shape[1:])
+
+        def flat(bound: Any) -> Any:
+            return jnp.broadcast_to(bound, shape).reshape(rows) if jnp.ndim(bound) else bound
+
+        bounds = None if self.bounds is None else (flat(self.bounds[0]), flat(self.bounds[1]))
+        problem = replace(
+            self,
+            apply_fn=partial(_apply_to_rows, self.apply_fn, shape[1:]),
+            x=self.x.reshape(rows),
+            bounds=bounds,
+            shape=shape,
+        )
+        return problem.with_logits(jnp.mean(problem._draws(problem.x, 0), axis=0))
 
     def with_logits(self, logits: jax.Array) -> Problem:
         """Return the problem with these logits at x, `[B, K]`."""
@@ -262,10 +288,24 @@ class Problem:
 
         Args:
           r: of x's shape and dtype, in the box.
+
+        Returns:
+          Of the shape that x had before `start`.
         """
         r = jnp.where(inputs.expand_like(self.attackable, r), r, 0)
         sound = inputs.finite(self.x, self.logits, self.eps)
-        return jnp.where(inputs.expand_like(sound, r), r, jnp.nan)
+        r = jnp.where(inputs.expand_like(sound, r), r, jnp.nan)
+        return r if self.shape is None else r.reshape(self.shape)
+
+
+def _apply_to_rows(
+    apply_fn: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    params: Params,
+    rows: jax.Array,
+    *key: jax.Array,
+) -> jax.Array:
+    return apply_fn(params, rows.reshape(rows.shape[0], *shape), *key)
 
 
 class Best(NamedTuple):
@@ -355,6 +395,42 @@ def fold(keys: jax.Array, data: jax.Array | int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 
+def iterate(
+    step: Callable[[Any, State], State],
+    state: State,
+    steps: jax.Array | int,
+    *,
+    while_any: Callable[[State], jax.Array] | None = None,
+) -> State:
+    """Repeat a step of an attack.
+
+    Args:
+      step: from the number of the step and the state to the next state.
+      state: a pytree of arrays.
+      steps: how many, at the most.
+      while_any: from a state to bool `[B]`, the examples that need another step; no step is made
+        once none does. None: all steps are made, and reverse-mode derivatives are available.
+
+    Returns:
+      The last state.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv.problem import iterate
+      >>> iterate(lambda i, x: x + i, jnp.zeros(2), 10, while_any=lambda x: x < 3).tolist()
+      [3.0, 3.0]
+    """
+    step = _cpu.fast_convolutions(step)
+    if while_any is None:
+        return lax.fori_loop(0, steps, step, state)
+    _, state = lax.while_loop(
+        lambda carry: (carry[0] < steps) & jnp.any(while_any(carry[1])),
+        lambda carry: (carry[0] + 1, step(*carry)),
+        (jnp.int32(0), state),
+    )
+    return state
+
+
 def run_restarts(
     run: Callable[[jax.Array | int], Best], restarts: int, x: jax.Array
 ) -> tuple[Best, jax.Array]:
@@ -382,16 +458,11 @@ def run_restarts(
     if restarts == 1:  # a loop of unknown length has no reverse-mode derivative
         return best.unless_done(run(0)), runs + 1
 
-    def more(carry: tuple[jax.Array, Best, jax.Array]) -> Any:
-        return (carry[0] < restarts) & ~jnp.all(carry[1].success)
+    def again(i: jax.Array, carry: tuple[Best, jax.Array]) -> tuple[Best, jax.Array]:
+        best, runs = carry
+        return best.unless_done(run(i)), runs + (~best.success).astype(jnp.int32)
 
-    @_cpu.fast_convolutions
-    def again(carry: tuple[jax.Array, Best, jax.Array]) -> tuple[jax.Array, Best, jax.Array]:
-        i, best, runs = carry
-        return i + 1, best.unless_done(run(i)), runs + (~best.success).astype(jnp.int32)
-
-    _, best, runs = lax.while_loop(more, again, (jnp.int32(0), best, runs))
-    return best, runs
+    return iterate(again, (best, runs), restarts, while_any=lambda carry: ~carry[0].success)
 
 
 def beyond_rounding(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -428,8 +499,7 @@ def beyond_rounding(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Ar
     return clear
 
 
-# The number of halvings; low and high ends; how often each example was tried.
-_Bisection = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+_Bisection = tuple[jax.Array, jax.Array, jax.Array]  # low and high ends, and how often tried, [B]
 
 
 def bisect_to_boundary(
@@ -459,25 +529,22 @@ def bisect_to_boundary(
     def scaled(t: jax.Array) -> jax.Array:
         return (inputs.expand_like(t, r) * r.astype(dtype)).astype(r.dtype)
 
-    def coarse(low: jax.Array, high: jax.Array) -> jax.Array:
+    def coarse(carry: _Bisection) -> jax.Array:
+        low, high, _ = carry
         return high - low > 1e-3 * high
 
-    def more(carry: _Bisection) -> jax.Array:
-        i, low, high, _ = carry
-        return (i < 64) & jnp.any(coarse(low, high))
-
-    @_cpu.fast_convolutions
-    def halve(carry: _Bisection) -> _Bisection:
-        i, low, high, tries = carry
+    def halve(_: jax.Array, carry: _Bisection) -> _Bisection:
+        low, high, tries = carry
         middle = (low + high) / 2
         hit = succeeds(scaled(middle))
         # An example that is done stays as it is, however long the others take.
-        going = coarse(low, high)
+        going = coarse(carry)
         low = jnp.where(going & ~hit, middle, low)
-        return i + 1, low, jnp.where(going & hit, middle, high), tries + going.astype(jnp.int32)
+        return low, jnp.where(going & hit, middle, high), tries + going.astype(jnp.int32)
 
     # Between 0 and 0 there is nothing to search.
     high = (found & (norms.norm(r, "linf") > 0)).astype(dtype)
     none = jnp.zeros(found.shape, jnp.int32)
-    _, _, t, tries = lax.while_loop(more, halve, (jnp.int32(0), jnp.zeros_like(high), high, none))
+    ends = jnp.zeros_like(high), high, none
+    _, t, tries = iterate(halve, ends, 64, while_any=coarse)
     return jnp.where(inputs.expand_like(found, r), scaled(t), r), tries

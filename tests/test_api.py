@@ -28,7 +28,7 @@ jaxadv.losses: dlr* logit_margin* margin targeted_dlr*
 jaxadv.norms: clip_to_box dual* is_zero log_norm norm project rescale* sample* steepest*
 jaxadv.objectives: Aux Relative adversarial* kl_regularized* mixed* natural representation*
 jaxadv.perturb: alpha* loss* loss_sign* vat*
-jaxadv.problem: Best Least Problem beyond_rounding bisect_to_boundary fold run_restarts
+jaxadv.problem: Best Least Problem beyond_rounding bisect_to_boundary fold iterate run_restarts
 jaxadv.train: StepInfo TrainState init make_epoch* make_step* update
 jaxadv.types: ApplyFn Bounds EncodeFn Eps LossFn Norm Objective Params PerturbFn Schedule
     StochasticFn TrainFn

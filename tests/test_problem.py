@@ -11,12 +11,47 @@ from references import NORMS, lengths
 
 from jaxadv import attack, perturb
 from jaxadv.attack import with_info
-from jaxadv.problem import Best, Problem, bisect_to_boundary, run_restarts
+from jaxadv.problem import Best, Problem, bisect_to_boundary, iterate, run_restarts
 
 
 def problem(x, norm="l2", eps=None):
     y = np.zeros(len(x), int)
     return Problem.of(lambda _, x: x, None, x, y, norm=norm, eps=eps, bounds=None, minimal=True)
+
+
+def test_an_attack_works_on_rows_and_answers_in_the_shape_of_x():
+    x = jnp.arange(12.0).reshape(2, 3, 2)
+    seen = []
+
+    def apply_fn(_, x):
+        seen.append(x.shape)
+        return x.sum(axis=1)
+
+    bounds = np.zeros((3, 2)), 20.0  # one of the image's shape, one a number
+    posed = Problem.of(
+        apply_fn, None, x, jnp.array([1, 1]), norm="l2", eps=1.0, bounds=bounds
+    ).start()
+    assert posed.x.shape == posed.bounds[0].shape == (2, 6)
+    np.testing.assert_array_equal(
+        posed.clip_to_box(jnp.full((2, 6), -8.0)), -x.reshape(2, 6).clip(max=8)
+    )
+    posed.value(jnp.zeros((2, 6)))
+    assert set(seen) == {(2, 3, 2)}
+    np.testing.assert_array_equal(posed.answer(posed.x), x)
+
+
+def test_a_loop_ends_when_no_example_needs_another_step():
+    def step(i, carry):
+        state, numbers = carry
+        return state + 1, numbers + i
+
+    start = jnp.array([0, 5, 3]), jnp.int32(0)
+    state, numbers = iterate(step, start, 10, while_any=lambda carry: carry[0] < 6)
+    np.testing.assert_array_equal(state, [6, 11, 9])
+    assert numbers == 0 + 1 + 2 + 3 + 4 + 5
+    state, _ = iterate(step, start, 4, while_any=lambda carry: carry[0] < 6)
+    np.testing.assert_array_equal(state, [4, 9, 7])
+    assert jax.grad(lambda x: iterate(lambda i, x: x * x, x, 3))(1.5) == pytest.approx(8 * 1.5**7)
 
 
 def test_success_comes_before_loss_in_the_best():

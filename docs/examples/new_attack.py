@@ -4,12 +4,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 import jaxadv
 from jaxadv import losses, norms
 from jaxadv.attack import Found, reports
-from jaxadv.problem import Best, Problem
+from jaxadv.problem import Best, Problem, iterate
 
 
 @reports
@@ -23,7 +22,7 @@ def mifgsm(apply_fn, params, x, y, /, *, eps, steps=10, decay=1.0, key=None, bou
 @partial(jax.jit, static_argnames="steps")
 def _run(problem, decay, *, steps):
     problem = problem.start()
-    size = problem.eps.reshape(-1, *(1,) * (problem.x.ndim - 1)) / steps
+    size = problem.eps[:, None] / steps
 
     def step(_, carry):
         r, velocity, best = carry
@@ -33,7 +32,7 @@ def _run(problem, decay, *, steps):
         return problem.project(r + size * jnp.sign(velocity)), velocity, best
 
     zero = jnp.zeros_like(problem.x)
-    r, _, best = lax.fori_loop(0, steps, step, (zero, zero, Best.empty(zero)))
+    r, _, best = iterate(step, (zero, zero, Best.empty(zero)), steps)
     best = best.with_point(r, *problem.value(r))
     passes = jnp.full(best.success.shape, steps)
     return problem.answer(best.r), passes + 2, passes

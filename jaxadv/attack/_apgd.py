@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import _cpu, boxes, inputs, losses, norms
+from jaxadv import boxes, inputs, losses, norms
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.problem import Best, Problem, fold, run_restarts
+from jaxadv.problem import Best, Problem, fold, iterate, run_restarts
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
 __all__ = ["apgd", "apgd_multitargeted"]
@@ -311,7 +311,6 @@ def _climb(
     eps, inside = problem.eps, problem.project
     windows = jnp.asarray(_windows(steps), eps.dtype)
 
-    @_cpu.fast_convolutions
     def step(i: jax.Array, carry: _Watched) -> _Watched:
         state, rises, halved, before = carry
         at = state.r.astype(state.g.dtype)
@@ -339,7 +338,7 @@ def _climb(
 
     state = _begin(problem, r, 2 * eps, first)
     carry = (state, jnp.zeros_like(eps), jnp.ones(eps.shape, bool), state.highest)
-    state = lax.fori_loop(0, steps, step, carry)[0]
+    state = iterate(step, carry, steps)[0]
     return state.highest_r, state.best
 
 
@@ -361,7 +360,6 @@ def _climb_l1(
     def nonzeros(r: jax.Array) -> jax.Array:
         return jnp.sum(free(jnp.sign(r), r).reshape(-1, size) != 0, axis=1).astype(eps.dtype)
 
-    @_cpu.fast_convolutions
     def step(
         i: jax.Array, carry: tuple[_Climb, jax.Array, jax.Array]
     ) -> tuple[_Climb, jax.Array, jax.Array]:
@@ -388,5 +386,5 @@ def _climb_l1(
 
     state = _begin(problem, r, eps, first)
     support = nonzeros(r)
-    state = lax.fori_loop(0, steps, step, (state, support / size / 1.5, support))[0]
+    state = iterate(step, (state, support / size / 1.5, support), steps)[0]
     return state.highest_r, state.best

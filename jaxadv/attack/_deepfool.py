@@ -10,16 +10,15 @@ is the final bisection that makes r small.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxadv import _cpu, inputs, jacobian, losses, norms, perturb
+from jaxadv import inputs, jacobian, losses, norms, perturb
 from jaxadv.attack._info import Answer, Found, reports
 from jaxadv.boxes import box_limits, drop_blocked, project_hyperplane_in_box
-from jaxadv.problem import CROSSING, Least, Problem, beyond_rounding, bisect_to_boundary
+from jaxadv.problem import CROSSING, Least, Problem, beyond_rounding, bisect_to_boundary, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["deepfool"]
@@ -125,7 +124,7 @@ def boundary_step(
 
     Args:
       problem: of integer labels.
-      r: perturbations, `[B, ...]`, of x's dtype.
+      r: perturbations, `[B, D]`, of x's dtype.
       candidates: consider only this many wrong classes, the likeliest; None for all. Each costs a
         backward pass.
       unblocked: whether distances count only the entries that the box doesn't block, a bool or a
@@ -147,9 +146,9 @@ def boundary_step(
 
     def distances(j: jax.Array) -> jacobian.Nearest:  # to classes [B, J]
         rows = jax.nn.one_hot(j, n_classes) - at_y[:, None]
-        d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, J, ...]
+        d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, J, D]
         d = jnp.where(unblocked, jax.vmap(free, in_axes=1, out_axes=1)(d), d)
-        slope = norms.norm(d.reshape(j.size, *x.shape[1:]), norms.dual(norm)).reshape(j.shape)
+        slope = norms.norm(d.reshape(j.size, x.shape[1]), norms.dual(norm)).reshape(j.shape)
         usable = (slope > 0) & jnp.isfinite(slope)
         reachable = usable & ~jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
         behind = jnp.abs(z_y - jnp.take_along_axis(z, j, axis=1)).astype(slope.dtype)
@@ -164,7 +163,7 @@ def boundary_step(
         # A thousandth past it: to lengthen the step moves none of its entries that are at a bound.
         gap = 1.001 * size * norms.norm(d, norms.dual(norm))
         return project_hyperplane_in_box(d, gap, *box_limits(x, bounds), norm)
-    return inputs.expand_like(size, x) * norms.steepest(d, norm)
+    return size[:, None] * norms.steepest(d, norm)
 
 
 def _probability_step(problem: Problem, r: jax.Array) -> jax.Array:
@@ -175,12 +174,11 @@ def _probability_step(problem: Problem, r: jax.Array) -> jax.Array:
     unit = alpha(eps=1.0).astype(step.dtype)
     longest = 1000 * (1 + norms.norm(x, norm))
     size = norms.norm(jnp.clip(step, -1e37, 1e37), norm)  # of more, 1 / size could flush to 0
-    capped = inputs.expand_like(longest, x) * unit
-    return jnp.where(inputs.expand_like(size <= longest, x), step, capped)
+    capped = longest[:, None] * unit
+    return jnp.where((size <= longest)[:, None], step, capped)
 
 
 class _State(NamedTuple):
-    i: jax.Array
     r: jax.Array  # the sum of the steps, in the dtype of norms
     end: jax.Array  # where the last step led
     done: jax.Array  # [B]; whether that is misclassified by more than rounding
@@ -200,27 +198,22 @@ def _run(problem: Problem, overshoot: float, *, steps: int, output: str) -> Answ
         success, loss = problem.value(r)
         return clear(success, loss) | ~problem.attackable, success
 
-    def more(state: _State) -> Any:
-        return (state.i < steps) & ~jnp.all(state.done)
-
-    @_cpu.fast_convolutions
-    def step(state: _State) -> _State:
+    def step(i: jax.Array, state: _State) -> _State:
         at = problem.clip_to_box(state.r)
         if output == "probabilities":
             ahead = _probability_step(problem, at)
         else:
-            unblocked = (norm == "l1") | (state.i >= steps // 2)
+            unblocked = (norm == "l1") | (i >= steps // 2)
             ahead = boundary_step(problem, at, unblocked=unblocked)
         moved = at.astype(over.dtype) + ahead
         near, far = problem.clip_to_box(moved), problem.clip_to_box(over * moved)
         (hit_near, barely_near), (hit, barely) = crossed(near), crossed(far)
         # Where the boundary is curved, further on may be back on this side.
-        point = jnp.where(inputs.expand_like(hit, x), far, near)
-        past = jnp.where(inputs.expand_like(barely, x), far, near)
-        stay = inputs.expand_like(state.done, x)
+        point = jnp.where(hit[:, None], far, near)
+        past = jnp.where(barely[:, None], far, near)
+        stay = state.done[:, None]
         success = (barely | barely_near) & ~state.done
         return _State(
-            state.i + 1,
             jnp.where(stay, state.r, moved),
             jnp.where(stay, state.end, point),
             state.done | hit | hit_near,
@@ -230,19 +223,18 @@ def _run(problem: Problem, overshoot: float, *, steps: int, output: str) -> Answ
 
     zero = jnp.zeros_like(x)
     none = jnp.zeros(x.shape[0], jnp.int32)
-    start = _State(
-        jnp.int32(0), zero.astype(over.dtype), zero, crossed(zero)[0], Least.empty(x), none
-    )
-    _, _, end, done, least, taken = lax.while_loop(more, step, start)
+    start = _State(zero.astype(over.dtype), zero, crossed(zero)[0], Least.empty(x), none)
+    state = iterate(step, start, steps, while_any=lambda state: ~state.done)
+    _, end, done, least, taken = state
 
     def misleads(r: jax.Array) -> jax.Array:
         clearly, barely = crossed(r)
         return jnp.where(done, clearly, barely)
 
     found = done | least.found
-    r = jnp.where(inputs.expand_like(done, x), end, least.r)
+    r = jnp.where(done[:, None], end, least.r)
     r, tries = bisect_to_boundary(misleads, r, found)
-    r = problem.clip_to_ball(jnp.where(inputs.expand_like(found, r), r, 0))
+    r = problem.clip_to_ball(jnp.where(found[:, None], r, 0))
     logits = output == "logits"
     forward = 3 + (3 if logits else 4) * taken + tries
     backward = (1 if logits else 2) * (problem.logits.shape[1] - 1) * taken

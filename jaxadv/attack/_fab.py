@@ -27,10 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import _cpu, inputs, norms
+from jaxadv import inputs, norms
 from jaxadv.attack._info import Answer, Found, reports
 from jaxadv.boxes import box_limits, project_hyperplane_in_box
-from jaxadv.problem import Least, Problem, fold
+from jaxadv.problem import Least, Problem, fold, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["fab"]
@@ -144,7 +144,7 @@ def _to_plane(problem: Problem, w: jax.Array, c: jax.Array, r: jax.Array) -> jax
         return project_hyperplane_in_box(w, c, lower - r, upper - r, problem.norm)
     size = norms.norm(w, norms.dual(problem.norm))
     far = c / jnp.where(size == 0, jnp.inf, size)  # without a gradient, no way at all
-    return inputs.expand_like(far, w) * norms.steepest(w, problem.norm)
+    return far[:, None] * norms.steepest(w, problem.norm)
 
 
 def _next_point(
@@ -159,7 +159,7 @@ def _next_point(
 
     Args:
       problem: the problem.
-      r: where the net was linearised, `[B, ...]`.
+      r: where the net was linearised, `[B, D]`.
       w: the gradient of z_t - z_y there.
       gap: z_t - z_y there, `[B]`.
       wrong: whether x + r is misclassified, `[B]`.
@@ -168,25 +168,24 @@ def _next_point(
     alpha_max, eta, beta = (jnp.asarray(c, w.dtype) for c in constants)
     # On the plane <w, r + d> = <w, r> - gap, for the r that was linearised at.
     r = r.astype(w.dtype)
-    along = jnp.sum(w * r, axis=tuple(range(1, w.ndim)))
+    along = jnp.sum(w * r, axis=1)
     shrunk = jnp.where(wrong, beta, 1)
-    r = inputs.expand_like(shrunk, r) * r
+    r = shrunk[:, None] * r
     d = _to_plane(problem, w, (1 - shrunk) * along - gap, r)
     d_0 = _to_plane(problem, w, along - gap, jnp.zeros_like(r))
     size, size_0 = norms.norm(d, problem.norm), norms.norm(d_0, problem.norm)
     # Double where: at x, on the plane, both are 0.
     alpha = jnp.minimum(size / jnp.where(size > 0, size + size_0, 1), alpha_max)
-    alpha = inputs.expand_like(alpha, r)
+    alpha = alpha[:, None]
     moved = (1 - alpha) * (r + eta * d) + alpha * eta * d_0
     usable = jnp.isfinite(gap + size + size_0)  # or there is no plane to go to
-    return problem.clip_to_box(jnp.where(inputs.expand_like(usable, r), moved, r))
+    return problem.clip_to_box(jnp.where(usable[:, None], moved, r))
 
 
-_Carry = tuple[jax.Array, jax.Array, Least, jax.Array]  # number, r, the least, steps [B]
+_Carry = tuple[jax.Array, Least, jax.Array]  # r, the least, steps taken [B]
 
 
 class _State(NamedTuple):
-    i: jax.Array  # the number of the attempt
     least: Least
     forward: jax.Array  # [B], passes spent
     backward: jax.Array
@@ -216,10 +215,9 @@ def _run(problem: Problem, counts: Any, constants: Any) -> Answer:
         reach = jnp.where(jnp.isfinite(reach), reach / 2, 0)
         return problem.clip_to_box(norms.sample(fold(problem.keys, i), x, reach, norm))
 
-    @_cpu.fast_convolutions
-    def attempt(state: _State) -> _State:
+    def attempt(i: jax.Array, state: _State) -> _State:
         """Attack from one start, each example toward its class of one rank."""
-        rank = state.i % n_targets
+        rank = i % n_targets
         toward = partial(_class_lead, target=jnp.take(targets, rank, axis=1))
         targeting = replace(problem, loss_fn=toward)
         exists = jnp.take(z_targets, rank, axis=1) > -jnp.inf
@@ -227,33 +225,33 @@ def _run(problem: Problem, counts: Any, constants: Any) -> Answer:
         def active(least: Least) -> jax.Array:
             return wanted(least) & exists
 
-        def step(carry: _Carry) -> _Carry:
-            n, r, least, taken = carry
+        def step(_: jax.Array, carry: _Carry) -> _Carry:
+            r, least, taken = carry
             taken = taken + active(least).astype(jnp.int32)
             wrong, gap, w = targeting.gradient(r)
             least = least.with_point(r, norms.norm(r, norm), wrong & active(least))
 
-            r = _next_point(problem, r, w, gap, wrong, constants)
-            return n + 1, r, least, taken
+            return _next_point(problem, r, w, gap, wrong, constants), least, taken
 
-        none = jnp.zeros_like(state.backward)
-        _, r, least, taken = lax.while_loop(
-            lambda carry: (carry[0] < steps) & jnp.any(active(carry[2])),
+        r, least, taken = iterate(
             step,
-            (jnp.int32(0), start(state.i, state.least), state.least, none),
+            (start(i, state.least), state.least, jnp.zeros_like(state.backward)),
+            steps,
+            while_any=lambda carry: active(carry[1]),
         )
         wrong, _ = targeting.value(r)
         at_end = active(least)
         least = least.with_point(r, norms.norm(r, norm), wrong & at_end)
         forward = state.forward + taken + at_end.astype(jnp.int32)
-        return _State(state.i + 1, least, forward, state.backward + taken)
+        return _State(least, forward, state.backward + taken)
 
     # Restarts come last, when there is a smallest r of all classes for their size.
     none = jnp.zeros(x.shape[0], jnp.int32)
-    _, least, forward, backward = lax.while_loop(
-        lambda state: (state.i < restarts * n_targets) & jnp.any(wanted(state.least)),
+    least, forward, backward = iterate(
         attempt,
-        _State(jnp.int32(0), Least.empty(x), none + 1, none),
+        _State(Least.empty(x), none + 1, none),
+        restarts * n_targets,
+        while_any=lambda state: wanted(state.least),
     )
     r = problem.clip_to_box(problem.clip_to_ball(least.r))
     return problem.answer(r), forward, backward

@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxadv import _cpu, inputs, norms
+from jaxadv import inputs, norms
 from jaxadv.attack._deepfool import boundary_step
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.problem import Least, Problem, beyond_rounding, bisect_to_boundary
+from jaxadv.problem import Least, Problem, beyond_rounding, bisect_to_boundary, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["fmn"]
@@ -125,7 +124,6 @@ def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
             barely=state.barely.with_point(state.r, size, success),
         )
 
-    @_cpu.fast_convolutions
     def step(i: jax.Array, state: _State) -> _State:
         success, loss, g = problem.gradient(state.r)
         state = kept(state, success, loss)
@@ -150,7 +148,7 @@ def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
     # What is where it should be at x needs no perturbation, however the loop rounds.
     there = none._replace(size=jnp.where(clear(*problem.value(zero)), 0, none.size))
     state = _State(zero, jnp.zeros_like(none.size), there, none)
-    state = lax.fori_loop(0, steps, step, state)
+    state = iterate(step, state, steps)
     state = kept(state, *problem.value(state.r))
     if not problem.targeted:  # a less likely class may be nearer
         r = problem.clip_to_box(_PAST * boundary_step(problem, zero, _CLASSES))

@@ -97,7 +97,8 @@ def reports(method: Callable[P, Found]) -> Callable[P, jax.Array]:
 
 @jax.jit
 def _judge(problem: Problem, r: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return problem.start().value(r)
+    problem = problem.start()
+    return problem.value(r.reshape(problem.x.shape))
 
 
 def with_info(method: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, AttackInfo]]:

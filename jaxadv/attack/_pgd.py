@@ -14,11 +14,10 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from jaxadv import _cpu, boxes, inputs, losses, norms
+from jaxadv import boxes, inputs, losses, norms
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.problem import Best, Problem, fold, run_restarts
+from jaxadv.problem import Best, Problem, fold, iterate, run_restarts
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
 __all__ = ["pgd", "pgd_kl"]
@@ -211,7 +210,7 @@ def _run(
     x, eps, norm = problem.x, problem.eps, problem.norm
     # From step to step r has the dtype of norms: a bfloat16 r would swallow small steps.
     wide = replace(problem, x=x.astype(eps.dtype))
-    size = inputs.expand_like(step_size, x)
+    size = step_size[:, None]
 
     def rounded(r: jax.Array) -> jax.Array:
         return r if r.dtype == x.dtype else problem.clip_to_box(r)
@@ -227,7 +226,6 @@ def _run(
     def run(restart: jax.Array | int) -> Best:
         first = restart * (steps + 1)
 
-        @_cpu.fast_convolutions
         def step(i: jax.Array, carry: _Carry) -> _Carry:
             r, without_top, best = carry
             at = rounded(r)
@@ -240,7 +238,7 @@ def _run(
             return wide.project(r + size * norms.steepest(g, norm)), without_top, best
 
         carry = start(restart), jnp.zeros_like(eps, bool), Best.empty(x)
-        r, _, best = lax.fori_loop(0, steps, step, carry)
+        r, _, best = iterate(step, carry, steps)
         at = rounded(r)
         return best.with_point(at, *problem.value(at, first + steps))
 

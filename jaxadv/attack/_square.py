@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import _cpu, inputs, losses, norms
+from jaxadv import inputs, losses, norms
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.problem import Best, Problem, fold
+from jaxadv.problem import Best, Problem, fold, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["square"]
@@ -49,7 +49,6 @@ class _Search(NamedTuple):
 class _Walk(NamedTuple):
     """How far the search has come."""
 
-    step: jax.Array  # [], the next query's number: 0 for the start, t for the t-th move
     best: Best  # r as images; `success` also where nothing is to be searched
     queries: jax.Array  # [B], until each example was fooled
 
@@ -264,18 +263,17 @@ def square(
 
 @partial(jax.jit, static_argnames=("steps", "p_init"))
 def _run(problem: Problem, *, steps: int, p_init: float) -> Answer:
-    problem = problem.start()
+    shape, problem = problem.x.shape, problem.start()
     eps, bounds, search = problem.eps, problem.bounds, _SEARCHES[problem.norm]
-    shape = problem.x.shape
+    batch, size = problem.x.shape
     height, width, channels = image = _image_shape(shape[1:])
-    size, padding = math.prod(shape[1:]), math.prod(image) - math.prod(shape[1:])
+    padding = math.prod(image) - size
 
     def folded(v: jax.Array) -> jax.Array:
-        flat = jnp.pad(v.reshape(shape[0], size), ((0, 0), (0, padding)))
-        return flat.reshape(shape[0], *image)
+        return jnp.pad(v, ((0, 0), (0, padding))).reshape(batch, *image)
 
     def unfolded(v: jax.Array) -> jax.Array:
-        return v.reshape(shape[0], size + padding)[:, :size].reshape(shape)
+        return v.reshape(batch, size + padding)[:, :size]
 
     if bounds is not None or padding:  # which the box leaves no room
         lo, hi = inputs.box((-jnp.inf, jnp.inf) if bounds is None else bounds, problem.x)
@@ -295,23 +293,18 @@ def _run(problem: Problem, *, steps: int, p_init: float) -> Answer:
         success, loss = problem.value(unfolded(r))
         loss = jnp.where(loss < jnp.inf, loss, -jnp.inf)  # a logit that overflows is no gain
         queries = walk.queries + (~walk.best.success).astype(jnp.int32)
-        return _Walk(walk.step + 1, walk.best.unless_done(Best(r, success, loss)), queries)
+        return _Walk(walk.best.unless_done(Best(r, success, loss)), queries)
 
-    def unfinished(walk: _Walk) -> jax.Array:
-        return (walk.step <= steps) & ~jnp.all(walk.best.success)
-
-    @_cpu.fast_convolutions
-    def step(walk: _Walk) -> _Walk:
-        halved = jnp.sum(walk.step - 1 > jnp.array(halvings, jnp.int32), dtype=jnp.int32)
-        u = jax.vmap(draw)(fold(problem.keys, walk.step))
+    def step(i: jax.Array, walk: _Walk) -> _Walk:
+        halved = jnp.sum(i > jnp.array(halvings, jnp.int32), dtype=jnp.int32)
+        u = jax.vmap(draw)(fold(problem.keys, i + 1))
         return query(walk, lax.switch(halved, moves, walk.best.r.astype(eps.dtype), u, eps))
 
     finite = inputs.finite(problem.x, problem.logits, eps)
     over = problem.succeeds(problem.logits) | ~problem.attackable | ~finite | (eps == 0)
     none = Best.empty(x)._replace(success=over)  # where r stays 0
-    walk = _Walk(jnp.int32(0), none, jnp.zeros(x.shape[0], jnp.int32))
-    start = jax.vmap(partial(search.start, image))
-    walk = query(walk, start(fold(problem.keys, walk.step), eps))
-    walk = lax.while_loop(unfinished, step, walk)
+    start = jax.vmap(partial(search.start, image))(fold(problem.keys, 0), eps)
+    walk = query(_Walk(none, jnp.zeros(batch, jnp.int32)), start)
+    walk = iterate(step, walk, steps, while_any=lambda walk: ~walk.best.success)
     r = problem.answer(unfolded(walk.best.r))
     return r, 1 + walk.queries, jnp.zeros_like(walk.queries)
