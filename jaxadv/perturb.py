@@ -138,12 +138,7 @@ def alpha(
         return jacobian.Nearest(order, log_size, rows.d, reachable)
 
     if candidates is None and chunk is None and n_classes - 1 > _MANY:
-        warnings.warn(
-            f"perturb.alpha takes {n_classes - 1} backward passes, one for each class but y; "
-            "candidates=10 takes 10, for the likeliest classes, and "
-            f"candidates={n_classes - 1} all of them without this warning",
-            stacklevel=3,  # past the decorator
-        )
+        _warn_of_many_passes(n_classes - 1)
     classes = jacobian.wrong_classes(z, y, candidates)
     best = jacobian.nearest(distances, x, classes, chunk)  # I
 
@@ -169,6 +164,14 @@ def alpha(
     r = jnp.where(direction == 0, 0, length * direction)  # 0 times an infinite size is 0
     r = jnp.where(inputs.expand_like(best.reachable, x), r, 0)
     return problem.answer(problem.clip_to_box(r))
+
+
+def _warn_of_many_passes(n: int) -> None:
+    warnings.warn(
+        f"perturb.alpha takes {n} backward passes, one for each class but y; candidates=10 takes "
+        f"10, for the likeliest classes, and candidates={n} all of them without this warning",
+        stacklevel=4,  # past alpha and its decorator
+    )
 
 
 @meshes.auto_axes(meshes.as_x)

@@ -19,6 +19,32 @@ def problem(x, norm="l2", eps=None):
     return Problem.of(lambda _, x: x, None, x, y, norm=norm, eps=eps, bounds=None, minimal=True)
 
 
+def test_what_starts_at_x_knows_the_gradient_there():
+    w = jnp.array([[3.0, -3.0, 0.0], [4.0, -4.0, 1.0]])
+    x, y = (
+        jnp.array(
+            [
+                [[1.0], [0.5]],
+                [
+                    [
+                        jnp.nan,
+                    ],
+                    [1.0],
+                ],
+                [[-1.0], [2.0]],
+            ]
+        ),
+        jnp.array([0, 1, 5]),
+    )
+    posed = Problem.of(lambda w, x: x[:, :, 0] @ w, w, x, y, norm="l2", eps=1.0, bounds=None)
+    apart = posed.start()
+    together, known = posed.start_at_x()
+    np.testing.assert_array_equal(together.logits, apart.logits)
+    np.testing.assert_array_equal(together.attackable, apart.attackable)
+    for got, want in zip(known, apart.gradient(jnp.zeros((3, 2))), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_an_attack_works_on_rows_and_answers_in_the_shape_of_x():
     x = jnp.arange(12.0).reshape(2, 3, 2)
     seen = []

@@ -182,6 +182,23 @@ def _next_point(
     return problem.clip_to_box(jnp.where(usable[:, None], moved, r))
 
 
+def _random_start(problem: Problem, i: jax.Array, restarted: jax.Array, least: Least) -> jax.Array:
+    """Return where an attempt starts: x, and in a restart a point half of the radius away or less.
+
+    Args:
+      problem: the problem.
+      i: the number of the attempt.
+      restarted: whether it is of a restart, bool.
+      least: the smallest perturbations so far; the radius is theirs where there is no eps.
+    """
+    if problem.keys is None:
+        return jnp.zeros_like(problem.x)
+    reach = jnp.where(restarted, least.size if problem.eps is None else problem.eps, 0)
+    reach = jnp.where(jnp.isfinite(reach), reach / 2, 0)
+    drawn = norms.sample(fold(problem.keys, i), problem.x, reach, problem.norm)
+    return problem.clip_to_box(drawn)
+
+
 _Carry = tuple[jax.Array, Least, jax.Array]  # r, the least, steps taken [B]
 
 
@@ -208,19 +225,13 @@ def _run(problem: Problem, counts: Any, constants: Any) -> Answer:
         # A row that is done stays as it is, or it would depend on how long the others take.
         return posed if eps is None else posed & (least.size > eps) & (eps > 0)
 
-    def start(i: jax.Array, least: Least) -> jax.Array:
-        if problem.keys is None:
-            return jnp.zeros_like(x)
-        reach = jnp.where(i >= n_targets, least.size if eps is None else eps, 0)
-        reach = jnp.where(jnp.isfinite(reach), reach / 2, 0)
-        return problem.clip_to_box(norms.sample(fold(problem.keys, i), x, reach, norm))
-
     def attempt(i: jax.Array, state: _State) -> _State:
         """Attack from one start, each example toward its class of one rank."""
         rank = i % n_targets
         toward = partial(_class_lead, target=jnp.take(targets, rank, axis=1))
         targeting = replace(problem, loss_fn=toward)
         exists = jnp.take(z_targets, rank, axis=1) > -jnp.inf
+        start = _random_start(problem, i, i >= n_targets, state.least)
 
         def active(least: Least) -> jax.Array:
             return wanted(least) & exists
@@ -235,7 +246,7 @@ def _run(problem: Problem, counts: Any, constants: Any) -> Answer:
 
         r, least, taken = iterate(
             step,
-            (start(i, state.least), state.least, jnp.zeros_like(state.backward)),
+            (start, state.least, jnp.zeros_like(state.backward)),
             steps,
             while_any=lambda carry: active(carry[1]),
         )

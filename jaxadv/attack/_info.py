@@ -120,7 +120,7 @@ def with_info(method: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array
       >>> x, y = jnp.array([[1.0, 1.0]]), jnp.array([0])
       >>> r, info = attack.with_info(attack.pgd)(lambda w, x: x @ w, w, x, y, eps=5.0, steps=10)
       >>> info.success.tolist(), info.forward.tolist(), info.backward.tolist()
-      ([True], [12], [10])
+      ([True], [11], [10])
     """
     if isinstance(method, partial):
         return partial(with_info(method.func), *method.args, **method.keywords)

@@ -17,7 +17,7 @@ import optax
 
 from jaxadv import boxes, inputs, losses, norms
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.problem import Best, Problem, fold, iterate, run_restarts
+from jaxadv.problem import Best, Gradient, Problem, fold, iterate, run_restarts
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
 __all__ = ["pgd", "pgd_kl"]
@@ -206,7 +206,11 @@ def _divergence(logits: jax.Array, log_p: jax.Array) -> jax.Array:
 def _run(
     problem: Problem, step_size: jax.Array, *, steps: int, random_start: bool, restarts: int
 ) -> Answer:
-    problem = problem.start()
+    from_x = not random_start and restarts == 1
+    if from_x and not problem.samples:
+        problem, at_x = problem.start_at_x()
+    else:
+        problem, at_x = problem.start(), None
     x, eps, norm = problem.x, problem.eps, problem.norm
     # From step to step r has the dtype of norms: a bfloat16 r would swallow small steps.
     wide = replace(problem, x=x.astype(eps.dtype))
@@ -216,20 +220,20 @@ def _run(
         return r if r.dtype == x.dtype else problem.clip_to_box(r)
 
     def start(restart: jax.Array | int) -> jax.Array:
-        at_x = jnp.zeros_like(wide.x)
-        if not random_start and restarts == 1:
-            return at_x
+        nowhere = jnp.zeros_like(wide.x)
+        if from_x:
+            return nowhere
         keys = fold(fold(problem.keys, 0), restart)
         drawn = wide.project(norms.sample(keys, x, eps, norm))
-        return drawn if restarts == 1 else jnp.where(restart > 0, drawn, at_x)
+        return drawn if restarts == 1 else jnp.where(restart > 0, drawn, nowhere)
 
     def run(restart: jax.Array | int) -> Best:
         first = restart * (steps + 1)
 
-        def step(i: jax.Array, carry: _Carry) -> _Carry:
+        def step(i: jax.Array | int, carry: _Carry, known: Gradient | None = None) -> _Carry:
             r, without_top, best = carry
             at = rounded(r)
-            success, loss, g = problem.gradient(at, first + i, without_top)
+            success, loss, g = known or problem.gradient(at, first + i, without_top)
             best = best.with_point(at, success, loss)
             # After a gradient of 0 the next is without the top wrong class, or with it again.
             without_top ^= norms.is_zero(g)
@@ -238,10 +242,14 @@ def _run(
             return wide.project(r + size * norms.steepest(g, norm)), without_top, best
 
         carry = start(restart), jnp.zeros_like(eps, bool), Best.empty(x)
-        r, _, best = iterate(step, carry, steps)
+        if at_x is None:
+            r, _, best = iterate(step, carry, steps)
+        else:
+            r, _, best = iterate(step, step(0, carry, at_x), steps - 1)
         at = rounded(r)
         return best.with_point(at, *problem.value(at, first + steps))
 
     best, runs = run_restarts(run, restarts, x)
     draws = max(problem.samples, 1)
-    return problem.answer(best.r), draws * (1 + runs * (steps + 1)), draws * runs * steps
+    before = 1 if at_x is None else 0
+    return problem.answer(best.r), draws * (before + runs * (steps + 1)), draws * runs * steps
