@@ -44,6 +44,11 @@ LEAST = {
     **each_norm("fab", attack.fab, ("l1",), steps=4, n_targets=2),
     **each_norm("fab_restarts", attack.fab, ("l2",), steps=4, n_targets=2, restarts=2),
     **each_norm("fmn", attack.fmn, ("l2", "linf"), steps=12),
+    "ddn-l2": functools.partial(attack.ddn, steps=24, gamma=0.1),
+    **each_norm("searched", attack.apgd, ("linf",), steps=3, eps=None),
+    **each_norm(
+        "searched_targets", attack.apgd_multitargeted, ("l2",), steps=3, n_targets=2, eps=None
+    ),
     **each_norm("deepfool", attack.deepfool, ("l1", "linf"), steps=12),
     **each_norm("probabilities", attack.deepfool, ("l2",), steps=12, output="probabilities"),
 }
@@ -52,11 +57,11 @@ PROJECTED["fab-linf-in_ball"] = functools.partial(attack.fab, norm="linf", steps
 METHODS = ONE_STEP | IN_BALL | LEAST | PROJECTED
 FREE = (  # these without a box too
     *(*ONE_STEP, "least_alpha-l1", "least_alpha-l2", "pgd-l1", "pgd-linf", "apgd-l1", "fab-l1"),
-    *("fab_restarts-l2", "fmn-l2", "deepfool-l1", "square-linf"),
+    *("fab_restarts-l2", "fmn-l2", "ddn-l2", "searched-linf", "deepfool-l1", "square-linf"),
 )
 SIZED = [name for name in METHODS if name not in LEAST]
 DRAWS = {"vat", "pgd_restarts", "pgd_kl", "apgd", "apgd_dlr", "multitargeted", "square"}
-DRAWS |= {"fab_restarts"}
+DRAWS |= {"fab_restarts", "searched", "searched_targets"}
 KEYED = [name for name in METHODS if name.split("-")[0] in DRAWS]
 # One step, in a ball, and minimal: `Problem` checks and answers for all.
 SOME = ("alpha-linf", "loss-l2", "pgd-l2", "fmn-l2")
@@ -582,7 +587,7 @@ def test_the_signature_is_that_of_perturb_fn(name):
     assert {kinds[k] for k in kinds.keys() - set(positional)} == {inspect.Parameter.KEYWORD_ONLY}
     assert parameters["key"].default is parameters["bounds"].default is None
     needs_eps = parameters["eps"].default is inspect.Parameter.empty
-    assert needs_eps == (name not in {"alpha", "fab", "fmn", "deepfool"})
+    assert needs_eps == (name not in {"alpha", "fab", "fmn", "ddn", "deepfool"})
 
 
 BEFORE_THE_NET = [
@@ -602,7 +607,7 @@ BEFORE_THE_NET = [
 def test_arguments_that_make_no_sense_raise_before_the_net_is_called(name):
     params, x, y, eps, key = problem()
     for wrong, error, match in BEFORE_THE_NET:
-        if name == "loss_sign" and "norm" in wrong:  # which has none to choose
+        if name in ("loss_sign", "ddn") and "norm" in wrong:  # which have none to choose
             continue
         # The loss that takes the labels, or doesn't, is called after the net.
         apply_fn = net if name == "pgd_kl" or (name in ("pgd", "apgd") and "y" in wrong) else None
@@ -652,6 +657,10 @@ def test_a_net_that_returns_no_logits_or_has_no_hash_raises(name):
         (attack.apgd_multitargeted, {"n_targets": 0}, r"n_targets >= 1, got 0; 9 is the published"),
         (attack.fmn, {"steps": 0}, r"steps >= 1, got 0; 100 is usual"),
         (attack.fmn, {"step_size": float("nan")}, r"step_size > 0, got nan"),
+        (attack.ddn, {"steps": 0}, r"steps >= 1, got 0; 100 is usual"),
+        (attack.ddn, {"gamma": 1.0}, r"0 < gamma < 1, got 1\.0; 0\.05"),
+        (attack.ddn, {"gamma": float("nan")}, r"0 < gamma < 1, got nan"),
+        (attack.ddn, {"step_size": 0.0}, r"step_size > 0, got 0.0"),
         (
             attack.deepfool,
             {"steps": 2.5},

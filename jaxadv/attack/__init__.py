@@ -11,12 +11,14 @@ In a ball of radius eps:
 
 - `pgd`: projected gradient steps in an l1, l2 or linf ball. `pgd_kl`: the same away from the net's
   own output, for TRADES.
-- `apgd`, `apgd_multitargeted`: the same with momentum and step sizes that adapt themselves.
+- `apgd`, `apgd_multitargeted`: the same with momentum and step sizes that adapt themselves;
+  without eps they search for the least ball.
 
 The least perturbation that changes the answer (with eps: cut to that size):
 
 - `deepfool`: least steps over the nearest linearised boundary, on logits or on probabilities.
 - `fmn`: gradient steps in a ball that shrinks onto the boundary.
+- `ddn`: the same on a sphere that shrinks and grows, l2 only.
 - `fab`: projections onto linearised boundaries inside the box, biased towards x.
 
 Without gradients: `square`, random search by square windows of an image.
@@ -25,6 +27,7 @@ AutoAttack, the standard ensemble of four of them, loops on the host: `evaluate.
 """
 
 from jaxadv.attack._apgd import apgd, apgd_multitargeted
+from jaxadv.attack._ddn import ddn
 from jaxadv.attack._deepfool import deepfool
 from jaxadv.attack._fab import fab
 from jaxadv.attack._fmn import fmn
@@ -37,6 +40,7 @@ __all__ = [
     "Found",
     "apgd",
     "apgd_multitargeted",
+    "ddn",
     "deepfool",
     "fab",
     "fmn",

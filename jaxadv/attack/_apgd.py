@@ -7,6 +7,8 @@ point (Croce and Hein, 2020). In an l1 ball, where dense steps are useless, step
 sparsity is adapted in the same way, in three balls that shrink to the ball of radius eps (Croce and
 Hein, 2021).
 
+Without a radius both attacks search for the least ball in which they succeed, by bisection.
+
 Losses: the margin form of cross-entropy (it orders points and directs steps as cross-entropy does,
 and its gradient doesn't die), `dlr`, which doesn't change when the logits are scaled, and in
 `apgd_multitargeted` the latter's targeted form, for one class after another.
@@ -15,6 +17,7 @@ and its gradient doesn't die), `dlr`, which doesn't change when the logits are s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -26,11 +29,22 @@ from jax import lax
 
 from jaxadv import boxes, inputs, losses, norms
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.problem import Best, Problem, fold, iterate, run_restarts
+from jaxadv.attack._nearest import Nearest
+from jaxadv.problem import (
+    Best,
+    Problem,
+    beyond_rounding,
+    bisect_to_boundary,
+    fold,
+    iterate,
+    run_restarts,
+)
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticFn
 
 __all__ = ["apgd", "apgd_multitargeted"]
 
+_ROUNDS = 20  # how many balls a search for the least one tries
+_REFUTED = 0.9  # of a size found, below it: where the lower end goes that it refutes
 _RISES = 0.75  # the share of steps that have to raise the loss for the step size to be kept
 
 
@@ -42,7 +56,7 @@ def apgd(
     y: jax.Array,
     /,
     *,
-    eps: Eps,
+    eps: Eps | None,
     norm: Norm = "l2",
     steps: int = 100,
     loss_fn: LossFn = losses.margin,
@@ -64,16 +78,22 @@ def apgd(
     The point that is returned is the best of all iterates: one that is misclassified before one
     that isn't, then by loss. Restarts skip the examples that have been fooled.
 
+    With `eps=None` the answer is the least r that a search over eps finds, of each example on its
+    own: 20 balls, each with all `steps` and `restarts`. The first ball reaches the boundary of the
+    linearised net; the next is twice as large until a run succeeds, and then halfway between the
+    largest failure and the smallest success. What a run finds is scaled down to the boundary.
+
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: labels, handed to `loss_fn` unchanged; integers `[B]` for the default loss. For other
         labels (soft targets) the best point is the one of highest loss.
-      eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
+      eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0. None for the
+        least r.
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
-      steps: number of steps, at least 1 (in l1 at least 3 are made, one in each of three balls);
-        each a forward and a backward pass.
+      steps: number of steps in each ball, at least 1 (in l1 at least 3 are made, one in each of
+        three balls); each a forward and a backward pass.
       loss_fn: `(logits, labels) -> [B]`, which is raised (lowered if `targeted`): the default,
         `losses.margin`, is cross-entropy's margin form; `dlr` is the other published one.
       targeted: y are the classes to reach instead of those to leave.
@@ -84,11 +104,12 @@ def apgd(
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype, of a size of at most eps. Rows are 0 or NaN as in `perturb`.
+      r, of x's shape and dtype, of a size of at most eps. Without eps it is exactly 0 where x is
+      misclassified already, and where nothing was found. Rows are 0 or NaN as in `perturb`.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays; if `y` are not integers, for
-        the default loss.
+        the default loss or without eps.
       ValueError: if shapes don't match, if the norm is unknown, if a Python `eps` is negative, if
         `steps` or `restarts` < 1, if `samples` < 0, if `bounds` is not a pair, or without a key.
 
@@ -109,8 +130,9 @@ def apgd(
     inputs.at_least(1, "steps", steps, "100 is the published number")
     inputs.at_least(1, "restarts", restarts, "1 is a single run")
     problem = Problem.of(
-        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, loss_fn=loss_fn, any_labels=True,
-        targeted=targeted, samples=samples, key=key, drawn_by="a random start",
+        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, loss_fn=loss_fn,
+        minimal=True, any_labels=eps is not None, targeted=targeted, samples=samples, key=key,
+        drawn_by="a random start",
     )  # fmt: skip
     return Found(problem, *_run(problem.keyed(), steps=steps, restarts=restarts))
 
@@ -123,7 +145,7 @@ def apgd_multitargeted(
     y: jax.Array,
     /,
     *,
-    eps: Eps,
+    eps: Eps | None,
     norm: Norm = "l2",
     steps: int = 100,
     n_targets: int = 9,
@@ -135,22 +157,25 @@ def apgd_multitargeted(
     .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
 
     for t the top wrong class, the next, and so on. Examples that have been fooled are skipped.
-    (With fewer than four classes: :math:`z_t - z_y`.)
+    (With fewer than four classes: :math:`z_t - z_y`.) With `eps=None` for the least r, by the
+    search of `apgd`: 20 balls, in each the targets in turn until one succeeds.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: integer labels, `[B]`.
-      eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
+      eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0. None for the
+        least r.
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
-      steps: number of steps for each target, at least 1.
+      steps: number of steps for each target in each ball, at least 1.
       n_targets: how many targets, at least 1; K - 1 where that is less.
       key: one key, or one per example, `[B]`.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype, of a size of at most eps. Rows are 0 or NaN as in `perturb`.
+      r, of x's shape and dtype, of a size of at most eps. Without eps it is exactly 0 where x is
+      misclassified already, and where nothing was found. Rows are 0 or NaN as in `perturb`.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -171,7 +196,7 @@ def apgd_multitargeted(
     inputs.at_least(1, "n_targets", n_targets, "9 is the published number")
     inputs.at_least(1, "steps", steps, "100 is the published number")
     problem = Problem.of(
-        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, key=key,
+        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True, key=key,
         drawn_by="a random start",
     )  # fmt: skip
     return Found(problem, *_run_targets(problem.keyed(), steps=steps, n_targets=n_targets))
@@ -186,10 +211,17 @@ def _run(problem: Problem, *, steps: int, restarts: int) -> Answer:
     # Numbers of steps, by which a random net's draws differ.
     stride = len(_PHASES[problem.norm]) * (steps + 1)
 
-    def run(restart: jax.Array | int) -> Best:
-        return _ascend(problem, fold(keys, restart), steps, restart * stride)
+    def in_ball(problem: Problem, first: jax.Array | int) -> tuple[Best, jax.Array]:
+        def run(restart: jax.Array | int) -> Best:
+            number = first * restarts + restart
+            return _ascend(problem, fold(keys, number), steps, number * stride)
 
-    best, runs = run_restarts(run, restarts, problem.x)
+        return run_restarts(run, restarts, problem.x)
+
+    if problem.eps is None:
+        r, runs, others = _search(problem, in_ball)
+        return problem.answer(r), draws * (1 + others) + runs * passes, draws + runs * passes
+    best, runs = in_ball(problem, 0)
     return problem.answer(best.r), draws + runs * passes, runs * passes
 
 
@@ -204,12 +236,77 @@ def _run_targets(problem: Problem, *, steps: int, n_targets: int) -> Answer:
     targets = jnp.where(jnp.isneginf(largest), targets[:, :1], targets)
     passes = sum(n + 1 for _, n in _phases(problem.norm, steps))
 
-    def run(rank: jax.Array | int) -> Best:
-        toward = partial(losses.targeted_dlr, target=targets[:, rank])
-        return _ascend(replace(problem, loss_fn=toward), fold(problem.keys, rank), steps, 0)
+    def in_ball(problem: Problem, first: jax.Array | int) -> tuple[Best, jax.Array]:
+        def run(rank: jax.Array | int) -> Best:
+            toward = partial(losses.targeted_dlr, target=targets[:, rank])
+            keys = fold(problem.keys, first * n_targets + rank)
+            return _ascend(replace(problem, loss_fn=toward), keys, steps, 0)
 
-    best, runs = run_restarts(run, n_targets, problem.x)
+        return run_restarts(run, n_targets, problem.x)
+
+    if problem.eps is None:
+        r, runs, others = _search(problem, in_ball)
+        return problem.answer(r), 1 + others + runs * passes, 1 + runs * passes
+    best, runs = in_ball(problem, 0)
     return problem.answer(best.r), 1 + runs * passes, runs * passes
+
+
+class _Searched(NamedTuple):
+    nearest: Nearest
+    eps: jax.Array  # [B], of the next ball
+    low: jax.Array  # [B], of the largest ball in which nothing was found
+    runs: jax.Array  # [B], how many runs were made
+    tries: jax.Array  # [B], how many forward passes beside
+
+
+def _search(
+    problem: Problem, in_ball: Callable[[Problem, jax.Array], tuple[Best, jax.Array]]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Search for the least ball in which an attack succeeds.
+
+    Args:
+      problem: with the logits at x, without eps.
+      in_ball: attacks in a ball, from the problem with its eps and the number of the round; returns
+        the best point, and how many runs it took.
+
+    Returns:
+      r; how many runs, `[B]`; how many forward passes beside, `[B]`.
+    """
+    x, norm = problem.x, problem.norm
+    judge = replace(problem, loss_fn=losses.logit_margin)
+    clear = beyond_rounding(judge)
+    dtype = inputs.accum_dtype(x.dtype)
+    largest = jnp.full(x.shape[0], jnp.sqrt(jnp.finfo(dtype).max), dtype)
+    if problem.bounds is not None:
+        lower, upper = boxes.box_limits(x, problem.bounds)
+        largest = jnp.minimum(largest, norms.norm(jnp.maximum(-lower, upper), norm))
+
+    def misleads(r: jax.Array) -> jax.Array:
+        return clear(*judge.value(r))
+
+    def narrow(i: jax.Array, state: _Searched) -> _Searched:
+        best, runs = in_ball(replace(problem, eps=state.eps), i)
+        hit = misleads(best.r)
+        r, tries = bisect_to_boundary(misleads, best.r, hit)
+        nearest = state.nearest.with_point(r, norms.norm(r, norm), best.success, hit)
+        size = nearest.clearly.size
+        # A success in a smaller ball than that of an earlier failure refutes it.
+        low = jnp.where(hit, jnp.minimum(state.low, _REFUTED * size), state.eps)
+        wider = jnp.minimum(2 * state.eps, largest)
+        eps = jnp.where(jnp.isfinite(size), (low + size) / 2, wider)
+        return _Searched(nearest, eps, low, state.runs + runs, state.tries + tries + 1)
+
+    nearest = Nearest.at_x(judge, clear)
+    _, loss, g = judge.gradient(jnp.zeros_like(x))
+    slope = norms.norm(g, norms.dual(norm))
+    flat = ~((slope > 0) & jnp.isfinite(slope))
+    # At first the distance to the boundary of the linearised net.
+    eps = jnp.minimum(jnp.where(flat, 1, jnp.abs(loss) / jnp.where(flat, 1, slope)), largest)
+    eps = jnp.where(nearest.clearly.found, 0, eps)  # x is misclassified
+    none = jnp.zeros(x.shape[0], jnp.int32)
+    state = _Searched(nearest, eps, jnp.zeros_like(eps), none, none)
+    state = iterate(narrow, state, _ROUNDS)
+    return state.nearest.r, state.runs, state.tries + 3
 
 
 # The radius of the ball, in eps, and the share of the steps that are made in it.

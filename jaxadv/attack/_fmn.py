@@ -4,8 +4,12 @@ An attack in a ball answers whether some r of size eps misleads the net; this on
 can be, for each example, in one run. Steps climb the logit margin; after each, r is projected onto
 a ball whose radius grows while r doesn't mislead the net and shrinks when it does, by a share that
 anneals (Pintor et al., 2021). For l2 that is close to the decoupled direction and norm attack of
-Rony et al. (2019). A class that is less likely may be nearer: one step of DeepFool from x is tried
-as well. The smallest perturbation found is then scaled down to the boundary.
+Rony et al. (2019), `ddn`. A class that is less likely may be nearer: one step of DeepFool from x is
+tried as well. The smallest perturbation found is then scaled down to the boundary.
+
+Where the net's gradients mislead, steps within the ball of the published attack may go round in
+circles. So where a tenth of the steps, and ten at least, have found nothing, r is rescaled to the
+ball's surface, as in `ddn`, until something is found.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ import jax.numpy as jnp
 from jaxadv import inputs, norms
 from jaxadv.attack._deepfool import boundary_step
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.problem import Least, Problem, beyond_rounding, bisect_to_boundary, iterate
+from jaxadv.attack._nearest import Nearest
+from jaxadv.problem import Problem, beyond_rounding, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["fmn"]
@@ -31,13 +36,13 @@ _CHANGE = 0.05, 0.001
 _STEP = 1.0, 0.01
 _CLASSES = 10  # of largest logit, toward which one step of DeepFool is tried as well
 _PAST = 1.001  # the length of that step, so that a slightly curved boundary is crossed too
+_PATIENCE = 10  # steps that a slow start may take where gradients do not mislead
 
 
 class _State(NamedTuple):
     r: jax.Array
     radius: jax.Array
-    least: Least  # by more than rounding
-    barely: Least  # by however little
+    nearest: Nearest
 
 
 @reports
@@ -117,16 +122,12 @@ def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
     x, norm = problem.x, problem.norm
     clear = beyond_rounding(problem)
 
-    def kept(state: _State, success: jax.Array, loss: jax.Array) -> _State:
-        size = norms.norm(state.r, norm)
-        return state._replace(
-            least=state.least.with_point(state.r, size, clear(success, loss)),
-            barely=state.barely.with_point(state.r, size, success),
-        )
+    def kept(nearest: Nearest, r: jax.Array, success: jax.Array, loss: jax.Array) -> Nearest:
+        return nearest.with_point(r, norms.norm(r, norm), success, clear(success, loss))
 
     def step(i: jax.Array, state: _State) -> _State:
         success, loss, g = problem.gradient(state.r)
-        state = kept(state, success, loss)
+        nearest = kept(state.nearest, state.r, success, loss)
         success = clear(success, loss)
         anneal = (1 + jnp.cos(jnp.pi * i.astype(g.dtype) / steps)) / 2
         change, length = (end + (start - end) * anneal for start, end in (_CHANGE, _STEP))
@@ -138,30 +139,25 @@ def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
         # the box can keep a step from gaining what the slope promises.
         away = norms.norm(state.r, norm) + jnp.abs(loss) / jnp.where(flat, 1, slope)
         away = jnp.maximum(away, state.radius)
-        outward = jnp.where(state.least.found, state.radius, away) * (1 + change)
-        inward = jnp.minimum(state.radius * (1 - change), state.least.size)
+        outward = jnp.where(nearest.clearly.found, state.radius, away) * (1 + change)
+        inward = jnp.minimum(state.radius * (1 - change), nearest.clearly.size)
         radius = jnp.where(success, inward, outward)
         moved = state.r.astype(g.dtype) + step_size * length * norms.steepest(g, "l2")
-        return state._replace(r=replace(problem, eps=radius).project(moved), radius=radius)
+        r = replace(problem, eps=radius).project(moved)
+        leaps = ~nearest.clearly.found & (i >= max(steps // 10, _PATIENCE))
+        leap = jnp.minimum(radius, 2 * norms.norm(moved, norm))  # an infinite one leads nowhere
+        surface = problem.clip_to_box(norms.rescale(moved, leap, norm))
+        r = jnp.where(leaps[:, None], surface, r)
+        return _State(r, radius, nearest)
 
-    zero, none = jnp.zeros_like(x), Least.empty(x)
-    # What is where it should be at x needs no perturbation, however the loop rounds.
-    there = none._replace(size=jnp.where(clear(*problem.value(zero)), 0, none.size))
-    state = _State(zero, jnp.zeros_like(none.size), there, none)
-    state = iterate(step, state, steps)
-    state = kept(state, *problem.value(state.r))
+    zero, nearest = jnp.zeros_like(x), Nearest.at_x(problem, clear)
+    state = _State(zero, jnp.zeros_like(nearest.clearly.size), nearest)
+    r, _, nearest = iterate(step, state, steps)
+    nearest = kept(nearest, r, *problem.value(r))
     if not problem.targeted:  # a less likely class may be nearer
         r = problem.clip_to_box(_PAST * boundary_step(problem, zero, _CLASSES))
-        state = kept(state._replace(r=r), *problem.value(r))
-    clearly, barely = state.least.found, state.barely.found
-
-    def misleads(r: jax.Array) -> jax.Array:
-        success, loss = problem.value(r)
-        return jnp.where(clearly, clear(success, loss), success)
-
-    r = jnp.where(inputs.expand_like(clearly, x), state.least.r, state.barely.r)
-    r, tries = bisect_to_boundary(misleads, r, clearly | barely)
-    r = problem.clip_to_ball(r)
+        nearest = kept(nearest, r, *problem.value(r))
+    r, tries = nearest.shortened(problem, clear)
     n_tried = 0 if problem.targeted else min(_CLASSES, problem.logits.shape[1] - 1)
     forward = steps + (4 if problem.targeted else 6) + tries
     return problem.answer(r), forward, jnp.full_like(tries, steps + n_tried)

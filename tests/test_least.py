@@ -1,0 +1,194 @@
+"""`attack.ddn` and `fmn` beside the published algorithms; `apgd` in search of the least ball."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import NORMS, ORDER, lengths, steepest
+
+from jaxadv import attack
+
+B, D = 40, 12
+BOX = (0.0, 1.0)
+
+
+def tanh_net(params, x):
+    w, v = params
+    return jnp.tanh(x @ w) @ v
+
+
+@functools.cache
+def boxed_problem():
+    """A curved net, and images in [0, 1] of which a third of the pixels are at a wall."""
+    rng = np.random.default_rng(0)
+    params = rng.normal(size=(D, 16)), rng.normal(size=(16, 5))
+    x = np.clip(rng.normal(0.5, 0.6, size=(B, D)), 0, 1)
+    y = np.argmax(np.tanh(x @ params[0]) @ params[1], axis=1)
+    return params, x, y
+
+
+def logits(params, x):
+    """Logits [K] and their Jacobian [K, D] at one x, in float64."""
+    w, v = params
+    hidden = np.tanh(x @ w)
+    return hidden @ v, (w @ ((1 - hidden**2)[:, None] * v)).T
+
+
+def anneal(i, steps):
+    return (1 + np.cos(np.pi * i / steps)) / 2
+
+
+def published_ddn(params, x, y, steps=100, gamma=0.05):
+    """DDN as its authors publish it, without rounding to 256 levels: the least r of one x."""
+    r, size, best = np.zeros_like(x), 1.0, np.full_like(x, np.inf)
+    largest = np.linalg.norm(np.maximum(x, 1 - x))
+    for i in range(steps):
+        z, jac = logits(params, x + r)
+        wrong = np.argmax(z) != y
+        if wrong and np.linalg.norm(r) < np.linalg.norm(best):
+            best = r
+        p = np.exp(z - z.max())
+        g = p / p.sum() @ jac - jac[y]  # of cross-entropy
+        r = r + (0.01 + 0.99 * anneal(i, steps)) * steepest(g, "l2")
+        size = min(size * (1 - gamma if wrong else 1 + gamma), largest)
+        r = np.clip(x + size * steepest(r, "l2"), 0, 1) - x
+    return best
+
+
+def published_fmn(params, x, y, steps=100):
+    """FMN in l2 as its authors publish it: the least r of one x, infinite if none was found."""
+    r, radius, best = np.zeros_like(x), np.inf, np.full_like(x, np.inf)
+    largest, found = np.linalg.norm(np.maximum(x, 1 - x)), False
+    for i in range(steps):
+        z, jac = logits(params, x + r)
+        top = np.argmax(np.where(np.arange(len(z)) == y, -np.inf, z))
+        wrong, g = np.argmax(z) != y, jac[top] - jac[y]
+        found |= wrong
+        if wrong and np.linalg.norm(r) < np.linalg.norm(best):
+            best = r
+        share = 0.001 + 0.049 * anneal(i, steps)
+        if wrong:
+            radius = min(radius * (1 - share), np.linalg.norm(best))
+        elif found:
+            radius *= 1 + share
+        else:
+            radius = np.linalg.norm(r) + abs(z[top] - z[y]) / np.linalg.norm(g)
+        radius = min(radius, largest)
+        r = r + (0.01 + 0.99 * anneal(i, steps)) * steepest(g, "l2")
+        r = r * min(1, radius / np.linalg.norm(r))
+        r = np.clip(x + r, 0, 1) - x
+    return best
+
+
+@pytest.mark.parametrize(
+    ("fn", "published"), [(attack.ddn, published_ddn), (attack.fmn, published_fmn)]
+)
+def test_it_is_no_longer_than_the_published_one(fn, published):
+    params, x, y = boxed_problem()
+    r = fn(tanh_net, as_float32(params), as_float32(x), y, bounds=BOX)
+    ours = lengths(r, "l2")
+    theirs = np.array([np.linalg.norm(published(params, *row)) for row in zip(x, y, strict=True)])
+    moved = x + np.asarray(r, np.float64)
+    assert (np.argmax(np.tanh(moved @ params[0]) @ params[1], axis=1) != y).all()
+    # Both take the same steps; the bisection at the end makes ours the smaller.
+    assert np.median(ours / theirs) <= 1
+    assert np.mean(ours > 1.02 * theirs) <= 0.05
+
+
+def as_float32(tree):
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+
+
+def linear(w, x):
+    return x @ w
+
+
+def linear_problem():
+    """Two classes; the distance of each example to the boundary through 0, by norm."""
+    rng = np.random.default_rng(1)
+    w, x = (rng.normal(size=shape).astype(np.float32) for shape in ((D, 2), (B, D)))
+    y = np.argmax(x @ w, axis=1)
+    difference = np.subtract(*w.T.astype(np.float64))
+    gap = np.abs(x.astype(np.float64) @ difference)
+    dual = {"l1": np.inf, "l2": 2, "linf": 1}
+    return w, x, y, {norm: gap / np.linalg.norm(difference, dual[norm]) for norm in NORMS}
+
+
+SEARCHES = {
+    "apgd": functools.partial(attack.apgd, eps=None, steps=25, key=jax.random.key(0)),
+    "targeted": functools.partial(
+        attack.apgd_multitargeted, eps=None, steps=25, key=jax.random.key(0)
+    ),
+}
+every_search = pytest.mark.parametrize("fn", SEARCHES.values(), ids=SEARCHES)
+
+
+@pytest.mark.parametrize(
+    ("fn", "norm"),
+    [(attack.ddn, "l2"), *((fn, norm) for fn in SEARCHES.values() for norm in ORDER)],
+)
+def test_of_a_linear_net_the_size_is_the_distance_to_the_boundary(fn, norm):
+    w, x, y, distances = linear_problem()
+    options = {} if fn is attack.ddn else {"norm": norm}
+    r = np.asarray(fn(linear, w, x, y, **options))
+    assert (np.argmax((x + r) @ w, axis=1) != y).all()
+    size = lengths(r, norm)
+    assert (size >= distances[norm]).all()
+    np.testing.assert_allclose(size, distances[norm], rtol=0.02)
+
+
+@pytest.mark.parametrize("fn", [attack.ddn, *SEARCHES.values()])
+def test_what_nothing_misleads_and_what_is_wrong_already_are_0(fn):
+    def net(params, x):  # class 2 is out of reach in the box
+        lead = jnp.stack([0 * x[:, 0], x[:, 0] - 0.5, jnp.sum(x, axis=1) - 10], axis=1)
+        return jnp.where(x[:, 1:2] == 0.25, jnp.array([9.0, 0.0, 0.0]), lead)
+
+    x = np.array([[0.2, 0.4], [0.2, 0.4], [0.7, 0.25]], np.float32)
+    y = np.array([0, 2, 1])
+    r = np.asarray(fn(net, None, x, y, bounds=BOX))
+    np.testing.assert_allclose(np.abs(r[0]), [0.3, 0], atol=0.01)
+    np.testing.assert_array_equal(r[1:], 0)
+
+
+def test_ddn_reaches_a_target_and_takes_the_units_of_x():
+    params, x, _ = boxed_problem()
+    params, x = as_float32((params, x))
+    target = np.full(B, 2)
+    r = np.asarray(attack.ddn(tanh_net, params, x, target, targeted=True))
+    hit = np.asarray(tanh_net(params, x + r)).argmax(axis=1) == 2
+    assert hit.mean() > 0.9
+    thousand = attack.ddn(
+        tanh_net, (params[0] / 1024, params[1]), 1024 * x, target, targeted=True, step_size=1024.0
+    )
+    np.testing.assert_allclose(thousand / 1024, r, rtol=1e-2, atol=1e-2)
+
+
+def trap(params, x):
+    """A hill beside x whose top is no success, a valley, and success from 3 on."""
+    t = x[:, 0]
+    lead = 4 * jnp.exp(-8 * (t - 0.6) ** 2) - 5 + jnp.maximum(t - 2, 0) * 6
+    return jnp.stack([0 * t, lead], axis=1)
+
+
+def test_fmn_gets_out_of_a_trap_of_misleading_gradients():
+    x, y = np.zeros((1, 2), np.float32), np.array([0])
+    r = np.asarray(attack.fmn(trap, None, x, y))
+    assert int(jnp.argmax(trap(None, x + r))) == 1
+    np.testing.assert_allclose(lengths(r, "l2"), 2 + 5 / 6, rtol=0.01)
+
+
+@every_search
+def test_a_search_charges_each_run_of_each_of_its_balls(fn):
+    w, x, y, _ = linear_problem()
+    _, info = attack.with_info(fn)(linear, w, x, y)
+    np.testing.assert_array_equal(info.backward, 1 + 20 * 26)
+    assert (info.forward > info.backward).all()
+    assert info.success.all()
+
+
+def test_a_search_needs_labels():
+    w, x, _, _ = linear_problem()
+    with pytest.raises(TypeError, match="integer labels"):
+        SEARCHES["apgd"](linear, w, x, np.full((B, 2), 0.5, np.float32))
