@@ -12,6 +12,8 @@ makes a net look robust that isn't.
 - `measure`: a batch, under `jax.jit`. `score`: the same over a data set, on the host in batches.
 - `attack_and_score`: attack a data set, then score it. The worst of the attacks of `autoattack`,
   unless it is given others.
+- `distances`: the least perturbation of each example by the best of several attacks, and from it
+  the accuracy at every eps.
 - `accuracy` and `interval`: the share of a mask, and how far the draw of the examples matters.
 - `check`: signs that a robust accuracy shouldn't be believed.
 
@@ -21,11 +23,14 @@ once and pass it again.
 
 from jaxadv.evaluate._accuracy import Outcome, accuracy, interval, measure, score
 from jaxadv.evaluate._check import Flag, Report, check
+from jaxadv.evaluate._distances import Distances, Passes, distances, minimal_attacks
 from jaxadv.evaluate._ensemble import Result, Stage, attack_and_score, autoattack
 
 __all__ = [
+    "Distances",
     "Flag",
     "Outcome",
+    "Passes",
     "Report",
     "Result",
     "Stage",
@@ -33,7 +38,9 @@ __all__ = [
     "attack_and_score",
     "autoattack",
     "check",
+    "distances",
     "interval",
     "measure",
+    "minimal_attacks",
     "score",
 ]
