@@ -165,6 +165,20 @@ def test_ddn_reaches_a_target_and_takes_the_units_of_x():
     np.testing.assert_allclose(thousand / 1024, r, rtol=1e-2, atol=1e-2)
 
 
+def test_ddn_begins_within_a_small_box():
+    w = linear_problem()[0]
+    away = w[:, 1] - w[:, 0]
+    half = 0.0005
+
+    def net(params, x):  # class 1 from `half` along w on
+        lead = (x - 0.5) @ away - half * jnp.linalg.norm(away)
+        return jnp.stack([0 * lead, lead], axis=1)
+
+    x = np.full((1, D), 0.5, np.float32)
+    r = attack.ddn(net, None, x, np.array([0]), steps=40, bounds=(0.499, 0.501))
+    np.testing.assert_allclose(lengths(r, "l2"), half, rtol=0.01)
+
+
 def trap(params, x):
     """A hill beside x whose top is no success, a valley, and success from 3 on."""
     t = x[:, 0]
