@@ -96,10 +96,11 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
     .. math:: -\frac{z_y - \max_{k \ne y} z_k}{z_{\pi_1} - z_{\pi_3}}
 
     with :math:`z_{\pi_1} \ge z_{\pi_2} \ge z_{\pi_3}` the three largest logits. It doesn't change
-    when the logits are shifted or scaled. Its gradient is 0 where y is the third.
+    when the logits are shifted or scaled. Its gradient is 0 where y is the third. With two classes
+    there is no third, and it is the numerator, `logit_margin`.
 
     Args:
-      logits: `[B, K]`, floating point, K >= 3.
+      logits: `[B, K]`, floating point.
       labels: integers, `[B]`, in 0..K-1.
 
     Returns:
@@ -107,7 +108,7 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Raises:
       TypeError: if `labels` are not integers.
-      ValueError: if `labels` are not `[B]`, or there are fewer than 3 classes.
+      ValueError: if `labels` are not `[B]`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -119,13 +120,11 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
       Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
       parameter-free attacks", 2020, Section 4.
     """
+    lead = logit_margin(logits, labels)
     if logits.shape[1] < 3:
-        raise ValueError(
-            f"expected logits of at least 3 classes, got shape {logits.shape}; the ratio needs the "
-            "third largest: use losses.margin for 2"
-        )
+        return lead
     top = _largest(logits, 3)
-    return _ratio(logit_margin(logits, labels), top[:, 0] - top[:, 2])
+    return _ratio(lead, top[:, 0] - top[:, 2])
 
 
 def targeted_dlr(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> jax.Array:
@@ -133,7 +132,8 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> 
 
     .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
 
-    With fewer than four classes there is no such denominator, and it is :math:`z_t - z_y`.
+    With three classes the denominator is :math:`z_{\pi_1} - z_{\pi_3}`, as in `dlr`; with two there
+    is none.
 
     Args:
       logits: `[B, K]`, floating point.
@@ -161,10 +161,11 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> 
     both = jnp.stack([target, labels], axis=1)
     shifted = shift_logits(logits.astype(inputs.accum_dtype(logits.dtype)))
     z = jnp.take_along_axis(shifted, both, axis=1)
-    if logits.shape[1] < 4:
-        return z[:, 0] - z[:, 1]
-    top = _largest(logits, 4)
-    return _ratio(z[:, 0] - z[:, 1], top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
+    lead, classes = z[:, 0] - z[:, 1], logits.shape[1]
+    if classes < 3:
+        return lead
+    top = _largest(logits, min(classes, 4))
+    return _ratio(lead, top[:, 0] - (top[:, 2] + top[:, -1]) / 2)
 
 
 def _largest(logits: jax.Array, n: int) -> jax.Array:

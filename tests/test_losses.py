@@ -132,17 +132,14 @@ def test_where_all_logits_tie_dlr_is_0_with_a_finite_gradient(loss, value):
     assert np.isfinite(jax.grad(lambda z: fn(z, y).sum())(z)).all()
 
 
-def test_dlr_of_two_classes_raises():
-    with pytest.raises(ValueError, match=r"at least 3 classes.*\(2, 2\).*losses\.margin for 2"):
-        losses.dlr(jnp.zeros((2, 2)), jnp.array([0, 1]))
-
-
 def test_dlr_takes_integer_labels():
     with pytest.raises(TypeError, match="expected integer labels"):
         losses.dlr(jnp.zeros((2, 3)), jnp.zeros(2))
 
 
-def test_with_three_classes_the_targeted_ratio_is_the_difference():
-    z = jnp.array([[3.0, 1, 2], [0, 5, 7]])
-    got = losses.targeted_dlr(z, jnp.array([0, 1]), target=jnp.array([2, 0]))
-    np.testing.assert_array_equal(got, [-1, -5])
+def test_with_two_or_three_classes_dlr_is_what_is_left_of_it():
+    z, y, t = jnp.array([[3.0, 1, 2], [0, 5, 7]]), jnp.array([0, 1]), jnp.array([2, 0])
+    np.testing.assert_allclose(losses.dlr(z, y), [-1 / 2, 2 / 7])
+    np.testing.assert_allclose(losses.targeted_dlr(z, y, target=t), [-1 / 2, -5 / 7])
+    np.testing.assert_array_equal(losses.dlr(z[:, :2], y), [-2, -5])
+    np.testing.assert_array_equal(losses.targeted_dlr(z[:, :2], y, target=1 - y), [-2, -5])

@@ -157,8 +157,8 @@ def apgd_multitargeted(
     .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
 
     for t the top wrong class, the next, and so on. Examples that have been fooled are skipped.
-    (With fewer than four classes: :math:`z_t - z_y`.) With `eps=None` for the least r, by the
-    search of `apgd`: 20 balls, in each the targets in turn until one succeeds.
+    (`losses.targeted_dlr` says what it is with two or three classes.) With `eps=None` for the least
+    r, by the search of `apgd`: 20 balls, in each the targets in turn until one succeeds.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
