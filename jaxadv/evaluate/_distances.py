@@ -53,7 +53,7 @@ class Distances:
 
     size: NDArray[Any]
     r: NDArray[Any]
-    attack: NDArray[np.str_]
+    attack: NDArray[Any]
     passes: dict[str, Passes]
 
     @property
