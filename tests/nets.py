@@ -13,6 +13,7 @@ ATTACKS = {
     "pgd_kl": partial(attack.pgd_kl, steps=3),
     "apgd": partial(attack.apgd, steps=4),
     "apgd_multitargeted": partial(attack.apgd_multitargeted, steps=4, n_targets=2),
+    "ddn": partial(attack.ddn, steps=3),
     "deepfool": attack.deepfool,
     "fab": partial(attack.fab, steps=3, n_targets=2),
     "fmn": partial(attack.fmn, steps=3),

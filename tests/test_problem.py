@@ -170,7 +170,7 @@ def net(w, x):
     return x @ w
 
 
-LEAST = ("deepfool", "fab", "fmn")
+LEAST = ("ddn", "deepfool", "fab", "fmn")
 REPORTING = {
     name: method if name in LEAST else functools.partial(method, eps=3.0)
     for name, method in ATTACKS.items()
