@@ -1,13 +1,12 @@
-"""Functions as keys of compiled programs: what a function has captured is part of the key.
+"""Functions as cache keys of compiled programs: the key includes what a function has captured.
 
-JAX compiles a program for each function object and keeps it. The arrays that the function finds
-anywhere but in its arguments (a bound method's object, a closure, a global) are constants of that
-program. Where they change afterwards, as the weights of a `flax.nnx` module do under training, the
-function is still the same to JAX, and the program answers with the old ones.
+JAX caches one program per function object. Arrays that the function doesn't get as arguments (from
+a bound method's object, a closure, a global) are constants of that program. If they change later,
+as the weights of a `flax.nnx` module do in training, JAX still sees the same function, and the
+cached program computes with the old values.
 
-`keyed` looks at the net anew, by tracing it, whenever it is handed in. Its result compares equal
-only as long as the net's program and captured arrays are the same, so that another program is
-compiled for others.
+`keyed` traces the net each time it is passed. Two results of it compare equal only if the net's
+program and captured arrays are the same; otherwise JAX compiles again.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from jaxadv.types import Params
 __all__ = ["hashable", "keyed", "method", "pair"]
 
 
-_ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # which jit takes
+_ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # that jit accepts
 
 
 @dataclass(frozen=True)
 class _Keyed:
-    """A function that is equal to another only if their digests are, too."""
+    """A function that equals another only if their digests are equal, too."""
 
     function: Any
     digest: str
@@ -45,7 +44,7 @@ class _Keyed:
 
 
 def hashable(name: str, function: Any) -> None:
-    """Check that a program can be compiled and kept for a function.
+    """Check that JAX can cache a compiled program for a function.
 
     Raises:
       TypeError: if it isn't a function, or has no hash.
@@ -66,10 +65,10 @@ def hashable(name: str, function: Any) -> None:
 
 
 def method(name: str, perturb_fn: Any) -> None:
-    """Check that a program can be compiled for a method, and that it takes what it will be given.
+    """Check that a method is hashable, and takes the arguments of `types.PerturbFn`.
 
     Raises:
-      TypeError: if it isn't a function, has no hash, or another signature.
+      TypeError: if it isn't a function, has no hash, or has another signature.
     """
     hashable(name, perturb_fn)
     try:
@@ -100,7 +99,7 @@ def pair(source: Any) -> tuple[Any, Params]:
 
 
 def keyed(apply_fn: Any, params: Params, x: Any) -> Any:
-    """Return `apply_fn` as it is now: not equal to what it was with other captured arrays.
+    """Wrap `apply_fn` so that it compares unequal once the arrays that it captured change.
 
     Args:
       apply_fn: `(params, x) -> logits`, or `(params, x, key) -> logits`.
@@ -108,7 +107,7 @@ def keyed(apply_fn: Any, params: Params, x: Any) -> Any:
       x: `[B, ...]`, or a `jax.ShapeDtypeStruct` of it.
 
     Returns:
-      A hashable function of the same arguments and results.
+      A hashable function with the same arguments and results.
 
     Raises:
       TypeError: if `apply_fn` isn't a function, or has no hash; if a leaf of params isn't an array.
@@ -125,21 +124,21 @@ def keyed(apply_fn: Any, params: Params, x: Any) -> Any:
             )
     draws = (jax.random.key(0),) if _draws(apply_fn) else ()
 
-    def anew(*args: Any) -> Any:  # another function each time: of the same, JAX knows the trace
+    def anew(*args: Any) -> Any:  # a new function each time: JAX reuses the trace of a known one
         return inputs.called(apply_fn, *args)
 
     traced = jax.make_jaxpr(anew)(params, x, *draws)
     constants = list(_constants(traced))
     if any(isinstance(constant, jax.core.Tracer) for constant in constants):
-        return apply_fn  # a closure of the caller's trace, which ends with it
-    digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", str(traced)).encode())  # but for addresses
+        return apply_fn  # it captured the caller's tracers, and ends with their trace
+    digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", str(traced)).encode())  # no addresses
     for array in host.fetch(constants):
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return _Keyed(apply_fn, digest.hexdigest())
 
 
 def _draws(apply_fn: Any) -> bool:
-    """Tell whether a net takes a key, too."""
+    """Return whether a net also takes a key."""
     try:
         signature = inspect.signature(apply_fn)
     except ValueError:  # of a built-in function
@@ -156,9 +155,9 @@ def _draws(apply_fn: Any) -> bool:
 
 
 def _constants(jaxpr: Any) -> Iterator[Any]:
-    """Yield the arrays in a jaxpr, at any depth; keys as the numbers that they are.
+    """Yield the constant arrays in a jaxpr, at any depth; keys as their raw data.
 
-    Jaxprs are known by their attributes, since their classes differ between versions of JAX.
+    Jaxprs are recognised by their attributes, since their classes differ between versions of JAX.
     """
     for constant in getattr(jaxpr, "consts", ()):
         is_key = jnp.issubdtype(constant.dtype, jax.dtypes.prng_key)

@@ -1,12 +1,11 @@
-"""What loops over a data set on the host: its arguments checked once, its batches of one shape.
+"""Loops over a data set on the host: arguments are checked once, batches have one shape.
 
-The functions of `evaluate` that take a whole data set are the only ones that can't run under a
-caller's trace. What an example gets doesn't depend on the batch that it falls into: it brings its
-own size and its own key.
+The functions of `evaluate` that take a whole data set are the only ones that can't run under `jit`,
+`vmap` or `grad`. An example's result doesn't depend on its batch: each has its own size and key.
 
-Where the examples `x` lie on several devices (`jax.sharding.NamedSharding` of their first axis), so
-does each batch; on a mesh of Explicit axes all of it runs with Auto ones (`meshes`). With several
-processes, all of them must be given the same data set, and all get the results of all examples.
+If the examples `x` are sharded over several devices (`jax.sharding.NamedSharding` of their first
+axis), so is each batch; on a mesh of Explicit axes, everything runs with Auto ones (`meshes`).
+Several processes must all pass the same data set, and all get the results of all examples.
 """
 
 from __future__ import annotations
@@ -38,26 +37,26 @@ __all__ = [
 
 
 class Spread(NamedTuple):
-    """How batches are to lie on devices.
+    """How batches are sharded over devices.
 
     Attributes:
-      sharding: that of a batch's first axis; None for the default device.
-      devices: over how many the examples are spread; a batch's size is a multiple of it.
+      sharding: the sharding of a batch's first axis; None for the default device.
+      devices: number of devices that hold the examples; batch sizes are multiples of it.
     """
 
     sharding: NamedSharding | None
     devices: int
 
     def multiple(self, size: int) -> int:
-        """Round a batch's size up to what can be spread."""
+        """Round a batch size up to a multiple of the number of devices."""
         return -(-size // self.devices) * self.devices
 
     def take(self, arrays: tuple[Any, ...], rows: Any) -> list[Any]:
-        """Return these rows of each array that isn't None, where a batch is to lie."""
+        """Return these rows of each array that isn't None, sharded as a batch."""
         taken = [None if a is None else a[rows] for a in arrays]
         if self.sharding is None:
             return taken
-        # Not device_put, which among several processes knows no keys.
+        # Not device_put, which with several processes doesn't support keys.
         return jax.jit(_same, out_shardings=self.sharding)(taken)
 
 
@@ -66,7 +65,7 @@ def _same(tree: Any) -> Any:
 
 
 def spread(x: Any) -> Spread:
-    """Return how batches of these examples are to lie: as the examples do."""
+    """Return how to shard batches of these examples: as the examples are."""
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not any(sharding.spec[:1]):
         return Spread(None, 1)
@@ -75,7 +74,7 @@ def spread(x: Any) -> Spread:
 
 
 def fetch(tree: Any) -> Any:
-    """Bring arrays to the host, with the parts that other processes have."""
+    """Copy arrays to the host, including the parts that other processes hold."""
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -86,11 +85,11 @@ def fetch(tree: Any) -> Any:
 
 
 def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
-    """Check that this is the host, and that these are examples with their labels.
+    """Check that nothing is traced, and that `x` and `y` are examples with their labels.
 
     Raises:
       TypeError: under a trace; if `x` is not floating point or `y` not integers.
-      ValueError: if `x` is no batch, `y` is not `[n]`, or there aren't as many labels as examples.
+      ValueError: if `x` isn't a batch, `y` isn't `[n]`, or their lengths differ.
     """
     # Under jit even a constant becomes a tracer.
     if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((x, y, others, jnp.zeros(())))):
@@ -105,10 +104,10 @@ def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
 
 
 def checked(bounds: Bounds | None, x: Any) -> Bounds | None:
-    """Return the bounds, having checked that they are such and that the data set lies in them.
+    """Check bounds, and that the data set lies within them; return the bounds.
 
     Raises:
-      ValueError: if they aren't a pair of the right shape and order, or if x leaves them by more
+      ValueError: if they aren't a pair of the right shape and order, or if x exceeds them by more
         than rounding.
     """
     stray = "" if bounds is None else outside(bounds, x)
@@ -121,14 +120,14 @@ def checked(bounds: Bounds | None, x: Any) -> Bounds | None:
 
 
 def outside(bounds: Bounds, x: Any) -> str:
-    """Return what of a data set is outside of the bounds, by more than rounding; "" if nothing is.
+    """Describe a value that exceeds the bounds by more than rounding; "" if there is none.
 
-    A pixel that is NaN in some example isn't looked at in the others.
+    A pixel that is NaN in one example is not checked in the others.
 
     Raises:
       ValueError: if the bounds aren't a pair of the right shape and order.
     """
-    dtype = jax.dtypes.canonicalize_dtype(x.dtype)  # which the net sees
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)  # as the net sees them
     lo, hi = (
         np.asarray(bound)[0]
         for bound in inputs.box(fetch(bounds), jnp.zeros((1, *x.shape[1:]), dtype))
@@ -137,7 +136,7 @@ def outside(bounds: Bounds, x: Any) -> str:
         return ""
     least, greatest = (np.asarray(extreme, lo.dtype) for extreme in (x.min(0), x.max(0)))
     for extreme, bound, sign, which in ((least, lo, -1, "least"), (greatest, hi, 1, "most")):
-        # Standardised in this dtype, white is some units in the last place off its bound.
+        # Standardised in this dtype, white may be a few units in the last place off its bound.
         size = np.maximum(np.abs(extreme), np.abs(bound))
         rounding = np.where(np.isfinite(size), 8 * float(jnp.finfo(dtype).eps) * size, 0)
         beyond = sign * (extreme - bound) - rounding
@@ -148,11 +147,11 @@ def outside(bounds: Bounds, x: Any) -> str:
 
 
 def per_example(x: Any, eps: Eps | None, key: jax.Array | None) -> tuple[Any, jax.Array | None]:
-    """Return the size and the key of each example: what it gets doesn't depend on its batch.
+    """Return each example's size and key, so that its result doesn't depend on its batch.
 
     Raises:
-      As `inputs.radius` and `inputs.keys`; here the values of a JAX array are known, and it is
-      refused where a number is.
+      As `inputs.radius` and `inputs.keys`; a JAX array's values are known here, so that they are
+      checked as numbers are.
     """
     if isinstance(eps, jax.Array):
         eps = fetch(eps)
@@ -161,7 +160,7 @@ def per_example(x: Any, eps: Eps | None, key: jax.Array | None) -> tuple[Any, ja
 
 
 def one_batch(x: Any, batch_size: int) -> jax.ShapeDtypeStruct:
-    """Return the shape and dtype of the batches that `over_batches` makes of these examples.
+    """Return the shape and dtype of the batches that `over_batches` makes from these examples.
 
     Raises:
       TypeError: if `batch_size` isn't an integer.
@@ -173,10 +172,10 @@ def one_batch(x: Any, batch_size: int) -> jax.ShapeDtypeStruct:
 
 
 def over_batches(fn: Callable[..., Any], arrays: tuple[Any, ...], batch_size: int) -> Any:
-    """Apply a compiled function to batches of one shape, and join what it returns.
+    """Apply a compiled function to batches of one shape, and concatenate the results.
 
-    The last batch is filled up with copies of the last example, whose results are dropped: one
-    shape, one compilation.
+    The last batch is padded with copies of the last example, whose results are dropped, so that the
+    function is compiled for one shape only.
     """
     n = len(arrays[0])
     on = spread(arrays[0])

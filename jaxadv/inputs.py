@@ -1,9 +1,9 @@
-"""What every public function does with its arguments first: check what is static, cast the rest.
+"""Argument checks and conversions, with which every public function begins.
 
-Errors are raised at trace time, for facts that tracing knows (rank, dtype, batch size, a norm's
-name, a Python number). They say what was expected, what came, and the cure. Facts that only the
-values know (labels out of range, NaN, a negative traced eps) are handled row by row where they
-matter, in `perturb` and `attack`, and counted by `evaluate`.
+Errors are raised at trace time, about what is known then: rank, dtype, batch size, the name of a
+norm, a Python number. They say what was expected, what was passed, and how to fix it. What depends
+on values (labels out of range, NaN, a negative traced eps) is handled row by row in `perturb` and
+`attack`, and counted by `evaluate`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def accum_dtype(dtype: Any) -> Any:
-    """Return the dtype that arithmetic on values of `dtype` is done in: float32 at least."""
+    """Return the dtype for arithmetic on values of `dtype`: float32 or wider."""
     kind = jax.dtypes.canonicalize_dtype(dtype)
     return jnp.dtype(jnp.float32) if jnp.finfo(kind).bits < 32 else kind
 
@@ -53,10 +53,10 @@ def expand_like(a: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def at_least(least: int, name: str, value: Any, cure: str) -> None:
-    """Check a count: of steps, restarts, classes.
+    """Check a count, such as the number of steps, restarts or classes.
 
     Raises:
-      TypeError: if it isn't an integer that is known before tracing.
+      TypeError: if it isn't a static integer (Python's or NumPy's).
       ValueError: if it is less than `least`.
     """
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
@@ -66,10 +66,10 @@ def at_least(least: int, name: str, value: Any, cure: str) -> None:
 
 
 def native(a: Any) -> Any:
-    """Return a JAX array as it is, and anything else as a NumPy array that JAX can take.
+    """Return a JAX array as it is, and anything else as a NumPy array that JAX accepts.
 
-    That is one in the machine's byte order, of no more than 64 bits. Containers that index by
-    something else than the place of a row, as those with row labels do, become plain arrays.
+    JAX accepts numbers in the machine's byte order, of at most 64 bits. Containers that are indexed
+    by row labels become plain arrays, indexed by position.
     """
     if isinstance(a, jax.Array) or hasattr(a, "__jax_array__"):
         return jnp.asarray(a)
@@ -91,7 +91,7 @@ def examples(x: Any, name: str = "x") -> jax.Array:
 
 
 def are_examples(x: Any, name: str = "x") -> None:
-    """Check as `examples` does, without moving the array.
+    """Check as `examples` does, without moving the array to the device.
 
     Raises:
       As `examples`.
@@ -111,7 +111,7 @@ def are_examples(x: Any, name: str = "x") -> None:
 
 
 def perturbation(r: Any, x: Any) -> Any:
-    """Check what somebody's method returned, without moving it.
+    """Check the perturbation that a method returned, without moving it to the device.
 
     Raises:
       TypeError: if it isn't a floating-point array.
@@ -136,7 +136,7 @@ def labels(y: Any, n: int) -> jax.Array:
       ValueError: if `y` is not of shape `[n]`.
     """
     y = native(y)
-    if y.shape == (n, 1):  # whose argmax would be class 0 throughout
+    if y.shape == (n, 1):  # its argmax would be class 0 for every row
         cure = "a column of labels becomes [B] by y[:, 0]"
     elif y.ndim == 1:
         cure = "class numbers are cast by y.astype(int); names become numbers by np.unique"
@@ -155,10 +155,10 @@ def labels(y: Any, n: int) -> jax.Array:
 
 
 def paired(x: jax.Array, y: Any) -> jax.Array:
-    """Check that labels of any kind (soft ones too) are as many as the examples.
+    """Check that there is one label, of any kind (also soft), for each example.
 
     Raises:
-      ValueError: if they are not.
+      ValueError: if there is not.
     """
     y = native(y)
     if y.shape[:1] != x.shape[:1]:
@@ -170,13 +170,13 @@ def paired(x: jax.Array, y: Any) -> jax.Array:
 
 
 def _as_classes(y: Any) -> Any:
-    """Return integers that stay what they are in int32, or no class at all."""
-    # A label of 2^32 is no class, and int32 would make it class 0.
+    """Clip wide integers to the range of int32, so that invalid labels stay invalid."""
+    # A cast to int32 would turn the invalid label 2^32 into class 0.
     return y.clip(-1, 2**31 - 1) if y.dtype.itemsize > 4 else y
 
 
 def called(apply_fn: Any, params: Params, x: Any, *key: Any) -> Any:
-    """Call a net; what it raises gets a note of what it was called with, and of the cure."""
+    """Call a net; add a note with the shape and dtype of x, and a likely fix, to what it raises."""
     try:
         return apply_fn(params, x, *key)
     except Exception as error:
@@ -191,7 +191,7 @@ def called(apply_fn: Any, params: Params, x: Any, *key: Any) -> Any:
 
 
 def apply(apply_fn: Any, params: Params, x: jax.Array, *key: jax.Array) -> jax.Array:
-    """Call a classifier and check what it returns, see `logits_of`."""
+    """Call a classifier and check its logits, see `logits_of`."""
     return logits_of(called(apply_fn, params, x, *key), x.shape[0])
 
 
@@ -230,7 +230,7 @@ def losses_of(losses: jax.Array, n: int) -> jax.Array:
     """Check that a loss function returned one loss per example, `[n]`.
 
     Raises:
-      ValueError: if it returned anything else, a mean over the batch say.
+      ValueError: if it returned anything else, for example the mean over the batch.
     """
     if losses.shape != (n,):
         raise ValueError(
@@ -241,24 +241,24 @@ def losses_of(losses: jax.Array, n: int) -> jax.Array:
 
 
 def finite(x: jax.Array, logits: jax.Array, eps: jax.Array | None = None) -> jax.Array:
-    """Tell which rows are sound, `[B]`: no NaN or infinity in x, no NaN or +inf in the logits.
+    """Return which rows are sound, `[B]`: x is finite, and no logit is NaN or +inf.
 
-    Nor is a row sound whose size `eps`, a traced value, is NaN or infinite.
+    If `eps` is given, a traced value, it must be finite, too.
     """
     sound = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) & jnp.all(logits < jnp.inf, 1)
     return sound if eps is None else sound & jnp.isfinite(eps)
 
 
 def is_correct(logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Tell which rows are classified right, `[B]`: sound ones of a class that isn't masked."""
-    masked = jnp.all(jnp.isneginf(logits), axis=1)  # argmax would name class 0
+    """Return which rows are classified correctly, `[B]`; they must be sound, and not all masked."""
+    masked = jnp.all(jnp.isneginf(logits), axis=1)  # argmax would return class 0
     return (jnp.argmax(logits, axis=1) == y) & finite(x, logits) & ~masked
 
 
 def attackable(logits: jax.Array, y: jax.Array | None) -> jax.Array:
-    """Tell which rows pose a problem, `[B]`: y is a class with a finite logit, and another is too.
+    """Return which rows can be attacked, `[B]`: y and another class have finite logits.
 
-    Without labels (`y` None), two classes with a finite logit are enough.
+    Without labels (`y` is None), any two classes with finite logits are enough.
     """
     candidates = logits > -jnp.inf
     several = jnp.sum(candidates, axis=1) > 1
@@ -269,7 +269,7 @@ def attackable(logits: jax.Array, y: jax.Array | None) -> jax.Array:
 
 
 def radius(eps: Eps, x: Any) -> jax.Array:
-    """Return `eps` as `[B]`, in the dtype that norms of `x` have; a negative traced value is 0.
+    """Broadcast `eps` to `[B]`, in the dtype of x's norms; negative traced values become 0.
 
     Raises:
       TypeError: if `eps` is not a number or an array of numbers.
@@ -296,7 +296,7 @@ def radius(eps: Eps, x: Any) -> jax.Array:
 
 
 def box(bounds: Bounds, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return `bounds` as two arrays of x's shape, rounded to x's dtype, in the dtype of norms.
+    """Broadcast `bounds` to x's shape: rounded to x's dtype, but stored in the dtype of norms.
 
     Raises:
       ValueError: if `bounds` is not a pair, if Python or NumPy bounds are not lo <= hi, or if they
@@ -327,8 +327,8 @@ def keys(key: jax.Array | None, n: int, name: str) -> jax.Array:
     """Return one key per example, `[n]`: the keys given, or one key split.
 
     Raises:
-      TypeError: if `key` isn't one (a seed, say).
-      ValueError: if `key` is missing, or there are neither one nor `n` keys.
+      TypeError: if `key` isn't a key (but a seed, for example).
+      ValueError: if `key` is None, or neither one key nor `n` keys.
     """
     if key is None:
         raise ValueError(
@@ -347,11 +347,11 @@ def keys(key: jax.Array | None, n: int, name: str) -> jax.Array:
 
 
 def one_key(key: Any) -> None:
-    """Check that this is one key.
+    """Check that `key` is a single key.
 
     Raises:
-      TypeError: if it isn't a key (a seed, say).
-      ValueError: if it is several.
+      TypeError: if it isn't a key (but a seed, for example).
+      ValueError: if it is several keys.
     """
     cure = "pass jax.random.key(seed)"
     typed = _typed(key, cure)

@@ -1,14 +1,14 @@
 """Arrays on meshes of Explicit axes, which `jax.make_mesh` makes by default.
 
 On such a mesh an array's sharding is part of its type, and each operation must say how its result
-lies. Neither the arithmetic of this library nor most nets do. So its public functions run with Auto
-axes, on which the compiler decides: `auto_axes` changes the axes of the arguments on the way in,
-which moves no data, and those of the results on the way out. Arrays on meshes of Auto axes, or on
-none, pass through.
+is sharded. Neither the arithmetic of this library nor most nets do. So the public functions run
+with Auto axes, where the compiler decides: `auto_axes` converts the arguments to Auto axes, which
+moves no data, and the results back to Explicit ones. Arrays on meshes of Auto axes, or on no mesh,
+pass through.
 
-A net is part of what runs with Auto axes. One that names shardings itself (`out_sharding`,
-`jax.sharding.reshard`), or has arrays on the mesh that aren't among its parameters, is wrapped in
-`jax.sharding.explicit_axes`, which brings its own axes back.
+The net runs with Auto axes, too. If it names shardings itself (`out_sharding`,
+`jax.sharding.reshard`), or uses arrays on the mesh that aren't among its parameters, wrap it in
+`jax.sharding.explicit_axes`, which restores Explicit axes for it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def auto_axes(results: Callable[..., Any] | None = None) -> Callable[[F], F]:
-    """Return a decorator: the function's arrays are on Auto axes inside, Explicit ones outside.
+    """Decorate a function to compute with Auto axes where its caller's arrays have Explicit ones.
 
     Args:
-      results: from the function's arguments to the `PartitionSpec` of its results, or a prefix of
+      results: function from the arguments to the `PartitionSpec` of the results, or to a prefix of
         their tree; None for results on the host.
     """
 
@@ -62,22 +62,22 @@ def auto_axes(results: Callable[..., Any] | None = None) -> Callable[[F], F]:
 
 
 def as_x(apply_fn: Any, params: Any, x: Any, *others: Any, **named: Any) -> P:
-    """Lay a perturbation as x lies."""
+    """Shard a perturbation as x."""
     return _spec(x)
 
 
 def of_rows(apply_fn: Any, params: Any, x: Any, *others: Any, **named: Any) -> P:
-    """Lay one number of each example, `[B]`, as the examples lie."""
+    """Shard one number per example, `[B]`, as the examples."""
     return P(*_spec(x)[:1])
 
 
 def as_state(state: Any, *others: Any) -> tuple[Any, P]:
-    """Lay a training state as it was before the step, and its report on every device."""
+    """Shard a training state as before the step, and replicate the report."""
     return jax.tree.map(_spec, state), P()
 
 
 def as_objective(params: Any, model_state: Any, *others: Any, **named: Any) -> tuple[P, Any]:
-    """Lay an objective's loss and report on every device, its model's state as it was."""
+    """Replicate an objective's loss and report, and shard the model state as it was."""
     return P(), (jax.tree.map(_spec, model_state), P())
 
 
@@ -94,9 +94,9 @@ def _auto(mesh: AbstractMesh) -> AbstractMesh:
 
 
 def _to_auto(argument: Any) -> Any:
-    """Return an argument with its arrays on Auto axes; one that has none on Explicit ones itself.
+    """Convert an argument's arrays to Auto axes; return one without Explicit axes as it is.
 
-    To rebuild it would sort a dict, which holds attacks in the order they are to run in.
+    Rebuilding it would sort a dict, and attacks run in the order of theirs.
     """
     if not any(map(_is_explicit, jax.tree.leaves(argument))):
         return argument
@@ -108,10 +108,10 @@ def _is_explicit(leaf: Any) -> bool:
 
 
 def _on_auto(leaf: jax.Array) -> jax.Array:
-    """Return an array that lies where it does, on the same mesh with Auto axes."""
+    """Return an array with the same sharding, on the same mesh with Auto axes."""
     if isinstance(leaf, jax.core.Tracer):
         return jax.sharding.reshard(leaf, P())
-    # The same buffers: outside of a jit, resharding would copy them.
+    # Reuse the buffers: outside of jit, resharding would copy them.
     held: Any = leaf.sharding
     mesh = Mesh(held.mesh.devices, held.mesh.axis_names, (AxisType.Auto,) * held.mesh.devices.ndim)
     sharding = NamedSharding(mesh, held.spec, memory_kind=held.memory_kind)
@@ -120,5 +120,5 @@ def _on_auto(leaf: jax.Array) -> jax.Array:
 
 
 def _to_explicit(sharding: NamedSharding, leaf: Any) -> Any:
-    """Return an array that is on a mesh with this sharding, and any other as it is."""
+    """Reshard an array that is on a mesh, and return any other as it is."""
     return leaf if _mesh(leaf).empty else jax.sharding.reshard(leaf, sharding)

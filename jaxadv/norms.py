@@ -1,18 +1,17 @@
-"""Per-example lp geometry: sizes, steepest directions, balls and boxes.
+"""Per-example lp geometry: norms, steepest directions, balls and boxes.
 
-Everything that depends on the choice of norm is in this module's one table, so that no other
-module branches on a norm's name. All functions take a batch `[B, ...]` and treat each example as
-one vector. The steepest directions are the maximisers of Proposition 3 and Section 6.1.1 (Huang
-et al., 2015): over the unit ball of a norm, `<g, r>` is greatest at `steepest(g)`, where it equals
-the dual norm of g.
+Everything that depends on the choice of norm is in one table in this module; no other module
+branches on a norm's name. All functions take a batch `[B, ...]` and treat each example as one
+vector. The steepest directions are the maximisers of Proposition 3 and Section 6.1.1 (Huang et al.,
+2015): over the unit ball of a norm, `<g, r>` is greatest at `steepest(g)`, where it equals the dual
+norm of g.
 
-Arithmetic is in float32 at least. Each example is divided by its largest magnitude first, so that
+Arithmetic is in float32 or wider. Each example is first divided by its largest magnitude, so that
 784 entries of 1e-23, or of 1e20, have a norm and a direction. A zero example has norm 0 and
-direction 0, with finite derivatives (of value 0). An example with a NaN or infinite entry has no
-direction either: a gradient that is 0 or not finite is unusable, and `steepest` and `rescale`,
-which every method takes its direction from, give exactly 0 for it.
+direction 0, both with derivative 0. A gradient that is 0 or not finite is unusable: `steepest` and
+`rescale`, from which every method gets its direction, return exactly 0 for it.
 
-Next: `jacobian` says which vectors are measured, `perturb` turns directions into perturbations.
+Next: `jacobian` computes the vectors to measure, `perturb` turns directions into perturbations.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ __all__ = [
 
 
 class _Geometry(NamedTuple):
-    """One norm's row of the table; functions of flat, scaled vectors `[B, D]`."""
+    """One norm's row of the table: functions of flattened, scaled examples `[B, D]`."""
 
     dual: Norm
     size: Callable[[jax.Array], jax.Array]  # [B, D] -> [B]
@@ -61,7 +60,7 @@ def _l2(u: jax.Array) -> jax.Array:
 
 
 def _magnitude(u: jax.Array) -> jax.Array:
-    return u * jnp.sign(u)  # jnp.abs, but for its derivative at 0, which is 0 and not 1
+    return u * jnp.sign(u)  # jnp.abs, but with derivative 0 at 0, not 1
 
 
 def _l2_steepest(u: jax.Array) -> jax.Array:
@@ -83,18 +82,18 @@ def _linf_project(v: jax.Array, eps: jax.Array) -> jax.Array:
 
 
 def _l1_project(v: jax.Array, eps: jax.Array) -> jax.Array:
-    # optax's projection divides by its radius; the ball of radius 0 is one point.
+    # optax's projection divides by its radius, so it needs a stand-in for radius 0.
     positive = eps > 0
-    # It lowers all magnitudes by the same amount, outside of the ball by largest - eps at least.
-    # Taken off first, that can't swallow a small eps.
+    # Outside of the ball, it lowers all magnitudes by the same amount, at least largest - eps.
+    # Subtract that first, so that rounding cannot swallow a small eps.
     magnitude = jnp.abs(v)
     largest = jnp.max(magnitude, axis=1, keepdims=True)
     lowered = jnp.maximum(magnitude - largest + eps[:, None], 0)
     v = jnp.where(largest > eps[:, None], jnp.sign(v) * lowered, v)
-    # For points outside, the sphere's nearest is the ball's. In 64-bit mode it widens its result.
+    # From outside, the ball's nearest point is the sphere's. optax widens it in 64-bit mode.
     to_sphere = jax.vmap(optax.projections.projection_l1_sphere)
     nearest = to_sphere(v, jnp.where(positive, eps, 1)).astype(v.dtype)
-    # Its threshold is rounded before it is subtracted from every entry, which adds up in a sum.
+    # optax subtracts one rounded threshold from every entry: the errors add up in the norm.
     excess = jnp.sum(_magnitude(nearest), axis=1) / jnp.where(positive, eps, 1)
     return jnp.where(positive[:, None], nearest / jnp.maximum(excess, 1)[:, None], 0)
 
@@ -133,19 +132,19 @@ def _flat(v: jax.Array) -> jax.Array:
 
 
 def _scaled(v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return `v / m` and `m`, the largest magnitude of each row, or 1 where that is no scale."""
+    """Return `v / m` and `m`, each row's largest magnitude, or 1 if that is 0 or not finite."""
     u, m, _ = _scaled_if_finite(v)
     return u, m
 
 
 def _scaled_if_finite(v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the same, and which rows are finite, from one pass over v."""
+    """Return `v / m`, `m`, and which rows are finite, from one pass over v."""
     largest = jnp.max(jnp.abs(v), axis=1)  # NaN where an entry is
     finite = jnp.isfinite(largest)
-    # A constant for derivatives: all that is made of v / m and m is homogeneous in v, so that the
-    # terms through m cancel.
+    # A constant for derivatives: norms and directions are homogeneous in v, so that the terms
+    # through m cancel.
     m = lax.stop_gradient(jnp.where((largest > 0) & finite, largest, 1))
-    # The reciprocal that a division may become is 0 for the last numbers before overflow.
+    # A compiler may multiply by 1 / m instead, which underflows to 0 for m close to overflow.
     m = jnp.minimum(m, jnp.finfo(m.dtype).max / 8)
     return v / m[:, None], m, finite
 
@@ -207,7 +206,7 @@ def log_norm(v: jax.Array, norm: Norm) -> jax.Array:
 
 
 def is_zero(v: jax.Array) -> jax.Array:
-    """Tell which examples are exactly zero.
+    """Return which examples are exactly zero.
 
     Args:
       v: `[B, ...]`, floating point.
@@ -225,7 +224,7 @@ def is_zero(v: jax.Array) -> jax.Array:
       >>> norms.is_zero(jnp.array([[0.0, 0.0], [0.0, 1.0]])).tolist()
       [True, False]
     """
-    # The maximum that directions need as well: under jit it is taken once.
+    # `steepest` needs the same maximum: under jit it is computed once.
     return jnp.max(jnp.abs(_flat(v)), axis=1) == 0
 
 
@@ -253,7 +252,7 @@ def dual(norm: Norm) -> Norm:
 
 
 def steepest(g: jax.Array, norm: Norm) -> jax.Array:
-    r"""The unit perturbation along which a gradient grows most.
+    r"""The perturbation of norm 1 with the largest inner product with a gradient.
 
     .. math:: \arg\max_{\|r\| \le 1} \langle g, r \rangle
 
@@ -265,7 +264,7 @@ def steepest(g: jax.Array, norm: Norm) -> jax.Array:
       norm: the norm of the unit ball.
 
     Returns:
-      Of g's shape and dtype; exactly zero where the example of g is zero or not finite.
+      Of g's shape and dtype; exactly zero for an example that is zero or not finite.
 
     Raises:
       TypeError: if `g` is not floating point.
@@ -287,15 +286,15 @@ def steepest(g: jax.Array, norm: Norm) -> jax.Array:
 
 
 def rescale(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
-    r"""The same direction at size eps: :math:`\epsilon v / \|v\|` (step 5 of Algorithm 2).
+    r"""Rescale each example to norm eps: :math:`\epsilon v / \|v\|` (step 5 of Algorithm 2).
 
     Args:
       v: `[B, ...]`, floating point.
       eps: the size, a scalar or `[B]`; a negative traced value counts as 0.
-      norm: the norm that the size is measured in.
+      norm: the norm of the size.
 
     Returns:
-      Of v's shape and dtype; exactly zero where the example of v is zero or not finite.
+      Of v's shape and dtype; exactly zero for an example that is zero or not finite.
 
     Raises:
       TypeError: if `v` is not floating point.
@@ -318,7 +317,7 @@ def rescale(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
 
 
 def project(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
-    r"""The nearest point of the ball of radius eps, in Euclidean distance.
+    r"""Project each example onto the ball of radius eps, in Euclidean distance.
 
     .. math:: \arg\min_{\|r\| \le \epsilon} \|r - v\|_2
 
@@ -328,7 +327,7 @@ def project(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
       norm: the norm of the ball. The l1 ball's projection is optax's.
 
     Returns:
-      Of v's shape and dtype; an example inside the ball comes back bit for bit.
+      Of v's shape and dtype; an example inside the ball is returned bit for bit.
 
     Raises:
       TypeError: if `v` is not floating point.
@@ -351,7 +350,7 @@ def project(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
 
 
 def sample(keys: jax.Array, x: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
-    r"""A point of the ball around 0, uniformly at random, for each example.
+    r"""Draw a point uniformly at random from the ball around 0, for each example.
 
     Args:
       keys: one key per example, `[B]`, or one key, which is split.
@@ -394,12 +393,11 @@ def sample(keys: jax.Array, x: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
 
 
 def clip_to_box(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
-    r"""Round r to x's dtype, and shorten it, entry by entry, until x + r lies in a box.
+    r"""Round r to x's dtype, and clip its entries so that x + r lies in a box.
 
-    The entries shrink toward 0 and never change sign, so that no norm of r grows. What holds
-    afterwards is about x + r as it is computed in x's dtype: where rounding would carry it past
-    a bound, r moves one unit in the last place toward 0. Entries of x that lie outside the box
-    are never moved further out.
+    Entries shrink toward 0 and never change sign, so that no norm of r grows. x + r lies in the box
+    as computed in x's dtype: where rounding would carry it past a bound, r moves toward 0 by one
+    unit in the last place. Entries of x outside the box are never moved further out.
 
     Args:
       x: `[B, ...]`, floating point, inside the box.
@@ -430,13 +428,13 @@ def clip_to_box(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
     r = r.astype(lo.dtype)
     r = jnp.clip(r, jnp.minimum(lo - start, 0), jnp.maximum(hi - start, 0))
     rounded = _rounded_toward_zero(r, x.dtype)
-    # One unit is enough: lo - x and hi - x were rounded by half of one at the most.
+    # One unit is enough: lo - x and hi - x were rounded by at most half a unit.
     end = start + rounded
     return _toward_zero(rounded, (end < lo) | (end > hi), x.dtype).astype(x.dtype)
 
 
 def _rounded_toward_zero(r: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Return the values of `dtype` next to r, in r's dtype; what overflows is infinite."""
+    """Round r toward 0 to values of `dtype`, kept in r's dtype; what overflows is infinite."""
     if r.dtype == dtype:
         return r
     kind = jnp.finfo(dtype)
@@ -447,7 +445,7 @@ def _rounded_toward_zero(r: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _toward_zero(r: jax.Array, where: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Move entries of `r`, values of `dtype` in a wider one, by an ulp of `dtype` toward 0."""
+    """Move entries of `r`, values of `dtype` stored wider, toward 0 by one ulp of `dtype`."""
     narrow = lax.stop_gradient(r).astype(dtype)
     step = lax.nextafter(narrow, jnp.zeros_like(narrow)).astype(r.dtype) - lax.stop_gradient(r)
     return r + jnp.where(where, step, 0)  # nextafter has no derivative; the shift is a constant

@@ -1,8 +1,8 @@
-"""The names that the rest of the library is written against; no computation here.
+"""Types and call signatures that the whole library uses; no computation here.
 
-Call signatures are `Protocol` classes with positional-only data, so that a user's own argument
-names match. Shapes use `B` for the batch, `K` for the number of classes and `...` for the shape
-of one example.
+Call signatures are `Protocol` classes with positional-only data, so that users may name their
+arguments as they like. Shapes use `B` for the batch size, `K` for the number of classes and `...`
+for the shape of one example.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 Params: TypeAlias = Any
-"""Whatever pytree the caller's function takes first; never looked into."""
+"""The first argument of the user's function: a pytree of any structure."""
 
 Norm: TypeAlias = Literal["l1", "l2", "linf"]
 """The norms of the paper's Proposition 3."""
@@ -40,16 +40,16 @@ Bounds: TypeAlias = tuple[float | jax.Array, float | jax.Array]
 """`(lo, hi)`, the box that `x + r` stays in; each a number or an array that broadcasts to x."""
 
 Schedule: TypeAlias = Callable[[jax.Array], jax.Array | float]
-"""A number as a function of the step, as optax makes them."""
+"""A number as a function of the step, as in optax."""
 
 
 class ApplyFn(Protocol):
-    """A classifier: `[B, ...]` to logits `[B, K]`, each row by itself."""
+    """A classifier: `[B, ...]` to logits `[B, K]`, row by row."""
 
     def __call__(self, params: Params, x: jax.Array, /) -> jax.Array:
         """Return logits (not probabilities) of shape `[B, K]`.
 
-        Rows must not interact, so batch norm runs on its stored statistics, and dropout is off.
+        Rows must not interact: batch norm uses its stored statistics, and dropout is off.
         """
         ...
 
@@ -63,15 +63,15 @@ class StochasticFn(Protocol):
 
 
 class EncodeFn(Protocol):
-    """The paper's N_rep: `[B, ...]` to a representation `[B, ...]`, each row by itself."""
+    """The paper's N_rep: `[B, ...]` to a representation `[B, ...]`, row by row."""
 
     def __call__(self, params: Params, x: jax.Array, /) -> jax.Array:
-        """Return the representation that the classifier part takes as its input."""
+        """Return the representation, the input of the classifier part."""
         ...
 
 
 class TrainFn(Protocol):
-    """The net as it is trained: with dropout, and batch norm on the batch's statistics."""
+    """The net in training mode: with dropout, and batch norm on the batch's statistics."""
 
     def __call__(
         self, params: Params, model_state: Any, x: jax.Array, key: jax.Array, /
@@ -105,14 +105,14 @@ class PerturbFn(Protocol):
     ) -> jax.Array:
         """Return r of x's shape and dtype.
 
-        `functools.partial` sets the arguments that belong to one method (its norm, its number of
-        steps). `key` is one key, split per row, or one key per row.
+        Set a method's other arguments (norm, number of steps) by `functools.partial`. `key` is one
+        key, which is split per row, or one key per row.
         """
         ...
 
 
 class Objective(Protocol):
-    """What `train.make_step` minimises; ready for `jax.value_and_grad(..., has_aux=True)`."""
+    """A loss for `train.make_step` to minimise; fits `jax.value_and_grad(..., has_aux=True)`."""
 
     def __call__(
         self,

@@ -1,13 +1,13 @@
-"""A workaround for slow convolutions in loops on CPU, to be deleted once XLA needs it no longer.
+"""A workaround for slow convolutions in loops on CPU, to be deleted once XLA no longer needs it.
 
 XLA's CPU backend has fast kernels for convolutions in one layout only: images `[N, H, W, C]` and
-kernels `[H, W, I, O]`. It brings other convolutions into that layout, but not those in the bodies
-of loops. The gradients of a convolution have other layouts, so the gradient of a plain
+kernels `[H, W, I, O]`. It converts other convolutions to that layout, except those in the bodies of
+loops. The gradients of a convolution have other layouts, so the gradient of a plain
 `flax.linen.Conv` is up to fifty times slower in a `lax.scan`, `fori_loop` or `while_loop` than
 outside. Epochs and iterated attacks are such loops.
 
 `fast_convolutions` rewrites a function before XLA sees it. `_interpreter` finds the convolutions,
-`_convolutions` replaces each. Every loop of this library over a net uses it, and so does
+`_convolutions` replaces each. Every loop of this library that evaluates a net uses it, and so does
 `train.make_step`.
 """
 
@@ -30,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def fast_convolutions(function: F) -> F:
     """Return a function whose convolutions are fast on CPU, also in the body of a loop.
 
-    The function is traced, and each convolution in it, those of gradients included, is replaced by
+    The function is traced, and each convolution in it, including those of gradients, is replaced by
     a faster one. Results differ by rounding only. On other backends the function runs unchanged, as
     does the inside of a `jax.shard_map`.
 
@@ -42,7 +42,7 @@ def fast_convolutions(function: F) -> F:
         of arrays, for example a training step.
 
     Returns:
-      A function of the same arguments and results.
+      A function with the same arguments and results.
 
     Example:
       >>> import jax, jax.numpy as jnp

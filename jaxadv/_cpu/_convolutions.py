@@ -1,9 +1,9 @@
 """Convolutions in the forms that XLA's CPU backend runs fast.
 
 XLA has two fast kernels, Eigen's and YNNPACK's, both for one layout only. It prefers YNNPACK's,
-which is the slower one for narrow convolutions (it leaves them to a single core) and for the
-gradients of weights. YNNPACK's declines convolutions whose result or kernel is larger than the
-image, so a few added rows select Eigen's.
+which is slower for narrow convolutions (it runs them on a single core) and for weight gradients.
+YNNPACK doesn't take convolutions whose result or kernel is larger than the image, so adding a few
+rows selects Eigen's kernel.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from jax import lax
 
 __all__ = ["convolve"]
 
-# The settings, and what each gains in a `scan`: 3x3 convolutions of 64 images, 28x28x32 to 7x7x256,
-# jax 0.10.2, one of 2 virtual cores unless stated. `tests/test_cpu.py` tests whether XLA still
-# needs each; set it to False or 0 to switch it off.
+# The settings, and the speed-up of each in a `scan`: 3x3 convolutions of 64 images, 28x28x32 to
+# 7x7x256, jax 0.10.2, one of 2 virtual cores unless stated. `tests/test_cpu.py` tests whether XLA
+# still needs each; False or 0 switches it off.
 
 # Transpose into the fast layout: image gradients 8 to 65 times faster, weight gradients 43 to 165.
 # False also switches off everything below.
@@ -28,15 +28,15 @@ FAST_LAYOUT = True
 # Add rows to the result, at most this fraction of its rows: 1.7 to 1.9 times faster on both cores
 # up to 64 channels, no faster on one core.
 RESULT_ROWS = 0.25
-# Add rows to the kernel of a weight gradient, likewise: 1.4 to 1.9 times faster than YNNPACK's
-# kernel, and 1.3 to 1.7 times faster than patches.
+# Add rows to the kernel of a weight gradient, at most this fraction of its rows: 1.4 to 1.9 times
+# faster than YNNPACK's kernel, and 1.3 to 1.7 times faster than patches.
 KERNEL_ROWS = 0.25
-# Take other weight gradients (those with strides) as matrix products with patches, one for each of
-# the kernel's taps: 1.3 to 1.6 times faster, 1x1 kernels 3 times. More taps than this compile
+# Compute other weight gradients (those with strides) as matrix products with patches, one for each
+# of the kernel's taps: 1.3 to 1.6 times faster, 1x1 kernels 3 times. More taps than this compile
 # slowly.
 PATCH_PLACES = 64
 # Bytes of patches at a time, to fit into a cache: 30 MB is 1.3 times slower, 3 MB 1.2 times faster.
-# This sets the order of sums, so results change with it, by rounding.
+# It sets the order of summation, so that results change with it, by rounding.
 PATCH_BYTES = 10_000_000
 
 
@@ -52,8 +52,8 @@ def convolve(
 
     Args:
       x: images, in any layout.
-      kernel: likewise.
-      shape: of the result.
+      kernel: the kernel, in any layout.
+      shape: the shape of the result.
       dimension_numbers: the layouts of x, of the kernel and of the result.
       **params: the other parameters of `lax.conv_general_dilated_p`.
     """
@@ -78,7 +78,7 @@ def _convolve(
     elif rows := _missing_kernel_rows(x, kernel, params):
         kernel = jnp.pad(kernel, ((0, rows), (0, 0), (0, 0), (0, 0)))
         high += rows * params["rhs_dilation"][0]
-        if any(padding[0]):  # or XLA may swap operands: the kernel may exceed the unpadded image
+        if any(padding[0]):  # or XLA may swap operands, as the kernel may exceed the unpadded image
             x = jnp.pad(x, ((0, 0), (0, 0), padding[0], (0, 0)))
             x, padding = lax.optimization_barrier(x), [(0, 0)]
     elif _takes_patches(x, size, params):
@@ -92,7 +92,7 @@ def _convolve(
 
 
 def _missing_rows(x: jax.Array, rows: int, most: float, params: dict[str, Any]) -> int:
-    """Return how many rows are missing to outnumber the image's, or 0 if they are too many."""
+    """Return how many rows to add to have more than the image has, or 0 if that is too many."""
     # Depthwise convolutions are slower in Eigen's kernel: 149 ms instead of 100 at 28x28x64.
     depthwise = params["feature_group_count"] == x.shape[-1] > 1
     # Also false unless there are two spatial axes.
@@ -114,9 +114,9 @@ def _missing_kernel_rows(x: jax.Array, kernel: jax.Array, params: dict[str, Any]
 
 
 def _takes_patches(x: jax.Array, size: tuple[int, ...], params: dict[str, Any]) -> bool:
-    """Say whether `_by_patches` can take the convolution, and compiles in reasonable time."""
+    """Return whether `_by_patches` supports the convolution, and compiles in reasonable time."""
     grouped = max(params["feature_group_count"], params["batch_group_count"]) > 1
-    sharded = jax.device_count() > 1  # what devices share cannot be taken part by part
+    sharded = jax.device_count() > 1  # an array on several devices cannot be taken part by part
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     return math.prod(size) <= PATCH_PLACES and is_float and not grouped and not sharded
 
@@ -124,7 +124,7 @@ def _takes_patches(x: jax.Array, size: tuple[int, ...], params: dict[str, Any]) 
 def _by_patches(
     x: jax.Array, kernel: jax.Array, size: tuple[int, ...], params: dict[str, Any]
 ) -> jax.Array:
-    """Convolve as a sum, over parts of the channels, of products of the kernel and x's patches."""
+    """Convolve by matrix products of kernel and patches of x, summed over parts of the channels."""
     strides, dilation = params["window_strides"], params["rhs_dilation"]
     dtype = params["preferred_element_type"] or x.dtype
     sum_dtype = jnp.promote_types(dtype, jnp.float32)
@@ -163,7 +163,7 @@ def _by_patches(
         fill = [(0, -len(array) % channels)] + [(0, 0)] * (array.ndim - 1)
         return jnp.pad(array, fill).reshape(-1, channels, *array.shape[1:])
 
-    # Like x, so that in a `shard_map` the scan's carry varies over the same mesh axes throughout.
+    # Like x: in a `shard_map`, the scan's carry has to vary over the same mesh axes throughout.
     zeros = jnp.zeros_like(x, sum_dtype, (features, math.prod(size) * n))
     total, _ = lax.scan(add, zeros, (split(x), split(kernel)))
     return jnp.swapaxes(total.reshape(features, *size, n), 0, -1).astype(dtype)

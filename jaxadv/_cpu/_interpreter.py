@@ -1,4 +1,4 @@
-"""Evaluates a jaxpr with its convolutions replaced, also those in nested jaxprs.
+"""Evaluate a jaxpr with its convolutions replaced, including those in nested jaxprs.
 
 Jaxprs are recognised by their attributes, not by their classes, which differ between versions of
 JAX: before jax 0.12 an open jaxpr has no `consts`, since then every jaxpr is closed.
@@ -48,7 +48,7 @@ def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
 
 
 def _rewrite(param: Any) -> Any:
-    """Rewrite a parameter of an equation if it is a jaxpr that convolves, or a tuple with one."""
+    """Rewrite an equation's parameter if it is a jaxpr with a convolution, or a tuple with one."""
     if not _convolves(param):
         return param
     if isinstance(param, tuple):
@@ -58,7 +58,7 @@ def _rewrite(param: Any) -> Any:
 
 
 def _convolves(param: Any) -> bool:
-    """Say whether a parameter is a jaxpr with a convolution at any depth, or a tuple with one."""
+    """Return whether a parameter is a jaxpr with a convolution at any depth, or a tuple of such."""
     if isinstance(param, tuple):
         return any(map(_convolves, param))
     return any(
@@ -68,6 +68,6 @@ def _convolves(param: Any) -> bool:
 
 
 def _is_convolution(eqn: Any) -> bool:
-    """Say whether an equation is a convolution to replace: those of empty arrays stay."""
+    """Return whether an equation is a convolution to replace: those of empty arrays stay."""
     is_one = eqn.primitive is lax.conv_general_dilated_p and _convolutions.FAST_LAYOUT
     return is_one and all(atom.aval.size for atom in (*eqn.invars, *eqn.outvars))
