@@ -1,4 +1,4 @@
-r"""What is minimised: objectives that train a net on, or beside, its own perturbed inputs.
+r"""Objectives that train a net on its own perturbed inputs, or on these and the clean ones.
 
 Each factory returns an `Objective` for `train.make_step`:
 
@@ -6,23 +6,23 @@ Each factory returns an `Objective` for `train.make_step`:
 - `adversarial`: the min-max problem of Equation 2 (LWA), :math:`\sum_i \max_{\|r_i\| \le \epsilon}
   \ell(g(x_i + r_i), y_i)`, with any perturbation method as its inner maximiser.
 - `mixed`: Goodfellow's weighted sum of the clean and the adversarial loss.
-- `kl_regularized`: Miyato's smoothing: the loss, and the divergence to the net's own perturbed
-  output.
+- `kl_regularized`: Miyato's smoothing: the clean loss plus the KL divergence between the net's
+  clean and perturbed outputs.
 - `representation`: the min-max problem at an inner layer, Equation 4 (LWA_Rep).
 
-The perturbation method is an argument (anything with the signature `types.PerturbFn`): this module
-knows none. By Proposition 6 (Danskin), the derivative of a maximum is the partial derivative at the
-maximiser, so r is a constant: that `stop_gradient` is in one place, here, and nowhere else.
+The perturbation method is an argument, any function with the signature `types.PerturbFn`. By
+Proposition 6 (Danskin), the derivative of a maximum is the partial derivative at the maximiser, so
+r is treated as a constant; the `stop_gradient` for this is in this module and nowhere else.
 
-The adversary sees the deterministic net, `apply_fn(params, x)`. What is trained may differ: with
-dropout or batch norm pass `train_fn(params, model_state, x, key) -> (output, model_state)`. Where
-there is a model state (anything but None), `apply_fn` gets `(params, model_state)` as its first
-argument: the parameters and the running statistics together.
+The adversary attacks the deterministic net, `apply_fn(params, x)`. The net that is trained may
+differ: for dropout or batch norm, pass
+`train_fn(params, model_state, x, key) -> (output, model_state)`. If the model state isn't None, the
+first argument of `apply_fn` is `(params, model_state)`: the parameters with the running statistics.
 
-`eps` is a number, an optax schedule of the step, or `Relative` to the size of the input.
+`eps` is a number, an optax schedule of the step, or `Relative` to the norm of the input.
 
-With the default loss, a label outside of 0 to K - 1 makes the loss NaN, so that it is seen; its
-example has no part in the gradient, and counts as wrong.
+With the default loss, a label outside 0..K-1 makes the loss NaN, so that the mistake is seen; the
+example doesn't contribute to the gradient, and counts as misclassified.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ __all__ = ["Aux", "Relative", "adversarial", "kl_regularized", "mixed", "natural
 
 
 def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    # The versions of optax differ in what they raise for labels that are no integers.
+    # Versions of optax differ in what they raise for labels that aren't integers.
     labels = inputs.labels(y, logits.shape[0])
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    # To which -1 would be the last class.
+    # optax takes -1 for the last class.
     return jnp.where((labels >= 0) & (labels < logits.shape[1]), losses, jnp.nan)
 
 
 class Relative(NamedTuple):
-    """A perturbation size as a fraction of the size of the input that is perturbed.
+    """A perturbation size as a fraction of the norm of the input.
 
     Attributes:
       size: the fraction, a number or an optax schedule of the step.
-      norm: the norm that the input is measured in.
+      norm: the norm of the input.
     """
 
     size: float | Schedule
@@ -76,13 +76,13 @@ Size: TypeAlias = float | jax.Array | Schedule | Relative
 
 
 class Aux(NamedTuple):
-    """What an objective reports of one batch, beside its loss.
+    """The report of an objective on one batch, besides its loss.
 
     Attributes:
-      accuracy: share of the examples that the trained net classified right, as perturbed.
-      eps: mean size asked of the adversary; 0 without one.
-      zero: number of examples whose perturbation is exactly 0 though a size was asked for: they
-        have no usable gradient.
+      accuracy: share of the (perturbed) examples that the trained net classifies correctly.
+      eps: mean size allowed to the adversary; 0 without an adversary.
+      zero: number of examples whose perturbation is exactly 0 although their size isn't: they have
+        no usable gradient.
       nonfinite: number of examples whose perturbation has NaN or infinite entries.
     """
 
@@ -100,13 +100,13 @@ def natural(
     Args:
       apply_fn: `(params, x) -> logits`; trained as it is unless `train_fn` is given.
       loss_fn: `(logits, labels) -> [B]`; cross-entropy by default.
-      train_fn: `(params, model_state, x, key) -> (logits, model_state)`, the net as trained.
+      train_fn: `(params, model_state, x, key) -> (logits, model_state)`, the net in training mode.
 
     Returns:
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: when called, if labels aren't integers and `loss_fn` is left at cross-entropy.
+      TypeError: when called, if labels aren't integers and `loss_fn` is the default.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:
@@ -141,23 +141,23 @@ def adversarial(
     train_fn: TrainFn | None = None,
     bounds: Bounds | None = None,
 ) -> Objective:
-    r"""Learning with a strong adversary, LWA: the loss at the perturbed inputs alone.
+    r"""Learning with a strong adversary, LWA: the loss at the perturbed inputs only.
 
     .. math:: \min_g \sum_i \max_{\|r_i\| \le \epsilon} \ell(g(x_i + r_i), y_i)
 
     Args:
-      apply_fn: `(params, x) -> logits`, the deterministic net that the adversary sees.
+      apply_fn: `(params, x) -> logits`, the deterministic net that the adversary attacks.
       perturb_fn: the inner maximiser, e.g. `perturb.loss`, or `functools.partial` of one.
       eps: the adversary's size: a number, a schedule of the step, or `Relative`.
       loss_fn: `(logits, labels) -> [B]`; cross-entropy by default.
-      train_fn: `(params, model_state, x, key) -> (logits, model_state)`, the net as trained.
+      train_fn: `(params, model_state, x, key) -> (logits, model_state)`, the net in training mode.
       bounds: the box that perturbed inputs stay in; None for no box, as in the paper.
 
     Returns:
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: when called, if labels aren't integers and `loss_fn` is left at cross-entropy.
+      TypeError: when called, if labels aren't integers and `loss_fn` is the default.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:
@@ -203,23 +203,23 @@ def mixed(
 
     .. math:: w\, \ell(g(x), y) + (1 - w) \max_{\|r\| \le \epsilon} \ell(g(x + r), y)
 
-    Weight 0 is the objective of Nøkland (2015), and `adversarial`; weight 1 is `natural`. Both
-    passes use the same dropout key; a model state goes through the clean pass first.
+    Weight 0 gives `adversarial`, the objective of Nøkland (2015); weight 1 gives `natural`. Both
+    passes use the same dropout key; the clean pass updates the model state first.
 
     Args:
-      apply_fn: `(params, x) -> logits`, the deterministic net that the adversary sees.
+      apply_fn: `(params, x) -> logits`, the deterministic net that the adversary attacks.
       perturb_fn: the inner maximiser; Goodfellow's is `partial(perturb.loss, norm="linf")`.
       eps: the adversary's size: a number, a schedule of the step, or `Relative`.
-      weight: of the clean loss, in [0, 1].
+      weight: weight of the clean loss, in [0, 1].
       loss_fn: `(logits, labels) -> [B]`; cross-entropy by default.
-      train_fn: `(params, model_state, x, key) -> (logits, model_state)`, the net as trained.
+      train_fn: `(params, model_state, x, key) -> (logits, model_state)`, the net in training mode.
       bounds: the box that perturbed inputs stay in; None for no box, as in the paper.
 
     Returns:
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: when called, if labels aren't integers and `loss_fn` is left at cross-entropy.
+      TypeError: when called, if labels aren't integers and `loss_fn` is the default.
       ValueError: if `weight` is outside [0, 1]; when called, if `loss_fn` doesn't return one loss
         per example.
 
@@ -264,28 +264,28 @@ def kl_regularized(
     train_fn: TrainFn | None = None,
     bounds: Bounds | None = None,
 ) -> Objective:
-    r"""Miyato's objective: the clean loss, and how far the net's output moves under perturbation.
+    r"""Miyato's objective: the clean loss plus the KL divergence that a perturbation causes.
 
     .. math:: \ell(g(x), y) + w \max_{\|r\| \le \epsilon} D_{KL}(p \,\|\, g(x + r)),
               \qquad p = g(x) \text{ held constant}
 
-    (The paper's print of it lacks the maximum, the weight and the constant p.) Both passes use the
-    same dropout key; a model state goes through the clean pass first.
+    (The formula printed in the paper lacks the maximum, the weight and the constant p.) Both passes
+    use the same dropout key; the clean pass updates the model state first.
 
     Args:
-      apply_fn: `(params, x) -> logits`, the deterministic net that the adversary sees.
+      apply_fn: `(params, x) -> logits`, the deterministic net that the adversary attacks.
       perturb_fn: the inner maximiser; Miyato's is `perturb.vat`.
       eps: the adversary's size: a number, a schedule of the step, or `Relative`.
-      weight: of the divergence, at least 0.
+      weight: weight of the divergence, at least 0.
       loss_fn: `(logits, labels) -> [B]`; cross-entropy by default.
-      train_fn: `(params, model_state, x, key) -> (logits, model_state)`, the net as trained.
+      train_fn: `(params, model_state, x, key) -> (logits, model_state)`, the net in training mode.
       bounds: the box that perturbed inputs stay in; None for no box.
 
     Returns:
       An `Objective`; its aux is `Aux`, with the accuracy at the perturbed inputs.
 
     Raises:
-      TypeError: when called, if labels aren't integers and `loss_fn` is left at cross-entropy.
+      TypeError: when called, if labels aren't integers and `loss_fn` is the default.
       ValueError: if `weight` is negative; when called, if `loss_fn` doesn't return one loss per
         example.
 
@@ -336,27 +336,28 @@ def representation(
     .. math:: \min \sum_i \max_{\|r_i\| \le \epsilon}
               \ell(N_{cla}(N_{rep}(x_i) + r_i), y_i)
 
-    r is computed for the classifier part at h = encode(x) and is a constant; the loss at h + r
-    trains both parts (the derivative in h passes through h + r to the encoder unchanged).
+    r is computed for the classifier part at h = encode(x), and is a constant. The loss at h + r
+    trains both parts: its gradient passes through h + r to the encoder unchanged.
 
-    A net can make an absolute `eps` harmless by scaling its representation up; `Relative` can't be
-    escaped so.
+    A net can make an absolute `eps` harmless by scaling its representation up, but not a
+    `Relative` one.
 
     Args:
       encode_fn: the paper's N_rep, `(params, x) -> h`, `[B, ...]`.
-      classify_fn: the paper's N_cla, `(params, h) -> logits`, which the adversary sees. Both take
-        the whole of `params`.
+      classify_fn: the paper's N_cla, `(params, h) -> logits`, which the adversary attacks. Both
+        take the whole of `params`.
       perturb_fn: the inner maximiser, e.g. `perturb.loss`.
       eps: the adversary's size: a number, a schedule of the step, or `Relative` to ||h||.
       loss_fn: `(logits, labels) -> [B]`; cross-entropy by default.
-      encode_train_fn: `(params, model_state, x, key) -> (h, model_state)`, the encoder as trained.
+      encode_train_fn: `(params, model_state, x, key) -> (h, model_state)`, the encoder in training
+        mode.
       classify_train_fn: `(params, model_state, h, key) -> (logits, model_state)`, likewise.
 
     Returns:
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: when called, if labels aren't integers and `loss_fn` is left at cross-entropy.
+      TypeError: when called, if labels aren't integers and `loss_fn` is the default.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:
@@ -393,7 +394,7 @@ def _variables(params: Params, model_state: Any) -> Any:
 
 
 def _examples(batch: Any) -> tuple[Any, Any]:
-    """Check that a batch is a pair of arrays, of at least one example.
+    """Check that a batch is a pair of arrays, with at least one example.
 
     Raises:
       TypeError: if it isn't a pair.
@@ -442,11 +443,11 @@ def _checked(train_fn: TrainFn) -> TrainFn:
 def _adversary(
     perturb_fn: PerturbFn, apply_fn: ApplyFn, eps: Size, bounds: Bounds | None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Return a function from a batch to r, a constant, and the sizes asked for, `[B]`.
+    """Return a function from a batch to r, a constant, and the allowed sizes, `[B]`.
 
-    r is a constant for derivatives by Proposition 6. The inputs are constants as well, so that
-    differentiating an objective never traces derivatives through the adversary's loop, and an
-    adversary needs none; the stop at r is for what else a `perturb_fn` may have closed over.
+    By Proposition 6, r is a constant for derivatives. So are its inputs, so that the derivative of
+    an objective never goes through the adversary's loop, which need not be differentiable. The
+    `stop_gradient` of r is for arrays that a `perturb_fn` may have captured.
     """
 
     def perturb(
@@ -474,13 +475,13 @@ def _aux(
     logits: jax.Array, y: jax.Array, r: jax.Array | None = None, size: jax.Array | None = None
 ) -> Aux:
     labels = y if y.ndim == 1 else jnp.argmax(y, axis=-1)
-    # A NaN would be the largest logit, and a net that has diverged would be right about class 0.
+    # argmax takes NaN for the largest logit, so a diverged net would be right about class 0.
     right = (jnp.argmax(logits, axis=-1) == labels) & jnp.all(logits < jnp.inf, axis=-1)
     accuracy = jnp.mean(right.astype(jnp.float32))
     if r is None or size is None:
         none = jnp.zeros((), jnp.int32)
         return Aux(accuracy, jnp.zeros_like(accuracy), none, none)
-    # One pass over r tells both, since a maximum hands NaN on.
+    # One pass over r gives both counts, since a maximum propagates NaN.
     largest = jnp.max(jnp.abs(r), axis=tuple(range(1, r.ndim)))
     zero = jnp.sum((largest == 0) & (size > 0), dtype=jnp.int32)
     nonfinite = jnp.sum(~jnp.isfinite(largest), dtype=jnp.int32)

@@ -1,11 +1,10 @@
-"""The min-max step: an objective's gradient and an optax update, in one jitted function.
+"""Training steps: an objective's gradient and an optax update, in one jitted function.
 
-State and report are apart: `TrainState` is all that the next step needs (and all that a checkpoint
-holds), `StepInfo` is what a person wants to see. The objective brings the perturbation (see
-`objectives`), the optimiser brings schedules, clipping, averaging and the rest (see optax); this
-module puts them together and compiles.
+`TrainState` is all that the next step needs (and all that a checkpoint stores); `StepInfo` is the
+report. The objective provides the perturbation (see `objectives`); the optimiser provides
+schedules, clipping, averaging and the rest (see optax). This module combines and compiles them.
 
-`make_step` takes one batch; `make_epoch` a whole epoch that lies on the device, as one `lax.scan`.
+`make_step` takes one batch; `make_epoch` takes an epoch that is on the device, as one `lax.scan`.
 
 References:
   Huang et al., "Learning with a Strong Adversary", 2015, Algorithms 2 and 3.
@@ -29,14 +28,14 @@ __all__ = ["StepInfo", "TrainState", "init", "make_epoch", "make_step", "update"
 
 
 class TrainState(NamedTuple):
-    """What training carries from step to step.
+    """The state that training carries from step to step.
 
     Attributes:
       step: number of updates made so far, int32 `[]`.
       params: the parameters, a pytree.
       opt_state: the state of the optax transformation.
-      model_state: what the net carries beside its parameters (batch norm's statistics), or None.
-      key: the run's key; a step's own key is this one with the step folded in.
+      model_state: the net's state besides its parameters (batch norm's statistics), or None.
+      key: the run's key; each step folds its number into it.
     """
 
     step: jax.Array
@@ -47,11 +46,11 @@ class TrainState(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What one step reports.
+    """The report of one step.
 
     Attributes:
       loss: the objective's value before the update, `[]`.
-      aux: whatever else the objective reports; `objectives.Aux` for this library's.
+      aux: the objective's own report; `objectives.Aux` for the objectives of this library.
     """
 
     loss: jax.Array
@@ -63,22 +62,21 @@ def init(
 ) -> TrainState:
     """Return the state before the first step.
 
-    Everything is copied, since steps give their state's memory away (`donate`): the caller's arrays
-    stay valid.
+    All arrays are copied, so that the caller's stay valid when steps reuse the state's memory
+    (`donate`).
 
     Args:
-      params: the initial parameters, any pytree of floating-point arrays: all that is in it is
-        trained.
+      params: the initial parameters, any pytree of floating-point arrays; all of them are trained.
       tx: the optax transformation that will be given to `make_step`.
-      model_state: what the net carries beside its parameters, any pytree, or None.
-      key: the key that all randomness of the run derives from.
+      model_state: the net's state besides its parameters, any pytree, or None.
+      key: the key from which all random numbers of the run derive.
 
     Returns:
       `TrainState` at step 0.
 
     Raises:
-      TypeError: if a leaf of `params` can't be trained, with its path; if `tx` isn't a
-        transformation, or `key` a key.
+      TypeError: if a leaf of `params` can't be trained (its path is given); if `tx` isn't a
+        transformation; if `key` isn't a key.
       ValueError: if `key` is several keys.
 
     Example:
@@ -115,8 +113,8 @@ def _check_trainable(params: Params) -> None:
 
 
 def _copy(leaf: Any) -> jax.Array:
-    # With its own dtype named, a weakly typed leaf becomes what it will be after the first update;
-    # otherwise that update would be traced twice.
+    # An explicit dtype makes a weakly typed leaf strongly typed, as the first update would;
+    # otherwise the step would be traced twice.
     return jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)
 
 
@@ -124,21 +122,21 @@ def _copy(leaf: Any) -> jax.Array:
 def update(
     objective: Objective, tx: optax.GradientTransformation, state: TrainState, batch: Any
 ) -> tuple[TrainState, StepInfo]:
-    """One update, pure and un-jitted: gradient of the objective, then optax.
+    """Make one update: gradient of the objective, then optax. Pure, and not jitted.
 
     Args:
-      objective: what is minimised, see `objectives`.
-      tx: an optax transformation. Those that want more than the gradients, as line searches do, are
-        given `value`, `grad`, `value_fn` (or `obj_fn`) and `grad_fn` of the batch: each call of the
-        latter perturbs it anew.
-      state: the state before.
-      batch: what the objective takes, `(x, y)` for this library's.
+      objective: the function to minimise, see `objectives`.
+      tx: an optax transformation. One that needs more than the gradients, such as a line search,
+        gets `value`, `grad`, `value_fn` (or `obj_fn`) and `grad_fn` of the batch; each call of
+        these functions perturbs the batch again.
+      state: the current state.
+      batch: the objective's batch, `(x, y)` for the objectives of this library.
 
     Returns:
-      The state after, and `StepInfo`.
+      The new state, and `StepInfo`.
 
     Raises:
-      TypeError: if a leaf of `params` can't be trained; if `tx` wants yet other arguments.
+      TypeError: if a leaf of `params` can't be trained; if `tx` needs any other argument.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -155,7 +153,7 @@ def update(
     def of_params(params: Params) -> tuple[jax.Array, Any]:
         return objective(params, state.model_state, batch, key=key, step=state.step)
 
-    # Line searches hand on what they don't take, and refuse it where value_fn doesn't name it.
+    # Line searches pass on the arguments that they don't use, so value_fn has to name these.
     def value_fn(params: Params, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
         return of_params(params)[0]
 
@@ -177,7 +175,7 @@ def update(
 def _transform(
     tx: optax.GradientTransformation, grads: Any, state: TrainState, extra: dict[str, Any]
 ) -> tuple[Any, optax.OptState]:
-    """Call the optax transformation with what it takes of the extra arguments."""
+    """Call an optax transformation with those of the extra arguments that it accepts."""
     takes = inspect.signature(tx.update).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         extra = {name: value for name, value in extra.items() if name in takes}
@@ -200,13 +198,13 @@ def make_step(
     """Compile `update` for one batch.
 
     Args:
-      objective: what is minimised, see `objectives`.
+      objective: the function to minimise, see `objectives`.
       tx: an optax transformation.
-      donate: reuse the memory of the state passed in, which is then gone. False keeps it.
+      donate: reuse the memory of the state passed in, which becomes invalid. False keeps it.
 
     Returns:
-      `step(state, batch) -> (state, StepInfo)`, jitted; traced once for each shape of batch. It
-      raises what `update` does.
+      `step(state, batch) -> (state, StepInfo)`, jitted; traced once per shape of batch. It raises
+      what `update` does.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -236,20 +234,20 @@ def make_step(
 def make_epoch(
     objective: Objective, tx: optax.GradientTransformation, *, donate: bool = True
 ) -> Callable[..., tuple[TrainState, StepInfo]]:
-    """Compile `update` over many batches that lie on the device, as one `lax.scan`.
+    """Compile `update` over many batches on the device, as one `lax.scan`.
 
     Args:
-      objective: what is minimised, see `objectives`.
+      objective: the function to minimise, see `objectives`.
       tx: an optax transformation.
-      donate: reuse the memory of the state passed in, which is then gone. False keeps it.
+      donate: reuse the memory of the state passed in, which becomes invalid. False keeps it.
 
     Returns:
       `epoch(state, data, order=None) -> (state, StepInfo)`, jitted. Without `order`, `data` is a
       pytree of batches stacked on a first axis, `[S, B, ...]`. With `order`, integers `[S, B]`,
-      `data` is a pytree of examples, `[N, ...]`, and step s takes those that `order[s]` names. A
-      number of N or more makes the loss NaN, so that it is seen. It raises what `update` does, and
-      `ValueError` if `order` isn't integers `[S, B]`.
-      The leaves of `StepInfo` are stacked, `[S]`.
+      `data` is a pytree of examples, `[N, ...]`, and step s trains on the examples with indices
+      `order[s]`; an index of N or more makes the loss NaN, so that the mistake is seen. The leaves
+      of `StepInfo` are stacked, `[S]`. It raises what `update` does, and `ValueError` if `order`
+      isn't integers `[S, B]`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -296,5 +294,5 @@ def _order(order: Any) -> jax.Array:
 
 
 def _rows(data: jax.Array, rows: jax.Array) -> jax.Array:
-    # By plain indexing, a row beyond the last would be the last, without a word.
+    # Plain indexing would silently replace a row beyond the last by the last.
     return data.at[rows].get(mode="fill")

@@ -1,4 +1,4 @@
-"""Which examples are classified correctly, as they are and as perturbed, and what share that is."""
+"""Masks of the examples that are classified correctly, clean and perturbed, and their accuracy."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["Outcome", "accuracy", "interval", "measure", "score"]
 
 
 class Outcome(NamedTuple):
-    """What became of each example under a perturbation; every leaf is `[n]`.
+    """The effect of a perturbation on each example; every leaf is `[n]`.
 
     Attributes:
-      clean: classified correctly as it is.
-      robust: classified correctly as it is and as perturbed.
-      norm: the measured size of its perturbation; where x is narrower than float32, the larger of
-        r's size and the size of (x + r) - x, which rounding may increase.
-      zero: its perturbation is exactly 0.
-      nonfinite: its perturbation, its input, or its logits before or after are not finite (a
-        logit of -inf is a mask).
-      invalid: its label is outside 0..K-1.
+      clean: x is classified correctly.
+      robust: x and x + r are classified correctly.
+      norm: the measured norm of r; if x is narrower than float32, the larger of the norms of r and
+        of (x + r) - x, which rounding may increase.
+      zero: r is exactly 0.
+      nonfinite: r, x, x + r or the logits of x or x + r are not finite (a logit of -inf is a mask,
+        and doesn't count).
+      invalid: the label is outside 0..K-1.
     """
 
     clean: Any
@@ -56,7 +56,7 @@ def measure(
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: integer labels, `[B]`.
-      r: perturbations, of x's shape and dtype; None for none.
+      r: perturbations, of x's shape and dtype; None for no perturbation.
       norm: the norm to measure them in.
 
     Returns:
@@ -99,7 +99,7 @@ def measure(
 
 
 def _realised(x: jax.Array, r: jax.Array, norm: Norm) -> jax.Array:
-    """Return the sizes of r, or of the change that x + r really is in a narrow dtype."""
+    """Return the norms of r; in a narrow dtype those of the rounded (x + r) - x, if larger."""
     size = norms.norm(r, norm)
     wide = inputs.accum_dtype(x.dtype)
     if x.dtype == wide:
@@ -125,14 +125,14 @@ def score(
     norm: Norm = "l2",
     batch_size: int = 500,
 ) -> Outcome:
-    """Measure the perturbations of a data set, in batches on the host; without r, its examples.
+    """Measure perturbations of a data set, in batches on the host; without r, the clean examples.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
       params: the first argument of `apply_fn`.
       x: `[n, ...]`, floating point, on the host or the device.
       y: integer labels, `[n]`.
-      r: perturbations, of x's shape and dtype; None for none.
+      r: perturbations, of x's shape and dtype; None for no perturbation.
       norm: the norm to measure them in.
       batch_size: number of examples per batch.
 
@@ -170,7 +170,7 @@ def accuracy(mask: Any) -> float:
       A number in [0, 1].
 
     Raises:
-      TypeError: if the mask isn't one of booleans.
+      TypeError: if the mask isn't boolean.
       ValueError: if it is empty or not one-dimensional.
 
     Example:
@@ -184,7 +184,7 @@ def accuracy(mask: Any) -> float:
 
 
 def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
-    r"""The confidence interval of an accuracy, for the draw of the examples (Wilson, 1927).
+    r"""The confidence interval of an accuracy on randomly drawn examples (Wilson, 1927).
 
     .. math:: \frac{\hat p + \frac{z^2}{2n} \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} +
               \frac{z^2}{4n^2}}}{1 + \frac{z^2}{n}}
@@ -194,10 +194,10 @@ def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
       confidence: how often such an interval contains the accuracy on all possible examples.
 
     Returns:
-      Its two ends.
+      The lower and the upper end.
 
     Raises:
-      TypeError: if the mask isn't one of booleans.
+      TypeError: if the mask isn't boolean.
       ValueError: if it is empty or not one-dimensional, or `confidence` not in (0, 1).
 
     Example:
@@ -214,7 +214,7 @@ def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # Of none, and of all, the end is exact; rounding would leave it a little off.
+    # With no success, or only successes, one end is exactly 0 or 1, which rounding would miss.
     low = 0.0 if successes == 0 else float(centre - half)
     high = 1.0 if successes == n else float(centre + half)
     return low, high
@@ -224,7 +224,7 @@ def _booleans(mask: Any) -> NDArray[np.bool_]:
     """Check a mask `[n]` of at least one example.
 
     Raises:
-      TypeError: if it isn't one of booleans.
+      TypeError: if it isn't boolean.
       ValueError: if it is empty or not one-dimensional.
     """
     mask = np.asarray(mask)

@@ -1,8 +1,8 @@
-"""What an attack may do: the norm that it has, and whether its perturbations keep to size and box.
+"""An attack's norm, and checks that its perturbations keep to eps and to the box.
 
-A norm is given once, to the attack (`functools.partial(attack.pgd, norm="linf")`); measuring takes
-it from there. A perturbation that is larger than eps in it, or leaves the box, makes every figure
-that rests on it wrong, so that it is an error and no result.
+The norm is given once, to the attack (`functools.partial(attack.pgd, norm="linf")`), and evaluation
+reads it from there. A perturbation that is larger than eps in this norm, or leaves the box, makes
+every figure based on it wrong, so it raises an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["keep", "norm_of"]
 
 
 def norm_of(attacks: Iterable[PerturbFn], norm: Norm | None) -> Norm:
-    """Return the one norm that attacks have: what `norm` says, or they do; l2 if nobody does.
+    """Return the norm of some attacks: `norm`, or the one that they are set to, or else l2.
 
     Raises:
       ValueError: if they contradict each other or `norm`, or the norm is unknown.
@@ -60,16 +60,16 @@ def keep(
     bounds: Bounds | None,
     name_of: Callable[[int], str],
 ) -> None:
-    """Check that perturbations keep to their size and their box, by more than rounding.
+    """Check that perturbations don't exceed eps or the box by more than rounding.
 
     Args:
-      r: `[n, ...]`.
-      sizes: their measured sizes, `[n]`, as `Outcome` has them.
-      x: `[n, ...]`.
-      eps: the greatest size, a scalar or `[n]`.
-      norm: that sizes are of.
-      bounds: the box of x + r.
-      name_of: what made the perturbation of an example, for the message.
+      r: perturbations, `[n, ...]`.
+      sizes: their measured norms, `[n]`, from `Outcome`.
+      x: examples, `[n, ...]`.
+      eps: the largest size allowed, a scalar or `[n]`.
+      norm: the norm of sizes.
+      bounds: the box for x + r.
+      name_of: from an example's index to the name of the attack that perturbed it, for messages.
 
     Raises:
       ValueError: if one is larger or NaN, or leaves the box.
@@ -80,7 +80,7 @@ def keep(
     narrow = jnp.finfo(r.dtype).bits < 32
     own = np.asarray(norms.norm(jnp.asarray(r), norm)) if narrow else sizes
     excess = own - allowed * (1 + rounding)
-    if not np.all(excess <= 0):  # nor NaN
+    if not np.all(excess <= 0):  # so that NaN fails, too
         worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
         raise ValueError(
             f"expected perturbations of {norm} size {allowed[worst]:g} at most, got "

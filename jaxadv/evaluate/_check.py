@@ -1,14 +1,14 @@
 """Signs that a robust accuracy shouldn't be believed.
 
-Robust accuracy is what attacks have failed to break, so that whatever weakens an attack looks like
-robustness: gradients that vanish, a net that answers at random, examples that influence each other,
-a box or a budget too small to get anywhere (Athalye et al., 2018; Carlini et al., 2019). Each has a
-symptom that can be measured. `check` measures them on some hundred examples and raises a flag for
-each that it finds; that no flag is raised proves nothing.
+Robust accuracy counts the failures of attacks, so whatever weakens an attack looks like robustness:
+vanishing gradients, a randomised net, examples that influence each other, a box or a budget that is
+too small (Athalye et al., 2018; Carlini et al., 2019). Each has a symptom that can be measured.
+`check` looks for them on a few hundred examples and raises a flag for each that it finds; that no
+flag is raised proves nothing.
 
-A flag is of one of three kinds. Gradient masking is in the net: its gradients mislead attacks. A
-weak attack says nothing against the net: a stronger one breaks more. Invalid input is no
-evaluation: what came isn't a classifier's logits, or examples that can be measured.
+There are three kinds of flags. Gradient masking: the net's gradients mislead attacks. Weak attack:
+the net is not at fault, but a stronger attack breaks more. Invalid input: the outputs aren't a
+classifier's logits, or the examples can't be evaluated.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _log = logging.getLogger("jaxadv.evaluate")
 
 Kind: TypeAlias = Literal["gradient masking", "weak attack", "invalid input"]
 
-# How large a symptom has to be. Accuracies are compared on the same examples, so that a difference
-# isn't sampling noise; these are the differences between sound attacks on sound nets, doubled.
-_SAME = 1e-4  # logits of the same row, relative to the largest
+# Thresholds. Accuracies are compared on the same examples, so that a difference isn't sampling
+# noise; the thresholds are twice the differences between sound attacks on sound nets.
+_SAME = 1e-4  # difference of the same row's logits, relative to the largest
 _BLACK_BOX = 0.005  # accuracy that Square, or a transferred attack, takes from the gradient attacks
-_BUDGET = 0.02  # accuracy that more steps and starts, or minimal attacks, take from PGD
+_BUDGET = 0.02  # accuracy that more steps and starts, or minimal-norm attacks, take from PGD
 _ONE_STEP = 0.2  # how far one step's accuracy may be above the iterated one
-_FAR = 0.02  # accuracy left where every example is known to have an adversarial one
-_DISAGREE = 1.25  # ratio of the median sizes that two minimal attacks find
+_FAR = 0.02  # accuracy at sizes where an adversarial example is known for each
+_DISAGREE = 1.25  # ratio of the median sizes that two minimal-norm attacks find
 
 
 class Flag(NamedTuple):
     """One sign that a figure shouldn't be believed.
 
     Attributes:
-      name: which.
+      name: one of the names that `check` lists.
       message: what was measured, what it means, and what to do.
-      kind: what is wrong: `"gradient masking"` (the net's gradients mislead attacks), `"weak
-        attack"` (a stronger one breaks more), or `"invalid input"` (this is no evaluation).
+      kind: `"gradient masking"` (the net's gradients mislead attacks), `"weak attack"` (a stronger
+        one breaks more), or `"invalid input"` (the evaluation is meaningless).
     """
 
     name: str
@@ -61,11 +61,11 @@ class Flag(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `check` has found.
+    """The findings of `check`.
 
     Attributes:
-      flags: what is wrong, if anything.
-      figures: all that was measured, by name.
+      flags: the flags that were raised.
+      figures: all measurements, by name.
     """
 
     flags: tuple[Flag, ...]
@@ -89,53 +89,52 @@ def check(
 ) -> Report:
     """Look for signs that a net's robust accuracy shouldn't be believed.
 
-    The names of the flags, and what raises them. Invalid input:
+    The flags, by kind, and what raises them. Invalid input:
 
     - `probabilities`: outputs are in [0, 1] and sum to 1.
-    - `random`: the same input gives other logits at another call.
+    - `random`: two calls with the same input give different logits.
     - `interacting rows`: a row's logits depend on its batch.
-    - `nothing right`: the net classifies no example right, so that there is nothing to attack.
-    - `one answer`: the net answers all examples alike, so that `far` can't be looked at.
+    - `nothing right`: the net classifies no example correctly, so there is nothing to attack.
+    - `one answer`: the net predicts one class for all examples, so `far` can't be checked.
 
     Gradient masking:
 
-    - `zero gradients`, `non-finite gradients`: of the loss that attacks follow, at the examples or
-      at the points where PGD ended without success.
-    - `black box`: Square breaks what PGD doesn't (images in l2 and linf only).
+    - `zero gradients`, `non-finite gradients`: of the loss that attacks maximise, at the examples
+      or at the points where PGD ended without success.
+    - `black box`: Square breaks examples that PGD doesn't (images in l2 and linf only).
     - `transfer`: so do perturbations made on `source`.
-    - `far`: without a box, and at the distance of the nearest other example that the net answers
-      otherwise, PGD still fails.
+    - `far`: PGD fails even without a box and at the distance of the nearest example for which the
+      net predicts another class.
 
     A weak attack, which is no fault of the net:
 
-    - `one step`: a single step's accuracy is far above PGD's, so that the former says nothing.
-    - `budget`: more steps and restarts still lower PGD's accuracy.
+    - `one step`: the accuracy under a single step is far above PGD's, and says nothing.
+    - `budget`: more steps and restarts still lower the accuracy under PGD.
     - `minimal norm`: `fmn` or `fab` find points within eps that PGD doesn't.
     - `disagreement`: `fmn` and `fab` find minimal sizes that are far apart.
 
-    Compiling takes most of the time on few examples; progress is logged (`logging`, level INFO,
+    On few examples, most of the time is compilation; progress is logged (`logging`, level INFO,
     logger `jaxadv.evaluate`).
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
       params: the first argument of `apply_fn`.
-      x: `[n, ...]`, floating point; some hundred examples are enough.
+      x: `[n, ...]`, floating point; a few hundred examples are enough.
       y: integer labels, `[n]`.
-      eps: the size that is evaluated, a scalar or `[n]`.
+      eps: the perturbation size to check, a scalar or `[n]`.
       norm: its norm.
       key: one key, or one per example, `[n]`.
-      bounds: `(lo, hi)`, the box that is evaluated in; None for no box.
-      source: another net with its parameters, to make transferred perturbations on.
+      bounds: `(lo, hi)`, the box for x + r; None for no box.
+      source: another net with its parameters, on which transferred perturbations are made.
       steps: PGD's number of steps; other budgets are multiples of it.
-      batch_size: how many go through the net at a time.
+      batch_size: number of examples per batch.
 
     Returns:
-      `Report`. Its figures also have the share of examples without a usable gradient for each loss
-      that attacks climb: `margin zero gradients` (PGD, APGD on cross-entropy), `dlr zero
-      gradients`, `ce zero gradients`, and the same `non-finite`. Where only plain cross-entropy
-      has none, in float32, it is no fault of the net, and no obstacle to the attacks of this
-      library, but one for others. Of a net that answers no example right there are no figures of
-      attacks.
+      `Report`. Its figures include the share of examples without a usable gradient, for each loss
+      that attacks maximise: `margin zero gradients` (PGD, APGD on cross-entropy), `dlr zero
+      gradients`, `ce zero gradients`, and the same with `non-finite`. If only plain cross-entropy
+      has zero gradients, in float32, the net is not at fault: the attacks of this library aren't
+      affected, though others are. If no example is classified correctly, no attack is run.
 
     Raises:
       TypeError: as the attacks; and under a trace.
@@ -165,7 +164,7 @@ def check(
     if bounds is not None:
         host.checked(bounds, x)
         lo, hi = (jnp.asarray(bound, inputs.accum_dtype(x.dtype)) for bound in bounds)
-        # One program for both: in no box at all, it would be another.
+        # An infinite box, not None, so that PGD is compiled once for both.
         box, endless = (lo, hi), (jnp.full_like(lo, -jnp.inf), jnp.full_like(hi, jnp.inf))
     shape = host.one_batch(x, batch_size)
     apply_fn = closures.keyed(apply_fn, params, shape)
@@ -258,8 +257,8 @@ def check(
         measured = attack_and_score(
             apply_fn, params, x, y, attacks[name], eps=None, bounds=box, batch_size=batch_size
         ).outcome.norm
-        # What the attack has found counts, not what scoring says of it: a net that computes in
-        # bfloat16 may round there to the other side of the boundary that r ends on.
+        # Count what the attack has found, whatever scoring says: r ends on the decision boundary,
+        # where a net that computes in bfloat16 may round to the other side.
         sizes = np.where(measured > 0, measured, np.inf)
         medians[name] = figures[f"{name}, median size"] = float(np.median(sizes[right]))
         minimal = minimal & (sizes > np.asarray(eps))
@@ -294,10 +293,10 @@ def _attacks(norm: Norm, steps: int) -> dict[str, Any]:
 
 
 class Raise(Protocol):
-    """Raise a flag if something is so."""
+    """A function that raises a flag on a condition."""
 
     def __call__(self, name: str, raised: bool, kind: Kind, message: str, /) -> None:
-        """Raise it."""
+        """Raise the flag if `raised`."""
         ...
 
 
@@ -305,7 +304,7 @@ def _look_at_outputs(
     apply_fn: ApplyFn, params: Params, x: Any, y: Any, figures: dict[str, float], flag: Raise
 ) -> None:
     x = jnp.asarray(x)
-    # Not compiled, so that a net that draws random numbers behind JAX's back draws them anew.
+    # Not compiled, so that a net that draws random numbers outside of JAX draws new ones.
     first, second = (host.fetch(inputs.apply(apply_fn, params, x)) for _ in range(2))
     logits, again = (np.asarray(outputs, np.float64) for outputs in (first, second))
     alone = np.concatenate(
@@ -360,7 +359,7 @@ def _look_at_gradients(
         for kind, start in kinds.items():
             end = at_end[name][kind]
             figures[f"{name} {kind} gradients"] = accuracy(start | (end & standing))
-    # The loss that all gradient attacks here follow; plain cross-entropy is counted for others.
+    # The loss that all gradient attacks here maximise; plain cross-entropy is for information.
     zero, broken = (figures[f"margin {kind} gradients"] for kind in ("zero", "non-finite"))
     flag(
         "zero gradients", zero > 0, "gradient masking",
@@ -395,7 +394,7 @@ def _compare(
 def _gradient_kinds(
     apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array
 ) -> dict[str, dict[str, jax.Array]]:
-    """Return for each loss whose gradients are exactly 0, and whose not finite: one program."""
+    """Return for each loss which gradients are exactly 0, and which not finite; in one program."""
     logits, pull = jacobian.pullback(apply_fn, params, x)
     of = {"ce": optax.softmax_cross_entropy_with_integer_labels, "margin": losses.margin}
     if logits.shape[1] > 2:
@@ -415,7 +414,7 @@ def _gradient_kinds(
 def _nearest_other(
     apply_fn: ApplyFn, params: Params, x: Any, norm: Norm, batch_size: int
 ) -> NDArray[Any]:
-    """Return how far each example is from the nearest one with another answer; inf if none has."""
+    """Return each example's distance to the nearest one with another prediction, or else inf."""
     batch = partial(_answers, apply_fn, params)
     answers = jnp.asarray(host.over_batches(batch, (x,), batch_size))
     x = jnp.asarray(x)

@@ -1,11 +1,11 @@
-"""Attack a data set and score it: by one attack on every example, or by several in turn.
+"""Attack a data set and score it, with one attack or with several in turn.
 
-A single attack fails now and then for reasons that have nothing to do with robustness. AutoAttack
-(Croce and Hein, 2020) takes the worst of four that fail for different reasons: `attack.apgd` on
+A single attack may fail for reasons that have nothing to do with robustness. AutoAttack (Croce and
+Hein, 2020) takes the worst case over four attacks that fail for different reasons: `attack.apgd` on
 cross-entropy, `attack.apgd_multitargeted`, `attack.fab`, and `attack.square`, which uses no
-gradients at all. An example that one attack has fooled needs no other, so each runs on the rest.
+gradients. Each runs only on the examples that are still classified correctly.
 
-These run on the host: which examples go on is known only when an attack has ended.
+The loop runs on the host, since these examples are known only after an attack has ended.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _fold = jax.jit(fold)
 
 
 class Stage(NamedTuple):
-    """What one of several attacks did.
+    """The result of one of several attacks.
 
     Attributes:
       tried: which examples it was run on, bool `[n]`.
-      fooled: which of them it misled the net about, bool `[n]`.
-      seconds: how long it took, compilation included.
+      fooled: which of them it made the net misclassify, bool `[n]`.
+      seconds: time taken, including compilation.
     """
 
     tried: NDArray[np.bool_]
@@ -49,13 +49,13 @@ class Stage(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of each example under attack.
+    """The result of attacking a data set.
 
     Attributes:
-      outcome: what `score` says of r; each leaf `[n]`.
-      r: the perturbations, `[n, ...]`: all that a single attack made; of several attacks the one
-        that misled the net, 0 where none did.
-      stages: what each of several attacks did, by name, in order; empty for a single attack.
+      outcome: the score of r; each leaf `[n]`.
+      r: the perturbations, `[n, ...]`. For several attacks, an example's is the first that made the
+        net misclassify it, or 0 if none did.
+      stages: the result of each of several attacks, by name, in order; empty for a single attack.
     """
 
     outcome: Outcome
@@ -73,9 +73,9 @@ def autoattack(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
       norm: `"l1"`, `"l2"` or `"linf"`.
 
     Returns:
-      Attacks by name, not to be changed (`dict` makes a copy that can be); the same objects for
-      each call, so that they are compiled once. For l1 there are three: the published l1
-      ensemble (2021) has Square too.
+      Attacks by name, read-only (`dict` makes a copy to change); each call returns the same
+      objects, so that they are compiled once. For l1 there are three: the published l1 ensemble
+      (2021) also has Square.
 
     Raises:
       ValueError: if the norm is unknown.
@@ -122,12 +122,12 @@ def attack_and_score(
     source: tuple[ApplyFn, Params] | None = None,
     batch_size: int = 500,
 ) -> Result:
-    """Attack a data set and measure what became of each example.
+    """Attack a data set and score the perturbations.
 
-    One attack is run on every example. Of several, each is run on the examples that are still
-    classified correctly, and logged as it begins (`logging`, level INFO, logger
-    `jaxadv.evaluate`). Either way the figure to report is `accuracy(result.outcome.robust)`: not
-    what the attacks say of themselves but a measurement of the stored r.
+    A single attack runs on every example. Several run in turn, each on the examples that are still
+    classified correctly; each is logged as it begins (`logging`, level INFO, logger
+    `jaxadv.evaluate`). Report `accuracy(result.outcome.robust)`: it is measured from the stored r,
+    and doesn't rely on what the attacks claim.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
@@ -136,18 +136,18 @@ def attack_and_score(
       y: integer labels, `[n]`.
       attacks: None for AutoAttack; or one attack, e.g. `attack.pgd`; or several by name, in order.
         Make a `functools.partial` once and pass it again: each object is compiled once.
-      eps: the size, a scalar or `[n]`; None for the least perturbations that minimal-norm attacks
-        find, whatever their size.
-      norm: the norm of the attacks, in which none may exceed eps; None for the one that they are
-        set to, by `functools.partial` or by default (l2 if to none). AutoAttack takes it from here.
-      key: one key, split per example, or `[n]` keys; None for methods that draw nothing. Each of
-        several attacks gets keys of its own.
+      eps: the size, a scalar or `[n]`; None for the smallest perturbations that minimal-norm
+        attacks find, of any size.
+      norm: the norm in which no perturbation may exceed eps; None for the norm that the attacks are
+        set to, by `functools.partial` or by default (l2 if they have none). AutoAttack uses it.
+      key: one key, split per example, or `[n]` keys; None for methods without random numbers. Each
+        of several attacks gets keys of its own.
       bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
-      source: another net with its parameters, to make the perturbations on (transfer); None for the
-        net itself.
-      batch_size: number of examples per batch; the result doesn't depend on it except for
-        rounding. The examples left to several attacks are cut into batches of this size, an eighth
-        and a 64th of it: each attack compiles at most three times.
+      source: another net with its parameters, on which perturbations are made (transfer); None for
+        the net itself.
+      batch_size: number of examples per batch; the result depends on it by rounding only. The
+        examples for each of several attacks are split into batches of this size, an eighth and a
+        64th of it, so that an attack compiles at most three times.
 
     Returns:
       `Result`.
@@ -191,12 +191,12 @@ def attack_and_score(
         batch = partial(_attack, net, made_on, bounds)
         r, stages = _in_turn(batch, attacks, examples, scored().clean, batch_size)
         outcome = scored(r)
-        broken = np.zeros_like(outcome.nonfinite)  # NaN is no success
+        broken = np.zeros_like(outcome.nonfinite)  # a NaN is never a success
     else:
         perturb = partial(_perturb, made_on, bounds, method=attacks)
         r = host.over_batches(perturb, examples, batch_size)
         outcome = scored(r)
-        broken = outcome.nonfinite  # counted as such: it has no size
+        broken = outcome.nonfinite  # counted as non-finite: it has no size
 
     def name_of(example: int) -> str:
         fooled_by = (repr(name) for name, stage in stages.items() if stage.fooled[example])
@@ -211,10 +211,10 @@ def attack_and_score(
 
 
 def _check_attacks(attacks: PerturbFn | Mapping[str, PerturbFn]) -> None:
-    """Check that this is an attack, or some by name.
+    """Check that `attacks` is one attack, or several by name.
 
     Raises:
-      TypeError: if it is neither, or one isn't a hashable function of their signature.
+      TypeError: if it is neither, or one isn't a hashable function with the signature of attacks.
       ValueError: if there are none.
     """
     if isinstance(attacks, Mapping):
@@ -234,7 +234,7 @@ def _check_attacks(attacks: PerturbFn | Mapping[str, PerturbFn]) -> None:
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["apply_fn"])
 @dataclass(frozen=True)
 class _Net:
-    """A net as an argument of compiled functions: its function is static."""
+    """A net as an argument of compiled functions; `apply_fn` is static."""
 
     apply_fn: ApplyFn
     params: Params
@@ -282,23 +282,23 @@ def _in_turn(
     """Run each attack on the examples that are still classified correctly.
 
     Args:
-      batch_of: runs an attack on a batch of examples, and says which it fooled.
+      batch_of: runs an attack on a batch of examples; returns r and which examples it fooled.
       attacks: by name, in order.
       examples: x, y, sizes and keys.
       clean: which examples are classified correctly, bool `[n]`.
       batch_size: number of examples in the largest batches.
 
     Returns:
-      r, `[n, ...]`, 0 where no attack succeeded; and what each attack did.
+      r, `[n, ...]`, 0 where no attack succeeded; and the result of each attack.
     """
     x, y, sizes, keys = examples
     robust, worst = clean.copy(), np.zeros(x.shape, x.dtype)
     on = host.spread(x)
     whole = max(1, min(batch_size, len(y)))
     shapes = [max(1, whole // part) for part in (1, 8, 64)]
-    overhead = whole // 80  # of small nets, which take large batches; of large ones it is little
+    overhead = whole // 80  # for small nets, which take large batches; little for large ones
     some = on.take(examples, np.arange(len(y))[: on.multiple(whole)])
-    for method in attacks.values():  # what one of them refuses is said before any of them runs
+    for method in attacks.values():  # raise the errors of all before any of them runs
         jax.eval_shape(partial(batch_of, method=method), *some)
     stages = {}
     for number, (name, method) in enumerate(attacks.items()):
@@ -306,7 +306,7 @@ def _in_turn(
         _log.info("%s on %d of %d examples", name, tried.sum(), len(y))
         own = None if keys is None else _fold(keys, number)
         for rows, size in _batches(np.flatnonzero(tried), shapes, overhead):
-            filled = np.resize(rows, on.multiple(size))  # repeated; what is too much is dropped
+            filled = np.resize(rows, on.multiple(size))  # repeated; results of repeats are dropped
             batch = on.take((x, y, sizes, own), filled)
             r, fooled = host.fetch(batch_of(*batch, method=method))
             hit = fooled[: len(rows)]
@@ -319,10 +319,10 @@ def _in_turn(
 def _batches(
     rows: NDArray[np.intp], sizes: Sequence[int], overhead: int
 ) -> list[tuple[NDArray[np.intp], int]]:
-    """Cut indices into batches; return them with the size that each is to be filled up to.
+    """Split indices into batches; return each with the size to pad it to.
 
-    What a batch of the first size would leave partly empty goes into smaller ones where that costs
-    less: a batch costs its examples and the overhead, in examples.
+    Instead of padding the last batch to the first size, use smaller ones if that costs less: a
+    batch costs its padded size plus the overhead, in examples.
     """
     size, *smaller = sizes
     cut = len(rows) - len(rows) % size
