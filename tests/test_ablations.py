@@ -64,7 +64,7 @@ def test_rows_say_which_questions_they_answer(tmp_path, monkeypatch):
         "rep_1": Adversarial((9,), 1, 0.1, objective="representation", eps=0.1, split=1),
         "lwa": Adversarial((9,), 1, 0.1),
     }
-    monkeypatch.setattr(ablations, "methods", lambda settings: small)
+    monkeypatch.setattr(ablations.Settings, "nets", lambda settings: small)
     monkeypatch.setattr(ablations, "WIDTHS", (9,))
     settings = ablations.Settings(
         out=tmp_path, holdout=59_600, n_eval=60, n_pgd=20, pgd_steps=2, curve=(0.0, 1.0)
