@@ -323,7 +323,7 @@ def flip_length(a, t, y, u):
 
 
 def mostly_right(n, seed=0):
-    """Weights [5, 3] of a linear net, and n examples of which it gets four of five right."""
+    """Weights [5, 3] of a linear net, and n examples, four fifths of them classified correctly."""
     rng = np.random.default_rng(seed)
     w = rng.normal(size=(5, 3)).astype(np.float32)
     x = rng.normal(size=(n, 5)).astype(np.float32)

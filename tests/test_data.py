@@ -715,7 +715,7 @@ def twice(classes):
         shutil.copytree(classes / "a", classes / name)
 
 
-# name: what is done to the folder, and what is said
+# name: how the folder is damaged, and the error
 BROKEN = {
     "no test": (lambda p: shutil.rmtree(p / "test"), r"a folder .*test with a folder of images"),
     "no class": (lambda p: shutil.rmtree(p / "test" / "b"), r"of class 'b' in .*test.b, got none"),

@@ -18,7 +18,7 @@ def linear(w, x):
 
 
 def problem(n=30):
-    """A linear net of three classes; labels of which a few are wrong; the distances in l2."""
+    """Return a linear net of three classes, labels (a few of them wrong), and l2 distances."""
     rng = np.random.default_rng(3)
     w, x = (rng.normal(size=shape).astype(np.float32) for shape in ((D, 3), (n, D)))
     z = x.astype(np.float64) @ w
@@ -32,7 +32,7 @@ def problem(n=30):
 
 
 def found_by(r, passes=1):
-    """An attack that moves every example by r, and says that it spent so many passes of a kind."""
+    """Return an attack that moves every example by r and reports these passes."""
 
     @attack.reports
     def method(apply_fn, params, x, y, /, *, eps=None, key=None, bounds=None):

@@ -21,7 +21,7 @@ def tanh_net(params, x):
 
 @functools.cache
 def boxed_problem():
-    """A curved net, and images in [0, 1] of which a third of the pixels are at a wall."""
+    """Return a curved net, and images in [0, 1] with many pixels at 0 and 1."""
     rng = np.random.default_rng(0)
     params = rng.normal(size=(D, 16)), rng.normal(size=(16, 5))
     x = np.clip(rng.normal(0.5, 0.6, size=(B, D)), 0, 1)

@@ -290,7 +290,7 @@ def _search(
         r, tries = bisect_to_boundary(misleads, best.r, hit)
         nearest = state.nearest.with_point(r, norms.norm(r, norm), best.success, hit)
         size = nearest.clearly.size
-        # A success in a smaller ball than that of an earlier failure refutes it.
+        # What succeeds within a ball shows that an earlier failure there was wrong.
         low = jnp.where(hit, jnp.minimum(state.low, _REFUTED * size), state.eps)
         wider = jnp.minimum(2 * state.eps, largest)
         eps = jnp.where(jnp.isfinite(size), (low + size) / 2, wider)

@@ -125,8 +125,8 @@ def boundary_step(
     Args:
       problem: of integer labels.
       r: perturbations, `[B, D]`, of x's dtype.
-      candidates: consider only this many wrong classes, the likeliest; None for all. Each costs a
-        backward pass.
+      candidates: how many wrong classes to consider, those of largest logit; None for all.
+        Each costs a backward pass.
       unblocked: whether distances count only the entries that the box doesn't block, a bool or a
         traced one.
 

@@ -79,8 +79,8 @@ def minimal_attacks(norm: Norm = "l2", budget: int = 2000) -> Mapping[str, Pertu
     """The attacks of `distances`, with as many steps as a budget of passes allows.
 
     About an eighth of the budget goes to `attack.fmn`, two eighths to `attack.fab` with 9 targets,
-    and the rest to `attack.apgd`'s search over eps, which finds the most but for the examples whose
-    nearest class isn't the likeliest. At 2000 passes these are 97, 24 and 27 steps. The split was
+    and the rest to `attack.apgd`'s search over eps, which finds the smallest ones where the nearest
+    class has the largest wrong logit. At 2000 passes these are 97, 24 and 27 steps. The split was
     chosen on training images of the MLPs on record, out of all pairs and triples of these, `ddn`
     and `apgd_multitargeted` at several numbers of steps.
 
@@ -150,8 +150,8 @@ def distances(
 
     Raises:
       TypeError: as the attacks; if one doesn't count its passes; and under a trace.
-      ValueError: as the attacks; if there are none; if the norm is unknown, or not that of the
-        attacks; if the budget is None without attacks, or too small for them; if x or a
+      ValueError: as the attacks; if there are none; if the norm is unknown, or the attacks have
+        another; if the budget is None without attacks, or too small for them; if x or a
         perturbation leaves the bounds.
 
     Example:
