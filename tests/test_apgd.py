@@ -13,7 +13,7 @@ from references import DUAL_ORDER, ORDER
 
 from jaxadv import attack, losses, norms
 from jaxadv.attack import _apgd
-from jaxadv.problem import fold
+from jaxadv.problem import Problem, fold
 
 B, D, H, K = 6, 5, 8, 4
 KEYS = jax.random.split(jax.random.key(9), B)
@@ -137,6 +137,40 @@ def test_the_best_point_is_that_of_the_algorithm(norm, steps, box, x64):
 
 
 # Closed forms
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+@pytest.mark.parametrize("order", ["distance", "alpha"])
+def test_targets_are_in_the_order_of_their_linearised_distances(order, norm):
+    rng = np.random.default_rng(5)
+    w, b = rng.normal(size=(6, 7)), 0.3 * rng.normal(size=7)
+    x = rng.normal(size=(40, 6)).astype(np.float32)
+    z = x.astype(np.float64) @ w + b
+    y = z.argmax(axis=1)
+    posed = Problem.of(
+        lambda p, x: x @ p[0] + p[1][None], (w.astype(np.float32), b.astype(np.float32)), x, y,
+        norm=norm, eps=1.0, bounds=None,
+    ).start()  # fmt: skip
+    got = _apgd._by_distance(posed, _apgd._by_logit(posed, 6), order)
+    for i, label in enumerate(y):
+        value, slope = z[i], w.T
+        if order == "alpha":
+            value = np.exp(z[i]) / np.exp(z[i]).sum()
+            slope = value[:, None] * (w.T - value @ w.T)
+        others = [k for k in range(7) if k != label]
+        lengths = np.linalg.norm(slope - slope[label], DUAL_ORDER[norm], axis=1)
+        size = {k: (value[label] - value[k]) / lengths[k] for k in others}
+        assert got[i].tolist() == sorted(others, key=size.get)
+
+
+def test_what_the_order_of_targets_costs_is_counted():
+    x, y = np.zeros((2, 5), np.float32), np.zeros(2, int)
+    for order, passes in (("logit", (1, 0)), ("distance", (2, 4)), ("alpha", (2, 4))):
+        _, info = attack.with_info(attack.apgd_multitargeted)(
+            lambda _, x: x, None, x, y, eps=1.0, steps=3, n_targets=1, order=order,
+            key=jax.random.key(0),
+        )  # fmt: skip
+        assert (int(info.forward[0]), int(info.backward[0])) == (4 + passes[0], 4 + passes[1])
 
 
 @pytest.mark.parametrize(

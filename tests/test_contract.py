@@ -37,7 +37,7 @@ IN_BALL = {
     **each_norm("apgd", attack.apgd, ("l1", "l2"), steps=8),
     **each_norm("apgd_dlr", attack.apgd, ("linf",), steps=5, loss_fn=losses.dlr, restarts=3),
     **each_norm("multitargeted", attack.apgd_multitargeted, ("linf",), steps=4, n_targets=2),
-    **each_norm("square", attack.square, ("l2", "linf"), steps=9),
+    **each_norm("square", attack.square, steps=9),
 }
 LEAST = {
     **each_norm("least_alpha", perturb.alpha, ("l1", "l2")),
@@ -655,6 +655,7 @@ def test_a_net_that_returns_no_logits_or_has_no_hash_raises(name):
         (attack.apgd, {"samples": 2.5}, r"an integer samples, got 2\.5; 0 is for a net"),
         (attack.apgd_multitargeted, {"steps": 2.5}, r"an integer steps, got 2\.5; 100 is the"),
         (attack.apgd_multitargeted, {"n_targets": 0}, r"n_targets >= 1, got 0; 9 is the published"),
+        (attack.apgd_multitargeted, {"order": "size"}, r"one of 'logit', 'distance', 'alpha', got"),
         (attack.fmn, {"steps": 0}, r"steps >= 1, got 0; 100 is usual"),
         (attack.fmn, {"step_size": float("nan")}, r"step_size > 0, got nan"),
         (attack.ddn, {"steps": 0}, r"steps >= 1, got 0; 100 is usual"),
@@ -674,7 +675,7 @@ def test_a_net_that_returns_no_logits_or_has_no_hash_raises(name):
         (attack.fab, {"alpha_max": 1.1}, r"alpha_max in 0\.\.1, got 1\.1; "),
         (attack.fab, {"eta": 0.9}, r"eta in 1\.\.inf, got 0\.9; "),
         (attack.fab, {"beta": float("nan")}, r"beta in 0\.\.1, got nan; "),
-        (attack.square, {"norm": "l1"}, r"one of 'l2', 'linf', got 'l1'; .*pgd"),
+        (attack.square, {"patience": 0}, r"patience >= 1, got 0; None is"),
         (attack.square, {"steps": 2.5}, r"an integer steps, got 2\.5; .*5000"),
         (attack.square, {"p_init": 0}, r"0 < p_init <= 1, got 0; pass a share"),
         (attack.square, {"p_init": float("nan")}, r"0 < p_init <= 1, got nan"),

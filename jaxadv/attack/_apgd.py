@@ -20,14 +20,15 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import boxes, inputs, losses, norms
+from jaxadv import _cpu, boxes, inputs, jacobian, losses, norms
+from jaxadv.attack._deepfool import class_distances
 from jaxadv.attack._info import Answer, Found, reports
 from jaxadv.attack._nearest import Nearest
 from jaxadv.problem import (
@@ -43,6 +44,8 @@ from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticF
 
 __all__ = ["apgd", "apgd_multitargeted"]
 
+_ORDERS = "logit", "distance", "alpha"
+_RANKED = 100  # how many classes are ranked by distance, those of largest logit
 _ROUNDS = 20  # how many balls a search for the least one tries
 _REFUTED = 0.9  # of a size found, below it: where the lower end goes that it refutes
 _RISES = 0.75  # the share of steps that have to raise the loss for the step size to be kept
@@ -149,14 +152,15 @@ def apgd_multitargeted(
     norm: Norm = "l2",
     steps: int = 100,
     n_targets: int = 9,
+    order: Literal["logit", "distance", "alpha"] = "logit",
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> Found:
-    r"""Auto-PGD towards each of the likeliest wrong classes in turn, by the targeted DLR loss.
+    r"""Auto-PGD towards one wrong class after another, by the targeted DLR loss.
 
     .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
 
-    for t the top wrong class, the next, and so on. Examples that have been fooled are skipped.
+    for t the most promising class, the next, and so on. Examples that have been fooled are skipped.
     (`losses.targeted_dlr` says what it is with two or three classes.) With `eps=None` for the least
     r, by the search of `apgd`: 20 balls, in each the targets in turn until one succeeds.
 
@@ -170,6 +174,11 @@ def apgd_multitargeted(
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
       steps: number of steps for each target in each ball, at least 1.
       n_targets: how many targets, at least 1; K - 1 where that is less.
+      order: which classes are the most promising: `"logit"`, those of largest logit at x, as
+        published; `"distance"`, those whose boundary is nearest in the linearised net, as MALT has
+        it (mesoscopic almost linearity targeting); or `"alpha"`, those nearest by Adv_Alpha's
+        measure, in which the softmax is linearised. The latter take a backward pass for each wrong
+        class (at most 100, those of largest logit).
       key: one key, or one per example, `[B]`.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
@@ -180,7 +189,8 @@ def apgd_multitargeted(
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
       ValueError: if shapes don't match, if the norm is unknown, if a Python `eps` is negative, if
-        `steps` or `n_targets` < 1, if `bounds` is not a pair, or without a key.
+        `steps` or `n_targets` < 1, if the order is unknown, if `bounds` is not a pair, or without a
+        key.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -191,15 +201,21 @@ def apgd_multitargeted(
       2
 
     References:
-      Croce and Hein, 2020, Section 4.
+      Croce and Hein, 2020, Section 4; Melamed et al., "MALT Powers Up Adversarial Attacks", 2024.
     """
     inputs.at_least(1, "n_targets", n_targets, "9 is the published number")
     inputs.at_least(1, "steps", steps, "100 is the published number")
+    if order not in _ORDERS:
+        raise ValueError(
+            f"expected order to be one of {', '.join(map(repr, _ORDERS))}, got {order!r}; choose "
+            "which targets come first"
+        )
     problem = Problem.of(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True, key=key,
         drawn_by="a random start",
     )  # fmt: skip
-    return Found(problem, *_run_targets(problem.keyed(), steps=steps, n_targets=n_targets))
+    found = _run_targets(problem.keyed(), steps=steps, n_targets=n_targets, order=order)
+    return Found(problem, *found)
 
 
 @partial(jax.jit, static_argnames=("steps", "restarts"))
@@ -225,15 +241,16 @@ def _run(problem: Problem, *, steps: int, restarts: int) -> Answer:
     return problem.answer(best.r), draws + runs * passes, runs * passes
 
 
-@partial(jax.jit, static_argnames=("steps", "n_targets"))
-def _run_targets(problem: Problem, *, steps: int, n_targets: int) -> Answer:
+@partial(jax.jit, static_argnames=("steps", "n_targets", "order"))
+def _run_targets(problem: Problem, *, steps: int, n_targets: int, order: str) -> Answer:
     problem = problem.start()
-    logits, y = problem.logits, problem.y
-    is_y = jax.nn.one_hot(y, logits.shape[1], dtype=bool)
-    n_targets = min(n_targets, logits.shape[1] - 1)
-    largest, targets = lax.top_k(jnp.where(is_y, -jnp.inf, logits), n_targets)  # [B, n_targets]
-    # A masked class is out of reach: the top wrong class is tried once more instead.
-    targets = jnp.where(jnp.isneginf(largest), targets[:, :1], targets)
+    n_targets = min(n_targets, problem.logits.shape[1] - 1)
+    targets = _by_logit(problem, n_targets if order == "logit" else _RANKED)
+    forward: jax.Array | int = 1
+    backward: jax.Array | int = 0
+    if order != "logit":
+        forward, backward = 2, targets.shape[1]
+        targets = _by_distance(problem, targets, order)[:, :n_targets]
     passes = sum(n + 1 for _, n in _phases(problem.norm, steps))
 
     def in_ball(problem: Problem, first: jax.Array | int) -> tuple[Best, jax.Array]:
@@ -246,9 +263,41 @@ def _run_targets(problem: Problem, *, steps: int, n_targets: int) -> Answer:
 
     if problem.eps is None:
         r, runs, others = _search(problem, in_ball)
-        return problem.answer(r), 1 + others + runs * passes, 1 + runs * passes
-    best, runs = in_ball(problem, 0)
-    return problem.answer(best.r), 1 + runs * passes, runs * passes
+        forward, backward = forward + others, backward + 1
+    else:
+        best, runs = in_ball(problem, 0)
+        r = best.r
+    return problem.answer(r), forward + runs * passes, backward + runs * passes
+
+
+def _by_logit(problem: Problem, n: int) -> jax.Array:
+    """Return the n wrong classes of largest logit (or all), `[B, n]`, the largest first."""
+    logits = problem.logits
+    is_y = jax.nn.one_hot(problem.y, logits.shape[1], dtype=bool)
+    n = min(n, logits.shape[1] - 1)
+    largest, classes = lax.top_k(jnp.where(is_y, -jnp.inf, logits), n)
+    # A masked class is out of reach: the top wrong class is tried once more instead.
+    return jnp.where(jnp.isneginf(largest), classes[:, :1], classes)
+
+
+def _by_distance(problem: Problem, classes: jax.Array, order: str) -> jax.Array:
+    """Return classes `[B, J]` with the one whose linearised boundary is nearest first."""
+    if order == "alpha":
+        _, rows_of = jacobian.class_pullback(
+            problem.apply_fn, problem.params, problem.x, problem.y
+        )  # fmt: skip
+    else:
+        _, distances = class_distances(problem, jnp.zeros_like(problem.x))
+
+    def to_one(classes: jax.Array) -> jax.Array:
+        if order == "distance":
+            return distances(classes[:, None]).distance[:, 0]
+        rows = rows_of(classes[:, None])
+        slope = norms.log_norm(rows.d[:, 0], norms.dual(problem.norm))
+        return rows.log_gap[:, 0] - rows.log_scale[:, 0] - slope
+
+    sizes = lax.map(_cpu.fast_convolutions(to_one), classes.T)  # one after another, for memory
+    return jnp.take_along_axis(classes, jnp.argsort(sizes.T, axis=1), axis=1)
 
 
 class _Searched(NamedTuple):

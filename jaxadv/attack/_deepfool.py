@@ -9,6 +9,7 @@ is the final bisection that makes r small.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -133,18 +134,48 @@ def boundary_step(
     Returns:
       The step, of x's shape, in the dtype of norms; 0 where no boundary can be seen.
     """
-    x, y, norm, bounds = problem.x + r, problem.y, problem.norm, problem.bounds
+    norm, bounds = problem.norm, problem.bounds
+    z, distances = class_distances(problem, r, unblocked=unblocked)
+    classes = jacobian.wrong_classes(z, problem.y, candidates)
+    best = jacobian.nearest(distances, problem.x, classes)
+    size = jnp.where(best.reachable, best.distance, 0)
+    d = best.d.astype(size.dtype)
+    if norm == "l1" and bounds is not None:
+        # A thousandth past it: to lengthen the step moves none of its entries that are at a bound.
+        gap = 1.001 * size * norms.norm(d, norms.dual(norm))
+        return project_hyperplane_in_box(d, gap, *box_limits(problem.x + r, bounds), norm)
+    return size[:, None] * norms.steepest(d, norm)
+
+
+def class_distances(
+    problem: Problem, r: jax.Array, *, unblocked: jax.Array | bool = True
+) -> tuple[jax.Array, Callable[[jax.Array], jacobian.Nearest]]:
+    r"""Return how far it is from x + r to the linearised boundary with each wrong class.
+
+    .. math:: |z_y - z_j| \,/\, \|\nabla (z_j - z_y)\|_*
+
+    Args:
+      problem: of integer labels.
+      r: perturbations, `[B, D]`, of x's dtype.
+      unblocked: whether distances count only the entries that the box doesn't block, a bool or a
+        traced one.
+
+    Returns:
+      The logits, `[B, K]`, shifted; and a function from classes `[B, J]` to their distances, by J
+      backward passes.
+    """
+    x, norm = problem.x + r, problem.norm
     logits, pull = jacobian.pullback(problem.apply_fn, problem.params, x)
     n_classes = logits.shape[1]
-    y = jnp.clip(y, 0, n_classes - 1)
+    y = jnp.clip(problem.y, 0, n_classes - 1)
     z = losses.shift_logits(logits)
     z_y = jnp.take_along_axis(z, y[:, None], axis=1)
     at_y = jax.nn.one_hot(y, n_classes)
 
     def free(g: jax.Array) -> jax.Array:
-        return drop_blocked(g, jnp.zeros_like(x), x, bounds)
+        return drop_blocked(g, jnp.zeros_like(x), x, problem.bounds)
 
-    def distances(j: jax.Array) -> jacobian.Nearest:  # to classes [B, J]
+    def distances(j: jax.Array) -> jacobian.Nearest:
         rows = jax.nn.one_hot(j, n_classes) - at_y[:, None]
         d = jax.vmap(pull, in_axes=1, out_axes=1)(rows.astype(logits.dtype))  # [B, J, D]
         d = jnp.where(unblocked, jax.vmap(free, in_axes=1, out_axes=1)(d), d)
@@ -155,15 +186,7 @@ def boundary_step(
         size = jnp.where(reachable, behind / jnp.where(reachable, slope, 1), jnp.inf)
         return jacobian.Nearest(size, size, d, reachable)
 
-    classes = jacobian.wrong_classes(z, y, candidates)
-    best = jacobian.nearest(distances, x, classes)
-    size = jnp.where(best.reachable, best.distance, 0)
-    d = best.d.astype(size.dtype)
-    if norm == "l1" and bounds is not None:
-        # A thousandth past it: to lengthen the step moves none of its entries that are at a bound.
-        gap = 1.001 * size * norms.norm(d, norms.dual(norm))
-        return project_hyperplane_in_box(d, gap, *box_limits(x, bounds), norm)
-    return size[:, None] * norms.steepest(d, norm)
+    return z, distances
 
 
 def _probability_step(problem: Problem, r: jax.Array) -> jax.Array:

@@ -4,8 +4,8 @@ A net whose gradients are useless (gradient masking) may resist `pgd` without be
 search needs no gradient (Andriushchenko et al., 2020). Each query repaints one square window of the
 best perturbation so far, at a random place, and is kept if the loss improves. The windows shrink as
 the search goes on. The perturbation always uses the whole radius: in linf every entry is plus or
-minus eps; in l2 a second window is set to 0, and the first gets a bump with the energy of both and
-with what the box has cut off.
+minus eps; in l2 and l1 a second window is set to 0, and the first gets a bump with the energy of
+both and with what the box has cut off (a sum of squares in l2, of absolute values in l1).
 
 Inputs that aren't images are laid out as one, a vector row by row in a square; a window then is
 some runs of neighbouring entries.
@@ -50,7 +50,13 @@ class _Walk(NamedTuple):
     """How far the search has come."""
 
     best: Best  # r as images; `success` also where nothing is to be searched
-    queries: jax.Array  # [B], until each example was fooled
+    queries: jax.Array  # [B], until each example was done
+    hopeless: jax.Array  # [B], given up
+    before: jax.Array  # [B], the loss when that was last considered
+
+    @property
+    def going(self) -> jax.Array:
+        return ~self.best.success & ~self.hopeless
 
 
 def _sign(u: jax.Array) -> jax.Array:
@@ -65,13 +71,17 @@ def _corner(u: jax.Array, shape: tuple[int, ...], side: int) -> tuple[jax.Array,
     return row, column, jnp.zeros_like(row)
 
 
-def _energy(v: jax.Array) -> jax.Array:
-    return jnp.sum(v * v, axis=(0, 1))  # of each channel
+def _energy(v: jax.Array, p: int) -> jax.Array:
+    return jnp.sum(v * v if p == 2 else jnp.abs(v), axis=(0, 1))  # of each channel
 
 
-def _unit(v: jax.Array) -> jax.Array:
-    energy = _energy(v)[None, None]
-    return v / jnp.sqrt(jnp.where(energy == 0, 1, energy))
+def _size(energy: jax.Array, p: int) -> jax.Array:
+    return jnp.sqrt(energy) if p == 2 else energy
+
+
+def _unit(v: jax.Array, p: int) -> jax.Array:
+    energy = _energy(v, p)[None, None]
+    return v / _size(jnp.where(energy == 0, 1, energy), p)
 
 
 def _linf_start(shape: tuple[int, ...], key: jax.Array, eps: jax.Array) -> jax.Array:
@@ -87,53 +97,57 @@ def _linf_move(r: jax.Array, u: jax.Array, eps: jax.Array, side: int) -> jax.Arr
     return lax.dynamic_update_slice(r, colour, _corner(u[channels:], r.shape, side))
 
 
-def _peak(height: int, width: int) -> np.ndarray:
-    """Pile up concentric squares 1, 3, 5, ... wide, 1, 1/4, 1/9, ... thick, to a unit vector."""
+def _peak(height: int, width: int, p: int) -> np.ndarray:
+    """Pile up concentric squares 1, 3, 5, ... wide to a unit vector.
+
+    They are 1, 1/4, 1/9, ... thick in l2, and the squares of that in l1.
+    """
     middle = max(height, width) // 2
-    levels = np.cumsum(1 / np.arange(middle + 1, 0, -1) ** 2)[::-1]
+    levels = np.cumsum(1 / np.arange(middle + 1, 0, -1) ** (4 / p))[::-1]
     row, column = np.ogrid[:height, :width]
     peak = levels[np.maximum(abs(row - height // 2), abs(column - width // 2))]
-    return peak / np.linalg.norm(peak)
+    return peak / np.linalg.norm(peak.ravel(), p)
 
 
-def _bump(side: int, turned: jax.Array) -> jax.Array:
+def _bump(side: int, turned: jax.Array, p: int) -> jax.Array:
     """Return a peak above a trough, or to the left of it where `turned`; a unit vector.
 
     Args:
       side: of the window.
       turned: `[...]`, booleans.
+      p: of the norm, 1 or 2.
 
     Returns:
       `[..., side, side]`, in float32.
     """
     top = side // 2
-    bump = np.concatenate([_peak(top, side), -_peak(side - top, side)])
-    bump = (bump / np.linalg.norm(bump)).astype(np.float32)
+    bump = np.concatenate([_peak(top, side, p), -_peak(side - top, side, p)])
+    bump = (bump / np.linalg.norm(bump.ravel(), p)).astype(np.float32)
     upright, lying = (
         jnp.broadcast_to(jnp.asarray(b), (*turned.shape, side, side)) for b in (bump, bump.T)
     )
     return jnp.where(turned[..., None, None], lying, upright)
 
 
-def _l2_start(shape: tuple[int, ...], key: jax.Array, eps: jax.Array) -> jax.Array:
+def _lp_start(p: int, shape: tuple[int, ...], key: jax.Array, eps: jax.Array) -> jax.Array:
     """Tile the image with bumps, at least five along each side if it has as many pixels."""
     height, width, channels = shape
     side = max(min(height, width) // 5, 1)
     rows, columns = height // side, width // side
     u = jax.random.uniform(key, (rows, columns, 1 + channels), jnp.float32)
-    tiles = _bump(side, u[..., 0] < 0.5)[..., None] * _sign(u[..., None, None, 1:])
+    tiles = _bump(side, u[..., 0] < 0.5, p)[..., None] * _sign(u[..., None, None, 1:])
     mosaic = tiles.swapaxes(1, 2).reshape(rows * side, columns * side, channels)
     rest = height - rows * side, width - columns * side
     mosaic = jnp.pad(mosaic, [(n // 2, n - n // 2) for n in rest] + [(0, 0)])
-    return mosaic * (eps / math.sqrt(rows * columns * channels))  # the tiles are unit vectors
+    return mosaic * (eps / (rows * columns * channels) ** (1 / p))  # the tiles are unit vectors
 
 
-def _l2_move(r: jax.Array, u: jax.Array, eps: jax.Array, side: int) -> jax.Array:
+def _lp_move(p: int, r: jax.Array, u: jax.Array, eps: jax.Array, side: int) -> jax.Array:
     r"""Add a bump to a window, set another to 0, and give the first all the energy available.
 
     In units of eps, per channel and with C of them, the first window's new energy is
 
-    .. math:: \|r_{\text{both windows}}\|^2 + (1 - \|r\|^2) / C
+    .. math:: \|r_{\text{both windows}}\|_p^p + (1 - \|r\|_p^p) / C
 
     The second term is what the box has cut off. It may be negative by an error of rounding, which
     is thereby undone: after each move the energy of all is 1 again.
@@ -148,17 +162,22 @@ def _l2_move(r: jax.Array, u: jax.Array, eps: jax.Array, side: int) -> jax.Array
         return lax.dynamic_slice(r, corner, window) / unit
 
     emptied = lax.dynamic_update_slice(r, jnp.zeros(window, r.dtype), there)
-    both = _energy(cut(r, there)) + _energy(cut(emptied, here))
-    unspent = 1 - jnp.sum(_energy(r / unit))
+    both = _energy(cut(r, there), p) + _energy(cut(emptied, here), p)
+    unspent = 1 - jnp.sum(_energy(r / unit, p))
     energy = jnp.maximum(both + unspent / channels, 0)
 
-    bump = _bump(side, u[channels + 4] < 0.5)[..., None] * _sign(u[None, None, :channels])
-    shape = _unit(bump.astype(r.dtype) + _unit(cut(r, here)))
-    return lax.dynamic_update_slice(emptied, shape * jnp.sqrt(energy)[None, None] * eps, here)
+    bump = _bump(side, u[channels + 4] < 0.5, p)[..., None] * _sign(u[None, None, :channels])
+    shape = _unit(bump.astype(r.dtype) + _unit(cut(r, here), p), p)
+    return lax.dynamic_update_slice(emptied, shape * _size(energy, p)[None, None] * eps, here)
+
+
+def _odd(side: int) -> int:
+    return max(side, 3) | 1  # so that a bump has a middle
 
 
 _SEARCHES: dict[Norm, _Search] = {
-    "l2": _Search(lambda side: max(side, 3) | 1, _l2_start, _l2_move),  # odd: a bump has a middle
+    "l1": _Search(_odd, partial(_lp_start, 1), partial(_lp_move, 1)),
+    "l2": _Search(_odd, partial(_lp_start, 2), partial(_lp_move, 2)),
     "linf": _Search(lambda side: max(side, 1), _linf_start, _linf_move),
 }
 
@@ -192,6 +211,7 @@ def square(
     norm: Norm = "l2",
     steps: int = 5000,
     p_init: float = 0.8,
+    patience: int | None = None,
     targeted: bool = False,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
@@ -206,7 +226,9 @@ def square(
     however many steps there are. With `targeted` the loss is y's cross-entropy.
 
     An example's search ends when it is fooled, and the whole search with the last of them. One that
-    is misclassified from the start has r = 0. More steps with the same key never do worse.
+    is misclassified from the start has r = 0. More steps with the same key never do worse. With
+    `patience` it ends as well where it has stopped gaining: at the pace of its last queries, those
+    that are left wouldn't fool it.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
@@ -214,9 +236,10 @@ def square(
       x: images `[B, H, W, C]` or `[B, H, W]`, or vectors `[B, ...]`, floating point.
       y: integer labels, `[B]`.
       eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
-      norm: the ball's norm: `"l2"` or `"linf"`.
+      norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
       steps: number of queries, at least 1, beyond those of x and of the start.
       p_init: the first windows' share of the image, in (0, 1].
+      patience: after how many queries an example's pace is taken, each time; None to search on.
       targeted: y are the classes to reach instead of those to leave.
       key: one key, or one per example, `[B]`.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
@@ -226,9 +249,9 @@ def square(
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
-      ValueError: if shapes don't match, if the norm is neither `"l2"` nor `"linf"`, if a Python
-        `eps` is negative, if `steps` < 1, if `p_init` is outside (0, 1], if `bounds` is not a pair,
-        or if the key is missing.
+      ValueError: if shapes don't match, if the norm is unknown, if a Python `eps` is negative, if
+        `steps` or `patience` < 1, if `p_init` is outside (0, 1], if `bounds` is not a pair, or if
+        the key is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -244,25 +267,24 @@ def square(
 
     References:
       Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via
-      random search", 2020.
+      random search", 2020; for l1 Croce and Hein, "Mind the box: l1-APGD for sparse adversarial
+      attacks on image classifiers", 2021.
     """
-    if norm not in _SEARCHES:
-        raise ValueError(
-            f"expected norm to be one of {', '.join(map(repr, _SEARCHES))}, got {norm!r}; "
-            "attack.pgd takes the other norms"
-        )
     inputs.at_least(1, "steps", steps, "the paper's 5000 are the default")
+    if patience is not None:
+        inputs.at_least(1, "patience", patience, "None is for a search to the end")
     if not 0 < p_init <= 1:
         raise ValueError(f"expected 0 < p_init <= 1, got {p_init}; pass a share of the image")
     problem = Problem.of(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, targeted=targeted, key=key,
         loss_fn=losses.margin if targeted else losses.logit_margin, drawn_by="the square attack",
     )  # fmt: skip
-    return Found(problem, *_run(problem.keyed(), steps=steps, p_init=p_init))
+    found = _run(problem.keyed(), steps=steps, p_init=p_init, patience=patience)
+    return Found(problem, *found)
 
 
-@partial(jax.jit, static_argnames=("steps", "p_init"))
-def _run(problem: Problem, *, steps: int, p_init: float) -> Answer:
+@partial(jax.jit, static_argnames=("steps", "p_init", "patience"))
+def _run(problem: Problem, *, steps: int, p_init: float, patience: int | None) -> Answer:
     shape, problem = problem.x.shape, problem.start()
     eps, bounds, search = problem.eps, problem.bounds, _SEARCHES[problem.norm]
     batch, size = problem.x.shape
@@ -292,19 +314,33 @@ def _run(problem: Problem, *, steps: int, p_init: float) -> Answer:
         r = norms.clip_to_box(x, r, bounds)
         success, loss = problem.value(unfolded(r))
         loss = jnp.where(loss < jnp.inf, loss, -jnp.inf)  # a logit that overflows is no gain
-        queries = walk.queries + (~walk.best.success).astype(jnp.int32)
-        return _Walk(walk.best.unless_done(Best(r, success, loss)), queries)
+        going = walk.going
+        # Where it is over, nothing is better than what there is.
+        best = walk.best.unless_done(Best(r, success & going, jnp.where(going, loss, -jnp.inf)))
+        return walk._replace(best=best, queries=walk.queries + going.astype(jnp.int32))
+
+    def give_up(i: jax.Array, walk: _Walk, patience: int) -> _Walk:
+        loss = walk.best.loss
+        due = i % patience == patience - 1
+        reach = loss + (loss - walk.before) / patience * (steps - 1 - i)
+        return walk._replace(
+            hopeless=walk.hopeless | (due & (reach < 0)),
+            before=jnp.where(due, loss, walk.before),
+        )
 
     def step(i: jax.Array, walk: _Walk) -> _Walk:
         halved = jnp.sum(i > jnp.array(halvings, jnp.int32), dtype=jnp.int32)
         u = jax.vmap(draw)(fold(problem.keys, i + 1))
-        return query(walk, lax.switch(halved, moves, walk.best.r.astype(eps.dtype), u, eps))
+        walk = query(walk, lax.switch(halved, moves, walk.best.r.astype(eps.dtype), u, eps))
+        return walk if patience is None else give_up(i, walk, patience)
 
     finite = inputs.finite(problem.x, problem.logits, eps)
     over = problem.succeeds(problem.logits) | ~problem.attackable | ~finite | (eps == 0)
     none = Best.empty(x)._replace(success=over)  # where r stays 0
     start = jax.vmap(partial(search.start, image))(fold(problem.keys, 0), eps)
-    walk = query(_Walk(none, jnp.zeros(batch, jnp.int32)), start)
-    walk = iterate(step, walk, steps, while_any=lambda walk: ~walk.best.success)
+    nowhere = jnp.zeros(batch, bool)
+    walk = query(_Walk(none, jnp.zeros(batch, jnp.int32), nowhere, none.loss), start)
+    walk = walk._replace(before=walk.best.loss)
+    walk = iterate(step, walk, steps, while_any=lambda walk: walk.going)
     r = problem.answer(unfolded(walk.best.r))
     return r, 1 + walk.queries, jnp.zeros_like(walk.queries)
