@@ -124,8 +124,7 @@ class Settings(parallel.Settings, recipes.Optimiser):
         """Check what goes together.
 
         Raises:
-          UsageError: if an option is given that the net or the method has no use for, or as
-            `attacks.methods`.
+          UsageError: if an option is given that the net or the method has no use for.
         """
         super().__post_init__()
         if self.widths and ":" in self.net:
@@ -138,8 +137,6 @@ class Settings(parallel.Settings, recipes.Optimiser):
                 "expected --train-eps with an adversary, got the method normal, which has none; "
                 "leave it out, or choose another --method"
             )
-        for name in self.attacks:
-            methods(name, self.norm)
 
 
 def make_net(settings: Settings, classes: int) -> nn.Module:

@@ -16,7 +16,8 @@ Everything is a function of your own `apply_fn(params, x) -> logits` and `params
 `perturb` has the one-step methods of Huang et al., "Learning with a Strong Adversary", 2015, and
 `attack` the iterated ones; `objectives` and `train` make a jitted min-max step of one of them and
 an optax optimiser; `evaluate` scores a net under attack. Below them: `problem`, what every
-attack is written with, `losses`, `norms` and `jacobian`. `logistic` is the paper's Appendix A.
+attack is written with, `losses`, `norms` and `jacobian`. `nets` adapts random nets and nets of one
+logit. `logistic` is the paper's Appendix A.
 `types` names the signatures.
 """
 
@@ -26,6 +27,7 @@ from jaxadv import (
     jacobian,
     logistic,
     losses,
+    nets,
     norms,
     objectives,
     perturb,
@@ -42,6 +44,7 @@ __all__ = [
     "jacobian",
     "logistic",
     "losses",
+    "nets",
     "norms",
     "objectives",
     "perturb",

@@ -17,14 +17,16 @@ LIBRARY = Path(jaxadv.__file__).parent
 
 # The public surface. To change it, change this. What has a star names the paper that it is from.
 SURFACE = """
-jaxadv: attack evaluate jacobian logistic losses norms objectives perturb problem train types
+jaxadv: attack evaluate jacobian logistic losses nets norms objectives perturb problem train types
 jaxadv.attack: AttackInfo Found apgd* apgd_multitargeted* ddn* deepfool* fab* fmn* pgd* pgd_kl*
     reports square* with_info
-jaxadv.evaluate: Distances Flag Outcome Passes Report Result Stage accuracy attack_and_score
-    autoattack* check* distances* interval measure minimal_attacks score
+jaxadv.evaluate: Audit Distances Flag NearBoundary Outcome Passes Progress Report Result Stage
+    accuracy attack_and_score autoattack* check* distances* fast_autoattack* interval measure
+    minimal_attacks score
 jaxadv.jacobian: Rows class_differences* class_pullback* pullback softmax_jacobian*
 jaxadv.logistic: adversary* fit* logits loss* objective*
 jaxadv.losses: dlr* logit_margin* margin targeted_dlr*
+jaxadv.nets: mean_of_draws* two_logits
 jaxadv.norms: clip_to_box dual* is_zero log_norm norm project rescale* sample* steepest*
 jaxadv.objectives: Aux Relative adversarial* kl_regularized* mixed* natural representation*
 jaxadv.perturb: alpha* loss* loss_sign* vat*

@@ -91,7 +91,8 @@ batches = x[None], y[None]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
-def test_what_is_printed_on_a_page_runs(page):
+def test_what_is_printed_on_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names = {}
     exec(PREAMBLE, names)

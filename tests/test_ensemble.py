@@ -7,12 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from references import mostly_right
 
 from jaxadv import attack, evaluate, objectives, perturb
-from jaxadv.evaluate import _ensemble
 
 N, D = 11, 3
 KEY = jax.random.key(5)
@@ -116,28 +113,6 @@ def test_of_no_examples_there_is_nothing_to_attack():
     assert list(result.stages) == list(evaluate.autoattack("linf"))
 
 
-@given(st.integers(0, 3000), st.integers(1, 600))
-def test_batches_hold_every_index_once_and_cost_least(n, batch_size):
-    rows = 7 * np.arange(n)
-    sizes = [max(1, batch_size // part) for part in (1, 8, 64)]
-    overhead = batch_size // 80
-    batches = _ensemble._batches(rows, sizes, overhead)
-    np.testing.assert_array_equal(np.concatenate([rows[:0], *(part for part, _ in batches)]), rows)
-    assert all(0 < len(part) <= size for part, size in batches)
-    assert {size for _, size in batches} <= set(sizes)
-    # Copies that fill them up are an eighth of a batch at most.
-    assert sum(size for _, size in batches) - n <= batch_size // 8
-    cost = sum(size + overhead for _, size in batches)
-    for only in sizes:
-        assert cost <= -(-n // only) * (only + overhead)
-
-
-def test_a_few_that_are_left_cost_a_few():
-    for n, expected in [(14, [7, 7]), (71, [62, 7, 7]), (40, [62]), (450, [500])]:
-        batches = _ensemble._batches(np.arange(n), (500, 62, 7), 6)
-        assert [size for _, size in batches] == expected
-
-
 def test_an_attack_is_compiled_for_three_shapes_at_the_most():
     traced = []
 
@@ -207,12 +182,17 @@ def test_autoattack_has_the_published_attacks_and_budgets():
             attacks["apgd-ce"] = attack.pgd
     assert evaluate.autoattack() is evaluate.autoattack("l2")
     sparse = evaluate.autoattack("l1")
-    assert list(sparse) == ["apgd-ce", "apgd-t", "fab-t"]
+    assert list(sparse) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert sparse["apgd-ce"].keywords["restarts"] == 5
     assert sparse["apgd-t"].keywords["n_targets"] == 5
     assert sparse["fab-t"].keywords["n_targets"] == 9  # the authors' code lowers APGD's alone
+    random = evaluate.autoattack("linf", samples=20)
+    assert list(random) == ["apgd-ce", "apgd-dlr"]
+    assert all(method.keywords["samples"] == 20 for method in random.values())
     with pytest.raises(ValueError, match="expected norm to be one of"):
         evaluate.autoattack("l3")
+    with pytest.raises(ValueError, match="samples >= 0, got -1"):
+        evaluate.autoattack(samples=-1)
 
 
 def linear(w, x):
@@ -267,6 +247,66 @@ def test_autoattack_takes_the_norm_that_is_given():
     named = evaluate.attack_and_score(linear, w, x, y, evaluate.autoattack("l1"), **of)
     chex.assert_trees_all_equal(result[:2], named[:2])
     assert result.r.any()
+
+
+@pytest.mark.parametrize(
+    "norm", ["l2", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("l1", "linf"))]
+)
+def test_on_a_linear_net_the_fast_ensemble_breaks_the_same(norm):
+    w, x, y, distances = separated(norm)
+    eps = (distances * np.where(np.arange(len(y)) % 2, 1.02, 0.98)).astype(np.float32)
+    attacks = evaluate.fast_autoattack(norm)
+    assert attacks is evaluate.fast_autoattack(norm=norm)
+    stages = evaluate.attack_and_score(linear, w, x, y, attacks, eps=eps, key=KEY).stages
+    fooled = np.any([stage.fooled for stage in stages.values()], axis=0)
+    assert fooled.tolist() == [False, True] * (len(y) // 2)
+    assert all(stage.passes is not None for stage in stages.values())
+
+
+def test_near_the_boundary_is_where_little_is_left_of_the_lead():
+    x = np.array([[1.0, 0], [2, 0], [4, 0]], np.float32)
+
+    def watching(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.zeros_like(x)
+
+    def some(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.zeros_like(x).at[:, 1].set(jnp.minimum(1.5, x[:, 0] - 0.01))
+
+    attacks = {
+        "at x": evaluate.NearBoundary(watching, 1.0),
+        "some": some,  # leaves .01 of 1, .5 of 2, 2.5 of 4
+        "nearest": evaluate.NearBoundary(watching, 0.2),
+        "near": evaluate.NearBoundary(watching, 0.3),
+        "all": watching,
+    }
+    stages = evaluate.attack_and_score(
+        lambda _, x: x, None, x, np.zeros(3, int), attacks, eps=9.0
+    ).stages
+    tried = {name: stage.tried.tolist() for name, stage in stages.items()}
+    assert tried == {
+        "at x": [True] * 3,
+        "some": [True] * 3,
+        "nearest": [True, False, False],
+        "near": [True, True, False],
+        "all": [True] * 3,
+    }
+
+
+def test_near_the_boundary_an_attack_is_itself():
+    near = evaluate.NearBoundary(functools.partial(attack.pgd, norm="linf", steps=3), 0.1)
+    w, x, y = mostly_right(7)
+    np.testing.assert_array_equal(
+        near(linear, w, x, y, eps=1.0), near.method(linear, w, x, y, eps=1.0)
+    )
+    assert attack.with_info(near)(linear, w, x, y, eps=1.0)[1].backward.tolist() == [3] * 7
+    assert evaluate.attack_and_score(linear, w, x, y, near, eps=1.0).outcome.norm.max() <= 1.001
+    with pytest.raises(TypeError, match="others don't count"):
+        attack.with_info(evaluate.NearBoundary(push(1, 1.0), 0.1))
+    for within in (0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="0 < within <= 1, got"):
+            evaluate.NearBoundary(attack.pgd, within)
+    with pytest.raises(TypeError, match="the attack to be a function, got str"):
+        evaluate.NearBoundary("pgd", 0.1)
 
 
 # The score
@@ -351,9 +391,10 @@ def test_an_attack_that_needs_a_size_says_so():
 def test_bounds_are_handed_on(lo):
     w, x, y = mostly_right(7)
     x = np.clip(x, lo, 0.5)
-    outcome, r, _ = evaluate.attack_and_score(
+    result = evaluate.attack_and_score(
         linear, w, x, y, perturb.loss, eps=2.0, bounds=(lo, 0.5), batch_size=3
     )
+    outcome, r = result.outcome, result.r
     assert np.all(x + r >= lo)
     assert np.all(x + r <= 0.5)
     np.testing.assert_allclose(outcome.norm, np.linalg.norm(r, axis=1), rtol=1e-6)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from rows import robust_row
 
 from experiments.lib import attacks, blocks, data, evaluation, models, options, problems, weights
 
@@ -487,11 +486,6 @@ def test_what_can_not_run_is_said_before_anything_runs(folder, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="--devices that divides 5, 2"):
         run(folder, devices=2)  # 12 images in blocks of 5
-
-
-def test_an_ensemble_without_square_isnt_called_autoattack():
-    rows = [robust_row(attack="standard", norm="l1")]
-    assert "| Net | Clean | APGD and FAB-T |" in evaluation.as_markdown(rows)
 
 
 def test_ten_starts_of_pgd_are_ten_attacks_on_what_is_left(folder):

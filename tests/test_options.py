@@ -117,7 +117,6 @@ REFUSED = {
         "--widths 5 0": "--widths to be at least 1, got 0",
         "--widths 5 --net mine:make": "--widths with mlp, lenet or vgg only, got mine:make",
         "--train-eps 1 --method normal": "--train-eps with an adversary, got the method normal",
-        "--norm l1 --attacks square": "--norm l2 or linf for the attack square, got l1",
         "--attacks pgd pgd": "--attacks to be different values, got pgd pgd",
         "--out FILE": "--out to be a folder that can be written to, got ",
         "--out FILE/runs": "--out to be a folder that can be written to, got ",
@@ -134,7 +133,6 @@ REFUSED = {
         "--eps": "--eps to be followed by at least one value, got none",
         "--eps 1 1": "--eps to be different values, got 1.0 1.0",
         "--attacks": "--attacks to be followed by at least one value, got none",
-        "--norm l1 --attacks pgd square": "--norm l2 or linf for the attack square, got l1",
         "--out FILE": "--out to be a folder",
     },
     "mnist.py": {

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from functools import cache, partial
 from typing import Literal
 
-from experiments.lib import options
 from jaxadv import attack, evaluate, perturb
 from jaxadv.types import Norm, PerturbFn
 
 Attack = Literal[
     "one-step", "alpha", "deepfool", "fmn", "pgd", "pgd-100x10", "apgd-ce", "apgd-t", "fab-t",
-    "square", "standard",
+    "square", "standard", "fast",
 ]  # fmt: skip
 AttackName = Attack | Literal["check"]
 
@@ -29,25 +28,20 @@ LABELS = {
     "pgd": "PGD-100",
     "pgd-100x10": "PGD-100x10",
     "standard": "AutoAttack",
+    "fast": "Fast ensemble",
 }
 
 
 @cache
 def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
-    """Return an attack's parts by name; the same objects each time.
-
-    Raises:
-      UsageError: if the attack isn't made for the norm.
-    """
+    """Return an attack's parts by name; the same objects each time."""
     standard = evaluate.autoattack(norm)
     if name == "standard":
         return standard
+    if name == "fast":
+        return evaluate.fast_autoattack(norm)
     if name in standard:
         return {name: standard[name]}
-    if name == "square":
-        raise options.UsageError(
-            "expected --norm l2 or linf for the attack square, got l1; leave it out of --attacks"
-        )
     if name == "pgd-100x10":  # each start works on the examples that those before it left
         at_random = partial(attack.pgd, norm=norm, random_start=True)
         starts = {f"start {number}": at_random for number in range(2, 11)}

@@ -48,17 +48,6 @@ class Settings(problems.Settings, parallel.Devices):
     out: OutputFolder = Path("runs/evaluate")
     """Where results go."""
 
-    def __post_init__(self) -> None:
-        """Check what goes together.
-
-        Raises:
-          UsageError: as `problems.Settings` and `attacks.methods`.
-        """
-        super().__post_init__()
-        for name in self.attacks:
-            if name != "check":
-                attacks.methods(name, self.norm)
-
 
 def run(settings: Settings, console: Console) -> list[AttackRow]:
     """Attack in every way that is asked for; return the rows of these and of earlier runs.
@@ -155,7 +144,6 @@ def as_markdown(rows: Sequence[AttackRow]) -> list[str]:
         source, subtract, divide, crop, box, n, norm, eps = key
         attacked = [row for row in here if isinstance(row, RobustRow)]
         shown = [name for name in LABELS if any(row.attack == name for row in attacked)]
-        labels = LABELS | ({"standard": "APGD and FAB-T"} if norm == "l1" else {})  # no Square
         cells = []
         for method in dict.fromkeys(row.method for row in attacked):
             own = [row for row in attacked if row.method == method]
@@ -164,7 +152,7 @@ def as_markdown(rows: Sequence[AttackRow]) -> list[str]:
         lines += [
             f"# {source}: {norm} size {eps:g}, {n:,} images",
             "",
-            *tables.markdown(["Net", "Clean", *(labels[name] for name in shown)], cells),
+            *tables.markdown(["Net", "Clean", *(LABELS[name] for name in shown)], cells),
             "",
             f"Inputs are (pixels - {subtract:g}) / {divide:g}"
             + (f", of the middle {crop}x{crop}. " if crop else ". ")

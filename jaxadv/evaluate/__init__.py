@@ -11,7 +11,8 @@ makes a net look robust that isn't.
 
 - `measure`: a batch, under `jax.jit`. `score`: the same over a data set, on the host in batches.
 - `attack_and_score`: attack a data set, then score it. The worst of the attacks of `autoattack`,
-  unless it is given others.
+  unless it is given others; `fast_autoattack` gives nearly the same verdicts for a fraction of the
+  passes.
 - `distances`: the least perturbation of each example by the best of several attacks, and from it
   the accuracy at every eps.
 - `accuracy` and `interval`: the share of a mask, and how far the draw of the examples matters.
@@ -22,15 +23,27 @@ once and pass it again.
 """
 
 from jaxadv.evaluate._accuracy import Outcome, accuracy, interval, measure, score
+from jaxadv.evaluate._batches import Passes, Progress
 from jaxadv.evaluate._check import Flag, Report, check
-from jaxadv.evaluate._distances import Distances, Passes, distances, minimal_attacks
-from jaxadv.evaluate._ensemble import Result, Stage, attack_and_score, autoattack
+from jaxadv.evaluate._distances import Distances, distances, minimal_attacks
+from jaxadv.evaluate._ensemble import (
+    Audit,
+    NearBoundary,
+    Result,
+    Stage,
+    attack_and_score,
+    autoattack,
+    fast_autoattack,
+)
 
 __all__ = [
+    "Audit",
     "Distances",
     "Flag",
+    "NearBoundary",
     "Outcome",
     "Passes",
+    "Progress",
     "Report",
     "Result",
     "Stage",
@@ -39,6 +52,7 @@ __all__ = [
     "autoattack",
     "check",
     "distances",
+    "fast_autoattack",
     "interval",
     "measure",
     "minimal_attacks",

@@ -1,4 +1,4 @@
-"""An attack's norm, and checks that its perturbations keep to eps and to the box.
+"""An attack's norm, what it spends, and checks that its perturbations keep to eps and to the box.
 
 The norm is given once, to the attack (`functools.partial(attack.pgd, norm="linf")`), and evaluation
 reads it from there. A perturbation that is larger than eps in this norm, or leaves the box, makes
@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import host, norms
+from jaxadv import attack, host, norms
+from jaxadv.evaluate._batches import Passes
 from jaxadv.types import Bounds, Eps, Norm, PerturbFn
 
-__all__ = ["keep", "norm_of"]
+__all__ = ["counted", "keep", "norm_of"]
 
 
 def norm_of(attacks: Iterable[PerturbFn], norm: Norm | None) -> Norm:
@@ -48,6 +49,20 @@ def _own(method: PerturbFn) -> Norm | None:
         return None
     default: Any = parameters["norm"].default if "norm" in parameters else inspect.Parameter.empty
     return None if default is inspect.Parameter.empty else default
+
+
+def counted(method: PerturbFn) -> Callable[..., tuple[Any, Passes | None]]:
+    """Let an attack return r and its passes, `[B]`; None if it doesn't count them."""
+    try:
+        reporting = attack.with_info(method)
+    except TypeError:
+        return lambda *args, **kwargs: (method(*args, **kwargs), None)
+
+    def counting(*args: Any, **kwargs: Any) -> tuple[Any, Passes | None]:
+        r, info = reporting(*args, **kwargs)
+        return r, Passes(info.forward, info.backward)
+
+    return counting
 
 
 def keep(

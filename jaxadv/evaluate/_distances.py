@@ -8,35 +8,25 @@ backward passes, by which attacks of different kinds can be compared (Cina et al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxadv import attack, closures, host, inputs, meshes, norms
-from jaxadv.evaluate import _budget
+from jaxadv.evaluate import _batches, _budget
 from jaxadv.evaluate._accuracy import score
+from jaxadv.evaluate._batches import Attacked, Passes, Progress
 from jaxadv.problem import fold
 from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
-__all__ = ["Distances", "Passes", "distances", "minimal_attacks"]
-
-
-class Passes(NamedTuple):
-    """What an attack has spent on each example, `AttackInfo`'s counts.
-
-    Attributes:
-      forward: forward passes, those of gradients included, integers `[n]`.
-      backward: backward passes, integers `[n]`.
-    """
-
-    forward: NDArray[np.integer]
-    backward: NDArray[np.integer]
+__all__ = ["Distances", "distances", "minimal_attacks"]
 
 
 @dataclass(frozen=True)
@@ -123,6 +113,8 @@ def distances(
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
     batch_size: int = 500,
+    store: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Distances:
     """Find the size of the least perturbation that misleads the net about each example.
 
@@ -144,6 +136,9 @@ def distances(
         `minimal_attacks` do). Each attack gets keys of its own.
       bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
       batch_size: number of examples per batch.
+      store: a folder, new or of an earlier call, in which the results of each batch are kept. The
+        same call takes up where the earlier one was interrupted, whatever the batch size.
+      progress: called after each batch. (How many examples were fooled isn't known yet: 0.)
 
     Returns:
       `Distances`.
@@ -152,7 +147,7 @@ def distances(
       TypeError: as the attacks; if one doesn't count its passes; and under a trace.
       ValueError: as the attacks; if there are none; if the norm is unknown, or the attacks have
         another; if the budget is None without attacks, or too small for them; if x or a
-        perturbation leaves the bounds.
+        perturbation leaves the bounds; if `store` has another evaluation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -176,8 +171,13 @@ def distances(
     for name, method in attacks.items():
         closures.method(f"attack {name!r}", method)
     norm = _budget.norm_of(attacks.values(), norm)
-    apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
+    shape = host.one_batch(x, batch_size)
+    apply_fn = closures.keyed(apply_fn, params, shape)
     bounds = host.checked(bounds, x)
+    kept = None
+    if store is not None:
+        others = {"y": y, "norm": norm, "key": key, "bounds": bounds}
+        kept = _batches.opened(store, apply_fn, params, x, attacks, **others)
     keys = host.per_example(x, None, key)[1]
     scored = partial(score, apply_fn, params, x, y, norm=norm, batch_size=batch_size)
     plain = scored()
@@ -190,15 +190,19 @@ def distances(
     for number, (name, method) in enumerate(attacks.items()):
         own = None if keys is None else _fold(keys, number)
         batch = partial(_attack, apply_fn, params, bounds, method=method)
-        r, *counts = host.over_batches(batch, (x, y, own), batch_size)
-        outcome = scored(r)
-        r = np.where(inputs.expand_like(outcome.nonfinite, r), 0, r)
+        ran = _batches.in_batches(
+            batch, (x, y, own), np.arange(len(y)), [shape.shape[0]],
+            stage=number, name=name, store=kept, progress=progress,
+        )  # fmt: skip
+        outcome = scored(ran.r)
+        r = ran.r
+        r[outcome.nonfinite] = 0
         _budget.keep(
             r, np.where(outcome.nonfinite, 0, outcome.norm), x, eps=np.inf, norm=norm,
             bounds=bounds, name_of=partial(_same, name),
         )  # fmt: skip
-        passes[name] = Passes(*counts)
-        spent = spent + sum(counts)
+        passes[name] = cast(Passes, ran.passes)  # `_attack` has asked for them
+        spent = spent + sum(passes[name])
         less = ~outcome.robust & ~outcome.nonfinite & (outcome.norm < size)
         if budget is not None:
             less &= spent <= budget
@@ -223,6 +227,6 @@ def _attack(
     key: jax.Array | None,
     *,
     method: PerturbFn,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Attacked:
     r, info = attack.with_info(method)(apply_fn, params, x, y, eps=None, key=key, bounds=bounds)
-    return inputs.perturbation(r, x), info.forward, info.backward
+    return Attacked(inputs.perturbation(r, x), passes=Passes(info.forward, info.backward))

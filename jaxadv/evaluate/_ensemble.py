@@ -10,25 +10,38 @@ The loop runs on the host, since these examples are known only after an attack h
 
 from __future__ import annotations
 
+import inspect
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
+from statistics import NormalDist
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import attack, closures, host, inputs, meshes, norms
-from jaxadv.evaluate import _budget
-from jaxadv.evaluate._accuracy import Outcome, measure, score
+from jaxadv import attack, closures, host, inputs, losses, meshes, norms
+from jaxadv.evaluate import _batches, _budget
+from jaxadv.evaluate._accuracy import Outcome, score
+from jaxadv.evaluate._batches import Attacked, Passes, Progress, Ran
 from jaxadv.problem import fold
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
-__all__ = ["Result", "Stage", "attack_and_score", "autoattack"]
+__all__ = [
+    "Audit",
+    "NearBoundary",
+    "Result",
+    "Stage",
+    "attack_and_score",
+    "autoattack",
+    "fast_autoattack",
+]
 
 _log = logging.getLogger("jaxadv.evaluate")
 _fold = jax.jit(fold)
@@ -41,11 +54,35 @@ class Stage(NamedTuple):
       tried: which examples it was run on, bool `[n]`.
       fooled: which of them it made the net misclassify, bool `[n]`.
       seconds: time taken, including compilation.
+      passes: what each example has cost, integers `[n]`, the check of its r included; 0 where it
+        wasn't tried. None for an attack that doesn't count (`attack.reports`).
+      executed: what the machine has done, in passes of one example: in a batch each example costs
+        as much as the one that takes longest, and so do those that fill it up. None as passes.
     """
 
     tried: NDArray[np.bool_]
     fooled: NDArray[np.bool_]
     seconds: float
+    passes: Passes | None = None
+    executed: Passes | None = None
+
+
+class Audit(NamedTuple):
+    """How far a robust accuracy is from AutoAttack's, on a share of the examples.
+
+    Attributes:
+      rows: the examples, evenly spaced indices, `[m]`.
+      robust: which of them AutoAttack left robust, bool `[m]`.
+      difference: the accuracy on them under the attacks that were run, less that under AutoAttack.
+      interval: the 95% confidence interval of the difference (Agresti and Min, 2005).
+      result: AutoAttack's own.
+    """
+
+    rows: NDArray[np.intp]
+    robust: NDArray[np.bool_]
+    difference: float
+    interval: tuple[float, float]
+    result: Result
 
 
 class Result(NamedTuple):
@@ -56,29 +93,37 @@ class Result(NamedTuple):
       r: the perturbations, `[n, ...]`. For several attacks, an example's is the first that made the
         net misclassify it, or 0 if none did.
       stages: the result of each of several attacks, by name, in order; empty for a single attack.
+      audit: the comparison with AutoAttack, if it was asked for.
     """
 
     outcome: Outcome
     r: NDArray[Any]
     stages: dict[str, Stage]
+    audit: Audit | None = None
 
 
-def autoattack(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
+def autoattack(norm: Norm = "l2", *, samples: int = 0) -> Mapping[str, PerturbFn]:
     """The attacks of AutoAttack, the standard ensemble, with their published budgets.
 
     `apgd-ce`: 100 steps (l1: 5 restarts). `apgd-t`: 100 steps for each of 9 targets (l1: 5).
     `fab-t`: 100 steps for each of 9 targets. `square`: 5000 queries.
 
+    For a net that draws random numbers there are two, `apgd-ce` and `apgd-dlr`, 100 steps each:
+    the published `rand` version. They are run on the random net, and what they find is measured on
+    its mean prediction: `attack_and_score(nets.mean_of_draws(net, key), params, x, y,
+    autoattack(samples=20), source=(net, params), ...)`.
+
     Args:
       norm: `"l1"`, `"l2"` or `"linf"`.
+      samples: 0 for a deterministic net; for a random one how many draws each gradient is averaged
+        over, 20 as published.
 
     Returns:
       Attacks by name, read-only (`dict` makes a copy to change); each call returns the same
-      objects, so that they are compiled once. For l1 there are three: the published l1 ensemble
-      (2021) also has Square.
+      objects, so that they are compiled once.
 
     Raises:
-      ValueError: if the norm is unknown.
+      ValueError: if the norm is unknown, or `samples` < 0.
 
     Example:
       >>> from jaxadv import evaluate
@@ -91,20 +136,127 @@ def autoattack(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
       image classifiers", 2021.
     """
     norms.dual(norm)  # known?
-    return _autoattack(norm)
+    inputs.at_least(0, "samples", samples, "0 is for a net that draws no random numbers")
+    return _autoattack(norm, samples)
 
 
 @cache
-def _autoattack(norm: Norm) -> Mapping[str, PerturbFn]:
+def _autoattack(norm: Norm, samples: int) -> Mapping[str, PerturbFn]:
     sparse = norm == "l1"
+    if samples:
+        ascend = partial(attack.apgd, norm=norm, samples=samples)
+        return MappingProxyType({
+            "apgd-ce": ascend,
+            "apgd-dlr": partial(ascend, loss_fn=losses.dlr),
+        })  # fmt: skip
     attacks: dict[str, PerturbFn] = {
         "apgd-ce": partial(attack.apgd, norm=norm, restarts=5 if sparse else 1),
         "apgd-t": partial(attack.apgd_multitargeted, norm=norm, n_targets=5 if sparse else 9),
         "fab-t": partial(attack.fab, norm=norm, n_targets=9),
+        "square": partial(attack.square, norm=norm),
     }
-    if not sparse:
-        attacks["square"] = partial(attack.square, norm=norm)
     return MappingProxyType(attacks)  # shared by all callers
+
+
+def fast_autoattack(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
+    """A fast ensemble: AutoAttack's attacks, ordered and cut short to a fraction of its passes.
+
+    A few steps break most of what can be broken. Then the targets whose boundaries are nearest come
+    first (MALT), and only what these leave near the boundary gets many steps toward all of them,
+    and FAB. Square runs on all that is left, for as long as it gains. Audit what you publish:
+    `attack_and_score(..., fast_autoattack("l2"), audit=0.05)` runs AutoAttack as well on a share of
+    the examples.
+
+    The numbers were chosen on training images of the MLPs and LeNets on record.
+
+    Args:
+      norm: `"l1"`, `"l2"` or `"linf"`.
+
+    Returns:
+      Attacks by name, read-only (`dict` makes a copy to change); each call returns the same
+      objects, so that they are compiled once.
+
+    Raises:
+      ValueError: if the norm is unknown.
+
+    Example:
+      >>> from jaxadv import evaluate
+      >>> list(evaluate.fast_autoattack("linf"))[:3]
+      ['apgd-ce-5', 'apgd-t1-15', 'apgd-t3-30']
+
+    References:
+      Croce and Hein, 2020; Melamed et al., "MALT Powers Up Adversarial Attacks", 2024.
+    """
+    norms.dual(norm)  # known?
+    return _fast_autoattack(norm)
+
+
+@cache
+def _fast_autoattack(norm: Norm) -> Mapping[str, PerturbFn]:
+    ascend = partial(attack.apgd, norm=norm)
+    targeted = partial(attack.apgd_multitargeted, norm=norm, order="distance")
+    all_of = partial(targeted, n_targets=9)
+    fab = partial(attack.fab, norm=norm, steps=50, n_targets=9)
+    attacks: dict[str, PerturbFn] = {
+        "apgd-ce-5": partial(ascend, steps=5),
+        "apgd-t1-15": partial(targeted, steps=15, n_targets=1),
+        "apgd-t3-30": partial(targeted, steps=30, n_targets=3),
+        "apgd-t9-20": NearBoundary(partial(all_of, steps=20), within=0.25),
+        "apgd-ce-50": NearBoundary(partial(ascend, steps=50), within=0.15),
+        "apgd-t9-40": NearBoundary(partial(all_of, steps=40), within=0.1),
+        "fab-t9-50": NearBoundary(fab, within=0.05),
+        "apgd-t9-100": NearBoundary(partial(all_of, steps=100), within=0.03),
+        "square": partial(attack.square, norm=norm, patience=20),
+    }
+    return MappingProxyType(attacks)
+
+
+@dataclass(frozen=True)
+class NearBoundary:
+    """An attack that an ensemble runs only on the examples that are nearly misclassified.
+
+    These are the ones of whose lead over the top wrong class the attacks before it have left a
+    small share. On them alone an expensive attack is cheap, and elsewhere it finds next to nothing.
+    By itself it is the attack that it is made of.
+
+    Attributes:
+      method: the attack.
+      within: the largest share of the lead that is left, in (0, 1].
+
+    Example:
+      >>> from jaxadv import attack, evaluate
+      >>> attacks = {"pgd": attack.pgd, "fab": evaluate.NearBoundary(attack.fab, within=0.1)}
+    """
+
+    method: PerturbFn
+    within: float
+
+    def __post_init__(self) -> None:
+        """Check the arguments.
+
+        Raises:
+          TypeError: if the method isn't a hashable function with the signature of attacks.
+          ValueError: if `within` isn't in (0, 1].
+        """
+        closures.method("the attack", self.method)
+        if not 0 < self.within <= 1:
+            raise ValueError(f"expected 0 < within <= 1, got {self.within}; it is a share of leads")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        """Attack all examples."""
+        return self.method(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.method)
+
+    @property
+    def with_report(self) -> Callable[..., Any] | None:
+        """The attack as it reports what it has spent; None if it doesn't."""
+        try:
+            return attack.with_info(self.method)
+        except TypeError:
+            return None
 
 
 @meshes.auto_axes()
@@ -121,6 +273,9 @@ def attack_and_score(
     bounds: Bounds | None = None,
     source: tuple[ApplyFn, Params] | None = None,
     batch_size: int = 500,
+    audit: float = 0,
+    store: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Result:
     """Attack a data set and score the perturbations.
 
@@ -134,7 +289,8 @@ def attack_and_score(
       params: the first argument of `apply_fn`.
       x: `[n, ...]`, floating point, on the host or the device.
       y: integer labels, `[n]`.
-      attacks: None for AutoAttack; or one attack, e.g. `attack.pgd`; or several by name, in order.
+      attacks: None for AutoAttack; or one attack, e.g. `attack.pgd`; or several by name, in order,
+        e.g. `fast_autoattack("l2")`; of these, `NearBoundary` runs one on few examples.
         Make a `functools.partial` once and pass it again: each object is compiled once.
       eps: the size, a scalar or `[n]`; None for the smallest perturbations that minimal-norm
         attacks find, of any size.
@@ -148,6 +304,11 @@ def attack_and_score(
       batch_size: number of examples per batch; the result depends on it by rounding only. The
         examples for each of several attacks are split into batches of this size, an eighth and a
         64th of it, so that an attack compiles at most three times.
+      audit: the share of the examples on which AutoAttack is run as well, in 0..1, and the
+        difference reported (`Result.audit`): for cheaper attacks than AutoAttack. 0 for none.
+      store: a folder, new or of an earlier call, in which the results of each batch are kept. The
+        same call takes up where the earlier one was interrupted, whatever the batch size.
+      progress: called after each batch, e.g. `lambda at: print(at.attack, at.done, "of", at.of)`.
 
     Returns:
       `Result`.
@@ -156,7 +317,7 @@ def attack_and_score(
       TypeError: as the attacks; if they are neither a function nor a mapping; and under a trace.
       ValueError: as the attacks; if there are none; if the norm is unknown, or not that of the
         attacks; if x leaves the bounds; if a perturbation is larger than eps or leaves the bounds,
-        by more than rounding.
+        by more than rounding; if `audit` is outside 0..1; if `store` has another evaluation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -177,6 +338,8 @@ def attack_and_score(
     _check_attacks(attacks)
     methods = attacks.values() if isinstance(attacks, Mapping) else [attacks]
     norm = _budget.norm_of(methods, norm)
+    if not 0 <= audit <= 1:
+        raise ValueError(f"expected audit in 0..1, got {audit}; it is a share of the examples")
     shape = host.one_batch(x, batch_size)
     net = _Net(closures.keyed(apply_fn, params, shape), params)
     made_on = net
@@ -184,17 +347,27 @@ def attack_and_score(
         source_fn, source_params = closures.pair(source)
         made_on = _Net(closures.keyed(source_fn, source_params, shape), source_params)
     bounds = host.checked(bounds, x)
+    named = attacks if isinstance(attacks, Mapping) else {"": attacks}
+    kept = None
+    if store is not None:
+        kept = _batches.opened(
+            store, net.apply_fn, params, x, named, y=y, eps=eps, norm=norm, key=key, bounds=bounds,
+            source=None if source is None else source[1],
+        )  # fmt: skip
     examples = (x, y, *host.per_example(x, eps, key))
     scored = partial(score, net.apply_fn, params, x, y, norm=norm, batch_size=batch_size)
+    run = partial(_batches.in_batches, store=kept, progress=progress)
     stages: dict[str, Stage] = {}
     if isinstance(attacks, Mapping):
         batch = partial(_attack, net, made_on, bounds)
-        r, stages = _in_turn(batch, attacks, examples, scored().clean, batch_size)
+        wrong, lead = host.over_batches(partial(_look, net), (x, y), batch_size)
+        r, stages = _in_turn(run, batch, attacks, examples, ~wrong, lead, batch_size)
         outcome = scored(r)
         broken = np.zeros_like(outcome.nonfinite)  # a NaN is never a success
     else:
-        perturb = partial(_perturb, made_on, bounds, method=attacks)
-        r = host.over_batches(perturb, examples, batch_size)
+        batch = partial(_perturb, made_on, bounds, method=attacks)
+        rows = np.arange(len(y))
+        r = run(batch, examples, rows, [shape.shape[0]], stage=0, name="").r
         outcome = scored(r)
         broken = outcome.nonfinite  # counted as non-finite: it has no size
 
@@ -207,7 +380,30 @@ def attack_and_score(
         np.where(broken, 0, outcome.norm),
         x, eps=np.inf if eps is None else eps, norm=norm, bounds=bounds, name_of=name_of,
     )  # fmt: skip
-    return Result(outcome, r, stages)
+    result = Result(outcome, r, stages)
+    if not audit or not len(y):
+        return result
+    on = host.spread(x)
+    rows = np.arange(0, len(y), 1 / audit).astype(int)
+    rows = rows[: max(len(rows) // on.devices, 1) * on.devices]
+    x, y, eps, key = on.take(examples, rows)
+    standard = attack_and_score(
+        apply_fn, params, x, y, eps=eps, norm=norm, key=key, bounds=bounds, source=source,
+        batch_size=batch_size, store=None if store is None else Path(store) / "audit",
+        progress=progress,
+    )  # fmt: skip
+    return result._replace(audit=_compared(outcome.robust[rows], standard, rows))
+
+
+def _compared(robust: NDArray[np.bool_], standard: Result, rows: NDArray[np.intp]) -> Audit:
+    theirs = standard.outcome.robust
+    # Half an example is added to each of the four combinations.
+    n = len(rows) + 2
+    more, less = (np.sum(a & ~b) + 0.5 for a, b in ((robust, theirs), (theirs, robust)))
+    middle = (more - less) / n
+    half = NormalDist().inv_cdf(0.975) * np.sqrt(((more + less) / n - middle**2) / n)
+    difference = float(np.mean(robust) - np.mean(theirs))
+    return Audit(rows, theirs, difference, (float(middle - half), float(middle + half)), standard)
 
 
 def _check_attacks(attacks: PerturbFn | Mapping[str, PerturbFn]) -> None:
@@ -250,85 +446,80 @@ def _perturb(
     key: jax.Array | None,
     *,
     method: PerturbFn,
-) -> jax.Array:
-    r = method(net.apply_fn, net.params, x, y, eps=eps, key=key, bounds=bounds)
-    return inputs.perturbation(r, x)
+) -> Attacked:
+    r, passes = _budget.counted(method)(
+        net.apply_fn, net.params, x, y, eps=eps, key=key, bounds=bounds
+    )
+    return Attacked(inputs.perturbation(r, x), passes=passes)
 
 
 @partial(jax.jit, static_argnames="method")
 def _attack(
-    net: _Net,
-    made_on: _Net,
-    bounds: Bounds | None,
-    x: jax.Array,
-    y: jax.Array,
-    eps: Any,
-    key: jax.Array | None,
-    *,
-    method: PerturbFn,
-) -> tuple[jax.Array, jax.Array]:
-    """Return r, and which examples it makes the net misclassify."""
-    r = _perturb(made_on, bounds, x, y, eps, key, method=method)
-    return r, ~measure(net.apply_fn, net.params, x + r, y).clean
+    net: _Net, made_on: _Net, bounds: Bounds | None, *batch: Any, method: PerturbFn
+) -> Attacked:
+    """Attack, and see what it has done to the net; r is 0 where it doesn't fool it."""
+    r, _, _, passes = _perturb(made_on, bounds, *batch, method=method)
+    x, y, *_ = batch
+    fooled, lead = _look(net, x + r, y)
+    if passes is not None:
+        passes = passes._replace(forward=passes.forward + 1)
+    return Attacked(jnp.where(inputs.expand_like(fooled, r), r, 0), fooled, lead, passes)
+
+
+@jax.jit
+def _look(net: _Net, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return which examples are misclassified, and the top wrong class's lead over y."""
+    logits = inputs.apply(net.apply_fn, net.params, x)
+    return ~inputs.is_correct(logits, x, y), losses.logit_margin(logits, y)
 
 
 def _in_turn(
-    batch_of: Callable[..., tuple[jax.Array, jax.Array]],
+    run: Callable[..., Ran],
+    batch_of: Callable[..., Attacked],
     attacks: Mapping[str, PerturbFn],
     examples: tuple[Any, Any, Any, jax.Array | None],
     clean: NDArray[np.bool_],
+    lead: NDArray[Any],
     batch_size: int,
 ) -> tuple[NDArray[Any], dict[str, Stage]]:
     """Run each attack on the examples that are still classified correctly.
 
     Args:
-      batch_of: runs an attack on a batch of examples; returns r and which examples it fooled.
+      run: as `in_batches`.
+      batch_of: runs an attack on a batch of examples.
       attacks: by name, in order.
       examples: x, y, sizes and keys.
       clean: which examples are classified correctly, bool `[n]`.
+      lead: the top wrong class's lead at x, `[n]`, below 0 where the example is.
       batch_size: number of examples in the largest batches.
 
     Returns:
       r, `[n, ...]`, 0 where no attack succeeded; and the result of each attack.
     """
-    x, y, sizes, keys = examples
+    x, y, eps, keys = examples
     robust, worst = clean.copy(), np.zeros(x.shape, x.dtype)
-    on = host.spread(x)
+    left = np.ones(len(y))  # the least share of its lead that an attack has left to y
     whole = max(1, min(batch_size, len(y)))
-    shapes = [max(1, whole // part) for part in (1, 8, 64)]
-    overhead = whole // 80  # for small nets, which take large batches; little for large ones
+    sizes = [max(1, whole // part) for part in (1, 8, 64)]
+    on = host.spread(x)
     some = on.take(examples, np.arange(len(y))[: on.multiple(whole)])
     for method in attacks.values():  # raise the errors of all before any of them runs
         jax.eval_shape(partial(batch_of, method=method), *some)
     stages = {}
     for number, (name, method) in enumerate(attacks.items()):
-        start, tried = time.perf_counter(), robust.copy()
+        tried = robust & (left <= getattr(method, "within", np.inf))
         _log.info("%s on %d of %d examples", name, tried.sum(), len(y))
         own = None if keys is None else _fold(keys, number)
-        for rows, size in _batches(np.flatnonzero(tried), shapes, overhead):
-            filled = np.resize(rows, on.multiple(size))  # repeated; results of repeats are dropped
-            batch = on.take((x, y, sizes, own), filled)
-            r, fooled = host.fetch(batch_of(*batch, method=method))
-            hit = fooled[: len(rows)]
-            worst[rows[hit]] = r[: len(rows)][hit]
-            robust[rows[hit]] = False
-        stages[name] = Stage(tried, tried & ~robust, time.perf_counter() - start)
+        rows = np.flatnonzero(tried)
+        batch = partial(batch_of, method=method)
+        ran = run(batch, (x, y, eps, own), rows, sizes, stage=number, name=name)
+        hit = rows[ran.fooled]
+        worst[hit] = ran.r[ran.fooled]
+        robust[hit] = False
+        left[rows] = np.minimum(left[rows], ran.lead / lead[rows])
+        passes = None
+        if ran.passes is not None:
+            passes = Passes(*np.zeros((2, len(y)), int))
+            passes.forward[rows], passes.backward[rows] = ran.passes
+        stages[name] = Stage(tried, tried & ~robust, ran.seconds, passes, ran.executed)
     return worst, stages
-
-
-def _batches(
-    rows: NDArray[np.intp], sizes: Sequence[int], overhead: int
-) -> list[tuple[NDArray[np.intp], int]]:
-    """Split indices into batches; return each with the size to pad it to.
-
-    Instead of padding the last batch to the first size, use smaller ones if that costs less: a
-    batch costs its padded size plus the overhead, in examples.
-    """
-    size, *smaller = sizes
-    cut = len(rows) - len(rows) % size
-    batches = [(rows[at : at + size], size) for at in range(0, cut, size)]
-    if cut == len(rows):
-        return batches
-    one = [(rows[cut:], size)]
-    several = _batches(rows[cut:], smaller, overhead) if smaller else one
-    return batches + min(several, one, key=lambda rest: sum(of + overhead for _, of in rest))

@@ -1,0 +1,304 @@
+"""Run an attack on a data set in batches, which can be stored, resumed and watched."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+import jaxadv
+from jaxadv import host, inputs
+from jaxadv.types import ApplyFn, Params, PerturbFn
+
+__all__ = ["Attacked", "Passes", "Progress", "Ran", "Store", "in_batches", "opened", "split"]
+
+
+class Passes(NamedTuple):
+    """How many passes through the net an attack has taken.
+
+    Attributes:
+      forward: forward passes, those of gradients included.
+      backward: backward passes.
+    """
+
+    forward: Any
+    backward: Any
+
+
+class Progress(NamedTuple):
+    """How far an attack has come.
+
+    Attributes:
+      attack: its name; empty for a single attack.
+      done: on how many examples it has been run.
+      of: on how many it will be.
+      fooled: how many of them it has made the net misclassify.
+    """
+
+    attack: str
+    done: int
+    of: int
+    fooled: int
+
+
+class Attacked(NamedTuple):
+    """What an attack has done to a batch; every leaf has B rows, or is None for all batches.
+
+    Attributes:
+      r: the perturbations, `[B, ...]`.
+      fooled: whether they make the net misclassify.
+      lead: the top wrong class's lead over the label at x + r.
+      passes: what each example has cost.
+    """
+
+    r: Any
+    fooled: Any = None
+    lead: Any = None
+    passes: Passes | None = None
+
+
+class Ran(NamedTuple):
+    """What an attack has done to some examples.
+
+    Attributes:
+      r: the perturbations, `[m, ...]`.
+      fooled: whether they make the net misclassify, bool `[m]`; False if that wasn't asked.
+      lead: the top wrong class's lead over the label at x + r, `[m]`; -inf if that wasn't asked.
+      passes: what each example has cost, integers `[m]`; None if the attack doesn't count.
+      executed: what the machine has done, the number of passes through the net for one example
+        each: an example whose search has ended, and one that fills up a batch, costs as much as the
+        one in its batch that takes longest. None if the attack doesn't count.
+      seconds: time taken.
+    """
+
+    r: NDArray[Any]
+    fooled: NDArray[np.bool_]
+    lead: NDArray[Any]
+    passes: Passes | None
+    executed: Passes | None
+    seconds: float
+
+
+class Store:
+    """A folder that keeps what has been computed of an evaluation, batch by batch.
+
+    A batch is a file of its own, written whole or not at all. Nothing is pickled.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Keep batches in this folder."""
+        self.folder = folder
+
+    def add(self, stage: int, batch: Mapping[str, NDArray[Any]]) -> None:
+        """Keep a batch of an attack's results; several processes' first does it for all."""
+        if jax.process_index() == 0:
+            name = f"{stage:02}-{batch['rows'][0]:08}.npz"
+            arrays: dict[str, Any] = dict(batch)
+            _write(self.folder / name, lambda file: np.savez(file, allow_pickle=False, **arrays))
+
+    def batches(self, stage: int) -> Iterator[dict[str, NDArray[Any]]]:
+        """Yield the batches that are kept of an attack.
+
+        Raises:
+          ValueError: if a file can't be read.
+        """
+        for path in sorted(self.folder.glob(f"{stage:02}-*.npz")):
+            try:
+                with path.open("rb") as file, np.load(file) as kept:
+                    batch = dict(kept)
+            except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(
+                    f"expected arrays in {path}, got: {error}; delete this file, and its batch is "
+                    "computed again"
+                ) from error
+            yield batch
+
+
+def _write(path: Path, save: Callable[[Any], None]) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        save(file)
+    os.replace(unfinished, path)
+
+
+def opened(
+    folder: str | os.PathLike[str],
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    attacks: Mapping[str, PerturbFn],
+    **others: Any,
+) -> Store:
+    """Open a folder for an evaluation, new or begun before.
+
+    Args:
+      folder: it is made if it isn't there.
+      apply_fn: the net.
+      params: its parameters.
+      x: the examples, `[n, ...]`.
+      attacks: the attacks by name.
+      **others: what else the results depend on, by name: arrays, or None.
+
+    Raises:
+      ValueError: if another evaluation was kept in it; the message says what is different.
+    """
+    wanted = {
+        "jax": jax.__version__,
+        "jaxadv": jaxadv.__version__,
+        "attacks": {name: _described(method) for name, method in attacks.items()},
+        **{name: _digest(tree) for name, tree in {"params": params, "x": x, **others}.items()},
+    }
+    few = x[:4]
+    logits = host.fetch(inputs.apply(apply_fn, params, few)) if len(few) else np.zeros((0, 0))
+    folder = Path(folder)
+    described = folder / "evaluation.json"
+    if not described.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            text = json.dumps({**wanted, "logits": logits.tolist()}, indent=1)
+            _write(described, lambda file: file.write(text.encode()))
+        return Store(folder)
+    kept = json.loads(described.read_text())
+    different = [name for name, value in wanted.items() if kept.get(name) != value]
+    # The rest of the batches may be of another size or on other devices, which round differently.
+    if not different and not np.allclose(kept["logits"], logits, rtol=1e-3, atol=1e-3):
+        different = ["logits of the first examples"]
+    if different:
+        raise ValueError(
+            f"expected the same evaluation as in store={str(folder)!r}, got other "
+            f"{', '.join(different)}; choose another folder, or delete this one to start anew"
+        )
+    return Store(folder)
+
+
+def _described(method: Any) -> str:
+    """Describe an attack the same way in each process: a function's name, and its settings."""
+    if isinstance(method, partial):
+        settings = [*map(_described, method.args)]
+        settings += [f"{name}={_described(value)}" for name, value in method.keywords.items()]
+        return f"{_described(method.func)}({', '.join(settings)})"
+    if dataclasses.is_dataclass(method):
+        parts = [_described(getattr(method, field.name)) for field in dataclasses.fields(method)]
+        return f"{type(method).__name__}({', '.join(parts)})"
+    name = getattr(method, "__qualname__", None)
+    return repr(method) if name is None else f"{method.__module__}.{name}"
+
+
+def _digest(tree: Any) -> str:
+    digest = hashlib.sha256(str(jax.tree.structure(tree)).encode())
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.ascontiguousarray(host.fetch(leaf))
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def in_batches(
+    run: Callable[..., Attacked],
+    examples: tuple[Any, ...],
+    rows: NDArray[np.intp],
+    sizes: Sequence[int],
+    *,
+    stage: int,
+    name: str,
+    store: Store | None,
+    progress: Callable[[Progress], None] | None,
+) -> Ran:
+    """Run an attack on some rows of the examples.
+
+    Args:
+      run: compiled; attacks a batch of the examples.
+      examples: arrays of a row for each example, or None, x first.
+      rows: on which to run, ascending.
+      sizes: of the batches, the largest first.
+      stage: the attack's number, for the store.
+      name: its name, for the progress.
+      store: keeps each batch; one that it has isn't run again.
+      progress: called after each batch.
+    """
+    x = examples[0]
+    on = host.spread(x)
+    found = _Found(len(rows), x)
+    for batch in store.batches(stage) if store else ():
+        if np.isin(batch["rows"], rows).all():
+            found.put(np.searchsorted(rows, batch["rows"]), batch)
+    overhead = sizes[0] // 80  # for small nets, which take large batches; little for large ones
+    for at, size in split(np.flatnonzero(~found.done), sizes, overhead):
+        begin = time.perf_counter()
+        filled = np.resize(rows[at], on.multiple(size))  # repeated; results of repeats are dropped
+        made = host.fetch(run(*on.take(examples, filled)))
+        r, n = made.r[: len(at)], len(at)
+        moved = r.reshape(n, -1).any(axis=1)
+        kept = r[moved].astype(inputs.accum_dtype(r.dtype))  # npz has no bfloat16
+        batch = {"rows": rows[at], "moved": moved, "r": kept}
+        if made.fooled is not None:
+            batch |= {"fooled": made.fooled[:n], "lead": made.lead[:n]}
+        if made.passes is not None:
+            batch["passes"] = np.stack([spent[:n] for spent in made.passes])
+            batch["executed"] = np.array([len(filled) * int(spent.max()) for spent in made.passes])
+        batch["seconds"] = np.array(time.perf_counter() - begin)
+        found.put(at, batch)
+        if store is not None:
+            store.add(stage, batch)
+        if progress is not None:
+            progress(Progress(name, int(found.done.sum()), len(rows), int(found.fooled.sum())))
+    return found.ran()
+
+
+class _Found:
+    """Collects batches."""
+
+    def __init__(self, n: int, x: Any) -> None:
+        self.r = np.zeros((n, *x.shape[1:]), x.dtype)
+        self.fooled, self.done = np.zeros(n, bool), np.zeros(n, bool)
+        self.lead = np.full(n, -np.inf)
+        self.passes, self.executed = np.zeros((2, n), int), np.zeros(2, int)
+        self.counted, self.seconds = True, 0.0
+
+    def put(self, at: NDArray[np.intp], batch: Mapping[str, NDArray[Any]]) -> None:
+        self.done[at] = True
+        if "fooled" in batch:
+            self.fooled[at], self.lead[at] = batch["fooled"], batch["lead"]
+        self.r[at[batch["moved"]]] = batch["r"]
+        if "passes" in batch:
+            self.passes[:, at] = batch["passes"]
+            self.executed += batch["executed"]
+        else:
+            self.counted = False
+        self.seconds += float(batch["seconds"])
+
+    def ran(self) -> Ran:
+        passes = Passes(*self.passes) if self.counted else None
+        executed = Passes(*map(int, self.executed)) if self.counted else None
+        return Ran(self.r, self.fooled, self.lead, passes, executed, self.seconds)
+
+
+def split(
+    rows: NDArray[np.intp], sizes: Sequence[int], overhead: int
+) -> list[tuple[NDArray[np.intp], int]]:
+    """Split indices into batches; return each with the size to pad it to.
+
+    Instead of padding the last batch to the first size, use smaller ones if that costs less: a
+    batch costs its padded size plus the overhead, in examples.
+    """
+    size, *smaller = sizes
+    cut = len(rows) - len(rows) % size
+    batches = [(rows[at : at + size], size) for at in range(0, cut, size)]
+    if cut == len(rows):
+        return batches
+    one = [(rows[cut:], size)]
+    several = split(rows[cut:], smaller, overhead) if smaller else one
+    return batches + min(several, one, key=lambda rest: sum(of + overhead for _, of in rest))

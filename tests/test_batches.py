@@ -1,0 +1,309 @@
+"""Evaluations that are stored batch by batch, resumed, and watched."""
+
+import functools
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxadv import attack, evaluate
+from jaxadv.evaluate import _batches, _ensemble
+
+N, D, K = 23, 5, 4
+KEY = jax.random.key(2)
+ATTACKS = {
+    "weak": functools.partial(attack.pgd, steps=2),
+    "apgd": functools.partial(attack.apgd, steps=8),
+    "square": functools.partial(attack.square, steps=9),
+}
+
+
+class Stopped(Exception):
+    """Raised in the middle of an evaluation."""
+
+
+def net(params, x):
+    w, v = params
+    return jnp.tanh(x @ w) @ v
+
+
+def problem():
+    rng = np.random.default_rng(1)
+    params = tuple(rng.normal(size=shape).astype(np.float32) for shape in ((D, 9), (9, K)))
+    x = rng.normal(size=(N, D)).astype(np.float32)
+    y = np.asarray(net(params, x)).argmax(axis=1)
+    y[3] = (y[3] + 1) % K
+    return params, x, y
+
+
+def ensemble(apply_fn=net, attacks=ATTACKS, eps=0.4, norm="l2", seed=2, batch_size=8, **kwargs):
+    params, x, y = kwargs.pop("of", problem())
+    return evaluate.attack_and_score(
+        apply_fn, params, x, y, attacks, eps=eps, norm=norm, key=jax.random.key(seed),
+        bounds=(-5.0, 5.0), batch_size=batch_size, **kwargs,
+    )  # fmt: skip
+
+
+def single(**kwargs):
+    return ensemble(attacks=ATTACKS["apgd"], **kwargs)
+
+
+def distances(batch_size=8, **kwargs):
+    attacks = {"ddn": functools.partial(attack.ddn, steps=9), "fmn": attack.fmn}
+    return evaluate.distances(net, *problem(), attacks=attacks, batch_size=batch_size, **kwargs)
+
+
+def results(found):
+    """All but the times."""
+    if isinstance(found, evaluate.Distances):
+        return found.size, found.r, found.passes
+    stages = [stage._replace(seconds=0) for stage in found.stages.values()]
+    return found.outcome, found.r, stages
+
+
+def stop_after(batches):
+    """A callback that stops an evaluation."""
+    seen = []
+
+    def progress(at):
+        seen.append(at)
+        if len(seen) == batches:
+            raise Stopped
+
+    return progress
+
+
+# Stored and resumed
+
+
+@pytest.mark.parametrize("run", [ensemble, single, distances])
+def test_an_interrupted_evaluation_goes_on_where_it_was(run, tmp_path):
+    seen = []
+    whole = run(progress=seen.append)
+    for batches in range(1, len(seen) + 1):
+        store = tmp_path / str(batches)
+        with pytest.raises(Stopped):
+            run(store=store, progress=stop_after(batches))
+        rest = []
+        chex.assert_trees_all_equal(results(run(store=store, progress=rest.append)), results(whole))
+        assert rest == seen[batches:]
+
+
+@pytest.mark.parametrize("run", [ensemble, distances])
+def test_what_was_stored_at_one_batch_size_serves_another(run, tmp_path):
+    whole = run()
+    with pytest.raises(Stopped):
+        run(store=tmp_path, progress=stop_after(3))
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.npz")}
+    found = run(store=tmp_path, batch_size=5)
+    chex.assert_trees_all_close(found.r, whole.r, atol=1e-6)
+    assert len(before) == 3
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_batch_that_was_being_written_is_computed_again(tmp_path):
+    whole = ensemble(store=tmp_path)
+    last = sorted(tmp_path.glob("*.npz"))[-1]
+    last.rename(last.with_suffix(".unfinished"))
+    chex.assert_trees_all_equal(results(ensemble(store=tmp_path)), results(whole))
+
+
+def test_a_damaged_batch_is_named(tmp_path):
+    ensemble(store=tmp_path)
+    damaged = sorted(tmp_path.glob("*.npz"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:99])
+    with pytest.raises(ValueError, match=rf"expected arrays in {damaged}, got: .*; delete this"):
+        ensemble(store=tmp_path)
+    damaged.unlink()
+    ensemble(store=tmp_path)
+
+
+def test_of_bfloat16_it_is_stored_too(tmp_path):
+    params, x, y = problem()
+    of = jax.tree.map(jnp.asarray, (params, x.astype(jnp.bfloat16), y))
+    whole = single(of=of, eps=0.5, store=tmp_path)
+    again = single(of=of, eps=0.5, store=tmp_path)
+    chex.assert_trees_all_equal(again.r, whole.r)
+    assert again.r.dtype == whole.r.dtype == jnp.bfloat16
+
+
+def altered(part):
+    params, x, y = problem()
+    if part == "params":
+        params = params[0], params[1] + 1e-6
+    elif part == "x":
+        x = x + np.float32(1e-6)
+    else:
+        y = np.roll(y, 1)
+    return params, x, y
+
+
+OTHERS = {
+    "params": {"of": altered("params")},
+    "x": {"of": altered("x")},
+    "y": {"of": altered("y")},
+    "eps": {"eps": 0.5},
+    "norm": {"norm": "linf", "attacks": {"l": functools.partial(attack.pgd, norm="linf")}},
+    "attacks": {"attacks": {**ATTACKS, "weak": functools.partial(attack.pgd, steps=3)}},
+    "key": {"seed": 3},
+    "source": {"source": (net, problem()[0])},
+    "logits of the first examples": {"apply_fn": lambda params, x: net(params, x) + 0.1 * x[:, :4]},
+}
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_a_store_of_another_evaluation_is_refused(field, tmp_path):
+    ensemble(store=tmp_path)
+    with pytest.raises(ValueError, match=rf"same evaluation as in store=.*, got other .*{field}"):
+        ensemble(store=tmp_path, **OTHERS[field])
+
+
+@pytest.mark.parametrize("package", ["jax", "jaxadv"])
+def test_a_store_of_another_version_is_refused(package, tmp_path):
+    ensemble(store=tmp_path)
+    described = tmp_path / "evaluation.json"
+    kept = json.loads(described.read_text())
+    described.write_text(json.dumps({**kept, package: "0.0.1"}))
+    with pytest.raises(ValueError, match=f"got other {package}; choose another folder"):
+        ensemble(store=tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import test_batches
+left = [int(sys.argv[2])]
+
+def progress(at):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+found = test_batches.ensemble(store=sys.argv[1], progress=progress)
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_survives_kill_9(tmp_path):
+    whole = ensemble()
+    code = KILLED.format(tests=os.path.dirname(__file__))
+    # In the first batch, in the next ones after that, and so on, until none is left.
+    while (
+        subprocess.run([sys.executable, "-c", code, str(tmp_path), "1"], check=False).returncode
+        == -signal.SIGKILL
+    ):
+        pass
+    chex.assert_trees_all_equal(results(ensemble(store=tmp_path)), results(whole))
+
+
+# How examples are split
+
+
+@given(st.integers(0, 3000), st.integers(1, 600))
+def test_batches_hold_every_index_once_and_cost_least(n, batch_size):
+    rows = 7 * np.arange(n)
+    sizes = [max(1, batch_size // part) for part in (1, 8, 64)]
+    overhead = batch_size // 80
+    batches = _batches.split(rows, sizes, overhead)
+    np.testing.assert_array_equal(np.concatenate([rows[:0], *(part for part, _ in batches)]), rows)
+    assert all(0 < len(part) <= size for part, size in batches)
+    assert {size for _, size in batches} <= set(sizes)
+    # Copies that fill them up are an eighth of a batch at most.
+    assert sum(size for _, size in batches) - n <= batch_size // 8
+    cost = sum(size + overhead for _, size in batches)
+    for only in sizes:
+        assert cost <= -(-n // only) * (only + overhead)
+
+
+def test_a_few_that_are_left_cost_a_few():
+    for n, expected in [(14, [7, 7]), (71, [62, 7, 7]), (40, [62]), (450, [500])]:
+        batches = _batches.split(np.arange(n), (500, 62, 7), 6)
+        assert [size for _, size in batches] == expected
+
+
+# Progress and passes
+
+
+def test_progress_is_told_after_each_batch():
+    seen = []
+    stages = ensemble(progress=seen.append).stages
+    for name, stage in stages.items():
+        own = [at for at in seen if at.attack == name]
+        assert own[-1].done == own[-1].of == stage.tried.sum()
+        assert own[-1].fooled == stage.fooled.sum()
+        assert all(before.done < after.done for before, after in itertools.pairwise(own))
+    assert list(dict.fromkeys(at.attack for at in seen)) == list(stages)
+
+
+def test_passes_are_charged_for_each_example_and_executed_for_whole_batches():
+    pgd = ensemble(attacks={"pgd": ATTACKS["weak"]}).stages["pgd"]
+    square = ensemble(attacks={"square": ATTACKS["square"]}, eps=1.2).stages["square"]
+    assert pgd.tried.sum() == N - 1
+    # A gradient at x and at one point more, a forward pass at the last, and the check.
+    np.testing.assert_array_equal(pgd.passes.forward, np.where(pgd.tried, 4, 0))
+    np.testing.assert_array_equal(pgd.passes.backward, np.where(pgd.tried, 2, 0))
+    # Of 8, 8 and six times 1 rows.
+    assert pgd.executed == (22 * 4, 22 * 2)
+    # x, the start, 9 queries and the check; fewer where it succeeds.
+    assert square.passes.forward.max() == 12
+    assert square.passes.forward[square.fooled].min() < 12
+    np.testing.assert_array_equal(square.passes.forward > 0, square.tried)
+    assert square.executed.forward >= square.passes.forward.sum()
+    assert square.executed.backward == 0
+
+
+def test_an_attack_that_does_not_count_has_no_passes():
+    def shift(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.zeros_like(x).at[:, 0].set(eps)
+
+    stage = ensemble(attacks={"shift": shift}).stages["shift"]
+    assert stage.passes is None
+    assert stage.executed is None
+
+
+# Audits
+
+
+def test_an_audit_runs_autoattack_on_a_share_of_the_examples(tmp_path):
+    weak = {"weak": functools.partial(attack.pgd, steps=1)}
+    found = ensemble(attacks=weak, eps=0.6, audit=0.25, store=tmp_path)
+    audit = found.audit
+    assert audit.rows.tolist() == [0, 4, 8, 12, 16, 20]
+    params, x, y = problem()
+    alone = ensemble(attacks=None, eps=0.6, of=(params, x[audit.rows], y[audit.rows]))
+    assert audit.robust.shape == alone.outcome.robust.shape
+    ours = found.outcome.robust[audit.rows]
+    assert audit.difference == ours.mean() - audit.robust.mean()
+    low, high = audit.interval
+    assert low < audit.difference < high
+    assert list(audit.result.stages) == list(evaluate.autoattack("l2"))
+    again = ensemble(attacks=weak, eps=0.6, audit=0.25, store=tmp_path, progress=pytest.fail)
+    chex.assert_trees_all_equal(again.audit.robust, audit.robust)
+
+
+def test_the_interval_of_a_difference_is_agresti_and_min_s():
+    ours = np.arange(200) < 150
+    theirs = ours & (np.arange(200) >= 12)
+    theirs[190:195] = True  # 12 only ours, 5 only theirs
+    result = evaluate.Result(ensemble().outcome._replace(robust=theirs), None, {})
+    audit = _ensemble._compared(ours, result, np.arange(200))
+    b, c, n = 12.5, 5.5, 202
+    half = 1.959964 * np.sqrt((b + c) - (b - c) ** 2 / n) / n
+    np.testing.assert_allclose(audit.difference, 7 / 200)
+    np.testing.assert_allclose(audit.interval, [(b - c) / n - half, (b - c) / n + half], rtol=1e-6)
+
+
+@pytest.mark.parametrize("audit", [-0.1, 1.1])
+def test_an_audit_is_a_share(audit):
+    with pytest.raises(ValueError, match=r"expected audit in 0\.\.1, got"):
+        ensemble(audit=audit)

@@ -1,0 +1,83 @@
+"""`jaxadv.nets`: nets of one logit, and random nets by the mean of their draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxadv import attack, evaluate, nets
+
+KEY = jax.random.key(4)
+
+
+def binary(w, x):
+    return x @ w
+
+
+def noisy(params, x, key):
+    return x + params * jax.random.normal(key, x.shape)
+
+
+@pytest.mark.parametrize("of_columns", [False, True])
+def test_two_logits_have_the_sigmoid_for_class_1(of_columns):
+    w = np.array([3.0, -4.0], np.float32)
+    x = np.array([[1, 1], [2, 0.5], [0, 0]], np.float32)
+    net = nets.two_logits(lambda w, x: binary(w, x)[:, None] if of_columns else binary(w, x))
+    want = 1 / (1 + np.exp(-x.astype(np.float64) @ w))
+    np.testing.assert_allclose(jax.nn.softmax(net(w, x))[:, 1], want, rtol=1e-6)
+
+
+def test_a_net_of_one_logit_is_attacked_at_its_distance():
+    w, x = np.array([3.0, -4.0], np.float32), np.array([[1, 0], [0, 1]], np.float32)
+    found = evaluate.distances(
+        nets.two_logits(binary), w, x, np.array([1, 0]), attacks={"fmn": attack.fmn}
+    )
+    np.testing.assert_allclose(found.size, [3 / 5, 4 / 5], rtol=0.01)
+
+
+def test_the_same_net_gives_equal_functions():
+    assert nets.two_logits(binary) == nets.two_logits(binary)
+    assert hash(nets.two_logits(binary)) == hash(nets.two_logits(binary))
+
+
+def test_more_than_one_logit_is_refused():
+    with pytest.raises(ValueError, match=r"one logit for each of 3 examples, got shape \(3, 2\)"):
+        nets.two_logits(lambda params, x: x)(None, np.zeros((3, 2), np.float32))
+
+
+def test_the_mean_is_that_of_the_probabilities():
+    x = np.array([[1, 0, -jnp.inf], [0, 2, 5]], np.float32)
+    net = nets.mean_of_draws(noisy, KEY, draws=7)
+    (key,) = jax.random.split(KEY, 1)
+    total = 0
+    for one in jax.random.split(key, 7):
+        z = x.astype(np.float64) + 2 * np.asarray(jax.random.normal(one, (1, 3)), np.float64)
+        e = np.exp(z)
+        total = total + e / e.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.exp(net(2.0, x)), total / 7, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(net(2.0, x[1:])), total[1:] / 7, rtol=1e-5)
+
+
+def test_a_random_net_is_attacked_by_averages_and_measured_by_its_mean():
+    x = np.array([[1, 0, 0], [0, 9, 0]], np.float32)
+    found = evaluate.attack_and_score(
+        nets.mean_of_draws(noisy, KEY, draws=50), 0.1, x, np.array([0, 1]),
+        evaluate.autoattack("linf", samples=3), eps=1.0, key=KEY, source=(noisy, 0.1),
+    )  # fmt: skip
+    assert list(found.stages) == ["apgd-ce", "apgd-dlr"]
+    assert found.outcome.clean.tolist() == [True, True]
+    assert found.outcome.robust.tolist() == [False, True]
+    assert found.stages["apgd-ce"].passes.backward.tolist() == [3 * 101] * 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"draws": 0}, ValueError, r"draws >= 1, got 0; 100 is"),
+        ({"key": 3}, TypeError, r"key"),
+        ({"key": jax.random.split(KEY, 2)}, ValueError, r"one key"),
+    ],
+)
+def test_what_mean_of_draws_refuses(kwargs, error, match):
+    with pytest.raises(error, match=match):
+        nets.mean_of_draws(noisy, **{"key": KEY, **kwargs})
