@@ -254,6 +254,58 @@ class KnownRow(Row):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FastRow(Row):
+    """The fast ensemble beside AutoAttack, on a net.
+
+    Attributes:
+      columns: accuracies `clean`, `standard`, `fast`, and `published` where that was run.
+      passes: by ensemble and kind, executed for each image.
+      seconds: by ensemble, without `compile_seconds`.
+      orders: by order of the targets, the accuracy after more and more of them.
+      machine: whether it was quiet.
+    """
+
+    net: str
+    norm: str
+    eps: float
+    n: int
+    seed: int
+    columns: dict[str, float]
+    passes: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+    compile_seconds: dict[str, float]
+    orders: dict[str, list[float]] | None = None
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimalityRow(Row):
+    """How near an attack comes to the least perturbations of a net.
+
+    Attributes:
+      budget: forward plus backward passes that it may take for each image.
+      pool: the attacks whose envelope optimality is measured from.
+      columns: `optimality` and `median` size.
+      passes: by kind, for each image.
+    """
+
+    net: str
+    norm: str
+    n: int
+    budget: int
+    attack: str
+    library: str
+    pool: list[str]
+    columns: dict[str, float]
+    passes: dict[str, float]
+    seconds: float
+    versions: dict[str, str]
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FeaturesRow(Row):
     """Each library's answer to each question."""
 

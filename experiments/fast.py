@@ -1,0 +1,263 @@
+"""The fast ensemble beside AutoAttack: its verdicts, its passes, its time.
+
+    python experiments/fast.py                                    # hours on 2 CPU cores
+    python experiments/fast.py --nets mnist_mlp/lwa --norms l2    # minutes
+    python experiments/fast.py --image-folder DIR                 # where CIFAR-10 is
+    python experiments/fast.py --published                        # `reference` says how to install
+
+Attacks the nets on record in the pixel range, by both ensembles and with several seeds. Passes are
+those that the machine has executed, for each image. Seconds are without compilation, and count only
+where the row's `machine` says that it was quiet. With --orders, accuracies after one, two, ...
+targets of APGD say which order of the targets is the best.
+
+Batches are kept in --out: the same command takes up what was interrupted. Writes results.json,
+results.md, and the verdicts on each image to NET-NORM-SEED.npz.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from experiments.compare import published, pytorch
+from experiments.lib import options, parallel, problems, records, tables, timing
+from experiments.lib.options import Checked, Count, OutputFolder, Seed, Several
+from experiments.lib.problems import Problem
+from experiments.lib.records import RESULTS, FastRow
+from jaxadv import attack, evaluate
+from jaxadv.types import Norm, PerturbFn
+
+NetName = Literal[
+    "mnist_mlp/normal", "mnist_mlp/lwa", "mnist_mlp/lwa_multi", "mnist_lenet/lwa",
+    "mnist_lenet/lwa_noisy", "mnist_lenet/lwa_multi", "cifar10/normal", "cifar10/lwa",
+]  # fmt: skip
+NETS: tuple[NetName, ...] = tuple(NetName.__args__)  # type: ignore[attr-defined]
+EPS: Mapping[tuple[str, Norm], float] = {
+    ("mnist", "l2"): 1.5,
+    ("mnist", "linf"): 0.1,
+    ("cifar10", "l2"): 0.5,
+    ("cifar10", "linf"): 2 / 256,  # two levels of a pixel
+}
+TARGETS = (1, 2, 3, 5, 9)
+ORDERS = ("logit", "distance", "alpha")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Checked):
+    """Compare the fast ensemble with AutoAttack."""
+
+    nets: Several[NetName] = NETS
+    """Which nets on record."""
+    norms: Several[Literal["l2", "linf"]] = ("l2", "linf")
+    """Which norms: l2 1.5 and linf 0.1 for MNIST, l2 0.5 and linf 2/256 for CIFAR-10."""
+    seeds: Several[Seed] = (0, 1, 2)
+    """Seeds of both."""
+    n: Count = 1000
+    """How many test images."""
+    published: bool = False
+    """Whether to run the published AutoAttack as well, on the first seed."""
+    orders: bool = False
+    """Whether to compare the orders of targets as well, on the first seed."""
+    image_folder: Path | None = None
+    """Read CIFAR-10 from here, DIR/{train,test}/CLASS/*, instead of downloading it."""
+    folder: Path = RESULTS
+    """Where the records are."""
+    out: OutputFolder = Path("runs/fast")
+    """Where results go."""
+
+
+def load(net: str, settings: Settings) -> Problem:
+    """Return a net on record and its test images."""
+    weights = str(settings.folder / net / "params.safetensors")
+    if not net.startswith("cifar10"):
+        return problems.load(problems.Settings(net=weights, n=settings.n))
+    images = str(settings.image_folder or "cifar10")
+    return problems.load(
+        problems.Settings(net=weights, data=images, subtract=117, divide=256, crop=28, n=settings.n)
+    )
+
+
+@cache
+def in_order(norm: Norm, order: Literal["logit", "distance", "alpha"]) -> dict[str, PerturbFn]:
+    """Return APGD toward more and more targets; the same objects each time."""
+    targeted = partial(attack.apgd_multitargeted, norm=norm, order=order)
+    return {str(n): partial(targeted, n_targets=n) for n in TARGETS}
+
+
+@contextmanager
+def compiling() -> Any:
+    """Count the seconds that are spent on lowering and compiling."""
+    spent = [0.0]
+
+    def add(event: str, duration_secs: float, **_: Any) -> None:
+        if event.endswith(("backend_compile_duration", "jaxpr_to_mlir_module_duration")):
+            spent[0] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(add)
+    try:
+        yield spent
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def measure(
+    net: str, norm: Norm, seed: int, problem: Problem, settings: Settings, console: Console
+) -> FastRow:
+    """Attack a net by both ensembles."""
+    eps = EPS["cifar10" if net.startswith("cifar10") else "mnist", norm]
+    name = f"{net.replace('/', '-')}-{norm}-{seed}"
+    attack_by = partial(
+        evaluate.attack_and_score, problem.apply_fn, problem.params, problem.x, problem.y,
+        eps=eps, key=jax.random.key(seed), bounds=problem.bounds,
+    )  # fmt: skip
+    columns, passes, seconds, compile_seconds = {}, {}, {}, {}
+    verdicts: dict[str, Any] = {}
+    quiet = timing.Quiet()
+    for kind, attacks in (
+        ("standard", evaluate.autoattack(norm)), ("fast", evaluate.fast_autoattack(norm)),
+    ):  # fmt: skip
+        with compiling() as spent:
+            found = attack_by(attacks, store=settings.out / "batches" / f"{name}-{kind}")
+        stages = found.stages.values()
+        columns["clean"] = evaluate.accuracy(found.outcome.clean)
+        columns[kind] = evaluate.accuracy(found.outcome.robust)
+        passes[kind] = {
+            way: round(sum(getattr(stage.executed, way) for stage in stages) / len(problem.y), 1)
+            for way in ("forward", "backward")
+        }
+        seconds[kind] = round(sum(stage.seconds for stage in stages) - spent[0], 1)
+        compile_seconds[kind] = round(spent[0], 1)
+        verdicts[kind] = found.outcome.robust
+        verdicts[f"{kind} by stage"] = np.array([stage.fooled for stage in stages])
+        console.print(f"{name}, {kind}: {columns[kind]:.4f}, {seconds[kind]:.0f} s")
+    if settings.published and seed == settings.seeds[0]:
+        seconds["published"], columns["published"] = run_published(problem, eps, norm, seed)
+    machine = quiet.report()
+    orders = None
+    if settings.orders and seed == settings.seeds[0]:
+        orders = {
+            order: [
+                evaluate.accuracy(found.outcome.clean & ~fooled)
+                for found in [attack_by(in_order(norm, order))]
+                for fooled in np.logical_or.accumulate([s.fooled for s in found.stages.values()])
+            ]
+            for order in ORDERS
+        }
+    np.savez_compressed(settings.out / f"{name}.npz", **verdicts)
+    return FastRow(
+        experiment="fast", net=net, norm=norm, eps=eps, n=len(problem.y), seed=seed,
+        columns=columns, passes=passes, seconds=seconds, compile_seconds=compile_seconds,
+        orders=orders, machine=machine, **records.made_by(),
+    )  # fmt: skip
+
+
+def run_published(problem: Problem, eps: float, norm: Norm, seed: int) -> tuple[float, float]:
+    """Return the seconds of the published AutoAttack, and the accuracy that it leaves."""
+    pytorch.need("torch", "autoattack")
+    import torch
+
+    torch.set_num_threads(records.cores())
+    net = pytorch.fixed_net(problem.params)
+    start = time.perf_counter()
+    found = published.autoattack(
+        net, problem.x, problem.y, eps=eps, norm=norm, seed=seed, batch_size=500
+    )
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        robust = net(found).numpy().argmax(1) == problem.y
+    return round(seconds, 1), float(robust.mean())
+
+
+def run(settings: Settings, console: Console) -> list[FastRow]:
+    """Compare both on each net; return the rows of these and of earlier runs."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    results = settings.out / "results.json"
+    for net in settings.nets:
+        problem = load(net, settings)
+        for norm, seed in itertools.product(settings.norms, settings.seeds):
+            identity = {"net": net, "norm": norm, "seed": seed, "n": len(problem.y)}
+            made = partial(measure, net, norm, seed, problem, settings, console)
+            records.find_or_run(
+                results, FastRow, {**identity, **records.made_by()}, made, place=tuple(identity)
+            )
+    shutil.rmtree(settings.out / "batches", ignore_errors=True)
+    return records.load(results, FastRow)
+
+
+def as_markdown(rows: Sequence[FastRow]) -> list[str]:
+    """Return a table of the means over seeds, and one of the orders of targets."""
+    headings = (
+        "Net", "Norm", "Size", "Clean", "AutoAttack", "Fast", "Difference", "Passes", "fast",
+        "Ratio", "Seconds", "fast", "published",
+    )  # fmt: skip
+    cells, order_cells = [], []
+    for net, norm in dict.fromkeys((row.net, row.norm) for row in rows):
+        own = [row for row in rows if (row.net, row.norm) == (net, norm)]
+        mean = {name: np.mean([row.columns[name] for row in own]) for name in own[0].columns
+                if name != "published"}  # fmt: skip
+        passes = {kind: np.mean([sum(row.passes[kind].values()) for row in own])
+                  for kind in ("standard", "fast")}  # fmt: skip
+        quiet = [row for row in own if row.machine["valid"]]
+        times = [
+            f"{np.median(of):.1f}"
+            if (of := [r.seconds[k] for r in quiet if k in r.seconds])
+            else ""
+            for k in ("standard", "fast", "published")
+        ]
+        cells.append([
+            net, norm, f"{own[0].eps:.4g}",
+            *(f"{mean[kind]:.4f}" for kind in ("clean", "standard", "fast")),
+            f"{mean['fast'] - mean['standard']:+.4f}",
+            *(f"{passes[kind]:,.0f}" for kind in ("standard", "fast")),
+            f"{passes['fast'] / passes['standard']:.3f}", *times,
+        ])  # fmt: skip
+        for row in own:
+            for order, left in (row.orders or {}).items():
+                order_cells.append([net, norm, order, *(f"{robust:.4f}" for robust in left)])
+    first = rows[0]
+    lines = [
+        "# The fast ensemble beside AutoAttack",
+        "",
+        f"Robust accuracy of the first {first.n:,} test images in the pixel range, mean of "
+        f"{len({row.seed for row in rows})} seeds; passes (forward and backward) that the machine "
+        "executed for each image, padding included; seconds without compilation, the median of "
+        "runs on a quiet machine.",
+        "",
+        *tables.markdown(headings, cells),
+        "",
+    ]
+    if order_cells:
+        lines += [
+            "Accuracy after APGD, 100 steps each, toward the first n targets by each order:",
+            "",
+            *tables.markdown(("Net", "Norm", "Order", *map(str, TARGETS)), order_cells),
+            "",
+        ]
+    return [*lines, f"{first.device}, jax {first.versions['jax']}.", ""]
+
+
+@options.command
+def main() -> None:
+    """Run from the command line."""
+    settings = tyro.cli(Settings, description=__doc__)
+    console = parallel.start()
+    tables.write(settings.out, as_markdown(run(settings, console)), console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""How near each attack comes to the least perturbations: ours beside those of other libraries.
+
+    python experiments/optimality.py --nets mnist_mlp/lwa --norms l2   # half an hour on 2 CPU cores
+    python experiments/optimality.py                                   # a day
+    python experiments/optimality.py --libraries jaxadv                # without PyTorch
+
+Every attack perturbs the same test images of the nets on record, in the pixel range, with 2,000 and
+with 10,000 forward plus backward passes for each. Its local optimality (AttackBench, Cina et al.,
+2025) is 1 where its curve of accuracy against size is the lower envelope of all that were run here,
+and 0 where it finds nothing:
+
+    optimality = 1 - (area - best area) / (clean accuracy * largest size - best area)
+
+with the areas below the curves, up to the largest size of the envelope. `experiments/compare/
+minimal.py` says how to install the other libraries. Of their attacks every point counts that they
+asked the net about; of ours, what they return, measured by a plain forward pass.
+
+What is finished stays in --out: the same command goes on. Writes results.json, results.md, and the
+sizes of each image, NET-NORM.npz.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+
+import jax
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+
+from experiments.compare import minimal, pytorch
+from experiments.lib import options, parallel, problems, records, tables
+from experiments.lib.options import Checked, Count, OutputFolder, Seed, Several
+from experiments.lib.problems import Problem
+from experiments.lib.records import RESULTS, OptimalityRow
+from jaxadv import attack, evaluate
+from jaxadv.types import Norm, PerturbFn
+
+NetName = Literal["mnist_mlp/lwa", "mnist_mlp/lwa_multi", "mnist_lenet/lwa_multi", "cifar10/lwa"]
+NETS: tuple[NetName, ...] = ("mnist_mlp/lwa", "mnist_mlp/lwa_multi", "mnist_lenet/lwa_multi",
+                             "cifar10/lwa")  # fmt: skip
+Library = Literal["jaxadv", "adversarial-library", "foolbox"]
+PACKAGES = {"adversarial-library": "adv-lib", "foolbox": "foolbox"}
+ENSEMBLE = "distances"
+"""What the row of the best of several is called."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Checked):
+    """Measure how near attacks come to the least perturbations."""
+
+    nets: Several[NetName] = NETS
+    """Which nets on record."""
+    norms: Several[Literal["l2", "linf"]] = ("l2", "linf")
+    """Which norms."""
+    budgets: Several[Count] = (2000, 10000)
+    """Forward plus backward passes for each image."""
+    libraries: Several[Library] = ("jaxadv", "adversarial-library", "foolbox")
+    """Whose attacks."""
+    n: Count = 500
+    """How many test images."""
+    seed: Seed = 0
+    """Seed of what is drawn."""
+    image_folder: Path | None = None
+    """Read CIFAR-10 from here, DIR/{train,test}/CLASS/*, instead of downloading it."""
+    folder: Path = RESULTS
+    """Where the records are."""
+    out: OutputFolder = Path("runs/optimality")
+    """Where results go."""
+
+
+@cache
+def ours(norm: Norm, budget: int) -> Mapping[str, PerturbFn]:
+    """Return our attacks, with as many steps as the budget pays for."""
+    targets = 3
+    attacks: dict[str, PerturbFn] = {
+        "FMN": partial(attack.fmn, norm=norm, steps=(budget - 45) // 2),
+        "FAB": partial(attack.fab, norm=norm, steps=budget // 18 - 1),
+        "APGD": partial(attack.apgd, norm=norm, eps=None, steps=(budget - 184) // 40),
+        "APGD-T": partial(
+            attack.apgd_multitargeted, norm=norm, eps=None, n_targets=targets, order="distance",
+            steps=(budget - 204) // (40 * targets) - 1,
+        ),
+    }  # fmt: skip
+    if norm == "l2":
+        attacks["DDN"] = partial(attack.ddn, steps=(budget - 45) // 2)
+    return attacks
+
+
+def optimality(sizes: NDArray[np.float64], best: NDArray[np.float64]) -> float:
+    """Return AttackBench's local optimality of sizes `[n]`, given the envelope's `[n]`."""
+    largest = best.max()
+
+    def area(sizes: NDArray[np.float64]) -> float:
+        at, counts = np.unique(sizes, return_counts=True)
+        return float(np.trapezoid(1 - np.cumsum(counts) / len(sizes), at))
+
+    least, clean = area(best), np.count_nonzero(best) / len(best)
+    return 1 - (area(np.minimum(sizes, largest)) - least) / (clean * largest - least)
+
+
+def load(net: str, settings: Settings) -> Problem:
+    """Return a net on record and its test images."""
+    weights = str(settings.folder / net / "params.safetensors")
+    if not net.startswith("cifar10"):
+        return problems.load(problems.Settings(net=weights, n=settings.n))
+    images = str(settings.image_folder or "cifar10")
+    taken = problems.Settings(
+        net=weights, data=images, subtract=117, divide=256, crop=28, n=settings.n
+    )
+    return problems.load(taken)
+
+
+def by_ours(
+    name: str, method: PerturbFn | None, problem: Problem, norm: Norm, budget: int, seed: int
+) -> dict[str, Any]:
+    """Run an attack of ours, or the best of several; return the sizes and what they cost."""
+    found = evaluate.distances(
+        problem.apply_fn, problem.params, problem.x, problem.y, norm=norm, budget=budget,
+        attacks=None if method is None else {name: method}, key=jax.random.key(seed),
+        bounds=problem.bounds,
+    )  # fmt: skip
+    spent = list(found.passes.values())
+    return {
+        "size": found.size.astype(np.float64),
+        "forward": np.mean(sum(passes.forward for passes in spent)),
+        "backward": np.mean(sum(passes.backward for passes in spent)),
+    }
+
+
+def by_theirs(
+    library: str, name: str, problem: Problem, norm: Norm, budget: int, seed: int
+) -> dict[str, Any]:
+    """Run an attack of another library; return the same."""
+    import torch
+
+    torch.manual_seed(seed)
+    attacks = minimal.attacks(norm, budget)
+    low = float(np.min(problem.bounds[0])) if problem.bounds else 0.0
+    found = minimal.run(
+        attacks[library, name], problem.params, problem.x, problem.y, norm, budget, low
+    )
+    return found._asdict()
+
+
+def run(settings: Settings, console: Console) -> list[OptimalityRow]:
+    """Run all attacks that haven't been run yet; return the rows of all that have."""
+    others = [library for library in settings.libraries if library != "jaxadv"]
+    if others:
+        pytorch.need("torch", "adv_lib", "foolbox")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for net in settings.nets:
+        problem = load(net, settings)
+        for norm, budget in itertools.product(settings.norms, settings.budgets):
+            jobs: dict[tuple[str, str], Any] = {}
+            if "jaxadv" in settings.libraries:
+                for name, method in {**ours(norm, budget), ENSEMBLE: None}.items():
+                    jobs["jaxadv", name] = partial(by_ours, name, method)
+            for library, name in minimal.attacks(norm, budget) if others else ():
+                if library in others:
+                    jobs[library, name] = partial(by_theirs, library, name)
+            for (library, name), job in jobs.items():
+                path = _path(settings, net, norm, library, name, budget)
+                if path.exists():
+                    continue
+                start = time.perf_counter()
+                found = job(problem, norm, budget, settings.seed)
+                seconds = time.perf_counter() - start
+                path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = path.with_suffix(".unfinished.npz")
+                np.savez(unfinished, seconds=seconds, **found)
+                unfinished.replace(path)
+                console.print(
+                    f"{net} {norm}, {library} {name}, {budget}: median "
+                    f"{np.median(found['size']):.4f}, {seconds:.0f} s"
+                )
+    rows = [
+        row
+        for net, norm in itertools.product(NETS, ("l2", "linf"))
+        for row in _rows(settings, net, norm)
+    ]
+    records.save(settings.out / "results.json", rows)
+    return rows
+
+
+def _path(
+    settings: Settings, net: str, norm: str, library: str, name: str, budget: int
+) -> Path:  # fmt: skip
+    return settings.out / "sizes" / f"{net.replace('/', '-')}-{norm}" / (
+        f"{library} {name} {budget}.npz"
+    )  # fmt: skip
+
+
+def _rows(settings: Settings, net: str, norm: str) -> list[OptimalityRow]:
+    folder = settings.out / "sizes" / f"{net.replace('/', '-')}-{norm}"
+    runs = {path.stem: dict(np.load(path)) for path in sorted(folder.glob("*[0-9].npz"))}
+    if not runs:
+        return []
+    best = np.min([found["size"] for found in runs.values()], axis=0)
+    sizes = {name: found["size"].astype(np.float32) for name, found in runs.items()}
+    np.savez_compressed(settings.out / f"{net.replace('/', '-')}-{norm}.npz", **sizes)
+    rows = []
+    for run_name, found in runs.items():
+        library, name, budget = run_name.split(" ")
+        package = PACKAGES.get(library)
+        row = OptimalityRow(
+            experiment="optimality",
+            net=net,
+            norm=norm,
+            n=len(best),
+            budget=int(budget),
+            attack=name,
+            library=library,
+            pool=list(runs),
+            columns={
+                "optimality": round(optimality(found["size"], best), 4),
+                "median": round(float(np.median(found["size"])), 4),
+            },
+            passes={way: round(float(found[way]), 1) for way in ("forward", "backward")},
+            seconds=round(float(found["seconds"]), 1),
+            **records.made_by({package: version(package)} if package and _there() else {}),
+        )
+        rows.append(row)
+    return rows
+
+
+def _there() -> bool:
+    return all(map(importlib.util.find_spec, ("adv_lib", "foolbox")))
+
+
+def as_markdown(rows: Sequence[OptimalityRow]) -> list[str]:
+    """Return a table for each norm and budget: optimality and median by net."""
+    lines = ["# Local optimality of minimal-norm attacks", ""]
+    for norm, budget in dict.fromkeys((row.norm, row.budget) for row in rows):
+        here = [row for row in rows if (row.norm, row.budget) == (norm, budget)]
+        nets = list(dict.fromkeys(row.net for row in here))
+        headings = ("Attack", "Library", *(f"{net}{of}" for net in nets for of in ("", ", median")))
+        cells = []
+        for name, library in dict.fromkeys((row.attack, row.library) for row in here):
+            line: list[str] = [name, library]
+            for net in nets:
+                own = [r for r in here if (r.net, r.attack, r.library) == (net, name, library)]
+                line += [f"{row.columns[of]:.4f}" for row in own for of in ("optimality", "median")]
+                line += [""] * (0 if own else 2)
+            cells.append(line)
+        lines += [f"## {norm}, {budget:,} passes", "", *tables.markdown(headings, cells), ""]
+    first = rows[0]
+    return [
+        *lines,
+        f"{first.n} test images, in the pixel range; 1 is the lower envelope of all attacks of "
+        f"the page. {first.device}, jax {first.versions['jax']}.",
+        "",
+    ]
+
+
+@options.command
+def main() -> None:
+    """Run from the command line."""
+    settings = tyro.cli(Settings, description=__doc__)
+    console = parallel.start()
+    tables.write(settings.out, as_markdown(run(settings, console)), console)
+
+
+if __name__ == "__main__":
+    main()

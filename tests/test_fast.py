@@ -1,0 +1,34 @@
+"""`experiments/fast.py` and `evaluate.fast_autoattack`."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import fast
+from experiments.fast import Settings
+from experiments.lib import models, records, weights
+
+
+@pytest.mark.slow
+def test_both_ensembles_are_run_and_their_verdicts_kept(tmp_path):
+    net = models.mlp((7, 5))
+    params = models.init(net, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    weights.save(tmp_path / "mnist_mlp" / "normal" / "params.safetensors", params)
+    settings = Settings(
+        nets=("mnist_mlp/normal",), norms=("l2",), seeds=(0,), n=40, orders=True,
+        folder=tmp_path, out=tmp_path / "out",
+    )  # fmt: skip
+    (row,) = fast.run(settings, Console(file=io.StringIO()))
+    assert records.load(settings.out / "results.json", records.FastRow) == [row]
+    assert row.columns["fast"] >= row.columns["standard"]
+    assert sum(row.passes["fast"].values()) < sum(row.passes["standard"].values())
+    with np.load(settings.out / "mnist_mlp-normal-l2-0.npz") as verdicts:
+        assert verdicts["fast"].mean() == row.columns["fast"]
+        assert verdicts["standard by stage"].shape == (4, 40)
+    for left in row.orders.values():
+        assert left == sorted(left, reverse=True)
+    assert "| mnist_mlp/normal | l2 | distance |" in "\n".join(fast.as_markdown([row]))

@@ -1,0 +1,63 @@
+"""`experiments/optimality.py`: AttackBench's measure, and the attacks that it compares."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import optimality
+from experiments.lib import models, records, weights
+from experiments.optimality import Settings
+
+
+def area(sizes, largest, n=20000):
+    """Below the curve of accuracy against size, whose steps are joined by lines."""
+    sizes = np.minimum(sizes, largest)
+    at = np.unique(sizes)
+    accuracy = [(sizes > size).mean() for size in at]
+    grid = np.linspace(at[0], at[-1], n)
+    return np.trapezoid(np.interp(grid, at, accuracy), grid)
+
+
+def test_the_envelope_has_optimality_1_and_what_finds_nothing_0():
+    best = np.array([0, 0.5, 1, 1.5, 3])
+    assert optimality.optimality(best, best) == pytest.approx(1)
+    nothing = np.where(best == 0, 0, np.inf)
+    # The curve of what finds nothing falls to 0 at the largest size only, by a line from 0.
+    low = 1 - (area(nothing, 3) - area(best, 3)) / (0.8 * 3 - area(best, 3))
+    assert optimality.optimality(nothing, best) == pytest.approx(low, abs=1e-3)
+
+
+def test_optimality_is_the_area_between_the_curves():
+    rng = np.random.default_rng(0)
+    best = rng.gamma(2.0, size=50)
+    sizes = best * rng.uniform(1, 2, 50)
+    sizes[7] = np.inf
+    largest = best.max()
+    want = 1 - (area(sizes, largest) - area(best, largest)) / (largest - area(best, largest))
+    assert optimality.optimality(sizes, best) == pytest.approx(want, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_each_attack_is_run_within_the_budget_and_its_sizes_kept(tmp_path):
+    net = models.mlp((7, 5))
+    params = models.init(net, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    weights.save(tmp_path / "mnist_mlp" / "lwa" / "params.safetensors", params)
+    settings = Settings(
+        nets=("mnist_mlp/lwa",), norms=("linf",), budgets=(700,), libraries=("jaxadv",), n=12,
+        folder=tmp_path, out=tmp_path / "out",
+    )  # fmt: skip
+    rows = optimality.run(settings, Console(file=io.StringIO()))
+    assert {row.attack for row in rows} == {"FMN", "FAB", "APGD", "APGD-T", "distances"}
+    assert records.load(settings.out / "results.json", records.OptimalityRow) == rows
+    assert all(sum(row.passes.values()) <= 700 for row in rows)
+    assert all(len(row.pool) == len(rows) for row in rows)
+    assert max(row.columns["optimality"] for row in rows) <= 1
+    with np.load(settings.out / "mnist_mlp-lwa-linf.npz") as sizes:
+        assert len(sizes) == len(rows)
+        assert (sizes["jaxadv distances 700"] >= 0).all()
+    text = "\n".join(optimality.as_markdown(rows))
+    assert "| distances | jaxadv |" in text
