@@ -182,7 +182,7 @@ def fast_autoattack(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
     Example:
       >>> from jaxadv import evaluate
       >>> list(evaluate.fast_autoattack("linf"))[:3]
-      ['apgd-ce-5', 'apgd-t1-15', 'apgd-t3-30']
+      ['apgd-ce-5', 'apgd-t1-15', 'fab-t1-30']
 
     References:
       Croce and Hein, 2020; Melamed et al., "MALT Powers Up Adversarial Attacks", 2024.
@@ -196,15 +196,16 @@ def _fast_autoattack(norm: Norm) -> Mapping[str, PerturbFn]:
     ascend = partial(attack.apgd, norm=norm)
     targeted = partial(attack.apgd_multitargeted, norm=norm, order="distance")
     all_of = partial(targeted, n_targets=9)
-    fab = partial(attack.fab, norm=norm, steps=50, n_targets=9)
+    fab = partial(attack.fab, norm=norm, steps=30)
     attacks: dict[str, PerturbFn] = {
         "apgd-ce-5": partial(ascend, steps=5),
         "apgd-t1-15": partial(targeted, steps=15, n_targets=1),
+        "fab-t1-30": partial(fab, n_targets=1),
         "apgd-t3-30": partial(targeted, steps=30, n_targets=3),
-        "apgd-t9-20": NearBoundary(partial(all_of, steps=20), within=0.25),
+        "apgd-t9-20": NearBoundary(partial(all_of, steps=20), within=0.35),
         "apgd-ce-50": NearBoundary(partial(ascend, steps=50), within=0.15),
         "apgd-t9-40": NearBoundary(partial(all_of, steps=40), within=0.1),
-        "fab-t9-50": NearBoundary(fab, within=0.05),
+        "fab-t9-30": NearBoundary(partial(fab, n_targets=9), within=0.08),
         "apgd-t9-100": NearBoundary(partial(all_of, steps=100), within=0.03),
         "square": partial(attack.square, norm=norm, patience=20),
     }
