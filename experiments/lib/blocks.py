@@ -34,7 +34,8 @@ class Attacked(NamedTuple):
       nonfinite: which have inputs, logits or perturbations that aren't finite.
       invalid: which have labels outside the net's classes.
       stages: for each part of the attack, how many images it tried and fooled, the robust accuracy
-        up to and including it, and its seconds.
+        up to and including it, its seconds, and how many forward and backward passes the machine
+        executed for each of all images (0 for a part that doesn't count them).
       seconds: of the whole attack.
     """
 
@@ -134,6 +135,7 @@ def _attacked(
         "tried": np.array([stage.tried for stage in stages]),
         "fooled": np.array([stage.fooled for stage in stages]),
         "stage_seconds": np.array([stage.seconds for stage in stages]),
+        "stage_passes": np.array([sum(stage.executed or (0,)) for stage in stages]),
     }
 
 
@@ -167,6 +169,9 @@ def _together(blocks: list[Block]) -> Attacked:
             "fooled": int(fooled.sum()),
             "robust": float(standing.mean()),
             "seconds": round(float(sum(block["stage_seconds"][i] for block in blocks)), 1),
+            "passes": round(
+                int(sum(block["stage_passes"][i] for block in blocks)) / len(fooled), 1
+            ),
         }
     seconds = round(float(sum(block["seconds"] for block in blocks)), 1)
     return Attacked(**images, stages=stages, seconds=seconds)

@@ -194,20 +194,21 @@ def fast_autoattack(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
 @cache
 def _fast_autoattack(norm: Norm) -> Mapping[str, PerturbFn]:
     ascend = partial(attack.apgd, norm=norm)
-    targeted = partial(attack.apgd_multitargeted, norm=norm, order="distance")
-    all_of = partial(targeted, n_targets=9)
-    fab = partial(attack.fab, norm=norm, steps=30)
+    targeted = partial(attack.apgd_multitargeted, norm=norm)
+    nearest = partial(targeted, order="distance")
+    fab = partial(attack.fab, norm=norm)
     attacks: dict[str, PerturbFn] = {
         "apgd-ce-5": partial(ascend, steps=5),
-        "apgd-t1-15": partial(targeted, steps=15, n_targets=1),
-        "fab-t1-30": partial(fab, n_targets=1),
-        "apgd-t3-30": partial(targeted, steps=30, n_targets=3),
-        "apgd-t9-20": NearBoundary(partial(all_of, steps=20), within=0.35),
+        "apgd-t1-15": partial(nearest, steps=15, n_targets=1),
+        "fab-t1-30": partial(fab, steps=30, n_targets=1),
+        "apgd-t3-30": partial(nearest, steps=30, n_targets=3),
+        "apgd-t9-20": NearBoundary(partial(nearest, steps=20), within=0.3),
         "apgd-ce-50": NearBoundary(partial(ascend, steps=50), within=0.15),
-        "apgd-t9-40": NearBoundary(partial(all_of, steps=40), within=0.1),
-        "fab-t9-30": NearBoundary(partial(fab, n_targets=9), within=0.08),
-        "apgd-t9-100": NearBoundary(partial(all_of, steps=100), within=0.03),
-        "square": partial(attack.square, norm=norm, patience=20),
+        "apgd-t9-100": NearBoundary(partial(nearest, steps=100), within=0.07),
+        "fab-t9-60": NearBoundary(partial(fab, steps=60), within=0.05),
+        "apgd-ce-100": NearBoundary(partial(ascend, steps=100), within=0.07),
+        "apgd-t9-60": NearBoundary(partial(targeted, steps=60), within=0.03),
+        "square": partial(attack.square, norm=norm, steps=1000, patience=20),
     }
     return MappingProxyType(attacks)
 
