@@ -6,8 +6,7 @@
 
 Every attack perturbs the same test images of the nets on record, in the pixel range, with 2,000 and
 with 10,000 forward plus backward passes for each. Its local optimality (AttackBench, Cina et al.,
-2025) is 1 where its curve of accuracy against size is the lower envelope of all that were run here,
-and 0 where it finds nothing:
+2025) is 1 where its curve of accuracy against size is the lower envelope of all that were run here:
 
     optimality = 1 - (area - best area) / (clean accuracy * largest size - best area)
 
@@ -30,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -42,15 +41,14 @@ from rich.console import Console
 
 from experiments.compare import minimal, pytorch
 from experiments.lib import options, parallel, problems, records, tables
-from experiments.lib.options import Checked, Count, OutputFolder, Seed, Several
+from experiments.lib.options import Checked, Count, OutputFolder, Range, Seed, Several
 from experiments.lib.problems import Problem
 from experiments.lib.records import RESULTS, OptimalityRow
 from jaxadv import attack, evaluate
 from jaxadv.types import Norm, PerturbFn
 
 NetName = Literal["mnist_mlp/lwa", "mnist_mlp/lwa_multi", "mnist_lenet/lwa_multi", "cifar10/lwa"]
-NETS: tuple[NetName, ...] = ("mnist_mlp/lwa", "mnist_mlp/lwa_multi", "mnist_lenet/lwa_multi",
-                             "cifar10/lwa")  # fmt: skip
+NETS: tuple[NetName, ...] = get_args(NetName)
 Library = Literal["jaxadv", "adversarial-library", "foolbox"]
 PACKAGES = {"adversarial-library": "adv-lib", "foolbox": "foolbox"}
 ENSEMBLE = "distances"
@@ -65,7 +63,7 @@ class Settings(Checked):
     """Which nets on record."""
     norms: Several[Literal["l2", "linf"]] = ("l2", "linf")
     """Which norms."""
-    budgets: Several[Count] = (2000, 10000)
+    budgets: Several[Annotated[int, Range(ge=600)]] = (2000, 10000)
     """Forward plus backward passes for each image."""
     libraries: Several[Library] = ("jaxadv", "adversarial-library", "foolbox")
     """Whose attacks."""
@@ -88,9 +86,9 @@ def ours(norm: Norm, budget: int) -> Mapping[str, PerturbFn]:
     attacks: dict[str, PerturbFn] = {
         "FMN": partial(attack.fmn, norm=norm, steps=(budget - 45) // 2),
         "FAB": partial(attack.fab, norm=norm, steps=budget // 18 - 1),
-        "APGD": partial(attack.apgd, norm=norm, eps=None, steps=(budget - 184) // 40),
+        "APGD": partial(attack.apgd, norm=norm, steps=(budget - 184) // 40),
         "APGD-T": partial(
-            attack.apgd_multitargeted, norm=norm, eps=None, n_targets=targets, order="distance",
+            attack.apgd_multitargeted, norm=norm, n_targets=targets, order="distance",
             steps=(budget - 204) // (40 * targets) - 1,
         ),
     }  # fmt: skip
@@ -101,26 +99,14 @@ def ours(norm: Norm, budget: int) -> Mapping[str, PerturbFn]:
 
 def optimality(sizes: NDArray[np.float64], best: NDArray[np.float64]) -> float:
     """Return AttackBench's local optimality of sizes `[n]`, given the envelope's `[n]`."""
-    largest = best.max()
+    largest = best[np.isfinite(best)].max()
 
     def area(sizes: NDArray[np.float64]) -> float:
         at, counts = np.unique(sizes, return_counts=True)
         return float(np.trapezoid(1 - np.cumsum(counts) / len(sizes), at))
 
-    least, clean = area(best), np.count_nonzero(best) / len(best)
+    least, clean = area(np.minimum(best, largest)), np.count_nonzero(best) / len(best)
     return 1 - (area(np.minimum(sizes, largest)) - least) / (clean * largest - least)
-
-
-def load(net: str, settings: Settings) -> Problem:
-    """Return a net on record and its test images."""
-    weights = str(settings.folder / net / "params.safetensors")
-    if not net.startswith("cifar10"):
-        return problems.load(problems.Settings(net=weights, n=settings.n))
-    images = str(settings.image_folder or "cifar10")
-    taken = problems.Settings(
-        net=weights, data=images, subtract=117, divide=256, crop=28, n=settings.n
-    )
-    return problems.load(taken)
 
 
 def by_ours(
@@ -162,7 +148,7 @@ def run(settings: Settings, console: Console) -> list[OptimalityRow]:
         pytorch.need("torch", "adv_lib", "foolbox")
     settings.out.mkdir(parents=True, exist_ok=True)
     for net in settings.nets:
-        problem = load(net, settings)
+        problem = problems.on_record(net, settings.folder, settings.n, settings.image_folder)
         for norm, budget in itertools.product(settings.norms, settings.budgets):
             jobs: dict[tuple[str, str], Any] = {}
             if "jaxadv" in settings.libraries:
@@ -198,14 +184,17 @@ def run(settings: Settings, console: Console) -> list[OptimalityRow]:
 def _path(
     settings: Settings, net: str, norm: str, library: str, name: str, budget: int
 ) -> Path:  # fmt: skip
-    return settings.out / "sizes" / f"{net.replace('/', '-')}-{norm}" / (
-        f"{library} {name} {budget}.npz"
-    )  # fmt: skip
+    return _sizes(settings, net, norm) / f"{library} {name} {budget}.npz"
+
+
+def _sizes(settings: Settings, net: str, norm: str) -> Path:
+    name = f"{net.replace('/', '-')}-{norm}-{settings.n}-{settings.seed}"
+    return settings.out / "sizes" / name
 
 
 def _rows(settings: Settings, net: str, norm: str) -> list[OptimalityRow]:
-    folder = settings.out / "sizes" / f"{net.replace('/', '-')}-{norm}"
-    runs = {path.stem: dict(np.load(path)) for path in sorted(folder.glob("*[0-9].npz"))}
+    paths = sorted(_sizes(settings, net, norm).glob("*[0-9].npz"))
+    runs = {path.stem: dict(np.load(path)) for path in paths}
     if not runs:
         return []
     best = np.min([found["size"] for found in runs.values()], axis=0)

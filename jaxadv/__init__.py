@@ -17,8 +17,7 @@ Everything is a function of your own `apply_fn(params, x) -> logits` and `params
 `attack` the iterated ones; `objectives` and `train` make a jitted min-max step of one of them and
 an optax optimiser; `evaluate` scores a net under attack. Below them: `problem`, what every
 attack is written with, `losses`, `norms` and `jacobian`. `nets` adapts random nets and nets of one
-logit. `logistic` is the paper's Appendix A.
-`types` names the signatures.
+logit. `logistic` is the paper's Appendix A. `types` names the signatures.
 """
 
 from jaxadv import (

@@ -220,8 +220,8 @@ def logits_of(logits: Any, n: int) -> jax.Array:
         )
     if logits.shape[1] < 2:
         raise ValueError(
-            f"expected logits of at least 2 classes, got shape {logits.shape}; a single logit s "
-            "becomes two classes by jnp.concatenate([jnp.zeros_like(s), s], axis=-1)"
+            f"expected logits of at least 2 classes, got shape {logits.shape}; a binary "
+            "net of one logit becomes one of two by jaxadv.nets.two_logits(apply_fn)"
         )
     return jnp.asarray(logits)
 

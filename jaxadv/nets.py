@@ -64,8 +64,8 @@ def mean_of_draws(apply_fn: StochasticFn, key: jax.Array, draws: int = 100) -> A
 
     .. math:: z = \log \frac{1}{n} \sum_{i=1}^{n} \mathrm{softmax}(f(x, \mathrm{key}_i))
 
-    Accuracy is measured on it, while attacks average over draws of their own. Every example is
-    given the same draws, alone, so that the answer doesn't depend on its batch.
+    Accuracy is measured on it, while attacks average over draws of their own. Each example goes
+    through the net by itself, with the same keys, so its logits don't depend on the batch.
 
     Args:
       apply_fn: `(params, x, key) -> logits`, `[B, ...]` to `[B, K]`.
@@ -92,7 +92,7 @@ def mean_of_draws(apply_fn: StochasticFn, key: jax.Array, draws: int = 100) -> A
       Athalye et al., "Synthesizing Robust Adversarial Examples", 2018.
     """
     inputs.at_least(1, "draws", draws, "100 is the usual number")
-    (key,) = inputs.keys(key, 1, "a random net")
+    inputs.one_key(key)
     keys = jax.random.split(key, draws)
 
     def mean(params: Params, x: jax.Array) -> jax.Array:

@@ -157,15 +157,57 @@ OTHERS = {
     "attacks": {"attacks": {**ATTACKS, "weak": functools.partial(attack.pgd, steps=3)}},
     "key": {"seed": 3},
     "source": {"source": (net, problem()[0])},
+    "kind": {},
     "logits of the first examples": {"apply_fn": lambda params, x: net(params, x) + 0.1 * x[:, :4]},
 }
 
 
 @pytest.mark.parametrize("field", OTHERS)
 def test_a_store_of_another_evaluation_is_refused(field, tmp_path):
-    ensemble(store=tmp_path)
+    if field == "kind":
+        distances(store=tmp_path)
+    else:
+        ensemble(store=tmp_path)
     with pytest.raises(ValueError, match=rf"same evaluation as in store=.*, got other .*{field}"):
         ensemble(store=tmp_path, **OTHERS[field])
+
+
+def shift(size):
+    """An attack of one's own that is told from others of the same name by what it captured."""
+
+    def method(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.zeros_like(x).at[:, 0].set(size)
+
+    return method
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"b": shift(0.2), "a": shift(0.1)},  # in another order
+        {"a": shift(0.1), "b": shift(0.3)},
+        {"a": shift(0.1), "b": functools.partial(attack.pgd, steps=2)},
+    ],
+)
+def test_a_store_tells_attacks_of_ones_own_apart(others, tmp_path):
+    ensemble(attacks={"a": shift(0.1), "b": shift(0.2)}, store=tmp_path)
+    ensemble(attacks={"a": shift(0.1), "b": shift(0.2)}, store=tmp_path, progress=pytest.fail)
+    with pytest.raises(ValueError, match="got other attacks; choose"):
+        ensemble(attacks=others, store=tmp_path)
+
+
+def test_a_store_tells_sources_without_parameters_apart(tmp_path):
+    ensemble(store=tmp_path, source=(lambda params, x: x[:, :4], None))
+    with pytest.raises(ValueError, match="got other source"):
+        ensemble(store=tmp_path, source=(lambda params, x: 2 * x[:, :4], None))
+
+
+def test_what_is_refused_leaves_no_store(tmp_path):
+    store = tmp_path / "store"
+    for wrong in ({"eps": -1.0}, {"attacks": {"a": functools.partial(attack.pgd, steps=-1)}}):
+        with pytest.raises(ValueError, match="expected"):
+            ensemble(store=store, **wrong)
+    assert not store.exists()
 
 
 @pytest.mark.parametrize("package", ["jax", "jaxadv"])
@@ -278,7 +320,7 @@ def test_an_audit_runs_autoattack_on_a_share_of_the_examples(tmp_path):
     weak = {"weak": functools.partial(attack.pgd, steps=1)}
     found = ensemble(attacks=weak, eps=0.6, audit=0.25, store=tmp_path)
     audit = found.audit
-    assert audit.rows.tolist() == [0, 4, 8, 12, 16, 20]
+    assert audit.rows.tolist() == [0, 3, 7, 11, 15, 19]
     params, x, y = problem()
     alone = ensemble(attacks=None, eps=0.6, of=(params, x[audit.rows], y[audit.rows]))
     assert audit.robust.shape == alone.outcome.robust.shape
@@ -307,3 +349,22 @@ def test_the_interval_of_a_difference_is_agresti_and_min_s():
 def test_an_audit_is_a_share(audit):
     with pytest.raises(ValueError, match=r"expected audit in 0\.\.1, got"):
         ensemble(audit=audit)
+
+
+@pytest.mark.parametrize("audit", [0.13, 0.99, 1.0])
+def test_an_audit_takes_no_row_twice_and_none_that_is_not_there(audit):
+    params, x, y = problem()
+    many = params, np.resize(x, (100, D)), np.resize(y, 100)
+    rows = ensemble(attacks={"a": shift(0.0)}, of=many, audit=audit, eps=1e-6).audit.rows
+    assert len(rows) == len(set(rows)) == round(100 * audit)
+    assert rows.max() < 100
+
+
+def test_what_an_audit_can_not_do_is_said_before_anything_runs():
+    with pytest.raises(TypeError, match="expected eps to be a number"):
+        ensemble(attacks={"fmn": attack.fmn}, eps=None, audit=0.5, progress=pytest.fail)
+
+
+def test_progress_is_a_function():
+    with pytest.raises(TypeError, match="expected progress to be a function, got int"):
+        ensemble(progress=3)

@@ -292,6 +292,19 @@ def test_near_the_boundary_is_where_little_is_left_of_the_lead():
     }
 
 
+def test_a_tie_is_near_the_boundary():
+    x = np.array([[1.0, 1.0], [1.0, 0.0]], np.float32)  # y wins a tie of the lower index
+
+    def nothing(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.zeros_like(x)
+
+    near = functools.partial(evaluate.NearBoundary(nothing, 0.1))
+    attacks = {"first": nothing, "near": near}
+    y = np.zeros(2, int)
+    stages = evaluate.attack_and_score(lambda _, x: x, None, x, y, attacks, eps=1.0).stages
+    assert stages["near"].tried.tolist() == [True, False]
+
+
 def test_near_the_boundary_an_attack_is_itself():
     near = evaluate.NearBoundary(functools.partial(attack.pgd, norm="linf", steps=3), 0.1)
     w, x, y = mostly_right(7)

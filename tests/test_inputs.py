@@ -67,7 +67,7 @@ WRONG = [
     (lambda: inputs.logits_of(Z[:, 0], B), ValueError, "of shape [4, K]", "(4,)", ONE_ROW),
     (lambda: inputs.logits_of(Z[:, None], B), ValueError, "of shape [4, K]", "(4, 1, 3)", ONE_ROW),
     (lambda: inputs.logits_of(Z[:2], B), ValueError, "of shape [4, K]", "(2, 3)", ONE_ROW),
-    (lambda: inputs.logits_of(Z[:, :1], B), ValueError, "at least 2 cl", "(4, 1)", "concatenate"),
+    (lambda: inputs.logits_of(Z[:, :1], B), ValueError, "at least 2 cl", "(4, 1)", "two_logits"),
     (lambda: inputs.losses_of(Z, B), ValueError, "one loss per example, [4]", "(4, 3)", "leave"),
     (eps_of(-0.5), ValueError, "a finite eps >= 0", "-0.5", "eps is a size"),
     (eps_of(-1), ValueError, "a finite eps >= 0", "-1", "eps is a size"),

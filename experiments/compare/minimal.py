@@ -28,13 +28,13 @@ class Found(NamedTuple):
 
     Attributes:
       size: `[n]`, inf where none was found within the budget.
-      forward: forward passes for each image.
-      backward: backward passes for each image.
+      forward: forward passes for each image, on average.
+      backward: backward passes for each image, on average.
     """
 
     size: NDArray[np.float64]
-    forward: int
-    backward: int
+    forward: float
+    backward: float
 
 
 def run(
@@ -68,29 +68,32 @@ def run(
     class Watched(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.forwards = self.backwards = 0
+            self.forwards = torch.zeros(len(x), dtype=torch.int64)
+            self.backwards = torch.zeros(len(x), dtype=torch.int64)
             self.least = torch.full((len(x),), float("inf"), dtype=torch.float64)
 
         def forward(self, points: Any) -> Any:
             logits = inner(points + low)
-            if self.forwards + self.backwards >= budget:
-                return logits * 0
-            self.forwards += 1
+            with torch.no_grad():
+                which = torch.arange(len(clean))
+                if len(points) != len(clean):  # of some images only: those that are nearest
+                    which = torch.cdist(points.flatten(1), clean.flatten(1)).argmin(1)
+                paid = (self.forwards + self.backwards)[which] < budget
+                self.forwards.index_add_(0, which, paid.long())
+                size = (points - clean[which]).flatten(1).double().norm(p=ORDER[norm], dim=1)
+                size[~paid | (logits.argmax(1) == labels[which])] = float("inf")
+                self.least.index_reduce_(0, which, size, "amin")
             if logits.requires_grad:
-                logits.register_hook(self.count)
-            if len(points) == len(clean):
-                with torch.no_grad():
-                    size = (points - clean).flatten(1).double().norm(p=ORDER[norm], dim=1)
-                    hit = (logits.argmax(1) != labels) & (size < self.least)
-                    self.least[hit] = size[hit]
-            return logits
+                logits.register_hook(lambda _: self.count(which, paid))
+            return torch.where(paid[:, None], logits, logits * 0)
 
-        def count(self, _: Any) -> None:
-            self.backwards += 1
+        def count(self, which: Any, paid: Any) -> None:
+            self.backwards.index_add_(0, which, paid.long())
 
     net = Watched()
     attack(net, clean.clone(), labels)
-    return Found(net.least.numpy(), net.forwards, net.backwards)
+    forward, backward = (float(n.double().mean()) for n in (net.forwards, net.backwards))
+    return Found(net.least.numpy(), forward, backward)
 
 
 def attacks(norm: str, budget: int) -> dict[tuple[str, str], Callable[[Any, Any, Any], Any]]:

@@ -179,6 +179,22 @@ def load(settings: Settings) -> Problem:
     return Problem(apply_fn, params, x, y, bounds, identity)
 
 
+def on_record(net: str, folder: Path, n: int, image_folder: Path | None) -> Problem:
+    """Return a net on record, RECORD/METHOD, and its first n test images.
+
+    Args:
+      net: e.g. `mnist_mlp/lwa`.
+      folder: where the records are.
+      n: how many images.
+      image_folder: where CIFAR-10's are, for its nets; None to download it.
+    """
+    weights = str(folder / net / "params.safetensors")
+    if not net.startswith("cifar10"):
+        return load(Settings(net=weights, n=n))
+    images = str(image_folder or "cifar10")
+    return load(Settings(net=weights, data=images, subtract=117, divide=256, crop=28, n=n))
+
+
 def _interface(
     settings: Settings, said: data.Interface | None, images: data.Dataset
 ) -> data.Interface:

@@ -160,9 +160,9 @@ def apgd_multitargeted(
 
     .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
 
-    for t the most promising class, the next, and so on. Examples that have been fooled are skipped.
-    (`losses.targeted_dlr` says what it is with two or three classes.) With `eps=None` for the least
-    r, by the search of `apgd`: 20 balls, in each the targets in turn until one succeeds.
+    for t the first class of the order, the next, and so on. Examples that have been fooled are
+    skipped. (`losses.targeted_dlr` says what it is with two or three classes.) With `eps=None` for
+    the least r, by the search of `apgd`: 20 balls, in each the targets in turn until one succeeds.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
@@ -174,11 +174,11 @@ def apgd_multitargeted(
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
       steps: number of steps for each target in each ball, at least 1.
       n_targets: how many targets, at least 1; K - 1 where that is less.
-      order: which classes are the most promising: `"logit"`, those of largest logit at x, as
-        published; `"distance"`, those whose boundary is nearest in the linearised net, as MALT has
-        it (mesoscopic almost linearity targeting); or `"alpha"`, those nearest by Adv_Alpha's
-        measure, in which the softmax is linearised. The latter take a backward pass for each wrong
-        class (at most 100, those of largest logit).
+      order: which targets come first: `"logit"`, the largest logits at x (published);
+        `"distance"`, the nearest linearised boundaries, entries blocked by the box left out (MALT);
+        `"alpha"`, the same with the softmax linearised, ignoring the box. The last two cost a
+        forward pass and a backward pass for each ranked class: the 100 of largest logit, or
+        `n_targets` if that is more.
       key: one key, or one per example, `[B]`.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
@@ -245,7 +245,7 @@ def _run(problem: Problem, *, steps: int, restarts: int) -> Answer:
 def _run_targets(problem: Problem, *, steps: int, n_targets: int, order: str) -> Answer:
     problem = problem.start()
     n_targets = min(n_targets, problem.logits.shape[1] - 1)
-    targets = _by_logit(problem, n_targets if order == "logit" else _RANKED)
+    targets = _by_logit(problem, n_targets if order == "logit" else max(n_targets, _RANKED))
     forward: jax.Array | int = 1
     backward: jax.Array | int = 0
     if order != "logit":

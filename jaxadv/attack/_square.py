@@ -227,8 +227,8 @@ def square(
 
     An example's search ends when it is fooled, and the whole search with the last of them. One that
     is misclassified from the start has r = 0. More steps with the same key never do worse. With
-    `patience` it ends as well where it has stopped gaining: at the pace of its last queries, those
-    that are left wouldn't fool it.
+    `patience` it also ends when its recent rate of progress is too low to succeed in the remaining
+    queries. This is a heuristic, and costs some successes.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
@@ -239,7 +239,8 @@ def square(
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
       steps: number of queries, at least 1, beyond those of x and of the start.
       p_init: the first windows' share of the image, in (0, 1].
-      patience: after how many queries an example's pace is taken, each time; None to search on.
+      patience: check each example every `patience` queries, and stop it if, at its loss's rate
+        since the last check, the remaining queries wouldn't reach success; None: never.
       targeted: y are the classes to reach instead of those to leave.
       key: one key, or one per example, `[B]`.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
@@ -324,7 +325,7 @@ def _run(problem: Problem, *, steps: int, p_init: float, patience: int | None) -
         due = i % patience == patience - 1
         reach = loss + (loss - walk.before) / patience * (steps - 1 - i)
         return walk._replace(
-            hopeless=walk.hopeless | (due & (reach < 0)),
+            hopeless=walk.hopeless | (due & (reach < goal)),
             before=jnp.where(due, loss, walk.before),
         )
 
@@ -334,6 +335,8 @@ def _run(problem: Problem, *, steps: int, p_init: float, patience: int | None) -
         walk = query(walk, lax.switch(halved, moves, walk.best.r.astype(eps.dtype), u, eps))
         return walk if patience is None else give_up(i, walk, patience)
 
+    # The targeted loss may be as low as this where the target has the largest logit.
+    goal = -math.log(problem.logits.shape[1] - 1) if problem.targeted else 0
     finite = inputs.finite(problem.x, problem.logits, eps)
     over = problem.succeeds(problem.logits) | ~problem.attackable | ~finite | (eps == 0)
     none = Best.empty(x)._replace(success=over)  # where r stays 0

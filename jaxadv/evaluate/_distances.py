@@ -138,7 +138,7 @@ def distances(
       batch_size: number of examples per batch.
       store: a folder, new or of an earlier call, in which the results of each batch are kept. The
         same call takes up where the earlier one was interrupted, whatever the batch size.
-      progress: called after each batch. (How many examples were fooled isn't known yet: 0.)
+      progress: called after each batch, e.g. `print`.
 
     Returns:
       `Distances`.
@@ -176,7 +176,7 @@ def distances(
     bounds = host.checked(bounds, x)
     kept = None
     if store is not None:
-        others = {"y": y, "norm": norm, "key": key, "bounds": bounds}
+        others = {"y": y, "norm": norm, "key": key, "bounds": bounds, "kind": "distances"}
         kept = _batches.opened(store, apply_fn, params, x, attacks, **others)
     keys = host.per_example(x, None, key)[1]
     scored = partial(score, apply_fn, params, x, y, norm=norm, batch_size=batch_size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,10 +55,11 @@ class Stage(NamedTuple):
       tried: which examples it was run on, bool `[n]`.
       fooled: which of them it made the net misclassify, bool `[n]`.
       seconds: time taken, including compilation.
-      passes: what each example has cost, integers `[n]`, the check of its r included; 0 where it
-        wasn't tried. None for an attack that doesn't count (`attack.reports`).
-      executed: what the machine has done, in passes of one example: in a batch each example costs
-        as much as the one that takes longest, and so do those that fill it up. None as passes.
+      passes: passes spent on each example, integers `[n]`, with one forward pass to check r; 0
+        where it wasn't tried. None for an attack that doesn't count (`attack.reports`).
+      executed: passes of one example that the machine has made, padding included; at least so many
+        for attacks with several loops of unknown length (those of minimal norm). None where
+        `passes` is.
     """
 
     tried: NDArray[np.bool_]
@@ -73,7 +75,7 @@ class Audit(NamedTuple):
     Attributes:
       rows: the examples, evenly spaced indices, `[m]`.
       robust: which of them AutoAttack left robust, bool `[m]`.
-      difference: the accuracy on them under the attacks that were run, less that under AutoAttack.
+      difference: robust accuracy on `rows` under the given attacks minus that under AutoAttack.
       interval: the 95% confidence interval of the difference (Agresti and Min, 2005).
       result: AutoAttack's own.
     """
@@ -167,7 +169,8 @@ def fast_autoattack(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
     `attack_and_score(..., fast_autoattack("l2"), audit=0.05)` runs AutoAttack as well on a share of
     the examples.
 
-    The numbers were chosen on training images of the MLPs and LeNets on record.
+    The numbers were chosen in l2 and linf, on training images of five nets on record; in l1 they
+    are the same, and untested.
 
     Args:
       norm: `"l1"`, `"l2"` or `"linf"`.
@@ -208,22 +211,23 @@ def _fast_autoattack(norm: Norm) -> Mapping[str, PerturbFn]:
         "fab-t9-60": NearBoundary(partial(fab, steps=60), within=0.05),
         "apgd-ce-100": NearBoundary(partial(ascend, steps=100), within=0.07),
         "apgd-t9-60": NearBoundary(partial(targeted, steps=60), within=0.03),
-        "square": partial(attack.square, norm=norm, steps=1000, patience=20),
+        "square": partial(attack.square, norm=norm, steps=1000, patience=100),
     }
     return MappingProxyType(attacks)
 
 
 @dataclass(frozen=True)
 class NearBoundary:
-    """An attack that an ensemble runs only on the examples that are nearly misclassified.
+    """An attack that an ensemble runs only on examples near the decision boundary.
 
-    These are the ones of whose lead over the top wrong class the attacks before it have left a
-    small share. On them alone an expensive attack is cheap, and elsewhere it finds next to nothing.
-    By itself it is the attack that it is made of.
+    These are the ones whose true class has kept at most a share `within` of its lead over the top
+    wrong class, under the attacks before. There an expensive attack pays off; elsewhere it finds
+    almost nothing. As the first attack it runs on nothing, unless `within` is 1. Called by itself,
+    it is `method`.
 
     Attributes:
       method: the attack.
-      within: the largest share of the lead that is left, in (0, 1].
+      within: the largest share of the lead, in (0, 1].
 
     Example:
       >>> from jaxadv import attack, evaluate
@@ -306,10 +310,12 @@ def attack_and_score(
       batch_size: number of examples per batch; the result depends on it by rounding only. The
         examples for each of several attacks are split into batches of this size, an eighth and a
         64th of it, so that an attack compiles at most three times.
-      audit: the share of the examples on which AutoAttack is run as well, in 0..1, and the
-        difference reported (`Result.audit`): for cheaper attacks than AutoAttack. 0 for none.
+      audit: share of the examples, 0 to 1, on which AutoAttack runs too; `Result.audit` has the
+        difference. For ensembles cheaper than AutoAttack; it needs `eps` and a key, and a source
+        that draws no random numbers. 0: none.
       store: a folder, new or of an earlier call, in which the results of each batch are kept. The
-        same call takes up where the earlier one was interrupted, whatever the batch size.
+        same call takes up where the earlier one was interrupted, whatever the batch size. With
+        several processes, a folder that all of them see.
       progress: called after each batch, e.g. `lambda at: print(at.attack, at.done, "of", at.of)`.
 
     Returns:
@@ -350,13 +356,18 @@ def attack_and_score(
         made_on = _Net(closures.keyed(source_fn, source_params, shape), source_params)
     bounds = host.checked(bounds, x)
     named = attacks if isinstance(attacks, Mapping) else {"": attacks}
+    examples = (x, y, *host.per_example(x, eps, key))
+    # Raise the errors of all before any of them runs.
+    some = host.spread(x).take(examples, np.arange(len(y))[: shape.shape[0]])
+    several = attacks.values() if isinstance(attacks, Mapping) else ()
+    for method in (*several, *(autoattack(norm).values() if audit else ())):
+        jax.eval_shape(partial(_attack, net, made_on, bounds, method=method), *some)
     kept = None
     if store is not None:
         kept = _batches.opened(
             store, net.apply_fn, params, x, named, y=y, eps=eps, norm=norm, key=key, bounds=bounds,
-            source=None if source is None else source[1],
+            source=None if source is None else _identity(*source, shape), kind="attack_and_score",
         )  # fmt: skip
-    examples = (x, y, *host.per_example(x, eps, key))
     scored = partial(score, net.apply_fn, params, x, y, norm=norm, batch_size=batch_size)
     run = partial(_batches.in_batches, store=kept, progress=progress)
     stages: dict[str, Stage] = {}
@@ -380,14 +391,15 @@ def attack_and_score(
     _budget.keep(
         np.where(broken.reshape(-1, *(1,) * (r.ndim - 1)), 0, r),
         np.where(broken, 0, outcome.norm),
-        x, eps=np.inf if eps is None else eps, norm=norm, bounds=bounds, name_of=name_of,
+        x, eps=np.inf if eps is None else host.fetch(eps), norm=norm, bounds=bounds,
+        name_of=name_of,
     )  # fmt: skip
     result = Result(outcome, r, stages)
     if not audit or not len(y):
         return result
     on = host.spread(x)
-    rows = np.arange(0, len(y), 1 / audit).astype(int)
-    rows = rows[: max(len(rows) // on.devices, 1) * on.devices]
+    m = on.multiple(math.ceil(audit * len(y)))
+    rows = np.arange(m) * len(y) // m
     x, y, eps, key = on.take(examples, rows)
     standard = attack_and_score(
         apply_fn, params, x, y, eps=eps, norm=norm, key=key, bounds=bounds, source=source,
@@ -395,6 +407,12 @@ def attack_and_score(
         progress=progress,
     )  # fmt: skip
     return result._replace(audit=_compared(outcome.robust[rows], standard, rows))
+
+
+def _identity(apply_fn: ApplyFn, params: Params, shape: jax.ShapeDtypeStruct) -> Any:
+    """Return what tells a source from others, whatever the batch size."""
+    one = jax.ShapeDtypeStruct((1, *shape.shape[1:]), shape.dtype)
+    return params, getattr(closures.keyed(apply_fn, params, one), "digest", "")
 
 
 def _compared(robust: NDArray[np.bool_], standard: Result, rows: NDArray[np.intp]) -> Audit:
@@ -475,6 +493,13 @@ def _look(net: _Net, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return ~inputs.is_correct(logits, x, y), losses.logit_margin(logits, y)
 
 
+def _within(method: Any) -> float:
+    """Return how much of the lead may be left where an attack is run."""
+    while isinstance(method, partial):
+        method = method.func
+    return method.within if isinstance(method, NearBoundary) else math.inf
+
+
 def _in_turn(
     run: Callable[..., Ran],
     batch_of: Callable[..., Attacked],
@@ -492,7 +517,7 @@ def _in_turn(
       attacks: by name, in order.
       examples: x, y, sizes and keys.
       clean: which examples are classified correctly, bool `[n]`.
-      lead: the top wrong class's lead at x, `[n]`, below 0 where the example is.
+      lead: the top wrong class's lead over the label at x, `[n]`; at most 0 for the clean examples.
       batch_size: number of examples in the largest batches.
 
     Returns:
@@ -503,13 +528,9 @@ def _in_turn(
     left = np.ones(len(y))  # the least share of its lead that an attack has left to y
     whole = max(1, min(batch_size, len(y)))
     sizes = [max(1, whole // part) for part in (1, 8, 64)]
-    on = host.spread(x)
-    some = on.take(examples, np.arange(len(y))[: on.multiple(whole)])
-    for method in attacks.values():  # raise the errors of all before any of them runs
-        jax.eval_shape(partial(batch_of, method=method), *some)
     stages = {}
     for number, (name, method) in enumerate(attacks.items()):
-        tried = robust & (left <= getattr(method, "within", np.inf))
+        tried = robust & (left <= _within(method))
         _log.info("%s on %d of %d examples", name, tried.sum(), len(y))
         own = None if keys is None else _fold(keys, number)
         rows = np.flatnonzero(tried)
@@ -518,7 +539,8 @@ def _in_turn(
         hit = rows[ran.fooled]
         worst[hit] = ran.r[ran.fooled]
         robust[hit] = False
-        left[rows] = np.minimum(left[rows], ran.lead / lead[rows])
+        own = lead[rows]  # 0 on a tie
+        left[rows] = np.minimum(left[rows], ran.lead / np.where(own < 0, own, 1))
         passes = None
         if ran.passes is not None:
             passes = Passes(*np.zeros((2, len(y)), int))
