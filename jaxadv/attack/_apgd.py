@@ -30,7 +30,7 @@ from jax import lax
 from jaxadv import _cpu, boxes, inputs, jacobian, losses, norms
 from jaxadv.attack._deepfool import class_distances
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.attack._nearest import Nearest
+from jaxadv.attack._closest import Closest
 from jaxadv.problem import (
     Best,
     Problem,
@@ -301,7 +301,7 @@ def _by_distance(problem: Problem, classes: jax.Array, order: str) -> jax.Array:
 
 
 class _Searched(NamedTuple):
-    nearest: Nearest
+    closest: Closest
     eps: jax.Array  # [B], of the next ball
     low: jax.Array  # [B], of the largest ball in which nothing was found
     runs: jax.Array  # [B], how many runs were made
@@ -337,25 +337,25 @@ def _search(
         best, runs = in_ball(replace(problem, eps=state.eps), i)
         hit = misleads(best.r)
         r, tries = bisect_to_boundary(misleads, best.r, hit)
-        nearest = state.nearest.with_point(r, norms.norm(r, norm), best.success, hit)
-        size = nearest.clearly.size
+        closest = state.closest.with_point(r, norms.norm(r, norm), best.success, hit)
+        size = closest.clearly.size
         # What succeeds within a ball shows that an earlier failure there was wrong.
         low = jnp.where(hit, jnp.minimum(state.low, _REFUTED * size), state.eps)
         wider = jnp.minimum(2 * state.eps, largest)
         eps = jnp.where(jnp.isfinite(size), (low + size) / 2, wider)
-        return _Searched(nearest, eps, low, state.runs + runs, state.tries + tries + 1)
+        return _Searched(closest, eps, low, state.runs + runs, state.tries + tries + 1)
 
-    nearest = Nearest.at_x(judge, clear)
+    closest = Closest.at_x(judge, clear)
     _, loss, g = judge.gradient(jnp.zeros_like(x))
     slope = norms.norm(g, norms.dual(norm))
     flat = ~((slope > 0) & jnp.isfinite(slope))
     # At first the distance to the boundary of the linearised net.
     eps = jnp.minimum(jnp.where(flat, 1, jnp.abs(loss) / jnp.where(flat, 1, slope)), largest)
-    eps = jnp.where(nearest.clearly.found, 0, eps)  # x is misclassified
+    eps = jnp.where(closest.clearly.found, 0, eps)  # x is misclassified
     none = jnp.zeros(x.shape[0], jnp.int32)
-    state = _Searched(nearest, eps, jnp.zeros_like(eps), none, none)
+    state = _Searched(closest, eps, jnp.zeros_like(eps), none, none)
     state = iterate(narrow, state, _ROUNDS)
-    return state.nearest.r, state.runs, state.tries + 3
+    return state.closest.r, state.runs, state.tries + 3
 
 
 # The radius of the ball, in eps, and the share of the steps that are made in it.

@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxadv import inputs, losses, norms
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.attack._nearest import Nearest
+from jaxadv.attack._closest import Closest
 from jaxadv.boxes import box_limits
 from jaxadv.problem import Problem, beyond_rounding, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Params
@@ -31,7 +31,7 @@ _LAST = 0.01  # the length of the last step, relative to the first
 class _State(NamedTuple):
     r: jax.Array
     size: jax.Array  # that r was rescaled to, before the box
-    nearest: Nearest
+    closest: Closest
 
 
 @reports
@@ -122,8 +122,8 @@ def _run(problem: Problem, gamma: float, step_size: float, *, steps: int) -> Ans
     problem = problem.start()
     x = problem.x
     clear = beyond_rounding(problem)
-    nearest = Nearest.at_x(problem, clear)
-    dtype = nearest.clearly.size.dtype
+    closest = Closest.at_x(problem, clear)
+    dtype = closest.clearly.size.dtype
     largest = jnp.full(x.shape[0], jnp.inf, dtype)
     if problem.bounds is not None:  # a corner of the box
         lower, upper = box_limits(x, problem.bounds)
@@ -132,16 +132,16 @@ def _run(problem: Problem, gamma: float, step_size: float, *, steps: int) -> Ans
     def step(i: jax.Array, state: _State) -> _State:
         success, loss, g = problem.gradient(state.r)
         clearly = clear(success, loss)
-        nearest = state.nearest.with_point(state.r, norms.norm(state.r, "l2"), success, clearly)
+        closest = state.closest.with_point(state.r, norms.norm(state.r, "l2"), success, clearly)
         anneal = (1 + jnp.cos(jnp.pi * i.astype(dtype) / steps)) / 2
         length = step_size * (_LAST + (1 - _LAST) * anneal)
         size = jnp.minimum(state.size * jnp.where(clearly, 1 - gamma, 1 + gamma), largest)
         turned = state.r.astype(dtype) + length * norms.steepest(g, "l2")
-        return _State(problem.clip_to_box(norms.rescale(turned, size, "l2")), size, nearest)
+        return _State(problem.clip_to_box(norms.rescale(turned, size, "l2")), size, closest)
 
     first = jnp.full(x.shape[0], step_size, dtype)
-    r, _, nearest = iterate(step, _State(jnp.zeros_like(x), first, nearest), steps)
+    r, _, closest = iterate(step, _State(jnp.zeros_like(x), first, closest), steps)
     success, loss = problem.value(r)
-    nearest = nearest.with_point(r, norms.norm(r, "l2"), success, clear(success, loss))
-    r, tries = nearest.shortened(problem, clear)
+    closest = closest.with_point(r, norms.norm(r, "l2"), success, clear(success, loss))
+    r, tries = closest.shortened(problem, clear)
     return problem.answer(r), steps + 4 + tries, jnp.full_like(tries, steps)

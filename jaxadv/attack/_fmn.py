@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxadv import inputs, norms
 from jaxadv.attack._deepfool import boundary_step
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.attack._nearest import Nearest
+from jaxadv.attack._closest import Closest
 from jaxadv.problem import Problem, beyond_rounding, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
@@ -42,7 +42,7 @@ _PATIENCE = 10  # steps that a slow start may take where gradients do not mislea
 class _State(NamedTuple):
     r: jax.Array
     radius: jax.Array
-    nearest: Nearest
+    closest: Closest
 
 
 @reports
@@ -122,12 +122,12 @@ def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
     x, norm = problem.x, problem.norm
     clear = beyond_rounding(problem)
 
-    def kept(nearest: Nearest, r: jax.Array, success: jax.Array, loss: jax.Array) -> Nearest:
-        return nearest.with_point(r, norms.norm(r, norm), success, clear(success, loss))
+    def kept(closest: Closest, r: jax.Array, success: jax.Array, loss: jax.Array) -> Closest:
+        return closest.with_point(r, norms.norm(r, norm), success, clear(success, loss))
 
     def step(i: jax.Array, state: _State) -> _State:
         success, loss, g = problem.gradient(state.r)
-        nearest = kept(state.nearest, state.r, success, loss)
+        closest = kept(state.closest, state.r, success, loss)
         success = clear(success, loss)
         anneal = (1 + jnp.cos(jnp.pi * i.astype(g.dtype) / steps)) / 2
         change, length = (end + (start - end) * anneal for start, end in (_CHANGE, _STEP))
@@ -139,25 +139,25 @@ def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
         # the box can keep a step from gaining what the slope promises.
         away = norms.norm(state.r, norm) + jnp.abs(loss) / jnp.where(flat, 1, slope)
         away = jnp.maximum(away, state.radius)
-        outward = jnp.where(nearest.clearly.found, state.radius, away) * (1 + change)
-        inward = jnp.minimum(state.radius * (1 - change), nearest.clearly.size)
+        outward = jnp.where(closest.clearly.found, state.radius, away) * (1 + change)
+        inward = jnp.minimum(state.radius * (1 - change), closest.clearly.size)
         radius = jnp.where(success, inward, outward)
         moved = state.r.astype(g.dtype) + step_size * length * norms.steepest(g, "l2")
         r = replace(problem, eps=radius).project(moved)
-        leaps = ~nearest.clearly.found & (i >= max(steps // 10, _PATIENCE))
+        leaps = ~closest.clearly.found & (i >= max(steps // 10, _PATIENCE))
         leap = jnp.minimum(radius, 2 * norms.norm(moved, norm))  # an infinite one leads nowhere
         surface = problem.clip_to_box(norms.rescale(moved, leap, norm))
         r = jnp.where(leaps[:, None], surface, r)
-        return _State(r, radius, nearest)
+        return _State(r, radius, closest)
 
-    zero, nearest = jnp.zeros_like(x), Nearest.at_x(problem, clear)
-    state = _State(zero, jnp.zeros_like(nearest.clearly.size), nearest)
-    r, _, nearest = iterate(step, state, steps)
-    nearest = kept(nearest, r, *problem.value(r))
+    zero, closest = jnp.zeros_like(x), Closest.at_x(problem, clear)
+    state = _State(zero, jnp.zeros_like(closest.clearly.size), closest)
+    r, _, closest = iterate(step, state, steps)
+    closest = kept(closest, r, *problem.value(r))
     if not problem.targeted:  # a less likely class may be nearer
         r = problem.clip_to_box(_PAST * boundary_step(problem, zero, _CLASSES))
-        nearest = kept(nearest, r, *problem.value(r))
-    r, tries = nearest.shortened(problem, clear)
+        closest = kept(closest, r, *problem.value(r))
+    r, tries = closest.shortened(problem, clear)
     n_tried = 0 if problem.targeted else min(_CLASSES, problem.logits.shape[1] - 1)
     forward = steps + (4 if problem.targeted else 6) + tries
     return problem.answer(r), forward, jnp.full_like(tries, steps + n_tried)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxadv import inputs
 from jaxadv.problem import Least, Problem, bisect_to_boundary
 
-__all__ = ["Nearest"]
+__all__ = ["Closest"]
 
 
-class Nearest(NamedTuple):
+class Closest(NamedTuple):
     """Each example's smallest perturbation so far; by more than rounding comes before barely.
 
     Attributes:
@@ -29,7 +29,7 @@ class Nearest(NamedTuple):
     barely: Least
 
     @classmethod
-    def at_x(cls, problem: Problem, clear: Callable[..., jax.Array]) -> Nearest:
+    def at_x(cls, problem: Problem, clear: Callable[..., jax.Array]) -> Closest:
         """Return r = 0, of size 0 where x is where it should be, however later programs round."""
         none = Least.empty(problem.x)
         there = clear(*problem.value(none.r))
@@ -37,9 +37,9 @@ class Nearest(NamedTuple):
 
     def with_point(
         self, r: jax.Array, size: jax.Array, success: jax.Array, clearly: jax.Array
-    ) -> Nearest:
+    ) -> Closest:
         """Return the smaller of these and another point, for each example that it succeeds on."""
-        return Nearest(
+        return Closest(
             self.clearly.with_point(r, size, clearly), self.barely.with_point(r, size, success)
         )
 
