@@ -28,9 +28,9 @@ import numpy as np
 from jax import lax
 
 from jaxadv import _cpu, boxes, inputs, jacobian, losses, norms
+from jaxadv.attack._closest import Closest
 from jaxadv.attack._deepfool import class_distances
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.attack._closest import Closest
 from jaxadv.problem import (
     Best,
     Problem,

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxadv import inputs, losses, norms
-from jaxadv.attack._info import Answer, Found, reports
 from jaxadv.attack._closest import Closest
+from jaxadv.attack._info import Answer, Found, reports
 from jaxadv.boxes import box_limits
 from jaxadv.problem import Problem, beyond_rounding, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Params

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxadv import inputs, norms
+from jaxadv.attack._closest import Closest
 from jaxadv.attack._deepfool import boundary_step
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.attack._closest import Closest
 from jaxadv.problem import Problem, beyond_rounding, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
