@@ -245,7 +245,10 @@ def test_an_evaluation_survives_kill_9(tmp_path):
         == -signal.SIGKILL
     ):
         pass
-    chex.assert_trees_all_equal(results(ensemble(store=tmp_path)), results(whole))
+    found = ensemble(store=tmp_path, progress=pytest.fail)
+    for name, stage in whole.stages.items():
+        np.testing.assert_array_equal(found.stages[name].fooled, stage.fooled)
+    np.testing.assert_allclose(found.r, whole.r, atol=1e-6)  # other processes may round otherwise
 
 
 # How examples are split
