@@ -70,7 +70,9 @@ def run(
             super().__init__()
             self.forwards = torch.zeros(len(x), dtype=torch.int64)
             self.backwards = torch.zeros(len(x), dtype=torch.int64)
-            self.least = torch.full((len(x),), float("inf"), dtype=torch.float64)
+            with torch.no_grad():
+                wrong = inner(clean + low).argmax(1) != labels
+            self.least = torch.where(wrong, 0.0, float("inf")).double()
 
         def forward(self, points: Any) -> Any:
             logits = inner(points + low)
@@ -109,7 +111,7 @@ def attacks(norm: str, budget: int) -> dict[tuple[str, str], Callable[[Any, Any,
             _search, partial(apgd_targeted, norm=p, n_iter=max(half // (9 * ROUNDS), 5)), norm
         ),
         "FAB": partial(fab, norm=p, n_iter=budget // 11),
-        "TR": partial(tr, p=p, iter=budget // 13),
+        "TR": partial(tr, p=p, iter=budget // 13, adaptive=True),
     }
     if norm == "l2":
         by["DDN"] = partial(ddn, steps=half, levels=None)
