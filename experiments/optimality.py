@@ -6,7 +6,8 @@
 
 Every attack perturbs the same test images of the nets on record, in the pixel range, with 2,000 and
 with 10,000 forward plus backward passes for each. Its local optimality (AttackBench, Cina et al.,
-2025) is 1 where its curve of accuracy against size is the lower envelope of all that were run here:
+2025) is 1 where its curve of accuracy against size is the lower envelope of all that were run here,
+and 0 where it finds nothing:
 
     optimality = 1 - (area - best area) / (clean accuracy * largest size - best area)
 
@@ -102,11 +103,15 @@ def optimality(sizes: NDArray[np.float64], best: NDArray[np.float64]) -> float:
     largest = best[np.isfinite(best)].max()
 
     def area(sizes: NDArray[np.float64]) -> float:
-        at, counts = np.unique(sizes, return_counts=True)
-        return float(np.trapezoid(1 - np.cumsum(counts) / len(sizes), at))
+        # From 0 on, where AttackBench's curves start if some image is misclassified as it is.
+        at, counts = np.unique([0, *np.minimum(sizes, largest)], return_counts=True)
+        accuracy = 1 - (np.cumsum(counts) - 1) / len(sizes)
+        if len(at) > 1 and not np.isfinite(sizes).all():
+            accuracy[-1] = accuracy[-2]  # what it fails on stays right
+        return float(np.trapezoid(accuracy, at))
 
-    least, clean = area(np.minimum(best, largest)), np.count_nonzero(best) / len(best)
-    return 1 - (area(np.minimum(sizes, largest)) - least) / (clean * largest - least)
+    least, clean = area(best), np.count_nonzero(best) / len(best)
+    return 1 - (area(sizes) - least) / (clean * largest - least)
 
 
 def by_ours(
