@@ -63,4 +63,4 @@ def test_each_attack_is_run_within_the_budget_and_its_sizes_kept(tmp_path):
 def test_curves_start_at_0_where_every_image_is_right():
     best = np.array([1.0, 2, 3])
     assert optimality.optimality(np.full(3, np.inf), best) == pytest.approx(0)
-    assert optimality.optimality(np.array([2.0, 2, 3]), best) < 1
+    assert optimality.optimality(np.array([2.5, 3, 3]), best) < 0.7
