@@ -142,14 +142,11 @@ def measure(
     machine = quiet.report()
     orders = None
     if settings.orders and seed == settings.seeds[0]:
-        orders = {
-            order: [
-                evaluate.accuracy(found.outcome.clean & ~fooled)
-                for found in [attack_by(in_order(norm, order))]
-                for fooled in np.logical_or.accumulate([s.fooled for s in found.stages.values()])
-            ]
-            for order in ORDERS
-        }
+        orders = {}
+        for order in ORDERS:
+            found = attack_by(in_order(norm, order))
+            fooled = np.logical_or.accumulate([stage.fooled for stage in found.stages.values()])
+            orders[order] = [evaluate.accuracy(found.outcome.clean & ~row) for row in fooled]
     np.savez_compressed(settings.out / f"{name}.npz", **verdicts)
     return FastRow(
         experiment="fast", net=net, norm=norm, eps=eps, n=len(problem.y), seed=seed,
@@ -194,9 +191,8 @@ def run(settings: Settings, console: Console) -> list[FastRow]:
 def as_markdown(rows: Sequence[FastRow]) -> list[str]:
     """Return a table of the means over seeds, and one of the orders of targets."""
     headings = (
-        "Net", "Norm", "Size", "Images", "Seeds", "Clean", "AutoAttack", "Fast",
-        "Difference", "Passes", "fast",
-        "Ratio", "Seconds", "fast", "published",
+        "Net", "Norm", "Size", "Images", "Seeds", "Clean", "AutoAttack", "Fast", "Difference",
+        "Passes", "fast", "Ratio", "Seconds", "fast", "published",
     )  # fmt: skip
     cells, order_cells = [], []
     for net, norm, n in dict.fromkeys((row.net, row.norm, row.n) for row in rows):

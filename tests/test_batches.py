@@ -325,8 +325,12 @@ def test_an_audit_runs_autoattack_on_a_share_of_the_examples(tmp_path):
     audit = found.audit
     assert audit.rows.tolist() == [0, 3, 7, 11, 15, 19]
     params, x, y = problem()
-    alone = ensemble(attacks=None, eps=0.6, of=(params, x[audit.rows], y[audit.rows]))
-    assert audit.robust.shape == alone.outcome.robust.shape
+    alone = evaluate.attack_and_score(
+        net, params, x[audit.rows], y[audit.rows], eps=0.6, bounds=(-5.0, 5.0), batch_size=8,
+        key=jax.random.split(KEY, N)[audit.rows],
+    )  # fmt: skip
+    np.testing.assert_array_equal(audit.robust, alone.outcome.robust)
+    np.testing.assert_array_equal(audit.result.r, alone.r)
     ours = found.outcome.robust[audit.rows]
     assert audit.difference == ours.mean() - audit.robust.mean()
     low, high = audit.interval

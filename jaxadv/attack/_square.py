@@ -58,6 +58,16 @@ class _Walk(NamedTuple):
     def going(self) -> jax.Array:
         return ~self.best.success & ~self.hopeless
 
+    def without_hopeless(self, i: jax.Array, steps: int, patience: int, goal: float) -> _Walk:
+        """Give up, after step i, where the pace of the last queries wouldn't reach the goal."""
+        loss = self.best.loss
+        due = i % patience == patience - 1
+        reach = loss + (loss - self.before) / patience * (steps - 1 - i)
+        return self._replace(
+            hopeless=self.hopeless | (due & (reach < goal)),
+            before=jnp.where(due, loss, self.before),
+        )
+
 
 def _sign(u: jax.Array) -> jax.Array:
     return jnp.where(u < 0.5, -1, 1).astype(u.dtype)
@@ -320,20 +330,11 @@ def _run(problem: Problem, *, steps: int, p_init: float, patience: int | None) -
         best = walk.best.unless_done(Best(r, success & going, jnp.where(going, loss, -jnp.inf)))
         return walk._replace(best=best, queries=walk.queries + going.astype(jnp.int32))
 
-    def give_up(i: jax.Array, walk: _Walk, patience: int) -> _Walk:
-        loss = walk.best.loss
-        due = i % patience == patience - 1
-        reach = loss + (loss - walk.before) / patience * (steps - 1 - i)
-        return walk._replace(
-            hopeless=walk.hopeless | (due & (reach < goal)),
-            before=jnp.where(due, loss, walk.before),
-        )
-
     def step(i: jax.Array, walk: _Walk) -> _Walk:
         halved = jnp.sum(i > jnp.array(halvings, jnp.int32), dtype=jnp.int32)
         u = jax.vmap(draw)(fold(problem.keys, i + 1))
         walk = query(walk, lax.switch(halved, moves, walk.best.r.astype(eps.dtype), u, eps))
-        return walk if patience is None else give_up(i, walk, patience)
+        return walk if patience is None else walk.without_hopeless(i, steps, patience, goal)
 
     # The targeted loss may be as low as this where the target has the largest logit.
     goal = -math.log(problem.logits.shape[1] - 1) if problem.targeted else 0

@@ -80,8 +80,8 @@ class Ran(NamedTuple):
       fooled: whether they make the net misclassify, bool `[m]`; False if that wasn't asked.
       lead: the top wrong class's lead over the label at x + r, `[m]`; -inf if that wasn't asked.
       passes: what each example has cost, integers `[m]`; None if the attack doesn't count.
-      executed: passes of one example that the machine has made: each example of a batch, copies
-        that fill it up included, costs as much as the one that takes longest. None if the attack
+      executed: how many passes the machine ran, counted per example: in a batch each example, also
+        a copy that pads it, counts as much as the one that takes longest. None if the attack
         doesn't count.
       seconds: time taken.
     """

@@ -57,8 +57,8 @@ class Stage(NamedTuple):
       seconds: time taken, including compilation.
       passes: passes spent on each example, integers `[n]`, with one forward pass to check r; 0
         where it wasn't tried. None for an attack that doesn't count (`attack.reports`).
-      executed: passes of one example that the machine has made, padding included; at least so many
-        for attacks with several loops of unknown length (those of minimal norm). None where
+      executed: how many passes the machine ran, counted per example and with padding. For attacks
+        with several loops of unknown length (those of minimal norm) it is a lower bound. None where
         `passes` is.
     """
 
