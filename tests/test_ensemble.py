@@ -292,6 +292,29 @@ def test_near_the_boundary_is_where_little_is_left_of_the_lead():
     }
 
 
+def test_where_an_attack_gains_it_goes_farther_from_the_boundary():
+    shares = np.array([0.1, 0.15, 0.3, 0.7], np.float32)  # of the lead, left at first
+    x = np.stack([np.ones(4, np.float32), np.zeros(4, np.float32), shares], axis=1)
+
+    def nearer(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.zeros_like(x).at[:, 1].set(1 - x[:, 2])
+
+    def first(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.zeros_like(x).at[:, 1].set(jnp.where(x[:, 2] < 0.12, 2, 0))
+
+    def stage(method):
+        attacks = {"nearer": nearer, "near": evaluate.NearBoundary(method, 0.12)}
+        y = np.zeros(4, int)
+        run = evaluate.attack_and_score(lambda _, x: x[:, :2], None, x, y, attacks, eps=9.0)
+        return run.stages["near"]
+
+    assert stage(first).tried.tolist() == [True, True, False, False]  # .15 gains nothing
+    everywhere = stage(functools.partial(attack.pgd, steps=3))
+    assert everywhere.fooled.all()
+    assert everywhere.passes.backward.tolist() == [3] * 4
+    assert everywhere.executed.backward == 12
+
+
 def test_a_tie_is_near_the_boundary():
     x = np.array([[1.0, 1.0], [1.0, 0.0]], np.float32)  # y wins a tie of the lower index
 
