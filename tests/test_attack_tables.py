@@ -17,7 +17,7 @@ ROWS = [
     row("mnist_mlp/normal", "standard", 0.1),
     row("mnist_mlp/lwa", "one-step", 0.9),
     row("mnist_mlp/lwa", "pgd-100x10", 0.8),
-    row("mnist_mlp/lwa", "standard", 0.75),
+    row("mnist_mlp/lwa", "standard", 0.75, stages={"a": {"passes": 1000}, "b": {"passes": 234}}),
     row("mnist_mlp/lwa", "standard", 0.3, eps=2.0),
     check_row(method="mnist_mlp/lwa", flags={"far": "far off", "budget": "more helps"}),
 ]
@@ -56,8 +56,9 @@ def test_the_most_robust_net_comes_first_and_flags_are_told():
     lines = attack_tables.ranked(ROWS)
     nets = [line for line in lines if line.startswith("| ") and "Net" not in line]
     assert nets[0] == (
-        "| LWA | 7x5 | 100 | 0.9900 | 0.9000 | 0.8000 | **0.7500** | 0.740 to 0.760 | 0.1500 |"
+        "| LWA | 7x5 | 100 | 0.9900 | 0.9000 | 0.8000 | **0.7500** | 0.740 to 0.760 | 0.1500 | 1 | 1,234 |"
     )
+    assert nets[1].endswith("| 0.4000 | 1 |  |")  # an older row
     assert [line.split(" | ")[0] for line in nets] == ["| LWA", "| Normal", "| LWA"]
     assert [line for line in lines if line.startswith("##")] == [
         "## mnist_mlp: l2 size 1.5", "## mnist_mlp: l2 size 2",

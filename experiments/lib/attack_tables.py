@@ -75,11 +75,12 @@ def ranked(rows: Sequence[AttackRow]) -> list[str]:
             cells.append([
                 NAMES.get(name, name), row.network, f"{row.n:,}", f"{row.columns['clean']:.4f}",
                 tables.mean_and_spread(one[:1], "robust"), pgd, f"**{full}**",
-                f"{low:.3f} to {high:.3f}", difference,
+                f"{low:.3f} to {high:.3f}", difference, f"{row.seconds:,.0f}",
+                f"{row.passes:,.0f}" if row.passes else "",
             ])  # fmt: skip
         headings = (
             "Net", "Layers", "Images", "Clean", "One step", "PGD-100x10", "AutoAttack", "95 %",
-            "One step less AutoAttack",
+            "One step less AutoAttack", "AutoAttack's seconds", "Its passes for each image",
         )  # fmt: skip
         lines += [f"## {record}: {norm} size {eps:g}", "", *tables.markdown(headings, cells), ""]
         checks = {row.method: row.flags for row in here if isinstance(row, CheckRow)}

@@ -172,11 +172,9 @@ def _remarks(row: AttackRow) -> list[str]:
     if isinstance(row, CheckRow):
         remarks.append(tables.doubts(row.flags))
     if isinstance(row, RobustRow):
-        # Older rows don't say how many passes there were.
-        passes = sum(stage.get("passes", 0) for stage in row.stages.values())
-        if passes:
+        if row.passes:
             remarks.append(
-                f"{LABELS[row.attack]} took {passes:,.0f} passes for each image, and "
+                f"{LABELS[row.attack]} took {row.passes:,.0f} passes for each image, and "
                 f"{row.seconds:,.0f} s in all"
             )
         for count, what in (

@@ -147,6 +147,11 @@ class RobustRow(AttackRow):
     seconds: float
     settings: dict[str, Any]
 
+    @property
+    def passes(self) -> float:
+        """Passes that the machine ran for each image; 0 in older rows, which don't say."""
+        return sum(stage.get("passes", 0) for stage in self.stages.values())
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckRow(AttackRow):
