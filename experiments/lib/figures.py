@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 
 from experiments.lib import options, records, tables, train_and_score
 from experiments.lib.recipes import NAMES
-from experiments.lib.records import BenchmarkRow, PropositionRow, TableRow
+from experiments.lib.records import BenchmarkRow, CurveRow, PropositionRow, TableRow
 
 COLOURS = (  # Okabe, Ito
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000",
@@ -61,6 +61,8 @@ def draw(folder: Path) -> list[Path]:
         for part, plot in (("attacks", plot_speeds), ("growth", plot_growth)):
             if part in parts:
                 figures[f"{part}.png"] = plot(parts[part])
+    elif content[0].get("experiment") == "curve":
+        figures["curve.png"] = plot_distances(records.load(results, CurveRow))
     elif content[0].get("experiment") == "logistic":
         figures["appendix_a.png"] = plot_appendix_a(records.load(results, PropositionRow))
     written = [_save(figure, folder / name) for name, figure in figures.items()]
@@ -227,6 +229,23 @@ def plot_appendix_a(rows: Sequence[PropositionRow]) -> Any:
             panel, legend=name == "||w||", title=f"D: {name} in training", xscale="log",
             yscale="log", xlabel="steps of L-BFGS", ylabel=name,
         )  # fmt: skip
+    return figure
+
+
+def plot_distances(rows: Sequence[CurveRow]) -> Any:
+    """Return accuracy against size by the least perturbations, with attacks' figures as dots."""
+    kinds = list(dict.fromkeys((row.data, row.norm) for row in rows))
+    figure, panels = plt.subplots(
+        1, len(kinds), figsize=(4.8 * len(kinds), 3.6), layout="constrained", squeeze=False
+    )
+    for panel, (source, norm) in zip(panels[0], kinds, strict=True):
+        here = [row for row in rows if (row.data, row.norm) == (source, norm)]
+        for index, row in enumerate(here):
+            colour = COLOURS[index % len(COLOURS)]
+            panel.plot(row.curve["eps"], row.curve["accuracy"], color=colour, label=row.method)
+            for figures in row.attacks.values():
+                panel.plot(list(map(float, figures)), list(figures.values()), "o", color=colour)
+        _dress(panel, legend=True, xlabel=f"{norm} size", ylabel="accuracy", title=source)
     return figure
 
 

@@ -286,6 +286,43 @@ class FastRow(Row):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CurveRow(Row):
+    """The least perturbations of a net's images, and the robust accuracy at every size.
+
+    Attributes:
+      budget: forward plus backward passes that they may take for each image.
+      median: of the sizes.
+      curve: `eps` and the `accuracy` there.
+      accuracy: by size, as they say.
+      attacks: by attack and size, as the attack says.
+      by: on how many images each attack found the least.
+      passes: by kind, for each image.
+    """
+
+    method: str
+    network: str
+    weights: str
+    data: str
+    subtract: float
+    divide: float
+    crop: int | None
+    box: bool
+    n: int
+    norm: str
+    seed: int
+    budget: int
+    median: float
+    curve: dict[str, list[float]]
+    accuracy: dict[str, float]
+    attacks: dict[str, dict[str, float]]
+    by: dict[str, int]
+    passes: dict[str, float]
+    seconds: float
+    versions: dict[str, str]
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimalityRow(Row):
     """How near an attack comes to the least perturbations of a net.
 

@@ -1,0 +1,69 @@
+"""`experiments/curve.py`: the accuracy at every size, beside that of attacks."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import curve
+from experiments.lib import figures, problems, records
+from jaxadv import evaluate
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    settings = curve.Settings(
+        net=str(records.RESULTS / "mnist_mlp" / "normal" / "params.safetensors"), n=12,
+        eps=(0.5, 1.5), attacks=("one-step", "pgd"), budget=600,
+        out=tmp_path_factory.mktemp("curve"),
+    )  # fmt: skip
+    return settings, curve.run(settings, Console(file=io.StringIO()))
+
+
+def test_the_curve_is_that_of_the_distances(ran):
+    settings, (row,) = ran
+    problem = problems.load(settings)
+    found = evaluate.distances(
+        problem.apply_fn, problem.params, problem.x, problem.y, norm="l2", budget=600,
+        key=jax.random.key(0), bounds=problem.bounds,
+    )  # fmt: skip
+    assert found.size.any()
+    assert row.median == found.median
+    assert row.accuracy == {"0.5": found.accuracy(0.5), "1.5": found.accuracy(1.5)}
+    np.testing.assert_array_equal(row.curve["accuracy"], found.accuracy(row.curve["eps"]))
+    assert row.curve["accuracy"][-1] == 0
+    assert sum(row.passes.values()) <= 600
+    with np.load(settings.out / "mnist_mlp-normal-l2.npz") as kept:
+        np.testing.assert_array_equal(kept["size"], found.size)
+
+
+def test_attacks_stand_beside_it_at_their_sizes(ran):
+    settings, (row,) = ran
+    attacked = records.load(settings.out / "attacks" / "results.json", records.AttackRow)
+    robust = {(each.attack, f"{each.eps:g}"): each.columns["robust"] for each in attacked}
+    assert {
+        (name, eps): figure for name, found in row.attacks.items() for eps, figure in found.items()
+    } == robust
+    assert robust["one-step", "1.5"] > robust["pgd", "1.5"]
+    text = "\n".join(curve.as_markdown([row]))
+    difference = row.accuracy["1.5"] - robust["pgd", "1.5"]
+    assert f"| PGD-100 | {robust['pgd', '1.5']:.4f} | {difference:+.4f} |" in text
+    (panel,) = figures.plot_distances([row]).axes
+    dots = [line for line in panel.get_lines() if line.get_marker() == "o"]
+    assert [list(line.get_ydata()) for line in dots] == [
+        [robust[name, eps] for eps in row.accuracy] for name in row.attacks
+    ]
+
+
+def test_rows_of_other_nets_are_kept(ran):
+    settings, (row,) = ran
+    rows = records.load(settings.out / "results.json", records.CurveRow)
+    assert rows == [row]
+    other = curve.Settings(**vars(settings) | {"name": "net/second"})
+    rows = curve.run(other, Console(file=io.StringIO()))
+    assert records.load(settings.out / "results.json", records.CurveRow) == rows
+    assert [each.method for each in rows] == ["mnist_mlp/normal", "net/second"]
+    assert (settings.out / "curve.png").is_file()
+    assert rows[1].curve == row.curve
