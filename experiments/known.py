@@ -63,7 +63,7 @@ class Settings(Checked):
     n: Count = 1000
     """Images attacked: the first ones that the net classifies correctly."""
     steps: Count = 1000
-    """Steps of FMN, as many as DDN had."""
+    """Steps of DDN and FMN, as many as the published DDN's."""
     check_eps: Size = 1.5
     """l2 size for `evaluate.check`."""
     n_check: Count = 300
@@ -97,6 +97,7 @@ def load(path: Path) -> Params:
 def minimal(steps: int) -> Mapping[str, PerturbFn]:
     """Return the attacks; the same objects each time, so that they are compiled once."""
     return {
+        "DDN": partial(attack.ddn, steps=steps),
         "FMN": partial(attack.fmn, steps=steps),
         "FAB, targeted": attack.fab,
         "DeepFool": attack.deepfool,
