@@ -183,6 +183,21 @@ def test_a_search_without_hope_is_given_up():
     np.testing.assert_allclose(alone[0], patient[0][3], atol=1e-6)
 
 
+def test_a_targeted_search_among_many_classes_is_not_given_up():
+    # The target's cross-entropy is far from 0, and yet it has nearly the largest logit.
+    signs = np.where(np.random.default_rng(0).uniform(size=D) < 0.5, -1, 1).astype(np.float32)
+
+    def among(bias, x):
+        return jnp.pad((x.reshape(-1, D) @ signs - bias)[:, None], ((0, 0), (0, 999)))
+
+    _, info = attack.with_info(eager)(
+        among, 0.2 * 0.01 * D, np.zeros((B, S, S, C), np.float32), np.zeros(B, int), eps=0.01,
+        norm="linf", steps=LONGEST, patience=100, targeted=True, key=KEYS,
+    )  # fmt: skip
+    assert info.success.all()
+    assert info.forward.max() > 102  # so long that it might have been given up
+
+
 # The windows
 
 
