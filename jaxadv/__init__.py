@@ -15,13 +15,15 @@ Everything is a function of your own `apply_fn(params, x) -> logits` and `params
 
 `perturb` has the one-step methods of Huang et al., "Learning with a Strong Adversary", 2015, and
 `attack` the iterated ones; `objectives` and `train` make a jitted min-max step of one of them and
-an optax optimiser; `evaluate` scores a net under attack. Below them: `problem`, what every
-attack is written with, `losses`, `norms` and `jacobian`. `nets` adapts random nets and nets of one
-logit. `logistic` is the paper's Appendix A. `types` names the signatures.
+an optax optimiser; `evaluate` scores a net under attack, and `certify` bounds the robustness of a
+net under noise from below. Below them: `problem`, what every attack is written with, `losses`,
+`norms` and `jacobian`. `nets` adapts random nets and nets of one logit. `logistic` is the paper's
+Appendix A. `types` names the signatures.
 """
 
 from jaxadv import (
     attack,
+    certify,
     evaluate,
     jacobian,
     logistic,
@@ -39,6 +41,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "attack",
+    "certify",
     "evaluate",
     "jacobian",
     "logistic",

@@ -17,9 +17,11 @@ LIBRARY = Path(jaxadv.__file__).parent
 
 # The public surface. To change it, change this. What has a star names the paper that it is from.
 SURFACE = """
-jaxadv: attack evaluate jacobian logistic losses nets norms objectives perturb problem train types
+jaxadv: attack certify evaluate jacobian logistic losses nets norms objectives perturb problem train
+    types
 jaxadv.attack: AttackInfo Found apgd* apgd_multitargeted* ddn* deepfool* fab* fmn* pgd* pgd_kl*
     reports square* with_info
+jaxadv.certify: Certificate Prediction certify* predict* smooth*
 jaxadv.evaluate: Audit Distances Flag NearBoundary Outcome Passes Progress Report Result Stage
     accuracy attack_and_score autoattack* check* distances* fast_autoattack* interval measure
     minimal_attacks score
@@ -166,7 +168,7 @@ def layers_of(module):
 
 CHAIN = [
     "types", "meshes", "inputs", "host", "closures", "_cpu", "losses", "norms", "boxes", "jacobian",
-    "problem", "perturb", "attack", "evaluate",
+    "problem", "perturb", "attack", "evaluate", "certify",
 ]  # fmt: skip
 
 
@@ -184,8 +186,8 @@ def test_the_perturbation_is_an_argument():
         assert not layers_of(module) & {"perturb", "attack"}
 
 
-def test_the_library_imports_jax_numpy_optax_and_the_standard_library_only():
-    allowed = {"jax", "numpy", "optax", "jaxadv"} | sys.stdlib_module_names
+def test_the_library_imports_jax_numpy_optax_scipy_and_the_standard_library_only():
+    allowed = {"jax", "numpy", "optax", "scipy", "jaxadv"} | sys.stdlib_module_names
     for module, source in SOURCES.items():
         package = module.rpartition(".")[0]
         assert {name.split(".")[0] for name in imports(source, package)} <= allowed, module

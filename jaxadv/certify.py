@@ -1,0 +1,637 @@
+r"""Certified l2 robustness by randomized smoothing: lower bounds beside the upper ones of attacks.
+
+Around any net f, smoothing makes another classifier, which answers with the class that f gives most
+often when Gaussian noise is added to its input:
+
+.. math:: g(x) = \arg\max_c\; p_c(x), \qquad
+          p_c(x) = P\bigl(f(\lfloor x + \sigma Z \rceil) = c\bigr), \quad Z \sim N(0, I)
+
+(:math:`\lfloor\cdot\rceil` rounds each entry to a grid that is far finer than the noise, see
+below). If :math:`p_A(x) > 1/2`, then g answers A everywhere within the radius
+:math:`\sigma \Phi^{-1}(p_A(x))` of x (Cohen et al., 2019). The probability is estimated by sampling
+f, so that a certificate is wrong with a probability of at most alpha, for each example.
+
+- `certify`: a lower bound on p_A, and with it a radius, for each example of a data set.
+- `predict`: g's class, or none where the draws don't tell.
+- `smooth`: the net with noise as a function that attacks take with `samples=`; they bound the
+  robustness of g from above.
+
+**Floats.** Usual samplers cut the normal distribution's tails, and sums with noise are rounded,
+which can certify what isn't robust (Voracek and Hein, 2022). Here the noise is an integer times h,
+a power of 2 between sigma / 4096 and sigma / 2048: the integer nearest to
+:math:`\sigma Z / h`, from -32768 to 32767, so that the greatest \|z\| is at least 8. It is drawn by
+the alias method from 48 random bits, with integers only. x is rounded to multiples of h (pixels
+that are multiples of 1/256 are such for sigma <= 8), so that its sum with the noise is exact, and
+what is sampled is p_A at the rounded x but for two errors, both taken off: the total variation
+between the table's probabilities and the exact ones, computed from the table (about 3e-11 for each
+entry), times the number of entries, is taken off p_A; the distance from x to the rounded x is taken
+off the radius.
+
+Not covered: that the bits are pseudo-random (threefry), and that f is a function: its logits may
+depend on the batch or the machine by rounding, which matters where two classes nearly tie.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.typing import NDArray
+from scipy import special  # not stats, whose import takes half a second
+
+from jaxadv import _cpu, closures, host, inputs, meshes, norms
+from jaxadv.evaluate import Progress, _batches
+from jaxadv.types import ApplyFn, Norm, Params, StochasticFn
+
+__all__ = ["Certificate", "Prediction", "certify", "predict", "smooth"]
+
+_SAME = 1e-2  # difference of the same row's logits, relative to the largest: more than bfloat16's
+
+
+class Prediction(NamedTuple):
+    """The smoothed classifier's answers; every leaf has n rows.
+
+    Attributes:
+      label: the class drawn most often, `[n]`; -1 if no draw had finite logits.
+      counts: how often each class was drawn, `[n, K]`.
+      abstained: the draws don't tell at this alpha whether `label` is g's class, bool `[n]`.
+    """
+
+    label: NDArray[np.intp]
+    counts: NDArray[np.int64]
+    abstained: NDArray[np.bool_]
+
+
+class Certificate(NamedTuple):
+    """What is certified of each example; every leaf has n rows.
+
+    The certified accuracy at a size is the mean of `(label == y) & (radius >= size)`.
+
+    Attributes:
+      label: A, the class that the first n0 draws chose, `[n]`; -1 if none had finite logits.
+      counts: how often each class was drawn after these, `[n, K]`.
+      samples: the number of draws after these, `[n]`.
+      lower: a lower bound on p_A, the sampler's error taken off, `[n]`; 0 where none was sought.
+      radius: g answers `label` within this l2 distance of x, `[n]`; 0 where it abstains.
+      abstained: p_A may be 1/2 or less, or A isn't the label that was given, bool `[n]`.
+    """
+
+    label: NDArray[np.intp]
+    counts: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    lower: NDArray[np.float64]
+    radius: NDArray[np.float64]
+    abstained: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _Smooth:
+    """Compares equal for the same net and noise, so that attacks on it are compiled once."""
+
+    apply_fn: ApplyFn
+    sigma: float
+
+    def __call__(self, params: Params, x: jax.Array, key: jax.Array, /) -> jax.Array:
+        wide = x.astype(inputs.accum_dtype(x.dtype))
+        noisy = wide + _noise(key, x.shape, self.sigma).astype(wide.dtype)
+        return self.apply_fn(params, noisy.astype(x.dtype))
+
+
+def smooth(apply_fn: ApplyFn, sigma: float) -> StochasticFn:
+    r"""Add Gaussian noise to a net's input; the smoothed classifier is its most frequent answer.
+
+    Attack it by averaging over draws: `attack.pgd(net, params, x, y, eps=1.0, samples=8, key=key)`,
+    and likewise `attack.apgd`. Bounds are for x + r; the noise is added after them. x itself isn't
+    rounded, so that it has gradients.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      sigma: the noise's standard deviation, positive.
+
+    Returns:
+      `(params, x, key) -> logits`, the net at x plus noise, drawn as `certify` draws it.
+
+    Raises:
+      TypeError: if `apply_fn` isn't a function, or has no hash.
+      ValueError: if `sigma` isn't positive and finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxadv import attack, certify
+      >>> net = certify.smooth(lambda w, x: x @ w, 0.5)
+      >>> w, x, y = jnp.eye(2), jnp.array([[2.0, 1.0]]), jnp.array([0])
+      >>> r = attack.pgd(net, w, x, y, eps=0.5, steps=5, samples=4, key=jax.random.key(0))
+      >>> print(r.round(2))
+      [[-0.35  0.35]]
+
+    References:
+      Cohen et al., "Certified Adversarial Robustness via Randomized Smoothing", 2019; Salman et
+      al., "Provably Robust Deep Learning via Adversarially Trained Smoothed Classifiers", 2019.
+    """
+    closures.hashable("apply_fn", apply_fn)
+    return _Smooth(apply_fn, _checked_sigma(sigma))
+
+
+@meshes.auto_axes()
+def predict(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    *,
+    sigma: float,
+    alpha: float = 0.001,
+    n: int = 10_000,
+    key: jax.Array,
+    batch_size: int = 500,
+) -> Prediction:
+    """Classify by the most frequent answer of a net under noise, or abstain.
+
+    A class is given if a two-sided binomial test at alpha tells it from the runner-up. So for each
+    example, the chance of a class that isn't g's is at most alpha (at x rounded to the grid, and
+    but for the sampler's total variation, see above).
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`, deterministic.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, on the host or the device.
+      sigma: the noise's standard deviation, positive.
+      alpha: the probability of a wrong class, in (0, 1).
+      n: number of draws for each example, at least 1.
+      key: one key, split per example, or one per example.
+      batch_size: number of noisy examples in each pass through the net.
+
+    Returns:
+      `Prediction`.
+
+    Raises:
+      TypeError: as `certify`.
+      ValueError: as `certify`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxadv import certify
+      >>> x = jnp.array([[0.0, 1.0], [0.0, 0.0]])
+      >>> found = certify.predict(
+      ...     lambda params, x: x, None, x, sigma=0.5, n=1000, key=jax.random.key(0)
+      ... )
+      >>> found.label[0].item(), found.abstained.tolist()
+      (1, [False, True])
+
+    References:
+      Cohen et al., "Certified Adversarial Robustness via Randomized Smoothing", 2019.
+    """
+    _checked_alpha(alpha)
+    inputs.at_least(1, "n", n, "10000 is usual")
+    draws = _Draws.of("certify.predict", apply_fn, params, x, None, sigma, key, batch_size)
+    counts = draws.counts(np.arange(len(draws.x)), 0, n)
+    below, top = np.sort(counts, axis=1)[:, -2:].T
+    p_value = np.minimum(2 * special.bdtrc(top - 1, top + below, 0.5), 1)
+    return Prediction(_most_frequent(counts), counts, p_value > alpha)
+
+
+@meshes.auto_axes()
+def certify(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any = None,
+    *,
+    sigma: float,
+    radii: Sequence[float],
+    alpha: float = 0.001,
+    n0: int = 100,
+    stages: Sequence[int] = (10_000, 30_000, 100_000),
+    norm: Norm = "l2",
+    key: jax.Array,
+    batch_size: int = 500,
+    store: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Certificate:
+    r"""Bound from below the l2 distance within which the smoothed classifier keeps its answer.
+
+    .. math:: \text{radius} = \sigma\, \Phi^{-1}(\underline{p}_A)
+
+    n0 draws choose a class A. Other draws are looked at when there are `stages` of them; an example
+    stops at the first look that decides all `radii`: each is certified, or there is little hope
+    that it will be.
+
+    **The probability of an error is at most alpha for each example.** A depends on other draws than
+    the bound. Given A, the looks have Clopper-Pearson bounds L_1, L_2, ... on p_A, of which L_i is
+    above p_A with probability at most alpha_i; these add up to alpha. So all hold at once but with
+    probability alpha, and so does their maximum up to any look, `lower`: sampling may stop at any
+    time, for any reason, and the one bound serves all radii, since these are functions of it. To
+    stop without a certificate claims nothing, and costs no share of alpha: a look with so few draws
+    that it couldn't certify even the smallest of `radii` has no bound and no share. The last look,
+    which decides the closest cases, has four fifths of alpha if it isn't the only one; the others
+    share the rest. A radius is given up when, even if p_A were at its 95% upper bound, the last
+    look would certify it with a probability below 5%.
+
+    Alpha is per example: of n examples, about alpha n certificates at most are expected to be
+    wrong. (All hold with probability 1 - 0.05 if alpha is 0.05 / n.)
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`, deterministic: batch norm uses its
+        stored statistics, and dropout is off.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, on the host or the device.
+      y: integer labels, `[n]`; examples for which A is another class stop at once, and abstain.
+        None certifies whatever class A is.
+      sigma: the noise's standard deviation, positive.
+      radii: the l2 sizes that you will report, positive. An example stops when these are decided;
+        larger ones need more draws, so `radius` isn't tight for others.
+      alpha: the probability of an error, in (0, 1).
+      n0: number of draws that choose the class, at least 1.
+      stages: numbers of further draws at the looks, ascending. A single one: no adaptation.
+      norm: `"l2"`; Gaussian noise certifies no other norm directly.
+      key: one key, split per example, or one per example. An example's draws depend on its key and
+        their number only, so counts don't depend on batches or devices (but for rounding).
+      batch_size: number of noisy examples in each pass through the net.
+      store: a folder, new or of an earlier call, in which the counts of each batch are kept. The
+        same call takes up where the earlier one was interrupted. With several processes, a folder
+        that all of them see.
+      progress: called after each batch, e.g. `print`.
+
+    Returns:
+      `Certificate`.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays (the net in training mode may
+        return a tuple), or `y` not integers; under a trace.
+      ValueError: if `sigma` or a radius isn't positive, `alpha` not in (0, 1), `n0` < 1, `stages`
+        not ascending, or so few that they couldn't certify a radius; if the norm isn't l2; if rows
+        interact, as those of batch norm in training mode; if x is too large for the noise's grid;
+        if `store` has another run.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxadv import certify
+      >>> found = certify.certify(  # the exact radius is 1 / sqrt(2)
+      ...     lambda params, x: x, None, jnp.array([[0.0, 1.0]]), jnp.array([1]),
+      ...     sigma=0.5, radii=(0.5,), stages=(1000, 10_000), key=jax.random.key(0),
+      ... )
+      >>> found.samples.tolist(), bool(0.5 <= found.radius[0] < 0.7071)
+      ([1000], True)
+
+    References:
+      Cohen et al., "Certified Adversarial Robustness via Randomized Smoothing", 2019; Voracek and
+      Hein, "Sound Randomized Smoothing in Floating-Point Arithmetics", 2022.
+    """
+    if norm != "l2":
+        raise ValueError(
+            f"expected norm 'l2', got {norm!r}; Gaussian noise certifies l2: a ball of linf size e "
+            "lies in the l2 ball of size e * sqrt(d), d the number of entries, and one of l1 size "
+            "e in that of size e: ask for these radii"
+        )
+    _checked_alpha(alpha)
+    inputs.at_least(1, "n0", n0, "100 is usual")
+    draws = _Draws.of(
+        "certify.certify", apply_fn, params, x, y, sigma, key, batch_size, progress
+    )  # fmt: skip
+    rule = _Rule.of(sigma, radii, alpha, stages, draws.off)
+    if store is not None:
+        kept = _batches.opened(
+            store, draws.apply_fn, params, draws.x, {}, kind="certify", y=draws.y, key=key,
+            sigma=sigma, radii=rule.radii, alpha=alpha, n0=n0, stages=rule.stages,
+        )  # fmt: skip
+        draws = draws._replace(store=kept)
+    n = len(draws.x)
+    label = _most_frequent(draws.counts(np.arange(n), 0, n0))
+    samples, lower, counts = np.zeros(n, int), np.zeros(n), np.zeros((n, draws.classes), int)
+    undecided = (label >= 0) & (label == (label if y is None else host.fetch(draws.y)))
+    for look, (before, last) in enumerate(pairwise((0, *rule.stages))):
+        rows = np.flatnonzero(undecided)
+        counts[rows] += draws.counts(rows, n0 + before, n0 + last, look + 1)
+        samples[rows] = last
+        right, shift = counts[rows, label[rows]], draws.shift[rows]
+        lower[rows] = np.maximum(lower[rows], rule.bound(right, look))
+        undecided[rows] = ~rule.decided(lower[rows], right, look, shift)
+    radius = rule.radius(lower, draws.shift)
+    return Certificate(label, counts, samples, lower, radius, radius <= 0)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """When an example's radii are decided, and by which bound on p_A.
+
+    Attributes:
+      sigma: the noise's standard deviation.
+      radii: the sizes to decide.
+      stages: numbers of draws at the looks.
+      off: taken off p_A for the sampler.
+      share: alpha of each look that has a bound; 0 for a look that has none.
+    """
+
+    sigma: float
+    radii: tuple[float, ...]
+    stages: tuple[int, ...]
+    off: float
+    share: tuple[float, ...]
+
+    @classmethod
+    def of(cls, sigma: float, radii: Any, alpha: float, stages: Any, off: float) -> _Rule:
+        """Check radii and stages, and share alpha among the looks that may certify one.
+
+        Raises:
+          TypeError: if `stages` aren't integers.
+          ValueError: if they don't ascend, a radius isn't positive, or the draws are too few.
+        """
+        radii = tuple(map(float, np.atleast_1d(radii)))
+        if not radii or not all(0 < radius < math.inf for radius in radii):
+            raise ValueError(f"expected positive radii, got {radii}; pass e.g. (0.5, 1.0, 1.5)")
+        stages = tuple(np.atleast_1d(stages).tolist())
+        for stage in stages:
+            inputs.at_least(1, "stages", stage, "pass numbers of draws, e.g. (10000, 100000)")
+        if not stages or any(b <= a for a, b in pairwise(stages)):
+            raise ValueError(
+                f"expected ascending stages, got {stages}; they are the numbers of draws so far, "
+                "e.g. (10000, 30000, 100000)"
+            )
+        least, most = (special.ndtr(size / sigma) + off for size in (min(radii), max(radii)))
+        # n draws that are all A bound p_A by alpha^(1/n).
+        may = [alpha ** (1 / stage) > least for stage in stages[:-1]]
+        each = alpha / 5 / max(sum(may), 1)
+        final = alpha - each * sum(may)
+        if final ** (1 / stages[-1]) <= most:
+            size = max(sigma * special.ndtri(final ** (1 / stages[-1]) - off), 0)
+            raise ValueError(
+                f"expected radii below {size:.4g}, which {stages[-1]} draws can certify at most "
+                f"with sigma={sigma:g} and alpha={alpha:g}, got {max(radii):g}; raise the last of "
+                "stages, or sigma"
+            )
+        return cls(sigma, radii, stages, off, (*(each * first for first in may), final))
+
+    def bound(self, right: NDArray[Any], look: int) -> NDArray[np.float64]:
+        """Return a look's lower bound on p_A, `[m]`, from how often A was drawn, `[m]`."""
+        # Clopper and Pearson, 1934; without a single A the quantile isn't defined.
+        lower = special.betaincinv(right, self.stages[look] - right + 1, self.share[look])
+        return np.maximum(np.where(right > 0, lower, 0) - self.off, 0)
+
+    def radius(self, lower: NDArray[Any], shift: NDArray[Any]) -> NDArray[np.float64]:
+        """Return the certified radii, `[m]`, for rounded examples at a distance `shift`, `[m]`."""
+        size = self.sigma * special.ndtri(lower) - shift
+        return np.where(lower > 0.5, np.maximum(size, 0), 0)
+
+    def decided(
+        self, lower: NDArray[Any], right: NDArray[Any], look: int, shift: NDArray[Any]
+    ) -> NDArray[np.bool_]:
+        """Return which examples are certified at each radius or have little hope of it, `[m]`."""
+        radii = np.asarray(self.radii)[None]
+        certified = self.radius(lower, shift)[:, None] >= radii
+        n, last = self.stages[look], self.stages[-1]
+        if n == last:
+            return np.ones(len(right), bool)
+        # The last look certifies p from k draws of A on, if P(at least k | p) <= its share.
+        p = special.ndtr((radii + shift[:, None]) / self.sigma) + self.off
+        fewer = np.ceil(special.bdtrik(1 - self.share[-1], last, np.minimum(p, 1)))
+        best = np.where(right < n, special.betaincinv(right + 1, n - right, 0.95), 1)
+        missing = np.minimum(fewer - right[:, None], last - n)
+        hope = special.bdtrc(missing, last - n, best[:, None])
+        return np.all(certified | (hope < 0.05), axis=1)
+
+
+class _Draws(NamedTuple):
+    """A net under noise, whose answers are counted.
+
+    Attributes:
+      apply_fn: the net.
+      params: its parameters.
+      x: the examples, `[n, ...]`.
+      y: their labels, `[n]`; 0 if there are none.
+      keys: a key for each example, `[n]`.
+      sigma: the noise's standard deviation.
+      off: by how much probabilities may differ from those under Gaussian noise.
+      shift: distances from the examples to their rounded ones, `[n]`.
+      classes: their number, K.
+      size: number of examples in a batch.
+      each: number of draws of each in a pass.
+      progress: called after each batch.
+      store: keeps each batch.
+    """
+
+    apply_fn: ApplyFn
+    params: Params
+    x: Any
+    y: Any
+    keys: Any
+    sigma: float
+    off: float
+    shift: NDArray[np.float64]
+    classes: int
+    size: int
+    each: int
+    progress: Callable[[Progress], None] | None
+    store: _batches.Store | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        apply_fn: ApplyFn,
+        params: Params,
+        x: Any,
+        y: Any,
+        sigma: float,
+        key: Any,
+        batch_size: int,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> _Draws:
+        sigma = _checked_sigma(sigma)
+        x, y = host.arrays(name, x, np.zeros(np.shape(x)[:1], int) if y is None else y, params)
+        shape = host.one_batch(x, batch_size)
+        apply_fn = closures.keyed(apply_fn, params, shape)
+        keys = inputs.keys(key, len(x), name)
+        logits = jax.eval_shape(partial(inputs.apply, apply_fn), params, shape)
+        spread = host.spread(x)
+        size = spread.multiple(max(1, min(8, batch_size, len(x))))
+        place = partial(_distance_to_grid, _table(sigma).step)
+        shift, exact = host.over_batches(place, (x,), batch_size)
+        if not exact.all():
+            raise ValueError(
+                f"expected x small enough for its sum with the noise to be exact, got an example "
+                f"with entries over {2**23 * _table(sigma).step:g} (2048 sigma or more); scale the "
+                f"examples, or raise sigma={sigma:g}"
+            )
+        if len(x):
+            few = spread.take((x, keys), np.resize(np.arange(len(x)), spread.multiple(4)))
+            apart = float(_apart(apply_fn, params, sigma, *few))
+            if apart > _SAME:
+                raise ValueError(
+                    f"expected logits that don't depend on the batch, got a difference of "
+                    f"{apart:.2g}, relative to the largest; batch norm in training mode? Use its "
+                    "stored statistics, and switch dropout off"
+                )
+        off = math.prod(x.shape[1:]) * _table(sigma).off
+        return cls(
+            apply_fn, params, x, y, keys, sigma, off, np.asarray(shift, np.float64),
+            logits.shape[1], size, max(1, batch_size // size), progress,
+        )  # fmt: skip
+
+    def counts(
+        self, rows: NDArray[np.intp], first: int, last: int, stage: int = 0
+    ) -> NDArray[np.int64]:
+        """Count the classes of the draws from number `first` to before `last`, `[m, K]`."""
+        counts = np.zeros((len(rows), self.classes), int)
+        done = np.zeros(len(rows), bool)
+        for batch in self.store.batches(stage) if self.store else ():
+            at = np.searchsorted(rows, batch["rows"])
+            counts[at], done[at] = batch["counts"], True
+        count = partial(
+            _count, self.apply_fn, self.params, self.sigma, self.each, first, last, self.classes
+        )
+        left = np.flatnonzero(~done)
+        for start in range(0, len(left), self.size):
+            at = left[start : start + self.size]
+            filled = np.resize(rows[at], self.size)  # repeated; counts of repeats are dropped
+            made = count(*host.spread(self.x).take((self.x, self.keys), filled))
+            counts[at], done[at] = host.fetch(made)[: len(at)], True
+            if self.store is not None:
+                self.store.add(stage, {"rows": rows[at], "counts": counts[at]})
+            if self.progress is not None:
+                named = f"draws {first} to {last}"
+                self.progress(Progress(named, int(done.sum()), len(rows), None))
+        return counts
+
+
+def _most_frequent(counts: NDArray[Any]) -> NDArray[np.intp]:
+    return np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
+
+
+@partial(jax.jit, static_argnames=("apply_fn", "sigma", "each", "classes"))
+def _count(
+    apply_fn: ApplyFn,
+    params: Params,
+    sigma: float,
+    each: int,
+    first: jax.Array,
+    last: jax.Array,
+    classes: int,
+    x: jax.Array,
+    keys: jax.Array,
+) -> jax.Array:
+    def add(i: jax.Array, counts: jax.Array) -> jax.Array:
+        number = first + i * each + jnp.arange(each)
+        noisy = _noisy(sigma, x, keys, number)
+        logits = inputs.apply(apply_fn, params, noisy)
+        answers = inputs.finite(noisy, logits) & jnp.any(logits > -jnp.inf, axis=1)
+        votes = jax.nn.one_hot(jnp.argmax(logits, axis=1), classes, dtype=jnp.int32)
+        votes = jnp.where(answers[:, None], votes, 0).reshape(len(x), each, classes)
+        return counts + jnp.sum(votes, axis=1, where=(number < last)[None, :, None])
+
+    start = jnp.zeros((len(x), classes), jnp.int32)
+    return lax.fori_loop(0, -((first - last) // each), _cpu.fast_convolutions(add), start)
+
+
+@partial(jax.jit, static_argnames=("apply_fn", "sigma"))
+def _apart(
+    apply_fn: ApplyFn, params: Params, sigma: float, x: jax.Array, keys: jax.Array
+) -> jax.Array:
+    """Return how far logits are from those of the same rows alone, relative to the largest."""
+    noisy = _noisy(sigma, x, keys, jnp.arange(2))
+    together = inputs.apply(apply_fn, params, noisy)
+    alone = jax.vmap(lambda row: inputs.apply(apply_fn, params, row[None])[0])(noisy)
+    both = jnp.isfinite(together) & jnp.isfinite(alone)
+    scale = jnp.max(jnp.abs(together), where=both, initial=1e-30)
+    return jnp.max(jnp.abs(together - alone), where=both, initial=0) / scale
+
+
+def _noisy(sigma: float, x: jax.Array, keys: jax.Array, number: jax.Array) -> jax.Array:
+    """Return draws of these numbers of each example: `[B, ...]` to `[B * draws, ...]`."""
+    wide = _on_grid(x, _table(sigma).step)
+
+    def draw(example: jax.Array, key: jax.Array, number: jax.Array) -> jax.Array:
+        noise = _noise(jax.random.fold_in(key, number), example.shape, sigma)
+        return (example + noise.astype(example.dtype)).astype(x.dtype)
+
+    noisy = jax.vmap(jax.vmap(draw, (None, None, 0)), (0, 0, None))(wide, keys, number)
+    return noisy.reshape(-1, *x.shape[1:])
+
+
+def _on_grid(x: jax.Array, step: float) -> jax.Array:
+    wide = x.astype(inputs.accum_dtype(x.dtype))
+    return jnp.round(wide / step) * step
+
+
+@partial(jax.jit, static_argnums=0)
+def _distance_to_grid(step: float, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return how far examples are from the grid, and whether sums with noise are exact, `[B]`."""
+    wide = _on_grid(x, step)
+    largest = jnp.max(jnp.abs(wide), axis=tuple(range(1, x.ndim)))
+    exact = ~(jnp.isfinite(largest) & (largest > 2**23 * step))
+    # Rounded up: the norm of up to 2^24 entries is off by less.
+    return norms.norm(x.astype(wide.dtype) - wide, "l2") * (1 + 1e-5), exact
+
+
+class _Table(NamedTuple):
+    """Walker's alias table of a Gaussian rounded to integers, for 2^16 columns.
+
+    Attributes:
+      step: the integers' unit, h.
+      threshold: from which of 2^32 values on a column stands for another integer.
+      other: that integer's column.
+      off: total variation between this table's distribution and the exact one.
+    """
+
+    step: float
+    threshold: NDArray[np.uint32]
+    other: NDArray[np.int32]
+    off: float
+
+
+_COLUMNS, _MIDDLE = 2**16, 2**15
+
+
+@cache
+def _table(sigma: float) -> _Table:
+    step = 2.0 ** math.floor(math.log2(sigma / 2048))
+    edges = (np.arange(_COLUMNS + 1) - _MIDDLE - 0.5) * (step / sigma)
+    # Differences on the negative side, where they are small numbers, not rounded to those near 1.
+    a, b = special.ndtr(edges), special.ndtr(-edges)
+    exact = np.where(edges[1:] > 0, b[:-1] - b[1:], a[1:] - a[:-1])
+    weight, share = exact / exact.sum() * _COLUMNS, np.ones(_COLUMNS)
+    other = np.arange(_COLUMNS, dtype=np.int32)
+    small, large = (list(np.flatnonzero(mask)) for mask in (weight < 1, weight >= 1))
+    while small and large:
+        column, giver = small.pop(), large[-1]
+        share[column], other[column] = weight[column], giver
+        weight[giver] -= 1 - weight[column]
+        if weight[giver] < 1:
+            small.append(large.pop())
+    threshold = np.minimum(np.round(share * 2.0**32), 2**32 - 1).astype(np.uint32)
+    own = threshold / 2.0**32 / _COLUMNS
+    drawn = own + np.bincount(other, 1 / _COLUMNS - own, minlength=_COLUMNS)
+    return _Table(step, threshold, other, float(np.abs(drawn - exact).sum() + a[0] + b[-1]) / 2)
+
+
+def _noise(key: jax.Array, shape: tuple[int, ...], sigma: float) -> jax.Array:
+    """Draw Gaussian noise, rounded to multiples of the table's step, in float32."""
+    table = _table(sigma)
+    choose, compare = jax.random.split(key)
+    column = jax.random.bits(choose, shape, jnp.uint16).astype(jnp.int32)
+    keep = jax.random.bits(compare, shape, jnp.uint32) < jnp.asarray(table.threshold)[column]
+    column = jnp.where(keep, column, jnp.asarray(table.other)[column])
+    return (column - _MIDDLE).astype(jnp.float32) * jnp.float32(table.step)
+
+
+def _checked_sigma(sigma: float) -> float:
+    if isinstance(sigma, bool) or not isinstance(sigma, int | float | np.number):
+        raise TypeError(f"expected sigma to be a number, got {type(sigma).__name__}; e.g. 0.5")
+    if not 0 < sigma < math.inf:
+        raise ValueError(
+            f"expected a finite sigma > 0, got {sigma}; it is the noise's standard deviation, in "
+            "x's units"
+        )
+    return float(sigma)
+
+
+def _checked_alpha(alpha: float) -> None:
+    if not 0 < alpha < 1:
+        raise ValueError(f"expected 0 < alpha < 1, got {alpha}; 0.001 is usual")
