@@ -8,6 +8,8 @@ Each factory returns an `Objective` for `train.make_step`:
 - `mixed`: Goodfellow's weighted sum of the clean and the adversarial loss.
 - `kl_regularized`: Miyato's smoothing: the clean loss plus the KL divergence between the net's
   clean and perturbed outputs.
+- `noisy`: for randomized smoothing (`certify`): the loss under Gaussian noise, and the consistency
+  regularizer.
 - `representation`: the min-max problem at an inner layer, Equation 4 (LWA_Rep).
 
 The perturbation method is an argument, any function with the signature `types.PerturbFn`. By
@@ -49,7 +51,16 @@ from jaxadv.types import (
     TrainFn,
 )
 
-__all__ = ["Aux", "Relative", "adversarial", "kl_regularized", "mixed", "natural", "representation"]
+__all__ = [
+    "Aux",
+    "Relative",
+    "adversarial",
+    "kl_regularized",
+    "mixed",
+    "natural",
+    "noisy",
+    "representation",
+]
 
 
 def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
@@ -317,6 +328,94 @@ def kl_regularized(
             q, lax.stop_gradient(p), where=p > -jnp.inf
         )
         return loss + weight * jnp.mean(divergence), (model_state, _aux(moved, y, r, size))
+
+    return objective
+
+
+def noisy(
+    apply_fn: ApplyFn,
+    *,
+    sigma: float,
+    copies: int = 1,
+    consistency: float = 0.0,
+    entropy: float = 0.0,
+    loss_fn: LossFn = _cross_entropy,
+    train_fn: TrainFn | None = None,
+) -> Objective:
+    r"""Training for randomized smoothing: the loss under Gaussian noise, and consistency.
+
+    .. math:: \frac{1}{m} \sum_{i=1}^m \ell(g(x + \sigma z_i), y)
+              + \frac{\lambda}{m} \sum_{i=1}^m D_{KL}(p \,\|\, g(x + \sigma z_i)) + \eta\, H(p),
+              \qquad p = \frac{1}{m} \sum_{i=1}^m g(x + \sigma z_i)
+
+    By default it is plain training under noise (Cohen et al., 2019). The regularizer makes answers
+    agree with each other under noise (Jeong and Shin, 2020); gradients go through p, too. On MNIST
+    at sigma 0.5, the authors certified a LeNet with m = 2 copies, lambda = 5 and eta = 0.5.
+
+    All copies are one batch for the net, of m times the examples.
+
+    Args:
+      apply_fn: `(params, x) -> logits`; trained as it is unless `train_fn` is given.
+      sigma: the noise's standard deviation, positive; that of `certify`.
+      copies: m, noisy copies of each example, at least 1; 2 or more for `consistency`.
+      consistency: lambda, the weight of the divergences, at least 0.
+      entropy: eta, the weight of the mean prediction's entropy, at least 0.
+      loss_fn: `(logits, labels) -> [B]`; cross-entropy by default.
+      train_fn: `(params, model_state, x, key) -> (logits, model_state)`, the net in training mode.
+
+    Returns:
+      An `Objective`; its aux is `Aux`, with the accuracy under noise.
+
+    Raises:
+      TypeError: if `copies` isn't an integer; when called, if labels aren't integers and `loss_fn`
+        is the default.
+      ValueError: if `sigma` isn't positive, `copies` < 1, a weight is negative, or `consistency` is
+        positive for a single copy; when called, if `loss_fn` doesn't return one loss per example.
+
+    Example:
+      >>> from jaxadv import objectives
+      >>> gaussian = objectives.noisy(lambda w, x: x @ w, sigma=0.5)
+      >>> consistent = objectives.noisy(
+      ...     lambda w, x: x @ w, sigma=0.5, copies=2, consistency=5.0, entropy=0.5
+      ... )
+
+    References:
+      Cohen et al., "Certified Adversarial Robustness via Randomized Smoothing", 2019; Jeong and
+      Shin, "Consistency Regularization for Certified Robustness of Smoothed Classifiers", 2020.
+    """
+    if not sigma > 0:
+        raise ValueError(f"expected sigma > 0, got {sigma}; without noise it is natural")
+    inputs.at_least(1, "copies", copies, "2 is usual for consistency")
+    if not (consistency >= 0 and entropy >= 0):
+        raise ValueError(
+            f"expected weights >= 0, got consistency={consistency}, entropy={entropy}; they "
+            "multiply a divergence and an entropy"
+        )
+    if consistency and copies == 1:
+        raise ValueError("expected copies >= 2 for consistency, got 1; a single copy always agrees")
+    run = _trained(apply_fn, train_fn)
+
+    @meshes.auto_axes(meshes.as_objective)
+    def objective(
+        params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Aux]]:
+        x, y = _examples(batch)
+        x, y = inputs.examples(x), inputs.paired(x, y)
+        noise_key, train_key = jax.random.split(key)
+        x, y = (jnp.concatenate([a] * copies) for a in (x, y))
+        x += (sigma * jax.random.normal(noise_key, x.shape)).astype(x.dtype)
+        logits, model_state = run(params, model_state, x, train_key)
+        loss = _mean_loss(loss_fn, logits, x, y)
+        if consistency or entropy:
+            log_p = jax.nn.log_softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
+            log_p = log_p.reshape(copies, -1, log_p.shape[1])
+            p = jnp.mean(jnp.exp(log_p), axis=0)
+            # Zeros for what has no probability, so that derivatives are finite.
+            mean = jnp.log(jnp.where(p > 0, p, 1))
+            each = jnp.mean(jnp.where((p > 0)[None], log_p, 0), axis=0)
+            divergence, spread = jnp.sum(p * (mean - each), axis=1), -jnp.sum(p * mean, axis=1)
+            loss += jnp.mean(consistency * divergence + entropy * spread)
+        return loss, (model_state, _aux(logits, y))
 
     return objective
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from nets import linear
 from scipy import stats
 
-from jaxadv import attack, certify
+from jaxadv import attack, certify, objectives, train
 
 KEY = jax.random.key(3)
 SIGMA, ALPHA, STAGES = 0.5, 0.001, (10_000, 30_000, 100_000)
@@ -235,6 +236,28 @@ def test_attacks_take_the_smoothed_net(method, dtype):
     moved = certify.predict(typed, params, x + r, sigma=SIGMA, n=1000, key=KEY)
     clear = np.abs(exact - 0.3) > 0.1  # or noise hides which point is best
     np.testing.assert_array_equal((moved.label == y)[clear], (exact > 0.3)[clear])
+
+
+def test_smooth_adv_is_adversarial_training_of_the_smoothed_net():
+    params, x, y, _ = binary_problem(n=64)
+    net = certify.smooth(linear, SIGMA)
+    pgd = partial(attack.pgd, steps=4, samples=4)
+    losses = {}
+    for eps in (0.0, 0.5):
+        objective = objectives.adversarial(
+            net, pgd, eps=eps, train_fn=lambda params, state, x, key: (net(params, x, key), state)
+        )
+        tx = optax.adam(0.1)
+        step = train.make_step(objective, tx)
+        state = train.init((jnp.zeros((6, 2)), jnp.zeros(2)), tx, key=KEY)
+        for _ in range(40):
+            state, info = step(state, (x, y))
+        losses[eps] = info.loss
+    (w, _), normal = state.params, np.diff(params[0])[:, 0]
+    learned = np.asarray(w[:, 1] - w[:, 0])
+    cosine = learned @ normal / np.linalg.norm(learned) / np.linalg.norm(normal)
+    assert cosine > 0.9
+    assert losses[0.5] > losses[0.0] + 0.05
 
 
 # What doesn't matter

@@ -198,6 +198,7 @@ OBJECTIVES = {
     "adversarial": objectives.adversarial(net, perturb.alpha, eps=0.3),
     "mixed": objectives.mixed(net, perturb.loss, eps=0.3),
     "virtual": objectives.kl_regularized(net, perturb.vat, eps=0.3),
+    "noisy": objectives.noisy(net, sigma=0.3, copies=2, consistency=5.0),
     "representation": objectives.representation(
         lambda params, x: jnp.tanh(x.reshape(len(x), -1) @ params["w"]),
         lambda params, h: h @ params["v"],

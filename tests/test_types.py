@@ -12,6 +12,7 @@ OBJECTIVES = {
     "adversarial": objectives.adversarial(logistic.logits, perturb.loss, eps=0.5),
     "mixed": objectives.mixed(logistic.logits, perturb.loss, eps=0.5),
     "virtual": objectives.kl_regularized(logistic.logits, perturb.vat, eps=0.5),
+    "noisy": objectives.noisy(logistic.logits, sigma=0.5),
     "representation": objectives.representation(
         lambda params, x: x, logistic.logits, perturb.loss, eps=0.5
     ),
