@@ -152,6 +152,8 @@ def predict(
     n: int = 10_000,
     key: jax.Array,
     batch_size: int = 500,
+    store: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Prediction:
     """Classify by the most frequent answer of a net under noise, or abstain.
 
@@ -168,6 +170,8 @@ def predict(
       n: number of draws for each example, at least 1.
       key: one key, split per example, or one per example.
       batch_size: number of noisy examples in each pass through the net.
+      store: as for `certify`.
+      progress: called after each batch, e.g. `print`.
 
     Returns:
       `Prediction`.
@@ -191,8 +195,8 @@ def predict(
     """
     _checked_alpha(alpha)
     inputs.at_least(1, "n", n, "10000 is usual")
-    draws = _Draws.of("certify.predict", apply_fn, params, x, None, sigma, key, batch_size)
-    counts = draws.counts(np.arange(len(draws.x)), 0, n)
+    draws = _Draws.of("predict", apply_fn, params, x, None, sigma, key, batch_size, progress)
+    counts = draws.kept(store, n=n).counts(np.arange(len(draws.x)), 0, n)
     below, top = np.sort(counts, axis=1)[:, -2:].T
     p_value = np.minimum(2 * special.bdtrc(top - 1, top + below, 0.5), 1)
     return Prediction(_most_frequent(counts), counts, p_value > alpha)
@@ -293,16 +297,11 @@ def certify(
         )
     _checked_alpha(alpha)
     inputs.at_least(1, "n0", n0, "100 is usual")
-    draws = _Draws.of(
-        "certify.certify", apply_fn, params, x, y, sigma, key, batch_size, progress
-    )  # fmt: skip
+    draws = _Draws.of("certify", apply_fn, params, x, y, sigma, key, batch_size, progress)
     rule = _Rule.of(sigma, radii, alpha, stages, draws.off)
-    if store is not None:
-        kept = _batches.opened(
-            store, draws.apply_fn, params, draws.x, {}, kind="certify", y=draws.y, key=key,
-            sigma=sigma, radii=rule.radii, alpha=alpha, n0=n0, stages=rule.stages,
-        )  # fmt: skip
-        draws = draws._replace(store=kept)
+    draws = draws.kept(
+        store, y=draws.y, radii=rule.radii, alpha=alpha, n0=n0, stages=rule.stages
+    )  # fmt: skip
     n = len(draws.x)
     label = _most_frequent(draws.counts(np.arange(n), 0, n0))
     samples, lower, counts = np.zeros(n, int), np.zeros(n), np.zeros((n, draws.classes), int)
@@ -402,6 +401,7 @@ class _Draws(NamedTuple):
     """A net under noise, whose answers are counted.
 
     Attributes:
+      name: of the public function.
       apply_fn: the net.
       params: its parameters.
       x: the examples, `[n, ...]`.
@@ -417,6 +417,7 @@ class _Draws(NamedTuple):
       store: keeps each batch.
     """
 
+    name: str
     apply_fn: ApplyFn
     params: Params
     x: Any
@@ -445,10 +446,12 @@ class _Draws(NamedTuple):
         progress: Callable[[Progress], None] | None = None,
     ) -> _Draws:
         sigma = _checked_sigma(sigma)
-        x, y = host.arrays(name, x, np.zeros(np.shape(x)[:1], int) if y is None else y, params)
+        x, y = host.arrays(
+            f"certify.{name}", x, np.zeros(np.shape(x)[:1], int) if y is None else y, params
+        )
         shape = host.one_batch(x, batch_size)
         apply_fn = closures.keyed(apply_fn, params, shape)
-        keys = inputs.keys(key, len(x), name)
+        keys = inputs.keys(key, len(x), f"certify.{name}")
         logits = jax.eval_shape(partial(inputs.apply, apply_fn), params, shape)
         spread = host.spread(x)
         size = spread.multiple(max(1, min(8, batch_size, len(x))))
@@ -471,9 +474,19 @@ class _Draws(NamedTuple):
                 )
         off = math.prod(x.shape[1:]) * _table(sigma).off
         return cls(
-            apply_fn, params, x, y, keys, sigma, off, np.asarray(shift, np.float64),
+            name, apply_fn, params, x, y, keys, sigma, off, np.asarray(shift, np.float64),
             logits.shape[1], size, max(1, batch_size // size), progress,
         )  # fmt: skip
+
+    def kept(self, folder: str | os.PathLike[str] | None, **settings: Any) -> _Draws:
+        """Return the same net with a store in a folder, if there is one."""
+        if folder is None:
+            return self
+        store = _batches.opened(
+            folder, self.apply_fn, self.params, self.x, {}, kind=self.name, key=self.keys,
+            sigma=self.sigma, **settings,
+        )  # fmt: skip
+        return self._replace(store=store)
 
     def counts(
         self, rows: NDArray[np.intp], first: int, last: int, stage: int = 0

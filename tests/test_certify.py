@@ -356,6 +356,17 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
         certified(params, x, store=tmp_path, **{**settings, "sigma": 0.4})
 
 
+def test_predictions_go_on_too(tmp_path):
+    params, x, _, _ = binary_problem()
+    predict = partial(certify.predict, linear, params, sigma=SIGMA, n=1000, batch_size=64)
+    whole, left = predict(x, key=KEY, store=tmp_path), []
+    again = predict(x, key=KEY, store=tmp_path, progress=left.append)
+    np.testing.assert_array_equal(whole.counts, again.counts)
+    assert left == []
+    with pytest.raises(ValueError, match=r"got other key; choose another folder"):
+        predict(x, key=jax.random.key(0), store=tmp_path)
+
+
 # Rows without an answer
 
 
