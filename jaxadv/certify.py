@@ -537,7 +537,8 @@ def _count(
         answers = inputs.finite(noisy, logits) & jnp.any(logits > -jnp.inf, axis=1)
         votes = jax.nn.one_hot(jnp.argmax(logits, axis=1), classes, dtype=jnp.int32)
         votes = jnp.where(answers[:, None], votes, 0).reshape(len(x), each, classes)
-        return counts + jnp.sum(votes, axis=1, where=(number < last)[None, :, None])
+        asked = (number < last)[None, :, None]
+        return counts + jnp.sum(votes, axis=1, where=asked, dtype=jnp.int32)
 
     start = jnp.zeros((len(x), classes), jnp.int32)
     return lax.fori_loop(0, -((first - last) // each), _cpu.fast_convolutions(add), start)

@@ -275,6 +275,13 @@ def test_counts_do_not_depend_on_batches_or_on_the_place_in_one():
             np.testing.assert_array_equal(one[rows], other)
 
 
+def test_wide_examples_are_counted_alike(x64):
+    params, x, _, _ = binary_problem()
+    wide = certified(params, x.astype(np.float64)).counts
+    narrow = certified(params, x).counts
+    np.testing.assert_array_equal(wide, narrow)
+
+
 ON_DEVICES = """
 import json, sys
 sys.path.insert(0, {tests!r})
