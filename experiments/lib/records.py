@@ -348,6 +348,46 @@ class OptimalityRow(Row):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CertifyRow(Row):
+    """A smoothed classifier, certified and attacked.
+
+    Attributes:
+      method: how the net was trained.
+      n: number of images.
+      samples: draws that bound p_A, of all images.
+      columns: accuracies `clean`, `certified@SIZE` and `attacked@SIZE`.
+      abstained: number of images without a certificate.
+      both: by size, the images that are certified and broken at once.
+      n0: draws that choose an image's class.
+      stages: numbers of draws at the looks.
+      sampler: how the noise is drawn.
+      seconds: of certifying, in the session that finished it.
+      attack_seconds: likewise, of the attacks and of the draws that judge them.
+      settings: all that it depends on but the method and the seed.
+    """
+
+    network: str
+    method: str
+    sigma: float
+    alpha: float
+    n: int
+    samples: int
+    seed: int
+    columns: dict[str, float]
+    abstained: int
+    both: dict[str, list[int]]
+    n0: int
+    stages: list[int]
+    sampler: str
+    train_seconds: float
+    seconds: float
+    attack_seconds: float
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FeaturesRow(Row):
     """Each library's answer to each question."""
 

@@ -1,0 +1,321 @@
+"""Certified beside attacked: a lower and an upper bound for the same smoothed LeNet.
+
+    python experiments/certify.py                                  # an hour or so on 2 CPU cores
+    python experiments/certify.py --methods gaussian consistency   # several ways of training
+    python experiments/certify.py --holdout 2000 --every 4         # choose settings on other images
+
+Trains LeNets on MNIST under Gaussian noise: plainly, with the consistency regularizer, against an
+attack on the smoothed net (SmoothAdv), or both. Then, on every fifth test image, it certifies the
+smoothed classifier, and attacks it at the same sizes by APGD averaged over draws. An image counts
+as broken where fresh draws at x + r reject its label. Images that are certified and broken at once,
+of which a share of alpha is to be expected at most, are listed.
+
+Everything is kept in --out: the same command takes up what was interrupted. Writes results.json,
+results.md, METHOD-SEED.npz (what is known of each image) and METHOD-SEED.safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import lax
+from numpy.typing import NDArray
+from rich.console import Console
+
+from experiments.lib import data, models, options, parallel, recipes, records, tables, training
+from experiments.lib import weights as files
+from experiments.lib.options import Count, OutputFolder, Positive, Seed, Several, Share, Size, Whole
+from experiments.lib.records import CertifyRow
+from jaxadv import attack, certify, evaluate, nets, objectives
+from jaxadv.types import ApplyFn, Objective, Params, Schedule
+
+Way = Literal["gaussian", "consistency", "smooth_adv", "both"]
+WAYS: dict[str, str] = {
+    "gaussian": "Gaussian noise",
+    "consistency": "Consistency",
+    "smooth_adv": "SmoothAdv",
+    "both": "SmoothAdv and consistency",
+}
+BOX = (0.0, 1.0)
+SAMPLER = "Gaussian rounded to multiples of a power of 2, by an alias table; threefry"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(recipes.Optimiser):
+    """Train LeNets under noise, certify and attack them, and print a table."""
+
+    methods: Several[Way] = ("consistency",)
+    """How nets are trained."""
+    seeds: Several[Seed] = (0,)
+    """One net for each."""
+    sigma: Positive = 0.5
+    """Standard deviation of the noise, in training and after."""
+    radii: Several[Positive] = (0.5, 1.0, 1.5)
+    """l2 sizes that are certified and attacked."""
+    copies: Count = 2
+    """Noisy copies of each image in training, but for `gaussian`; draws of its attack."""
+    consistency: Size = 5.0
+    """Weight of the divergences, for `consistency` and `both`."""
+    entropy: Size = 0.5
+    """Weight of the mean prediction's entropy, likewise."""
+    train_eps: Positive = 1.0
+    """Size of the training perturbations, for `smooth_adv` and `both`."""
+    train_steps: Count = 2
+    """Steps of their attack."""
+    warmup: Whole = 3
+    """Epochs over which their size rises from 0."""
+    widths: Several[Count] = (500,)
+    """Sizes of the hidden dense layers."""
+    epochs: Count = 30
+    """Passes over the training images."""
+    lr: Positive = 0.05
+    """Greatest learning rate; it falls to 0 by a cosine."""
+    average: Share = 0.999
+    """Share of the past in the moving average of the weights that is certified."""
+    shift: Whole = 0
+    """Pixels by which training images are moved at random, at most."""
+    batch_size: Count = 100
+    """Images per training step."""
+    holdout: Whole = 0
+    """Training images held out and certified instead of the test images."""
+    every: Count = 5
+    """Certify the first image, and each of this distance after it."""
+    alpha: Positive = 0.001
+    """Probability of an error, for each image."""
+    n0: Count = 100
+    """Draws that choose the class."""
+    stages: Several[Count] = (10_000, 30_000, 100_000)
+    """Numbers of draws at the looks."""
+    attack_steps: Count = 50
+    """Steps of APGD."""
+    attack_samples: Count = 20
+    """Draws that each of its gradients is averaged over."""
+    attack_draws: Count = 10_000
+    """Draws that tell whether it has succeeded."""
+    eval_batch: Count = 500
+    """Noisy images in a pass when nets are certified."""
+    out: OutputFolder = Path("runs/certify")
+    """Where results go."""
+
+
+def objective_of(
+    way: Way, settings: Settings, apply_fn: ApplyFn, eps: Schedule | float
+) -> Objective:
+    """Return the objective of a way of training."""
+    regularized = way in ("consistency", "both")
+    noisy = objectives.noisy(
+        apply_fn,
+        sigma=settings.sigma,
+        copies=1 if way == "gaussian" else settings.copies,
+        consistency=settings.consistency if regularized else 0,
+        entropy=settings.entropy if regularized else 0,
+    )
+    if way in ("gaussian", "consistency"):
+        return noisy
+    net = certify.smooth(apply_fn, settings.sigma)
+
+    # For `smooth_adv` alone, `objectives.adversarial` does the same: docs/certify.md.
+    def perturbed(
+        params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
+    ) -> Any:
+        x, y = batch
+        attack_key, key = jax.random.split(key)
+        r = attack.pgd(
+            net, lax.stop_gradient(params), x, y, eps=eps(step) if callable(eps) else eps,
+            steps=settings.train_steps, samples=settings.copies, key=attack_key, bounds=BOX,
+        )  # fmt: skip
+        moved = x + lax.stop_gradient(r)
+        return noisy(params, model_state, (moved, y), key=key, step=step)
+
+    return perturbed
+
+
+def train(
+    way: Way, seed: int, settings: Settings, images: tuple[Any, Any], console: Console
+) -> tuple[ApplyFn, Params, float]:
+    """Return a net, its parameters, and the seconds of their training."""
+    method = recipes.Robust(
+        settings.widths, settings.epochs, settings.lr, average=settings.average,
+        eps=settings.train_eps, warmup=settings.warmup, shift=settings.shift,
+    )  # fmt: skip
+    recipes.check("training", method, lr_warmup=settings.lr_warmup)
+    net = models.lenet(method.widths)
+    apply_fn = models.function(net)
+    epoch_steps = len(images[1]) // settings.batch_size
+    eps = recipes.rising(method.eps, method.warmup * epoch_steps)
+    objective = objective_of(way, settings, apply_fn, eps)
+    if settings.shift:
+        objective = recipes.augmented(objective, recipes.shifted(settings.shift))
+    init_key, key = jax.random.split(jax.random.key(seed))
+    with training.bars(console) as progress:
+        fitted = training.fit(
+            objective,
+            recipes.optimiser(method, epoch_steps, settings),
+            models.init(net, init_key, images[0][:1]),
+            images,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            key=key,
+            directory=settings.out / "checkpoints" / f"{way}-{seed}",
+            settings=_plain(settings),
+            progress=progress,
+            name=WAYS[way],
+        )
+    return apply_fn, recipes.result(method, fitted.state), fitted.seconds
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """Return all that a row depends on, but its method and its seed, as JSON has it."""
+    kept = settings.without("methods", "seeds", "out")
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
+
+
+def measure(
+    way: Way,
+    seed: int,
+    settings: Settings,
+    images: tuple[Any, Any],
+    tested: tuple[NDArray[Any], NDArray[Any]],
+    rows: NDArray[np.intp],
+    console: Console,
+) -> CertifyRow:
+    """Train a net, certify it, and attack it."""
+    apply_fn, params, train_seconds = train(way, seed, settings, images, console)
+    x, y = tested
+    name, sigma, alpha = f"{way}-{seed}", settings.sigma, settings.alpha
+    files.save(settings.out / f"{name}.safetensors", params, interface=data.MNIST)
+    folder = settings.out / "batches" / name
+    certify_key, *keys = jax.random.split(jax.random.key(seed), 2 + 2 * len(settings.radii))
+    start = time.perf_counter()
+    found = certify.certify(
+        apply_fn, params, x, y, sigma=sigma, radii=settings.radii, alpha=alpha, n0=settings.n0,
+        stages=settings.stages, key=certify_key, batch_size=settings.eval_batch,
+        store=folder / "certify",
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    right = found.label == y
+    columns = {"clean": evaluate.accuracy(right & ~found.abstained)}
+    columns |= {
+        f"certified@{size:g}": evaluate.accuracy(right & (found.radius >= size))
+        for size in settings.radii
+    }
+    console.print(f"{name}: {columns}, {seconds:.0f} s")
+
+    start = time.perf_counter()
+    net: Any = certify.smooth(apply_fn, sigma)
+    mean = nets.mean_of_draws(net, keys.pop())
+    method = partial(attack.apgd, steps=settings.attack_steps, samples=settings.attack_samples)
+    broken = np.zeros((len(settings.radii), len(y)), bool)
+    before, both = np.zeros(len(y), bool), {}
+    for i, size in sorted(enumerate(settings.radii), key=lambda pair: pair[1]):
+        r = evaluate.attack_and_score(
+            mean, params, x, y, method, eps=size, key=keys.pop(), bounds=BOX, source=(net, params),
+            batch_size=100, store=folder / f"attack-{size:g}",
+        ).r  # fmt: skip
+        moved = certify.predict(
+            apply_fn, params, x + r, sigma=sigma, alpha=alpha, n=settings.attack_draws,
+            key=keys.pop(), batch_size=settings.eval_batch, store=folder / f"predict-{size:g}",
+        )  # fmt: skip
+        # What is broken within a smaller ball is broken within this one.
+        before = broken[i] = before | ((moved.label != y) & ~moved.abstained)
+        columns[f"attacked@{size:g}"] = evaluate.accuracy(~before)
+        at_once = before & right & (found.radius >= size)
+        both[f"{size:g}"] = rows[at_once].tolist()
+        console.print(f"{name}: {columns[f'attacked@{size:g}']:.4f} attacked at {size:g}")
+    attack_seconds = time.perf_counter() - start
+    np.savez_compressed(
+        settings.out / f"{name}.npz",
+        image=rows, label=found.label, samples=found.samples, lower=found.lower,
+        count=np.take_along_axis(found.counts, found.label[:, None], axis=1)[:, 0],
+        radius=found.radius, sizes=np.array(settings.radii), broken=broken,
+    )  # fmt: skip
+    return CertifyRow(
+        experiment="certify", network="conv20-conv50-" + "x".join(map(str, settings.widths)),
+        method=way, sigma=sigma, alpha=alpha, n=len(y), samples=int(found.samples.sum()),
+        seed=seed, columns=columns, abstained=int(found.abstained.sum()), both=both,
+        n0=settings.n0, stages=list(settings.stages), sampler=SAMPLER,
+        train_seconds=round(train_seconds, 1),
+        seconds=round(seconds, 1), attack_seconds=round(attack_seconds, 1),
+        settings=_plain(settings), **records.made_by(),
+    )  # fmt: skip
+
+
+def run(settings: Settings, console: Console) -> list[CertifyRow]:
+    """Measure each net; return these rows and those of earlier runs."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    images = data.mnist()
+    train_x, train_y = images.train_images, images.train_labels
+    x, y = images.test_images, images.test_labels
+    if settings.holdout:
+        kept, held = data.split(len(train_y), settings.holdout, seed=0)
+        x, y, train_x, train_y = train_x[held], train_y[held], train_x[kept], train_y[kept]
+    rows = np.arange(0, len(y), settings.every)
+    trained = jnp.asarray(data.MNIST.inputs(train_x)), jnp.asarray(train_y)
+    tested = np.asarray(data.MNIST.inputs(x[rows])), np.asarray(y[rows])
+    results = settings.out / "results.json"
+    for way, seed in itertools.product(settings.methods, settings.seeds):
+        identity = {"method": way, "seed": seed, "settings": _plain(settings)}
+        made = partial(measure, way, seed, settings, trained, tested, rows, console)
+        records.find_or_run(
+            results, CertifyRow, {**identity, **records.made_by()}, made,
+            place=("method", "seed", "sigma", "n"),
+        )  # fmt: skip
+    shutil.rmtree(settings.out / "batches", ignore_errors=True)
+    return records.load(results, CertifyRow)
+
+
+def as_markdown(rows: Sequence[CertifyRow]) -> list[str]:
+    """Return a table of a line for each net."""
+    names = list(dict.fromkeys(name for row in rows for name in row.columns))
+    sizes = list(dict.fromkeys(name.partition("@")[2] for name in names if "@" in name))
+    bounds = [f"{kind}@{size}" for size in sizes for kind in ("certified", "attacked")]
+    cells = [
+        [
+            WAYS[row.method], f"{row.sigma:g}", row.seed, row.n,
+            *(f"{row.columns[c]:.4f}" if c in row.columns else "" for c in ("clean", *bounds)),
+            sum(map(len, row.both.values())), f"{row.samples / row.n:,.0f}",
+            f"{row.train_seconds / 60:.0f}", f"{row.seconds / 60:.0f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    heading = ("Training", "Sigma", "Seed", "Images", "Clean", *bounds)
+    first = rows[0]
+    return [
+        "# Certified beside attacked: smoothed LeNets on MNIST",
+        "",
+        "Accuracy of the smoothed classifier: certified, a lower bound, and attacked, an upper "
+        f"one, at the same l2 sizes; alpha {first.alpha:g} for each image. Both: images that are "
+        "certified and broken at once. Draws: mean number for each image. Minutes of training and "
+        "of certifying.",
+        "",
+        *tables.markdown((*heading, "Both", "Draws", "Training", "Certifying"), cells),
+        "",
+        f"{first.device}, jax {first.versions['jax']}.",
+        "",
+    ]
+
+
+@options.command
+def main() -> None:
+    """Run from the command line."""
+    settings = tyro.cli(Settings, description=__doc__)
+    console = parallel.start()
+    tables.write(settings.out, as_markdown(run(settings, console)), console)
+
+
+if __name__ == "__main__":
+    main()

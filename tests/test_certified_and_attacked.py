@@ -1,0 +1,71 @@
+"""`experiments/certify.py`: the two bounds, on small nets."""
+
+import dataclasses
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import certify as command
+from experiments.lib import data, models, records, weights
+
+SMALL = {
+    "widths": (5,), "epochs": 1, "warmup": 1, "batch_size": 20, "sigma": 0.25, "radii": (0.5, 0.1),
+    "stages": (200, 1000), "attack_steps": 2, "attack_samples": 2, "attack_draws": 200,
+    "every": 2, "alpha": 0.01, "train_steps": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def images(monkeypatch):
+    """60 training and 20 test images, and a LeNet's command on an MLP."""
+    whole = data.mnist()
+    few = data.Dataset(
+        whole.train_images[:60], whole.train_labels[:60],
+        whole.test_images[:20], whole.test_labels[:20], whole.classes,
+    )  # fmt: skip
+    monkeypatch.setattr(command.data, "mnist", lambda: few)
+    monkeypatch.setattr(command.models, "lenet", models.mlp)
+
+
+@pytest.mark.parametrize("way", command.WAYS)
+def test_a_way_of_training_has_a_loss_and_gradients(way):
+    settings = command.Settings(**SMALL)
+    net = models.mlp((5,))
+    x = jnp.asarray(data.MNIST.inputs(data.mnist().train_images[:4]))
+    params = models.init(net, jax.random.key(0), x[:1])
+    objective = command.objective_of(way, settings, models.function(net), 0.5)
+    batch = x, jnp.arange(4)
+    run = jax.value_and_grad(objective, has_aux=True)
+    (loss, _), grad = run(params, None, batch, key=jax.random.key(1), step=jnp.int32(0))
+    assert np.isfinite(loss)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grad))
+
+
+@pytest.mark.slow
+def test_both_bounds_are_measured_and_kept(tmp_path, images):
+    settings = command.Settings(methods=("consistency",), out=tmp_path, **SMALL)
+    (row,) = command.run(settings, Console(file=io.StringIO()))
+    assert records.load(tmp_path / "results.json", records.CertifyRow) == [row]
+    assert (row.n, row.sigma, row.stages) == (10, 0.25, [200, 1000])
+    with np.load(tmp_path / "consistency-0.npz") as found:
+        assert found["image"].tolist() == list(range(0, 20, 2))
+        right = found["label"] == data.mnist().test_labels[:20:2]
+        for size, broken in zip(found["sizes"], found["broken"], strict=True):
+            certified = right & (found["radius"] >= size)
+            assert row.columns[f"certified@{size:g}"] == certified.mean()
+            assert row.columns[f"attacked@{size:g}"] == (~broken).mean()
+            assert row.both[f"{size:g}"] == (2 * np.flatnonzero(certified & broken)).tolist()
+        assert not np.any(found["broken"][1] & ~found["broken"][0])
+        assert row.samples == found["samples"].sum()
+    assert row.columns["certified@0.1"] <= row.columns["clean"] <= 1
+    net, _ = weights.load_net(tmp_path / "consistency-0.safetensors", (28, 28, 1))
+    assert net == models.mlp((5,))
+    assert "| Consistency | 0.25 | 0 | 10 |" in "\n".join(command.as_markdown([row]))
+    again = command.run(settings, Console(file=io.StringIO()))
+    assert again == [row]  # which nothing was run for
+    held = dataclasses.replace(settings, holdout=10, every=1, seeds=(1,))
+    assert [other.n for other in command.run(held, Console(file=io.StringIO()))] == [10, 10]
