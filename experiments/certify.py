@@ -194,18 +194,19 @@ def measure(
     console: Console,
 ) -> CertifyRow:
     """Train a net, certify it, and attack it."""
-    apply_fn, params, train_seconds = train(way, seed, settings, images, console)
     x, y = tested
     name, sigma, alpha = f"{way}-{seed}", settings.sigma, settings.alpha
-    files.save(settings.out / f"{name}.safetensors", params, interface=data.MNIST)
     folder = settings.out / "batches" / name
     certify_key, *keys = jax.random.split(jax.random.key(seed), 2 + 2 * len(settings.radii))
-    start = time.perf_counter()
-    found = certify.certify(
-        apply_fn, params, x, y, sigma=sigma, radii=settings.radii, alpha=alpha, n0=settings.n0,
+    certified = partial(
+        certify.certify, sigma=sigma, radii=settings.radii, alpha=alpha, n0=settings.n0,
         stages=settings.stages, key=certify_key, batch_size=settings.eval_batch,
-        store=folder / "certify",
     )  # fmt: skip
+    certified(lambda _, x: x.reshape(len(x), -1), None, x[:0])  # what it refuses, before training
+    apply_fn, params, train_seconds = train(way, seed, settings, images, console)
+    files.save(settings.out / f"{name}.safetensors", params, interface=data.MNIST)
+    start = time.perf_counter()
+    found = certified(apply_fn, params, x, y, store=folder / "certify")
     seconds = time.perf_counter() - start
     right = found.label == y
     columns = {"clean": evaluate.accuracy(right & ~found.abstained)}

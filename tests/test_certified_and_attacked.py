@@ -13,18 +13,18 @@ from experiments import certify as command
 from experiments.lib import data, models, records, weights
 
 SMALL = {
-    "widths": (5,), "epochs": 1, "warmup": 1, "batch_size": 20, "sigma": 0.25, "radii": (0.5, 0.1),
-    "stages": (200, 1000), "attack_steps": 2, "attack_samples": 2, "attack_draws": 200,
-    "every": 2, "alpha": 0.01, "train_steps": 1,
+    "widths": (20,), "epochs": 10, "warmup": 1, "average": 0.9, "consistency": 0.5,
+    "batch_size": 20, "sigma": 0.25, "radii": (0.6, 0.1), "stages": (200, 1000), "alpha": 0.01,
+    "attack_steps": 2, "attack_samples": 2, "attack_draws": 200, "every": 2, "train_steps": 1,
 }  # fmt: skip
 
 
 @pytest.fixture
 def images(monkeypatch):
-    """60 training and 20 test images, and a LeNet's command on an MLP."""
+    """200 training and 20 test images, and a LeNet's command on an MLP."""
     whole = data.mnist()
     few = data.Dataset(
-        whole.train_images[:60], whole.train_labels[:60],
+        whole.train_images[:200], whole.train_labels[:200],
         whole.test_images[:20], whole.test_labels[:20], whole.classes,
     )  # fmt: skip
     monkeypatch.setattr(command.data, "mnist", lambda: few)
@@ -34,7 +34,7 @@ def images(monkeypatch):
 @pytest.mark.parametrize("way", command.WAYS)
 def test_a_way_of_training_has_a_loss_and_gradients(way):
     settings = command.Settings(**SMALL)
-    net = models.mlp((5,))
+    net = models.mlp((20,))
     x = jnp.asarray(data.MNIST.inputs(data.mnist().train_images[:4]))
     params = models.init(net, jax.random.key(0), x[:1])
     objective = command.objective_of(way, settings, models.function(net), 0.5)
@@ -61,11 +61,15 @@ def test_both_bounds_are_measured_and_kept(tmp_path, images):
             assert row.both[f"{size:g}"] == (2 * np.flatnonzero(certified & broken)).tolist()
         assert not np.any(found["broken"][1] & ~found["broken"][0])
         assert row.samples == found["samples"].sum()
-    assert row.columns["certified@0.1"] <= row.columns["clean"] <= 1
+    assert row.columns["certified@0.6"] <= row.columns["attacked@0.6"]
+    assert 0.3 < row.columns["attacked@0.6"] < row.columns["attacked@0.1"]
+    assert row.columns["certified@0.1"] <= row.columns["clean"]
     net, _ = weights.load_net(tmp_path / "consistency-0.safetensors", (28, 28, 1))
-    assert net == models.mlp((5,))
+    assert net == models.mlp((20,))
     assert "| Consistency | 0.25 | 0 | 10 |" in "\n".join(command.as_markdown([row]))
     again = command.run(settings, Console(file=io.StringIO()))
     assert again == [row]  # which nothing was run for
+    with pytest.raises(ValueError, match=r"expected radii below 0\.65"):  # before it trains
+        command.run(dataclasses.replace(settings, radii=(1.0,)), Console(file=io.StringIO()))
     held = dataclasses.replace(settings, holdout=10, every=1, seeds=(1,))
     assert [other.n for other in command.run(held, Console(file=io.StringIO()))] == [10, 10]
