@@ -207,13 +207,13 @@ def _fast_autoattack(norm: Norm) -> Mapping[str, PerturbFn]:
         "apgd-t1-15": partial(nearest, steps=15, n_targets=1),
         "fab-t1-30": partial(fab, steps=30, n_targets=1),
         "apgd-t3-30": partial(nearest, steps=30, n_targets=3),
-        "apgd-t9-20": NearBoundary(partial(nearest, steps=20), within=0.3),
+        "apgd-t5-20": NearBoundary(partial(nearest, steps=20, n_targets=5), within=0.3),
         "apgd-ce-50": NearBoundary(partial(ascend, steps=50), within=0.15),
-        "apgd-t5-100": NearBoundary(partial(nearest, steps=100, n_targets=5), within=0.07),
-        "fab-t5-60": NearBoundary(partial(fab, steps=60, n_targets=5), within=0.05),
+        "apgd-t5-60": NearBoundary(partial(nearest, steps=60, n_targets=5), within=0.07),
+        "fab-t9-60": NearBoundary(partial(fab, steps=60), within=0.05),
         "apgd-ce-100": NearBoundary(partial(ascend, steps=100), within=0.07),
         "apgd-t9-60": NearBoundary(partial(targeted, steps=60), within=0.03),
-        "square": partial(attack.square, norm=norm, steps=1000, patience=100),
+        "square": partial(attack.square, norm=norm, steps=1000, patience=50),
     }
     return MappingProxyType(attacks)
 
