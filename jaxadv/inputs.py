@@ -110,21 +110,22 @@ def are_examples(x: Any, name: str = "x") -> None:
         )
 
 
-def perturbation(r: Any, x: Any) -> Any:
-    """Check the perturbation that a method returned, without moving it to the device.
+def perturbation(r: Any, x: Any, name: str = "r") -> Any:
+    """Check perturbations of x, a method's or a user's, without moving them to the device.
 
     Raises:
       TypeError: if it isn't a floating-point array.
       ValueError: if it isn't of x's shape.
     """
     if r is None:
-        raise TypeError("expected r, an array like x, got None; return the perturbation")
+        raise TypeError(f"expected {name}, an array like x, got None; return the perturbation")
     r = native(r)
     if r.shape != x.shape:
         raise ValueError(
-            f"expected r of x's shape {x.shape}, got {r.shape}; pass one perturbation per example"
+            f"expected {name} of x's shape {x.shape}, got {r.shape}; pass one perturbation per "
+            "example"
         )
-    are_examples(r, "r")
+    are_examples(r, name)
     return r
 
 

@@ -78,7 +78,7 @@ class Problem:
       bounds: the box that x + r stays in, or None.
       keys: one key per example, `[B]`, or None.
       shape: x's, before `start` made rows of the examples; None before that.
-      logits: the net's output at x, `[B, K]`; None before `start`.
+      logits: the net's output at x, or where `start_at` starts, `[B, K]`; None before `start`.
       attackable: which rows have a class to leave and one to reach, bool `[B]`; None before
         `start`.
     """
@@ -173,10 +173,17 @@ class Problem:
         problem = self._on_rows()
         return problem.with_logits(jnp.mean(problem._draws(problem.x, 0), axis=0))
 
-    def start_at_x(self) -> tuple[Problem, Gradient]:
-        """Return what `start` and `gradient` do at r = 0, by one pass through the net, not two."""
+    def start_at(self, r: jax.Array) -> tuple[Problem, Gradient]:
+        """Return what `start` and `gradient` do, by one pass through the net, not two.
+
+        The logits, and so which rows can be attacked, are those at x + r instead of those at x.
+
+        Args:
+          r: of x's shape and dtype, in the ball and the box.
+        """
         problem = self._on_rows()
-        (_, (loss, masked, logits)), g = problem._derivative(jnp.zeros_like(problem.x), 0)
+        r = r.reshape(problem.x.shape)
+        (_, (loss, masked, logits)), g = problem._derivative(r, 0)
         return problem.with_logits(logits), (problem.succeeds(masked), loss, g)
 
     def _on_rows(self) -> Problem:

@@ -18,7 +18,9 @@ KEYS = jax.random.split(jax.random.key(9), B)
 pgd = jax.jit(
     attack.pgd,
     static_argnums=0,
-    static_argnames=("norm", "steps", "loss_fn", "targeted", "random_start", "restarts", "samples"),
+    static_argnames=(
+        *("norm", "steps", "loss_fn", "targeted", "random_start", "restarts", "keep", "samples"),
+    ),
 )
 
 every_norm = pytest.mark.parametrize("norm", NORMS)
@@ -199,6 +201,105 @@ def test_the_default_step_is_two_and_a_half_times_eps_over_the_steps():
     params, x, y = problem()
     fn = functools.partial(pgd, net, params, x, y, eps=0.8, steps=4)
     np.testing.assert_allclose(fn(), fn(step_size=2.5 * 0.8 / 4), atol=1e-6)
+
+
+# From given perturbations, to the last point
+
+START = np.random.default_rng(5).normal(size=(B, D)).astype(np.float32)
+
+
+@every_norm
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_last_point_is_so_many_steps_from_the_start_brought_into_the_ball(norm, steps):
+    (w, b), x, y = linear_problem()
+    away = (w[:, 1] - w[:, 0]).astype(np.float64) * np.where(y == 0, 1, -1)[:, None]
+    radii = np.linspace(0.5, 3, B)
+    want = np.stack([references.project(*row, norm) for row in zip(START, radii, strict=True)])
+    for _ in range(steps):
+        for i in range(B):
+            moved = want[i] + 0.4 * references.steepest(away[i], norm)
+            want[i] = references.project(moved, radii[i], norm)
+    r = pgd(
+        linear, (w, b), x, y, eps=radii.astype(np.float32), norm=norm, steps=steps, step_size=0.4,
+        start=START, keep="last",
+    )  # fmt: skip
+    # Each step rounds entries of up to 3 a few times.
+    np.testing.assert_allclose(r, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_the_first_gradient_is_that_at_the_start_brought_into_the_box(norm):
+    params, x, y = problem()
+    x, eps = np.clip(x, 0, 1), 0.7
+    start = np.clip([references.project(v, eps, norm) for v in START], 0 - x, 1 - x)
+    g = jax.grad(lambda x: losses.margin(net(params, x), y).sum())(jnp.float32(x + start))
+    want = [
+        references.project(v + 0.3 * references.steepest(u, norm), eps, norm)
+        for v, u in zip(start, g, strict=True)
+    ]
+    r = pgd(
+        net, params, x, y, eps=eps, norm=norm, steps=1, step_size=0.3, start=START, keep="last",
+        bounds=(0.0, 1.0),
+    )  # fmt: skip
+    # The direction of a gradient of about 1, whose entries are rounded by 2^-24.
+    np.testing.assert_allclose(r, np.clip(want, 0 - x, 1 - x), atol=2e-6)
+
+
+@pytest.mark.parametrize(("keep", "end"), [("best", 0.5), ("last", 1.0)])
+def test_the_last_point_is_kept_where_an_earlier_one_is_worse_for_the_net(keep, end):
+    def hill(logits, y):  # highest at 0.6, and still rising at 0.5
+        return -((logits[:, 0] - 0.6) ** 2)
+
+    x, y = np.zeros((1, 2), np.float32), np.array([0])
+    r = pgd(
+        lambda _, x: x * np.array([[1, 0]], np.float32), None, x, y, eps=1.0, norm="linf", steps=2,
+        step_size=0.5, loss_fn=hill, keep=keep,
+    )  # fmt: skip
+    np.testing.assert_array_equal(r[:, 0], end)
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_the_best_point_is_never_worse_than_the_start(restarts):
+    params, x, y = problem()
+    start = pgd(net, params, x, y, eps=0.8, steps=20)
+    (was_hit, before), (hit, loss) = (
+        outcome(params, x, y, r)
+        for r in (
+            start,
+            pgd(
+                net, params, x, y, eps=0.8, steps=1, step_size=0.0, start=start, restarts=restarts,
+                key=KEYS,
+            ),
+        )
+    )  # fmt: skip
+    assert (hit >= was_hit).all()
+    assert (loss >= before - 1e-5).all()
+
+
+@pytest.mark.parametrize("how", [{"keep": "last"}, {"restarts": 2, "key": KEYS}])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_start_that_is_not_finite_makes_its_row_nan_and_no_other(how, bad):
+    params, x, y = problem()
+    go = functools.partial(pgd, net, params, x, y, eps=0.5, steps=2, **how)
+    r = go(start=references.edited(START, 1, bad))
+    assert np.isnan(r[1]).all()
+    others = np.arange(B) != 1
+    np.testing.assert_array_equal(r[others], go(start=START)[others])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"start": START[:3]}, ValueError, r"start of x's shape \(6, 5\), got \(3, 5\); pass one"),
+        ({"start": START.astype(int)}, TypeError, r"start of a floating-point dtype, got int64"),
+        ({"start": START, "random_start": True}, ValueError, r"start or random_start, got both;"),
+        ({"keep": "first"}, ValueError, r"keep to be 'best' or 'last', got 'first'; choose"),
+        ({"keep": "last", "restarts": 3}, ValueError, r"restarts=1 with keep='last', got 3; .*out"),
+    ],
+)
+def test_what_can_not_be_started_from_or_kept_is_refused(wrong, error, match):
+    with pytest.raises(error, match=match):
+        attack.pgd(net, *problem(), eps=0.5, key=KEYS, **wrong)
 
 
 # Labels and losses

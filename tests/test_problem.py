@@ -19,29 +19,16 @@ def problem(x, norm="l2", eps=None):
     return Problem.of(lambda _, x: x, None, x, y, norm=norm, eps=eps, bounds=None, minimal=True)
 
 
-def test_what_starts_at_x_knows_the_gradient_there():
+def test_what_starts_at_r_knows_the_gradient_there():
     w = jnp.array([[3.0, -3.0, 0.0], [4.0, -4.0, 1.0]])
-    x, y = (
-        jnp.array(
-            [
-                [[1.0], [0.5]],
-                [
-                    [
-                        jnp.nan,
-                    ],
-                    [1.0],
-                ],
-                [[-1.0], [2.0]],
-            ]
-        ),
-        jnp.array([0, 1, 5]),
-    )
+    x = jnp.array([[1.0, 0.5], [jnp.nan, 1.0], [-1.0, 2.0]])[:, :, None]
+    y, r = jnp.array([0, 1, 5]), jnp.array([[0.5, -0.5], [0.25, 0.0], [0.0, -1.0]])[:, :, None]
     posed = Problem.of(lambda w, x: x[:, :, 0] @ w, w, x, y, norm="l2", eps=1.0, bounds=None)
     apart = posed.start()
-    together, known = posed.start_at_x()
-    np.testing.assert_array_equal(together.logits, apart.logits)
+    together, known = posed.start_at(r)
+    np.testing.assert_array_equal(together.logits, (x + r)[:, :, 0] @ w)
     np.testing.assert_array_equal(together.attackable, apart.attackable)
-    for got, want in zip(known, apart.gradient(jnp.zeros((3, 2))), strict=True):
+    for got, want in zip(known, apart.gradient(r[:, :, 0]), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
@@ -194,7 +181,7 @@ def test_the_report_is_of_the_same_r(name):
         np.testing.assert_array_equal(info.success, net(W, X + r).argmax(1) != Y)
 
 
-def calls(name):
+def calls(method):
     """The forward and backward passes that an attack makes, and those that it reports."""
     forward, backward = [], []
 
@@ -210,17 +197,22 @@ def calls(name):
     counted.defvjp(lambda x: (counted(x), None), bwd)
     key = jax.random.split(jax.random.key(0), 1)
     of = (lambda w, x: counted(x) @ w), W, X[:1], Y[:1]
-    jax.block_until_ready(REPORTING[name](*of, key=key))
+    jax.block_until_ready(method(*of, key=key))
     jax.effects_barrier()
     made = len(forward), len(backward)
-    _, info = with_info(REPORTING[name])(*of, key=key)
+    _, info = with_info(method)(*of, key=key)
     return made, (int(info.forward[0]), int(info.backward[0]))
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd", "apgd_multitargeted", "fab", "square"])
 def test_passes_are_counted_as_they_are_made(name):
-    made, reported = calls(name)
+    made, reported = calls(REPORTING[name])
     assert made == reported
+
+
+def test_a_last_point_is_not_judged():
+    method = functools.partial(attack.pgd, eps=3.0, start=0.1 * X[:1], steps=2, keep="last")
+    assert calls(method) == ((2, 2), (2, 2))
 
 
 def test_what_a_restart_does_not_look_at_any_more_costs_nothing():

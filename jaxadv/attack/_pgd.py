@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,10 @@ def pgd(
     step_size: Eps | None = None,
     loss_fn: LossFn = losses.margin,
     targeted: bool = False,
+    start: jax.Array | None = None,
     random_start: bool = False,
     restarts: int = 1,
+    keep: Literal["best", "last"] = "best",
     samples: int = 0,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
@@ -58,6 +60,9 @@ def pgd(
     that are misclassified already. In l1 the direction has one entry: the largest that the box
     doesn't block.
 
+    For training, `keep="last"` returns the point that the steps end at, whatever its loss, so that
+    a step takes one forward and one backward pass.
+
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
       params: the first argument of `apply_fn`.
@@ -73,9 +78,12 @@ def pgd(
       loss_fn: `(logits, labels) -> [B]`, which is raised (lowered if `targeted`). The default is
         `losses.margin`.
       targeted: y are the classes to reach instead of those to leave.
+      start: perturbations to start from instead of x, `[B, ...]`, projected into the ball and the
+        box.
       random_start: start a single run at a random point of the ball instead of at x.
-      restarts: number of starts, at least 1: x (unless there is only one, at random), then random
-        points of the ball.
+      restarts: number of starts, at least 1: x or `start` (unless there is only one, at random),
+        then random points of the ball.
+      keep: `"best"`, or `"last"` for the last point, which saves the forward pass that judges it.
       samples: 0 for a deterministic net. For one that draws random numbers, `apply_fn(params, x,
         key)`: how many draws the loss and its gradient are averaged over, new ones at each step
         (expectation over transformation).
@@ -83,14 +91,16 @@ def pgd(
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype, of a size of at most eps. Rows are 0 or NaN as in `perturb`.
+      r, of x's shape and dtype, of a size of at most eps. Rows are 0 or NaN as in `perturb`, and
+      NaN where `start` has NaN or infinity.
 
     Raises:
-      TypeError: if `x` or the logits are not floating-point arrays; if `y` are not integers, for
-        the default loss.
+      TypeError: if `x`, `start` or the logits are not floating-point arrays; if `y` are not
+        integers, for the default loss.
       ValueError: if shapes don't match, if the norm is unknown, if a Python `eps` or `step_size` is
-        negative, if `steps` or `restarts` < 1, if `samples` < 0, if `bounds` is not a pair, or if
-        a key is missing.
+        negative, if `steps` or `restarts` < 1, if `samples` < 0, if `bounds` is not a pair, if a
+        key is missing, if `start` comes with `random_start`, if `keep` is neither `"best"` nor
+        `"last"`, or if it is `"last"` of several runs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -107,13 +117,30 @@ def pgd(
     """
     inputs.at_least(1, "steps", steps, "one step is perturb.loss")
     inputs.at_least(1, "restarts", restarts, "1 is a single run")
+    if keep not in ("best", "last"):
+        raise ValueError(f"expected keep to be 'best' or 'last', got {keep!r}; choose one")
+    if keep == "last" and restarts > 1:
+        raise ValueError(
+            f"expected restarts=1 with keep='last', got {restarts}; the last points of several "
+            "runs can't be told apart without their losses: leave out one of the two"
+        )
+    if start is not None and random_start:
+        raise ValueError(
+            "expected start or random_start, got both; leave out one of them, or pass "
+            "start=norms.sample(keys, x, eps, norm)"
+        )
     problem = Problem.of(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, loss_fn=loss_fn, any_labels=True,
         targeted=targeted, samples=samples, key=key,
         drawn_by="a random start" if random_start or restarts > 1 else None,
     )  # fmt: skip
+    if start is not None:
+        start = jnp.asarray(inputs.perturbation(start, problem.x, "start"))
     size = _step_size(step_size, problem, steps)
-    answer = _run(problem.keyed(), size, steps=steps, random_start=random_start, restarts=restarts)
+    answer = _run(
+        problem.keyed(), size, start, steps=steps, random_start=random_start, restarts=restarts,
+        keep=keep,
+    )  # fmt: skip
     return Found(problem, *answer)
 
 
@@ -187,7 +214,9 @@ def pgd_kl(
         any_labels=True, key=keys, drawn_by="attack.pgd_kl",
     )  # fmt: skip
     size = _step_size(step_size, problem, steps)
-    answer = _run(problem.keyed(), size, steps=steps, random_start=True, restarts=1)
+    answer = _run(
+        problem.keyed(), size, None, steps=steps, random_start=True, restarts=1, keep="best"
+    )
     return Found(problem, *answer)
 
 
@@ -202,39 +231,53 @@ def _divergence(logits: jax.Array, log_p: jax.Array) -> jax.Array:
     return optax.losses.kl_divergence_with_log_targets(log_q, log_p, where=log_p > -jnp.inf)
 
 
-@partial(jax.jit, static_argnames=("steps", "random_start", "restarts"))
+@partial(jax.jit, static_argnames=("steps", "random_start", "restarts", "keep"))
 def _run(
-    problem: Problem, step_size: jax.Array, *, steps: int, random_start: bool, restarts: int
+    problem: Problem,
+    step_size: jax.Array,
+    given: jax.Array | None,
+    *,
+    steps: int,
+    random_start: bool,
+    restarts: int,
+    keep: Literal["best", "last"],
 ) -> Answer:
-    from_x = not random_start and restarts == 1
-    if from_x and not problem.samples:
-        problem, at_x = problem.start_at_x()
+    first = jnp.zeros_like(problem.x)
+    if given is not None:
+        # A row that doesn't start from a finite r gets the answer to an eps that isn't: NaN.
+        finite = jnp.isfinite(norms.norm(given, "linf"))
+        problem = replace(problem, eps=jnp.where(finite, problem.eps, jnp.nan))
+        first = problem.project(given.astype(problem.eps.dtype))
+    draws_start = random_start or restarts > 1
+    if draws_start or problem.samples:
+        problem, known = problem.start(), None
     else:
-        problem, at_x = problem.start(), None
+        problem, known = problem.start_at(first)
     x, eps, norm = problem.x, problem.eps, problem.norm
     # From step to step r has the dtype of norms: a bfloat16 r would swallow small steps.
     wide = replace(problem, x=x.astype(eps.dtype))
+    first = first.reshape(x.shape).astype(eps.dtype)
     size = step_size[:, None]
 
     def rounded(r: jax.Array) -> jax.Array:
         return r if r.dtype == x.dtype else problem.clip_to_box(r)
 
     def start(restart: jax.Array | int) -> jax.Array:
-        nowhere = jnp.zeros_like(wide.x)
-        if from_x:
-            return nowhere
+        if not draws_start:
+            return first
         keys = fold(fold(problem.keys, 0), restart)
         drawn = wide.project(norms.sample(keys, x, eps, norm))
-        return drawn if restarts == 1 else jnp.where(restart > 0, drawn, nowhere)
+        return drawn if restarts == 1 else jnp.where(restart > 0, drawn, first)
 
     def run(restart: jax.Array | int) -> Best:
-        first = restart * (steps + 1)
+        first_step = restart * (steps + 1)
 
         def step(i: jax.Array | int, carry: _Carry, known: Gradient | None = None) -> _Carry:
             r, without_top, best = carry
             at = rounded(r)
-            success, loss, g = known or problem.gradient(at, first + i, without_top)
-            best = best.with_point(at, success, loss)
+            success, loss, g = known or problem.gradient(at, first_step + i, without_top)
+            if keep == "best":
+                best = best.with_point(at, success, loss)
             # After a gradient of 0 the next is without the top wrong class, or with it again.
             without_top ^= norms.is_zero(g)
             if norm == "l1":
@@ -242,14 +285,19 @@ def _run(
             return wide.project(r + size * norms.steepest(g, norm)), without_top, best
 
         carry = start(restart), jnp.zeros_like(eps, bool), Best.empty(x)
-        if at_x is None:
+        if known is None:
             r, _, best = iterate(step, carry, steps)
         else:
-            r, _, best = iterate(step, step(0, carry, at_x), steps - 1)
+            r, _, best = iterate(step, step(0, carry, known), steps - 1)
         at = rounded(r)
-        return best.with_point(at, *problem.value(at, first + steps))
+        if keep == "last":
+            return best._replace(r=at)
+        return best.with_point(at, *problem.value(at, first_step + steps))
 
-    best, runs = run_restarts(run, restarts, x)
     draws = max(problem.samples, 1)
-    before = 1 if at_x is None else 0
-    return problem.answer(best.r), draws * (before + runs * (steps + 1)), draws * runs * steps
+    before = 1 if known is None else 0
+    if keep == "last":
+        best, runs, last = run(0), jnp.ones(x.shape[0], jnp.int32), 0
+    else:
+        (best, runs), last = run_restarts(run, restarts, x), 1
+    return problem.answer(best.r), draws * (before + runs * (steps + last)), draws * runs * steps
