@@ -11,6 +11,7 @@ Each factory returns an `Objective` for `train.make_step`:
 - `noisy`: for randomized smoothing (`certify`): the loss under Gaussian noise, and the consistency
   regularizer.
 - `representation`: the min-max problem at an inner layer, Equation 4 (LWA_Rep).
+- `with_memory`: any of these with an adversary that goes on from each example's last perturbation.
 
 The perturbation method is an argument, any function with the signature `types.PerturbFn`. By
 Proposition 6 (Danskin), the derivative of a maximum is the partial derivative at the maximiser, so
@@ -23,12 +24,16 @@ first argument of `apply_fn` is `(params, model_state)`: the parameters with the
 
 `eps` is a number, an optax schedule of the step, or `Relative` to the norm of the input.
 
+The batch is `(x, y)`, or `(x, y, r)` for an objective that has an adversary: the perturbation
+method then starts from r (its argument `start`, as in `attack.pgd`), and the aux has the new r.
+
 With the default loss, a label outside 0..K-1 makes the loss NaN, so that the mistake is seen; the
 example doesn't contribute to the gradient, and counts as misclassified.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -53,6 +58,7 @@ from jaxadv.types import (
 
 __all__ = [
     "Aux",
+    "Memory",
     "Relative",
     "adversarial",
     "kl_regularized",
@@ -60,6 +66,7 @@ __all__ = [
     "natural",
     "noisy",
     "representation",
+    "with_memory",
 ]
 
 
@@ -95,12 +102,14 @@ class Aux(NamedTuple):
       zero: number of examples whose perturbation is exactly 0 although their size isn't: they have
         no usable gradient.
       nonfinite: number of examples whose perturbation has NaN or infinite entries.
+      r: the perturbations, `[B, ...]`, if the batch had some to start from, or else None.
     """
 
     accuracy: jax.Array
     eps: jax.Array
     zero: jax.Array
     nonfinite: jax.Array
+    r: jax.Array | None = None
 
 
 def natural(
@@ -191,11 +200,11 @@ def adversarial(
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
-        x, y = _examples(batch)
+        x, y, *given = _examples(batch, 3)
         attack_key, train_key = jax.random.split(key)
-        r, size = adversary(_variables(params, model_state), x, y, step, attack_key)
+        r, size = adversary(_variables(params, model_state), x, y, step, attack_key, *given)
         logits, model_state = run(params, model_state, x + r, train_key)
-        return _mean_loss(loss_fn, logits, x, y), (model_state, _aux(logits, y, r, size))
+        return _mean_loss(loss_fn, logits, x, y), (model_state, _aux(logits, y, r, size, *given))
 
     return objective
 
@@ -253,14 +262,14 @@ def mixed(
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
-        x, y = _examples(batch)
+        x, y, *given = _examples(batch, 3)
         attack_key, train_key = jax.random.split(key)
-        r, size = adversary(_variables(params, model_state), x, y, step, attack_key)
+        r, size = adversary(_variables(params, model_state), x, y, step, attack_key, *given)
         clean, model_state = run(params, model_state, x, train_key)
         logits, model_state = run(params, model_state, x + r, train_key)
         loss = weight * _mean_loss(loss_fn, clean, x, y)
         loss += (1 - weight) * _mean_loss(loss_fn, logits, x, y)
-        return loss, (model_state, _aux(logits, y, r, size))
+        return loss, (model_state, _aux(logits, y, r, size, *given))
 
     return objective
 
@@ -317,9 +326,9 @@ def kl_regularized(
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
-        x, y = _examples(batch)
+        x, y, *given = _examples(batch, 3)
         attack_key, train_key = jax.random.split(key)
-        r, size = adversary(_variables(params, model_state), x, y, step, attack_key)
+        r, size = adversary(_variables(params, model_state), x, y, step, attack_key, *given)
         clean, model_state = run(params, model_state, x, train_key)
         moved, model_state = run(params, model_state, x + r, train_key)
         loss = _mean_loss(loss_fn, clean, x, y)
@@ -327,7 +336,7 @@ def kl_regularized(
         divergence = optax.losses.kl_divergence_with_log_targets(
             q, lax.stop_gradient(p), where=p > -jnp.inf
         )
-        return loss + weight * jnp.mean(divergence), (model_state, _aux(moved, y, r, size))
+        return loss + weight * jnp.mean(divergence), (model_state, _aux(moved, y, r, size, *given))
 
     return objective
 
@@ -478,37 +487,129 @@ def representation(
     def objective(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Aux]]:
-        x, y = _examples(batch)
+        x, y, *given = _examples(batch, 3)
         attack_key, encode_key, classify_key = jax.random.split(key, 3)
         h, new_state = encode(params, model_state, x, encode_key)
-        r, size = adversary(_variables(params, model_state), h, y, step, attack_key)
+        r, size = adversary(_variables(params, model_state), h, y, step, attack_key, *given)
         logits, new_state = classify(params, new_state, h + r, classify_key)
-        return _mean_loss(loss_fn, logits, x, y), (new_state, _aux(logits, y, r, size))
+        return _mean_loss(loss_fn, logits, x, y), (new_state, _aux(logits, y, r, size, *given))
 
     return objective
+
+
+class Memory(NamedTuple):
+    """The model state of an objective `with_memory`.
+
+    Attributes:
+      r: the last perturbation of each example that there is, `[N, ...]`.
+      model_state: the net's own state, or None.
+    """
+
+    r: jax.Array
+    model_state: Any = None
+
+
+def with_memory(objective: Objective) -> Objective:
+    r"""Let the adversary go on from each example's last perturbation, instead of from x.
+
+    .. math:: r_i \leftarrow \Pi_{\|r\| \le \epsilon}\bigl(r_i + s \arg\max_{\|u\| \le 1}
+              \langle \nabla_x \ell(g(x_i + r_i), y_i), u \rangle\bigr)
+
+    at each visit of example i: with one step a visit, the adversary grows strong over the epochs
+    instead of within a step, at the price of LWA. The batch is `(x, y, index)`, the model state
+    `Memory`, of which the rows `index` are read and written. So the memory is donated, saved and
+    sharded with the training state, and no step copies it.
+
+    To forget, put other perturbations into the state between epochs, zeros or those of
+    `norms.sample`. Where images are moved or cropped at random, r belongs to the image that isn't:
+    move it with x, and back.
+
+    Args:
+      objective: one of this module that has an adversary which takes `start`, for instance
+        `attack.pgd` with `steps=1, keep="last"`.
+
+    Returns:
+      An `Objective`; its aux is that of `objective` without r.
+
+    Raises:
+      TypeError: when called, if the model state isn't `Memory`, if the batch isn't `(x, y, index)`,
+        or if the adversary takes no start.
+      ValueError: when called, if the index isn't integers `[B]`.
+
+    Example:
+      >>> from functools import partial
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jaxadv import attack, objectives, train
+      >>> step = partial(attack.pgd, steps=1, step_size=0.5, keep="last")
+      >>> lwa = objectives.adversarial(lambda w, x: x @ w, step, eps=1.0)
+      >>> x, y, tx = jnp.eye(4), jnp.array([0, 1, 0, 1]), optax.sgd(0.1)
+      >>> epoch = train.make_epoch(objectives.with_memory(lwa), tx)
+      >>> memory = objectives.Memory(jnp.zeros_like(x))
+      >>> state = train.init(jnp.eye(4, 2), tx, model_state=memory, key=jax.random.key(0))
+      >>> order = jnp.array([[0, 3], [2, 1]])
+      >>> for _ in range(3):
+      ...     state, info = epoch(state, (x, y, jnp.arange(4)), order)
+      >>> jnp.linalg.norm(state.model_state.r, axis=1).round(4).tolist()
+      [1.0, 1.0, 1.0, 1.0]
+
+    References:
+      Zheng et al., "Efficient Adversarial Training with Transferable Adversarial Examples", 2020;
+      Jia et al., "Prior-Guided Fast Adversarial Training", 2022.
+    """
+
+    @meshes.auto_axes(meshes.as_objective)
+    def remembering(
+        params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Any]]:
+        if not isinstance(model_state, Memory):
+            raise TypeError(
+                f"expected a model state Memory(r, model_state), got {type(model_state).__name__}; "
+                "pass train.init(..., model_state=objectives.Memory(jnp.zeros_like(x)))"
+            )
+        if not isinstance(batch, tuple | list) or len(batch) != 3:
+            raise TypeError(
+                f"expected a batch (x, y, index), got {type(batch).__name__}; add which examples "
+                "these are, e.g. jnp.arange(len(x)) of all"
+            )
+        x, y, index = map(inputs.native, batch)
+        if index.shape != x.shape[:1] or not jnp.issubdtype(index.dtype, jnp.integer):
+            raise ValueError(
+                f"expected an index of integers [{len(x)}], got {index.dtype} of shape "
+                f"{index.shape}; pass the number of each example"
+            )
+        rows = model_state.r.at[index]
+        # Plain indexing would silently replace an index beyond the last by the last.
+        start = rows.get(mode="fill", fill_value=jnp.nan)
+        loss, (inner, aux) = objective(
+            params, model_state.model_state, (x, y, start), key=key, step=step
+        )
+        return loss, (Memory(rows.set(aux.r), inner), aux._replace(r=None))
+
+    return remembering
 
 
 def _variables(params: Params, model_state: Any) -> Any:
     return params if model_state is None else (params, model_state)
 
 
-def _examples(batch: Any) -> tuple[Any, Any]:
-    """Check that a batch is a pair of arrays, with at least one example.
+def _examples(batch: Any, most: int = 2) -> list[Any]:
+    """Check a batch `(x, y)`, with at least one example, or `(x, y, r)` where `most` is 3.
 
     Raises:
-      TypeError: if it isn't a pair.
+      TypeError: if it isn't such a tuple.
       ValueError: if it is empty, so that its mean loss would be NaN.
     """
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
+    if not isinstance(batch, tuple | list) or not 2 <= len(batch) <= most:
         got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+        or_more = " or (x, y, r)" if most == 3 else ""
         raise TypeError(
-            f"expected a batch (x, y), got {got}; pass a pair, e.g. "
+            f"expected a batch (x, y){or_more}, got {got}; pass a pair, e.g. "
             '(batch["image"], batch["label"])'
         )
-    x, y = map(inputs.native, batch)
-    if x.shape[:1] == (0,):
+    arrays = [*map(inputs.native, batch)]
+    if arrays[0].shape[:1] == (0,):
         raise ValueError("expected a batch of at least one example, got none; leave it out")
-    return x, y
+    return arrays
 
 
 def _trained(apply_fn: ApplyFn | EncodeFn, train_fn: TrainFn | None) -> TrainFn:
@@ -550,17 +651,33 @@ def _adversary(
     """
 
     def perturb(
-        variables: Any, x: jax.Array, y: jax.Array, step: jax.Array, key: jax.Array
+        variables: Any,
+        x: jax.Array,
+        y: jax.Array,
+        step: jax.Array,
+        key: jax.Array,
+        start: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         variables, x = lax.stop_gradient((variables, inputs.examples(x)))
         number = eps.size if isinstance(eps, Relative) else eps
         size = inputs.radius(number(step) if callable(number) else number, x)
         if isinstance(eps, Relative):
             size = size * norms.norm(x, eps.norm)
-        r = perturb_fn(apply_fn, variables, x, y, eps=size, key=key, bounds=bounds)
+        given = {} if start is None else _as_argument(start, perturb_fn)
+        r = perturb_fn(apply_fn, variables, x, y, eps=size, key=key, bounds=bounds, **given)
         return lax.stop_gradient(inputs.perturbation(r, x)), size
 
     return perturb
+
+
+def _as_argument(start: jax.Array, perturb_fn: PerturbFn) -> dict[str, Any]:
+    takes = inspect.signature(perturb_fn).parameters
+    if "start" not in takes and all(one.kind is not one.VAR_KEYWORD for one in takes.values()):
+        raise TypeError(
+            f"expected a perturb_fn that takes start= for a batch (x, y, r), got {perturb_fn!r}; "
+            "use attack.pgd, or leave r out"
+        )
+    return {"start": start}
 
 
 def _mean_loss(loss_fn: LossFn, logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -571,7 +688,11 @@ def _mean_loss(loss_fn: LossFn, logits: jax.Array, x: jax.Array, y: jax.Array) -
 
 
 def _aux(
-    logits: jax.Array, y: jax.Array, r: jax.Array | None = None, size: jax.Array | None = None
+    logits: jax.Array,
+    y: jax.Array,
+    r: jax.Array | None = None,
+    size: jax.Array | None = None,
+    given: jax.Array | None = None,
 ) -> Aux:
     labels = y if y.ndim == 1 else jnp.argmax(y, axis=-1)
     # argmax takes NaN for the largest logit, so a diverged net would be right about class 0.
@@ -584,4 +705,5 @@ def _aux(
     largest = jnp.max(jnp.abs(r), axis=tuple(range(1, r.ndim)))
     zero = jnp.sum((largest == 0) & (size > 0), dtype=jnp.int32)
     nonfinite = jnp.sum(~jnp.isfinite(largest), dtype=jnp.int32)
-    return Aux(accuracy, jnp.mean(size).astype(jnp.float32), zero, nonfinite)
+    mean_size = jnp.mean(size).astype(jnp.float32)
+    return Aux(accuracy, mean_size, zero, nonfinite, None if given is None else r)

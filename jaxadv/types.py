@@ -118,11 +118,11 @@ class Objective(Protocol):
         self,
         params: Params,
         model_state: Any,
-        batch: tuple[jax.Array, jax.Array],
+        batch: tuple[jax.Array, ...],
         /,
         *,
         key: jax.Array,
         step: jax.Array,
     ) -> tuple[jax.Array, tuple[Any, Any]]:
-        """Return `(loss, (model_state, aux))` for one batch `(x, y)`."""
+        """Return `(loss, (model_state, aux))` for one batch, `(x, y)` or what else it takes."""
         ...

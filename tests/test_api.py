@@ -30,8 +30,8 @@ jaxadv.logistic: adversary* fit* logits loss* objective*
 jaxadv.losses: dlr* logit_margin* margin targeted_dlr*
 jaxadv.nets: mean_of_draws* two_logits
 jaxadv.norms: clip_to_box dual* is_zero log_norm norm project rescale* sample* steepest*
-jaxadv.objectives: Aux Relative adversarial* kl_regularized* mixed* natural noisy*
-    representation*
+jaxadv.objectives: Aux Memory Relative adversarial* kl_regularized* mixed* natural noisy*
+    representation* with_memory*
 jaxadv.perturb: alpha* loss* loss_sign* vat*
 jaxadv.problem: Best Least Problem beyond_rounding bisect_to_boundary fold iterate run_restarts
 jaxadv.train: StepInfo TrainState init make_epoch* make_step* update

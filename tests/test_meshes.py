@@ -220,8 +220,11 @@ def test_the_gradient_of_an_objective_lies_as_the_parameters(name, plain, spread
     same(got, gradient(*plain))
 
 
+ADAM = optax.adam(1e-2)
+
+
 def trained(kind, params, x, y, keys):
-    objective, tx = OBJECTIVES["mixed"], optax.adam(1e-2)
+    objective, tx = OBJECTIVES["mixed"], ADAM
     state = train.init(params, tx, key=KEY)
     if kind == "update":
         return train.update(objective, tx, state, (x, y))
@@ -230,6 +233,19 @@ def trained(kind, params, x, y, keys):
     if kind == "batches":
         return train.make_epoch(objective, tx)(state, (x[None], y[None]))
     return train.make_epoch(objective, tx)(state, (x, y), jnp.array([[0, 1], [3, 2]]))
+
+
+def test_a_memory_lies_as_it_did(plain, spread):
+    step = partial(attack.pgd, steps=1, keep="last", bounds=(0.0, 1.0))
+    objective = objectives.with_memory(objectives.adversarial(net, step, eps=0.3))
+    ends = []
+    for params, x, y, _ in (spread, plain):
+        state = train.init(params, ADAM, model_state=objectives.Memory(0.1 * x), key=KEY)
+        data, order = (x, y, jnp.arange(B)), jnp.array([[0, 1], [3, 0]])
+        state, info = train.make_epoch(objective, ADAM)(state, data, order)
+        ends.append((state.model_state.r, state.params, info))
+    assert lies_as(ends[0][0], spread[1])
+    same(*ends)
 
 
 @pytest.mark.parametrize("kind", ["update", "step", "batches", "order"])

@@ -761,6 +761,128 @@ def test_aux_counts_no_row_of_nan_as_right():
     assert float(aux.accuracy) == 0
 
 
+# Perturbations that go on from the last
+
+
+def onward(apply_fn, params, x, y, /, *, eps, start=None, key=None, bounds=None):
+    """One step from `start`, which is not brought into the ball."""
+    r = jnp.zeros_like(x) if start is None else start
+    return r + perturb.loss(apply_fn, params, x + r, y, eps=eps)
+
+
+@pytest.mark.parametrize("name", [name for name in FACTORIES[1:] if name != "noisy"])
+def test_a_batch_of_three_starts_the_adversary_and_its_end_is_in_the_aux(name):
+    objective, (x, y) = every_objective(perturb_fn=onward)[name], BATCH
+    loss, grad, aux = value_and_grad(objective, batch=(x, y, R))
+    want = onward(mlp, PARAMS, jnp.asarray(x), y, eps=0.5, start=R)
+    np.testing.assert_allclose(aux.r, want, rtol=1e-5, atol=1e-6)
+    # The same r as a constant of another adversary: the derivative doesn't pass through it.
+    by_hand = every_objective(perturb_fn=fixed(aux.r))[name]
+    expected = value_and_grad(by_hand)
+    assert expected[2].r is None
+    chex.assert_trees_all_close((loss, grad), expected[:2], rtol=1e-5, atol=1e-6)
+
+
+def test_no_derivative_passes_through_the_start():
+    objective = objectives.adversarial(mlp, onward, eps=0.5)
+
+    def loss(start):
+        return call(objective, batch=(*BATCH, start))[0]
+
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.asarray(R)), 0)
+
+
+def test_an_adversary_without_a_start_says_so():
+    with pytest.raises(TypeError, match=r"perturb_fn that takes start= .*, got .*loss.*; use"):
+        trace(objectives.adversarial(mlp, perturb.loss, eps=0.5), (*BATCH, R))
+
+
+N = 11
+MEMORY = objectives.Memory(np.random.default_rng(3).normal(size=(N, D)).astype(np.float32))
+PGD = objectives.adversarial(
+    mlp, partial(attack.pgd, steps=1, step_size=0.4, keep="last"), eps=0.7, bounds=(-1.0, 1.0)
+)
+
+
+def data(n=N):
+    rng = np.random.default_rng(4)
+    x = rng.uniform(-1, 1, (n, D)).astype(np.float32)
+    return jnp.asarray(x), jnp.arange(n) % K, jnp.arange(n)
+
+
+def test_memory_is_a_loop_that_gathers_and_scatters():
+    (x, y, numbers), tx = data(), optax.sgd(0.1)
+    order = jnp.array([[7, 0, 3], [10, 2, 7], [3, 4, 5]])
+    memory, state = jnp.asarray(MEMORY.r), train.init(PARAMS, tx, key=KEY)
+    step, losses = train.make_step(PGD, tx), []
+    for index in order:
+        state, info = step(state, (x[index], y[index], memory[index]))
+        memory = memory.at[index].set(info.aux.r)
+        losses.append(info.loss)
+    start = train.init(PARAMS, tx, model_state=MEMORY, key=KEY)
+    got, info = train.make_epoch(objectives.with_memory(PGD), tx)(start, (x, y, numbers), order)
+    assert info.aux.r is None
+    np.testing.assert_allclose(info.loss, losses, rtol=1e-5)
+    np.testing.assert_allclose(got.model_state.r, memory, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(got.params, state.params, rtol=1e-4, atol=1e-5)
+    rest = np.array([1, 6, 8, 9])  # which no step has visited
+    np.testing.assert_array_equal(np.asarray(got.model_state.r)[rest], MEMORY.r[rest])
+
+
+def test_memory_has_the_nets_own_state_beside_it():
+    def train_fn(params, model_state, x, key):
+        return mlp(params, x), model_state + 1
+
+    objective = objectives.adversarial(
+        lambda variables, x: variables[1] * mlp(variables[0], x), onward, eps=0.5, train_fn=train_fn
+    )
+    x, y, index = (part[:4] for part in data())
+    args = {"key": KEY, "step": jnp.int32(0)}
+    memory = objectives.Memory(jnp.asarray(MEMORY.r), jnp.float32(3))
+    got = objectives.with_memory(objective)(PARAMS, memory, (x, y, index), **args)
+    want = objective(PARAMS, jnp.float32(3), (x, y, memory.r[:4]), **args)
+    np.testing.assert_array_equal(got[0], want[0])
+    assert got[1][0].model_state == 4
+    np.testing.assert_array_equal(got[1][0].r[:4], want[1][1].r)
+
+
+def test_no_step_of_an_epoch_copies_the_memory():
+    n = 4096
+    tx, order = optax.sgd(0.1), jnp.arange(64).reshape(8, 8)
+    memory = objectives.Memory(jnp.zeros((n, D)))
+    state = train.init(PARAMS, tx, model_state=memory, key=KEY)
+    epoch = train.make_epoch(objectives.with_memory(PGD), tx)
+    used = epoch.lower(state, data(n), order).compile().memory_analysis()
+    assert used.alias_size_in_bytes >= memory.r.nbytes  # donated
+    assert used.temp_size_in_bytes < memory.r.nbytes
+
+
+def test_an_example_that_the_memory_lacks_is_seen():
+    x, y, _ = (part[:3] for part in data())
+    objective = objectives.with_memory(PGD)
+    loss, (memory, _) = objective(
+        PARAMS, MEMORY._replace(r=jnp.asarray(MEMORY.r)), (x, y, jnp.array([0, N, 2])), key=KEY,
+        step=jnp.int32(0),
+    )  # fmt: skip
+    assert np.isnan(loss)
+    np.testing.assert_array_equal(memory.r[3:], MEMORY.r[3:])
+
+
+@pytest.mark.parametrize(
+    ("model_state", "batch", "error", "message"),
+    [
+        (None, data(), TypeError, r"state Memory\(r, model_state\), got NoneType; pass .*init"),
+        (MEMORY, data()[:2], TypeError, r"batch \(x, y, index\), got tuple; add .*arange"),
+        (MEMORY, (*data()[:2], MEMORY.r), ValueError, r"integers \[11\], got float32 of .*11, 5"),
+        (MEMORY._replace(r=R[:, :2]), data(), ValueError, r"start of x's shape \(11, 5\), got"),
+    ],
+)  # fmt: skip
+def test_what_is_no_memory_or_index_is_refused(model_state, batch, error, message):
+    objective = partial(objectives.with_memory(PGD), key=KEY, step=jnp.int32(0))
+    with pytest.raises(error, match=f"expected .*{message}"):
+        jax.eval_shape(objective, PARAMS, model_state, batch)
+
+
 # Dtypes
 
 

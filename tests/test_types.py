@@ -17,6 +17,7 @@ OBJECTIVES = {
         lambda params, x: x, logistic.logits, perturb.loss, eps=0.5
     ),
 }
+OBJECTIVES["memory"] = objectives.with_memory(OBJECTIVES["adversarial"])
 
 
 def accepts(function, protocol):
