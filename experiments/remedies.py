@@ -9,8 +9,10 @@ trained alike but for the step: from x, as in LWA; from a random point of the ba
 (Wong, Rice and Kolter, 2020); likewise by a longer step, or left at its start where that harms
 more; from a random point and left where it ends (after de Jorge et al., 2022, whose noise is
 larger); from x with a penalty on gradients that turn within the ball (Andriushchenko and
-Flammarion, 2020); and by four steps, at several times the cost. They are scored as in Table 2, and
-under AutoAttack in the pixel range.
+Flammarion, 2020); from where the step of the last epoch ended (after Zheng et al., 2020), by one
+step, by two, and by one toward the nearest class; and by four steps, at several times the cost.
+They are scored as in Table 2, and under AutoAttack in the pixel range. What their steps take is
+measured in turn.
 
 Writes results.json, results.md and each net's weights to --out, AutoAttack's rows to
 --out/autoattack, and resumes after an interruption.
@@ -26,6 +28,7 @@ from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
+import numpy as np
 import tyro
 from rich.console import Console
 
@@ -34,16 +37,19 @@ from experiments.lib import (
     evaluation,
     options,
     parallel,
+    records,
     tables,
     tasks,
     train_and_score,
 )
 from experiments.lib.attack_tables import WAYS
 from experiments.lib.options import Count, OutputFolder, Positive, Several, Size
-from experiments.lib.recipes import Method, MultiStep, OneStep
+from experiments.lib.recipes import FewSteps, Method, MultiStep, OneStep
 from experiments.lib.records import AttackRow, TableRow
 
-Way = Literal["from_x", "start", "best", "noise", "aligned", "four"]
+Way = Literal[
+    "from_x", "start", "best", "noise", "aligned", "memory", "memory_two", "nearest", "four"
+]
 EVERY: tuple[Way, ...] = get_args(Way)
 
 
@@ -67,6 +73,12 @@ class Settings(train_and_score.Settings):
     """l2 size of the training perturbations, which rises over the first eighth of the epochs."""
     alignment: Size = 0.2
     """Weight of the penalty on gradients that turn, where there is one."""
+    stride: Positive = 1.0
+    """Length of a step from the last epoch's perturbation, in units of the size."""
+    memory: Count = 10
+    """Epochs through which perturbations are kept, where they are."""
+    timed: Count = 7
+    """How often 50 steps of each way are timed."""
 
     def __post_init__(self) -> None:
         """Check that AutoAttack can be run on what is trained.
@@ -88,12 +100,16 @@ class Settings(train_and_score.Settings):
             "warmup": self.epochs // 8, "average": 0.999, "shift": 1,
         }  # fmt: skip
         one = partial(OneStep, **common)
+        kept = partial(FewSteps, stride=self.stride, memory=self.memory, **common)
         made: dict[str, Method] = {
             "from_x": one(),
             "start": one(noise=1.0, stride=1.25),
             "best": MultiStep(steps=1, **common),  # as lwa_noisy of Table 2
             "noise": one(noise=1.0, reach=2.0),
             "aligned": one(alignment=self.alignment),
+            "memory": kept(),
+            "memory_two": kept(steps=2),
+            "nearest": kept(adversary="alpha", candidates=2),
             "four": MultiStep(steps=4, **common),
         }
         return {name: made[name] for name in self.methods}
@@ -104,6 +120,7 @@ def run(settings: Settings, console: Console) -> tuple[list[TableRow], list[Atta
     task = tasks.mnist(settings, "lenet", Method((500,), settings.epochs, 0.05))
     task = task._replace(experiment="remedies", names=WAYS)
     rows, _ = train_and_score.run(settings, task, console)
+    rows = with_ratios(settings, task, rows)
     attacked: list[AttackRow] = []
     # A run that chooses settings on held-out images doesn't touch the test images.
     for row in [] if settings.holdout else rows:
@@ -123,6 +140,35 @@ def run(settings: Settings, console: Console) -> tuple[list[TableRow], list[Atta
             console,
         )
     return rows, attacked
+
+
+def with_ratios(
+    settings: Settings, task: train_and_score.Task, rows: list[TableRow]
+) -> list[TableRow]:
+    """Record in each row that lacks it how many times LWA's time a step takes.
+
+    Args:
+      settings: of the experiment.
+      task: its data.
+      rows: which are in results.json.
+    """
+    missing = {row.method for row in rows if row.ratio_to_lwa is None}
+    if not missing:
+        return rows
+    lwa = dataclasses.replace(settings, methods=("from_x",)).nets()
+    seconds = train_and_score.step_seconds(
+        lwa | settings.nets(), settings, task, steps=50, rounds=settings.timed
+    )
+    ratios = {name: np.median(taken / seconds["from_x"]) for name, taken in seconds.items()}
+
+    def with_ratio(row: TableRow) -> TableRow:
+        if row.ratio_to_lwa is not None or row.method not in ratios:
+            return row
+        return dataclasses.replace(row, ratio_to_lwa=round(float(ratios[row.method]), 3))
+
+    path = settings.out / "results.json"
+    records.save(path, [with_ratio(row) for row in records.load(path, TableRow)])
+    return [with_ratio(row) for row in rows]
 
 
 @options.command

@@ -1,5 +1,7 @@
 """Tables of what attacks leave say what the rows say."""
 
+import dataclasses
+
 from rows import check_row, published_row, robust_row, table_row
 
 from experiments.lib import attack_tables
@@ -112,3 +114,12 @@ def test_a_line_is_of_one_way_and_size_and_of_autoattack_on_the_most_images():
         "| 0.6000 ± 0.1414 |",
         f"| {label} | 2 | 10.0 | 0.9900 | 0.9000 | 0.1000 |  | 0.2000 |",
     ]
+
+
+def test_a_step_s_time_over_lwas_is_shown_where_it_is_recorded():
+    timed = [dataclasses.replace(trained("memory", seed, 0.8), ratio_to_lwa=r)
+             for seed, r in ((0, 1.1), (1, 1.2))]  # fmt: skip
+    heading, _, first, second = attack_tables.ways([*timed, trained("four", 0, 0.8)], [])
+    assert "| Seconds an epoch | Times LWA's | Clean |" in heading
+    assert "| 10.0 | 1.15 | 0.9900" in first
+    assert "| 10.0 |  | 0.9900" in second

@@ -1,5 +1,7 @@
 """How nets are made: adversaries of several steps and of one, averaged weights, moved images."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,12 @@ import pytest
 
 from experiments.lib import recipes
 from experiments.lib.models import function, init, mlp
-from experiments.lib.recipes import MultiStep, OneStep
+from experiments.lib.recipes import FewSteps, MultiStep, OneStep
 from jaxadv import attack, norms, objectives, perturb, train
 
 KEY = jax.random.key(0)
 NET = mlp((6, 5))
+BOX = (-0.1, 0.9)
 
 
 def problem():
@@ -124,6 +127,95 @@ def test_what_leaves_the_image_is_lost():
     assert set(left) == {9.0, 6.0, 3.0, 4.0, 2.0, 1.0}  # (3 or 2 or 1) rows times columns
 
 
+# Perturbations that are kept
+
+
+def ending(change):
+    """An objective whose aux has what becomes of r."""
+
+    def objective(params, model_state, batch, /, *, key, step):
+        aux = objectives.Aux(0.0, 0.0, 0, 0, change(batch[2]))
+        return jnp.float32(0), (batch, aux)
+
+    return objective
+
+
+def test_a_perturbation_is_moved_with_its_image_and_back():
+    x = jnp.arange(1.0, 1 + 40 * 12).reshape(40, 4, 3, 1)  # each pixel its own number, none is 0
+    r = -x
+    moving = recipes.augmented(ending(lambda r: r - 1000), recipes.shifted(2))
+    _, ((moved_x, _, moved_r), aux) = moving(None, None, (x, x[:, 0, 0, 0], r), key=KEY, step=0)
+    np.testing.assert_array_equal(moved_r, -moved_x)
+    kept = np.stack([np.isin(a, b) for a, b in zip(np.asarray(x), moved_x, strict=True)])
+    assert 0.2 < kept.mean() < 0.8
+    # What came into the image where there was none, and was changed there, is lost.
+    np.testing.assert_array_equal(aux.r, np.where(kept, r - 1000, r))
+
+
+def test_images_that_are_scaled_as_they_are_moved_take_no_perturbation_along():
+    x = jnp.zeros((2, 4, 3, 1), jnp.uint8)
+    moving = recipes.augmented(ending(lambda r: r), recipes.shifted(1))
+    with pytest.raises(TypeError, match=r"dtype, float32, got uint8; scale them first"):
+        moving(None, None, (x, jnp.zeros(2), jnp.zeros(x.shape)), key=KEY, step=0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_perturbations_are_made_anew_in_each_first_epoch_of_so_many(noise):
+    _, x, y = problem()
+    r = 3 + 0 * x
+    renew = recipes.renewed(ending(lambda r: r), optax.constant_schedule(noise), 10, 3)
+    new = norms.sample(jax.random.split(jax.random.split(KEY)[0], len(x)), x, noise, "l2")
+    for step in (0, 9, 10, 29, 30, 39, 40):
+        _, (_, aux) = renew(None, None, (x, y, r), key=KEY, step=jnp.int32(step))
+        np.testing.assert_array_equal(aux.r, new if step // 10 in (0, 3) else r)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_steps_of_adv_loss_from_a_point_are_those_of_pgd(steps):
+    params, x, y = problem()
+    eps, start = jnp.full(len(x), 0.7), jax.random.normal(KEY, x.shape)
+    r = recipes.few_steps(
+        function(NET), params, x, y, steps=steps, eps=eps, noise=0.3, stride=0.4, reach=1.0,
+        key=KEY, bounds=BOX, start=start,
+    )  # fmt: skip
+    want = attack.pgd(
+        function(NET), params, x, y, eps=eps, steps=steps, step_size=0.4 * eps, start=start,
+        keep="last", bounds=BOX,
+    )  # fmt: skip
+    # Two ways to a gradient's direction, each rounded by some 2^-24 of its largest entries.
+    np.testing.assert_allclose(r, want, atol=3e-6)
+
+
+def test_steps_of_alpha_are_toward_the_nearest_of_so_many_classes():
+    params, x, _ = problem()
+    y, losses = function(NET)(params, x).argmax(axis=1), []  # all are right
+    for candidates, compared in ((1, 1), (0, None)):
+        method = FewSteps((6, 5), 1, 0.1, eps=0.7, adversary="alpha", candidates=candidates)
+        nearest = functools.partial(perturb.alpha, candidates=compared)
+        by_hand = objectives.adversarial(function(NET), nearest, eps=0.7, bounds=BOX)
+        got, want = (
+            objective(params, None, (x, y), key=KEY, step=jnp.int32(0))[0]
+            for objective in (recipes.make_objective(NET, method, 10, BOX), by_hand)
+        )
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        losses.append(round(float(got), 5))
+    assert losses[0] != losses[1]
+
+
+def test_a_net_that_remembers_goes_on_from_where_its_last_epoch_ended():
+    method = FewSteps((6, 5), 1, 0.1, eps=0.7, stride=0.4, memory=2, steps=2)
+    params, x, y = problem()
+    objective = recipes.make_objective(NET, method, 5, BOX)
+    start = 0.3 * jax.random.normal(KEY, x.shape)
+    for step, r in ((3, 0 * start), (7, start)):
+        _, (_, aux) = objective(params, None, (x, y, start), key=KEY, step=jnp.int32(step))
+        want = attack.pgd(
+            function(NET), params, x, y, eps=0.7, steps=2, step_size=0.4 * 0.7, start=r,
+            keep="last", bounds=BOX,
+        )  # fmt: skip
+        np.testing.assert_allclose(aux.r, want, atol=3e-6)
+
+
 def curved(params, x):
     """Logits (w . x + c |x|^2 / 2, 0), whose gradients are w + c x and 0."""
     w, c = params
@@ -131,14 +223,11 @@ def curved(params, x):
     return jnp.stack([logit, jnp.zeros_like(logit)], axis=1)
 
 
-BOX = (-0.1, 0.9)
-
-
 @pytest.mark.parametrize(("noise", "stride", "reach"), [(1.0, 1.25, 1.0), (0.5, 1.0, 2.0)])
 def test_the_step_starts_ends_and_stops_where_it_is_told(noise, stride, reach):
     params, x, y = problem()
     eps = jnp.float32(0.7)
-    r = recipes.one_step(
+    r = recipes.few_steps(
         function(NET), params, x, y, eps=eps, noise=noise, stride=stride, reach=reach, key=KEY,
         bounds=(-9.0, 9.0),
     )  # fmt: skip
@@ -153,7 +242,7 @@ def test_the_step_starts_ends_and_stops_where_it_is_told(noise, stride, reach):
 
 def test_the_step_stays_in_the_box():
     params, x, y = problem()
-    r = recipes.one_step(
+    r = recipes.few_steps(
         function(NET), params, x, y, eps=jnp.float32(2.0), noise=1.0, stride=1.0, reach=2.0,
         key=KEY, bounds=BOX,
     )  # fmt: skip
@@ -235,6 +324,10 @@ REFUSED = [
      r"--start\.adversary to be loss, got .* and .*; choose"),
     ("start", OneStep((6, 5), 1, 0.1, eps=0.7, adversary="alpha"), 0,
      r"--start\.adversary to be loss, got .* and .*; choose"),
+    ("memory", FewSteps((6, 5), 1, 0.1, eps=0.7, adversary="virtual"), 0,
+     r"--memory\.adversary to be loss or alpha, got adversarial and virtual; choose"),
+    ("memory", FewSteps((6, 5), 1, 0.1, eps=0.7, candidates=2), 0,
+     r"--memory\.candidates to be 0, got 2; only the adversary alpha"),
     ("four", MultiStep((6, 5), 1, 0.1, eps=0.7, objective="representation"), 0,
      r"--four\.objective to be adversarial, mixed or virtual,"),
 ]  # fmt: skip

@@ -3,13 +3,14 @@
 import io
 from typing import get_args
 
+import numpy as np
 import pytest
 from rich.console import Console
 from rows import table_row
 
 from experiments import remedies
-from experiments.lib import attack_tables, tasks, train_and_score
-from experiments.lib.recipes import MultiStep, OneStep
+from experiments.lib import attack_tables, records, tasks, train_and_score
+from experiments.lib.recipes import FewSteps, MultiStep, OneStep
 
 
 def test_the_ways_differ_in_the_step_alone():
@@ -23,6 +24,9 @@ def test_the_ways_differ_in_the_step_alone():
     assert [m.alignment > 0 for m in made.values() if isinstance(m, OneStep)].count(True) == 1
     several = {name: m.steps for name, m in made.items() if isinstance(m, MultiStep)}
     assert several == {"best": 1, "four": 4}
+    kept = {name: (m.steps, m.adversary) for name, m in made.items() if isinstance(m, FewSteps)}
+    assert kept == {"memory": (1, "loss"), "memory_two": (2, "loss"), "nearest": (1, "alpha")}
+    assert {m.memory for m in made.values() if isinstance(m, FewSteps)} == {settings.memory}
 
 
 @pytest.mark.parametrize(
@@ -36,17 +40,37 @@ def test_what_autoattack_is_not_run_with_is_refused(changes):
 
 
 def test_images_held_out_leave_the_test_images_alone(tmp_path, monkeypatch):
-    rows = [table_row(method="four")]
+    rows = [table_row(method="four", ratio_to_lwa=2.5)]
     monkeypatch.setattr(remedies.train_and_score, "run", lambda *_: (rows, {}))
     monkeypatch.setattr(remedies.evaluation, "run", pytest.fail)
     settings = remedies.Settings(out=tmp_path, holdout=59_000)
     assert remedies.run(settings, Console(file=io.StringIO())) == (rows, [])
 
 
+def test_a_ratio_is_the_median_of_those_of_each_round_and_is_measured_once(tmp_path, monkeypatch):
+    # A machine that slows down between the rounds: the ratio of medians would be another.
+    seconds = {"from_x": [1.0, 2.0, 8.0], "four": [2.5, 5.0, 8.0]}
+
+    def timed(methods, *_, **how):
+        assert list(methods) == ["from_x", "four"]
+        assert how == {"steps": 50, "rounds": 3}
+        return {name: np.array(taken) for name, taken in seconds.items()}
+
+    monkeypatch.setattr(remedies.train_and_score, "step_seconds", timed)
+    settings = remedies.Settings(out=tmp_path, methods=("four",), timed=3)
+    older = table_row(method="memory", ratio_to_lwa=1.2)
+    records.save(tmp_path / "results.json", [table_row(method="four"), older])
+    rows = remedies.with_ratios(settings, None, [table_row(method="four")])
+    assert [row.ratio_to_lwa for row in rows] == [2.5]
+    assert records.load(tmp_path / "results.json", records.TableRow) == [*rows, older]
+    monkeypatch.setattr(remedies.train_and_score, "step_seconds", pytest.fail)
+    assert remedies.with_ratios(settings, None, rows) == rows
+
+
 @pytest.mark.slow
 def test_each_way_is_trained_attacked_and_set_beside_the_others(tmp_path, monkeypatch):
     few = {"widths": (5,), "epochs": 1, "lr": 0.05, "eps": 1.0}
-    made = {"from_x": OneStep(**few), "four": MultiStep(**few)}
+    made = {"from_x": OneStep(**few), "memory": FewSteps(memory=1, shift=1, **few)}
     monkeypatch.setattr(remedies.Settings, "nets", lambda settings: made)
     make_task = tasks.mnist
 
@@ -59,11 +83,13 @@ def test_each_way_is_trained_attacked_and_set_beside_the_others(tmp_path, monkey
         out=tmp_path, n_eval=40, n_pgd=20, pgd_steps=2, curve=(0.0, 1.0), epochs=1, n_autoattack=4
     )
     rows, attacked = remedies.run(settings, Console(file=io.StringIO()))
-    assert [row.method for row in rows] == ["from_x", "four"]
+    assert [row.method for row in rows] == list(made)
+    assert rows[0].ratio_to_lwa == 1
+    assert rows[1].ratio_to_lwa > 0
     assert len(attacked) == 4
     heading, _, *lines = attack_tables.ways(rows, attacked)
     assert [line.split(" | ")[0] for line in lines] == [
-        f"| {attack_tables.WAYS[name]}" for name in ("from_x", "four")
+        f"| {attack_tables.WAYS[name]}" for name in made
     ]
     assert all(line.count("|") == heading.count("|") for line in lines)
     columns = {row.attack: row.columns["robust"] for row in attacked[:2]}

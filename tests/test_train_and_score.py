@@ -14,7 +14,7 @@ from rows import table_row
 
 from experiments.lib import data, options, recipes, records, train_and_score, training, weights
 from experiments.lib.models import mlp
-from experiments.lib.recipes import MultiStep
+from experiments.lib.recipes import FewSteps, MultiStep, OneStep
 
 NET = mlp((6, 5))
 SQUARES = data.Interface(data.DIGITS, (6, 6, 1), subtract=0, divide=1)
@@ -41,6 +41,25 @@ def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
             net = train_and_score.train("lwa_noisy", method, 0, settings, task, progress)
         trained.append(jax.tree.leaves(net.params)[-1])
     assert not np.array_equal(*trained)
+
+
+def test_perturbations_of_a_method_that_remembers_are_in_the_state_it_ends_in(tmp_path):
+    method = FewSteps((6, 5), 2, 0.1, eps=0.7, memory=2, stride=0.6, shift=1)
+    settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20)
+    with training.bars(Console(file=io.StringIO())) as progress:
+        net = train_and_score.train("kept", method, 0, settings, task_of({}), progress)
+    r = net.fitted.state.model_state.r
+    assert r.shape == (40, 6, 6, 1)
+    sizes = np.linalg.norm(r.reshape(40, -1), axis=1)
+    assert np.median(sizes) > 0.3  # where the box leaves room
+
+
+def test_steps_are_timed_in_turn_and_no_method_is_left_out():
+    methods = {"one": OneStep((6, 5), 2, 0.1), "kept": FewSteps((6, 5), 2, 0.1, memory=2)}
+    settings = train_and_score.Settings(batch_size=10)
+    taken = train_and_score.step_seconds(methods, settings, task_of({}), steps=3, rounds=4)
+    assert {name: times.shape for name, times in taken.items()} == {"one": (4,), "kept": (4,)}
+    assert all((times > 0).all() for times in taken.values())
 
 
 def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, monkeypatch):

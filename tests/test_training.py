@@ -1,5 +1,6 @@
 """Training that is interrupted anywhere ends where it would have ended."""
 
+import functools
 import io
 import re
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from experiments.lib import training
-from jaxadv import objectives, perturb
+from jaxadv import attack, objectives, perturb
 
 N, D, K = 70, 5, 3
 RNG = np.random.default_rng(0)
@@ -30,7 +31,12 @@ class Interrupted(Exception):
     pass
 
 
-def fit(directory, *, epochs=4, settings=SETTINGS, interrupt_at=None, file=None):
+LWA = objectives.adversarial(apply_fn, perturb.loss, eps=0.1)
+STEP = functools.partial(attack.pgd, steps=1, step_size=0.05, keep="last")
+REMEMBERING = objectives.with_memory(objectives.adversarial(apply_fn, STEP, eps=0.1))
+
+
+def fit(directory, *, epochs=4, settings=SETTINGS, interrupt_at=None, file=None, remembering=False):
     """Train by LWA; `interrupt_at` raises at that update of the progress bar."""
     console = Console(file=file or io.StringIO())
     with training.bars(console) as progress:
@@ -44,10 +50,11 @@ def fit(directory, *, epochs=4, settings=SETTINGS, interrupt_at=None, file=None)
 
             progress.update = interrupting
         return training.fit(
-            objectives.adversarial(apply_fn, perturb.loss, eps=0.1),
+            REMEMBERING if remembering else LWA,
             optax.sgd(optax.cosine_decay_schedule(0.1, 40), momentum=0.9),
             jnp.zeros((D, K)),
-            DATA,
+            (*DATA, jnp.arange(N)) if remembering else DATA,
+            model_state=objectives.Memory(jnp.zeros((N, D))) if remembering else None,
             epochs=epochs,
             batch_size=8,
             key=jax.random.key(3),
@@ -89,6 +96,17 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path,
     assert bits(resumed.state) == bits(uninterrupted.state)
     assert resumed.history == uninterrupted.history
     assert resumed.seconds > 0
+
+
+def test_perturbations_that_are_kept_outlast_an_interruption(tmp_path):
+    whole = fit(tmp_path / "whole", remembering=True)
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "interrupted", remembering=True, interrupt_at=2)
+    resumed = fit(tmp_path / "interrupted", remembering=True)
+    assert bits(resumed.state) == bits(whole.state)
+    # Two steps of half the radius, at least, lead to where one can't.
+    sizes = np.linalg.norm(resumed.state.model_state.r, axis=1)
+    assert (sizes > 0.075).mean() > 0.9
 
 
 def test_a_finished_run_is_restored_and_not_trained_again(tmp_path, uninterrupted):

@@ -137,6 +137,9 @@ WAYS: dict[str, str] = {
     "best": "from a random start, 2.5 eps, projected, the better of start and end",
     "noise": "from a random start, 1 eps, not projected",
     "aligned": "from x, gradients aligned",
+    "memory": "one step from the last epoch's, projected",
+    "memory_two": "two steps from the last epoch's, projected",
+    "nearest": "one step from the last epoch's, toward the nearer of two classes",
     "four": "four steps from a random start",
 }
 """The ways of training by one step that `remedies` compares, and by four."""
@@ -145,9 +148,11 @@ WAYS: dict[str, str] = {
 def ways(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[str]:
     """Return a table of the ways of training: accuracies and cost.
 
+    The column for the time of a step over LWA's is left out where no row has it.
     AutoAttack's figures are of the most images that it has been run on.
     """
     cells = []
+    timed = any(row.ratio_to_lwa is not None for row in rows)
     for eps in dict.fromkeys(row.eps for row in rows):
         for method, label in WAYS.items():
             ours = [row for row in rows if (row.method, row.eps) == (method, eps)]
@@ -160,8 +165,10 @@ def ways(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[str]:
                 if isinstance(row, RobustRow) and row.method in names and row.eps == eps
             ]
             most = max((row.n for row in here), default=0)
+            ratios = [row.ratio_to_lwa for row in ours if row.ratio_to_lwa is not None]
             cells.append([
                 label, f"{eps:g}", f"{mean(row.train_seconds / row.epochs for row in ours):.1f}",
+                *([f"{mean(ratios):.2f}" if ratios else ""] if timed else []),
                 *(tables.mean_and_spread(ours, name) for name in ("validation", "adv_loss", "pgd")),
                 *(
                     tables.mean_and_spread(
@@ -171,7 +178,7 @@ def ways(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[str]:
                 ),
             ])  # fmt: skip
     headings = (
-        "Training", "l2 size", "Seconds an epoch", "Clean", "Adv_Loss", "PGD",
-        "One step, in the box", "AutoAttack, in the box",
+        "Training", "l2 size", "Seconds an epoch", *(["Times LWA's"] if timed else []), "Clean",
+        "Adv_Loss", "PGD", "One step, in the box", "AutoAttack, in the box",
     )  # fmt: skip
     return tables.markdown(headings, cells)

@@ -3,7 +3,8 @@
 A recipe is a `Method`, or one of its kinds:
 
 - `Adversarial`: the paper's LWA, LWA_Rep, Goodfellow's and Miyato's.
-- `MultiStep` and `OneStep`, which are `Robust`: nets that are to be robust to iterated attacks.
+- `MultiStep`, `OneStep` and `FewSteps`, which are `Robust`: nets that are to be robust to iterated
+  attacks.
 
 `make_objective`, `optimiser` and `result` make of it what `jaxadv.train` takes, and take from the
 last state what is to be scored. `train_and_score` trains and scores nets by these.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,21 @@ class OneStep(Robust):
     """Weight of 1 - cos of the angle between gradients at x and at a random point of the ball."""
 
 
+@dataclasses.dataclass(frozen=True)
+class FewSteps(OneStep):
+    """A net trained by few steps, which may go on from where those of the last epoch have ended.
+
+    Of this kind the adversary may be alpha: steps toward the nearest class.
+    """
+
+    steps: Count = 1
+    """Steps of the adversary, each with a projection."""
+    memory: Whole = 0
+    """Epochs through which perturbations are kept, then made anew; 0 to make them for each step."""
+    candidates: Whole = 0
+    """Wrong classes that alpha compares, the likeliest; 0 for all."""
+
+
 def split_of(method: Method) -> dict[str, int]:
     """Return the argument that puts the split of a net elsewhere than where the paper has it."""
     return {"split": method.split} if isinstance(method, Adversarial) and method.split else {}
@@ -165,13 +181,19 @@ def check(name: str, method: Method, *, lr_warmup: int) -> None:
             f"expected {option}.objective to be adversarial, mixed or virtual, got representation, "
             "whose adversary takes one step; choose another"
         )
-    if isinstance(method, OneStep) and (method.objective, method.adversary) != (
-        "adversarial",
-        "loss",
+    taken = ("loss", "alpha") if isinstance(method, FewSteps) else ("loss",)
+    if isinstance(method, OneStep) and (
+        method.objective != "adversarial" or method.adversary not in taken
     ):
         raise options.UsageError(
-            f"expected {option}.objective to be adversarial and {option}.adversary to be loss, got "
-            f"{method.objective} and {method.adversary}; choose MultiStep or Adversarial for these"
+            f"expected {option}.objective to be adversarial and {option}.adversary to be "
+            f"{' or '.join(taken)}, got {method.objective} and {method.adversary}; choose "
+            "MultiStep or Adversarial for these"
+        )
+    if isinstance(method, FewSteps) and method.candidates and method.adversary != "alpha":
+        raise options.UsageError(
+            f"expected {option}.candidates to be 0, got {method.candidates}; only the adversary "
+            f"alpha compares classes, this one is {method.adversary}"
         )
 
 
@@ -199,7 +221,15 @@ def make_objective(
         adversary = several_steps(method.objective, method.steps, random_start=method.random_start)
         weight = method.weight
     elif isinstance(method, OneStep):
-        adversary = partial(one_step, noise=method.noise, stride=method.stride, reach=method.reach)
+        step, steps = ADVERSARIES[method.adversary], 1
+        if isinstance(method, FewSteps):
+            steps = method.steps
+            if method.adversary == "alpha":
+                step = partial(perturb.alpha, candidates=method.candidates or None)
+        adversary = partial(
+            few_steps, step=step, steps=steps, noise=method.noise, stride=method.stride,
+            reach=method.reach,
+        )  # fmt: skip
     else:
         adversary = ADVERSARIES[method.adversary]
     objective = against(
@@ -208,7 +238,15 @@ def make_objective(
     )  # fmt: skip
     if isinstance(method, OneStep) and method.alignment:
         objective = aligned(objective, apply_fn, eps, method.alignment)
+    if remembers(method):
+        radius = rising(method.noise * method.eps, method.warmup * epoch_steps)
+        objective = renewed(objective, radius, epoch_steps, method.memory)
     return objective
+
+
+def remembers(method: Method) -> TypeGuard[FewSteps]:
+    """Say whether a method's objective takes batches `(x, y, r)`, r being kept for each image."""
+    return isinstance(method, FewSteps) and method.memory > 0
 
 
 def against(
@@ -243,25 +281,70 @@ def rising(eps: float, steps: int) -> float | Schedule:
     return optax.linear_schedule(0.0, eps, steps) if steps else eps
 
 
-def one_step(
+def few_steps(
     apply_fn: ApplyFn,
     params: Params,
     x: jax.Array,
     y: jax.Array,
     /,
     *,
+    step: PerturbFn = perturb.loss,
+    steps: int = 1,
     eps: jax.Array,
     noise: float,
     stride: float,
     reach: float,
     key: jax.Array,
     bounds: Bounds,
+    start: jax.Array | None = None,
 ) -> jax.Array:
-    """Adv_Loss from a random point; `OneStep` says what noise, stride and reach are."""
-    start = norms.sample(jax.random.split(key, len(x)), x, noise * eps, "l2")
-    start = norms.clip_to_box(x, start, bounds)
-    step = perturb.loss(apply_fn, params, x + start, y, eps=stride * eps)
-    return norms.clip_to_box(x, norms.project(start + step, reach * eps, "l2"), bounds)
+    """Take steps of a one-step method from a random point, or from where one is told.
+
+    `OneStep` says what noise, stride and reach are.
+    """
+
+    def within(r: jax.Array) -> jax.Array:
+        return norms.clip_to_box(x, norms.project(r, reach * eps, "l2"), bounds)
+
+    if start is not None:
+        r = within(start)
+    elif noise:
+        r = within(norms.sample(jax.random.split(key, len(x)), x, noise * eps, "l2"))
+    else:  # to draw from a ball of radius 0 would be a sixth of an MLP's time
+        r = jnp.zeros_like(x)
+    for _ in range(steps):
+        r = within(r + step(apply_fn, params, x + r, y, eps=stride * eps))
+    return r
+
+
+def renewed(
+    objective: Objective, radius: float | Schedule, epoch_steps: int, epochs: int
+) -> Objective:
+    """Return an objective of batches `(x, y, r)` that forgets r in every so many epochs' first.
+
+    Args:
+      objective: of such batches.
+      radius: of the l2 ball that new perturbations are drawn from; 0 for perturbations of 0.
+      epoch_steps: steps of an epoch.
+      epochs: from one such epoch to the next.
+    """
+
+    def renew(
+        params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
+    ) -> Any:
+        x, y, r = batch
+        start_key, key = jax.random.split(key)
+        size = radius(step) if callable(radius) else radius
+
+        def new() -> jax.Array:
+            keys = jax.random.split(start_key, len(x))
+            return norms.sample(keys, x, size, "l2").astype(r.dtype)
+
+        first = step // epoch_steps % epochs == 0
+        r = jax.lax.cond(first, new, lambda: r)
+        return objective(params, model_state, (x, y, r), key=key, step=step)
+
+    return renew
 
 
 def aligned(
@@ -277,7 +360,7 @@ def aligned(
     def penalised(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> Any:
-        x, y = batch
+        x, y, *_ = batch
         start_key, key = jax.random.split(key)
         size = eps(step) if callable(eps) else eps
         r = norms.sample(jax.random.split(start_key, len(x)), x, size, "l2")
@@ -329,14 +412,37 @@ def result(method: Method, state: TrainState) -> Params:
 def augmented(
     objective: Objective, augment: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> Objective:
-    """Return an objective that first draws a variant of each image, by the step's key."""
+    """Return an objective that first draws a variant of each image, by the step's key.
+
+    Of a batch `(x, y, r)`, r belongs to the images as they are. It is moved with them, and what
+    becomes of it is moved back; pixels that aren't in the variant keep their r. For that, `augment`
+    may do no more than to move and to leave out pixels, and to pad with zeros.
+
+    Raises:
+      TypeError: when called, if x isn't of r's dtype, so that `augment` does more.
+    """
 
     def draw(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> Any:
-        x, y = batch
+        x, y, *given = batch
         image_key, key = jax.random.split(key)
-        return objective(params, model_state, (augment(image_key, x), y), key=key, step=step)
+        move = partial(augment, image_key)
+        if not given:
+            return objective(params, model_state, (move(x), y), key=key, step=step)
+        (r,) = given
+        if x.dtype != r.dtype:
+            raise TypeError(
+                f"expected images of their perturbations' dtype, {r.dtype}, got {x.dtype}; scale "
+                "them first: what scales them while it moves them would scale perturbations, too"
+            )
+        # To move pixels is linear, and its transpose moves them back, 0 where none comes from.
+        moved, back = jax.vjp(move, r)
+        loss, (model_state, aux) = objective(
+            params, model_state, (move(x), y, moved), key=key, step=step
+        )
+        (kept,), (new,) = back(moved), back(aux.r)
+        return loss, (model_state, aux._replace(r=r - kept + new))
 
     return draw
 

@@ -68,6 +68,7 @@ class TableRow(Row):
       n_pgd: how many of the n images PGD attacked; old rows don't say.
       curves: the accuracy at each size, by column.
       history: what was seen after each epoch.
+      ratio_to_lwa: of `remedies`, the time of a training step over LWA's, measured in turn.
     """
 
     network: str
@@ -87,6 +88,7 @@ class TableRow(Row):
     epochs: int
     train_seconds: float
     history: list[dict[str, float]]
+    ratio_to_lwa: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

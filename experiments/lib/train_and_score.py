@@ -19,20 +19,32 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.lib import data, models, options, parallel, recipes, records, training, weights
+from experiments.lib import (
+    data,
+    models,
+    options,
+    parallel,
+    recipes,
+    records,
+    timing,
+    training,
+    weights,
+)
 from experiments.lib.models import Classifier, function, init
 from experiments.lib.options import Count, OutputFolder, Seed, Several, Size, Whole
 from experiments.lib.recipes import Method
 from experiments.lib.records import TableRow
-from jaxadv import attack, evaluate, perturb
-from jaxadv.train import TrainState
-from jaxadv.types import ApplyFn, Bounds, Params, PerturbFn
+from jaxadv import attack, evaluate, objectives, perturb
+from jaxadv.train import TrainState, make_epoch
+from jaxadv.train import init as start
+from jaxadv.types import ApplyFn, Bounds, Objective, Params, PerturbFn
 
 # What settings say of how nets are scored.
 _SCORING = ("n_eval", "n_pgd", "pgd_steps", "fixed_seed")
@@ -160,6 +172,38 @@ class Task(NamedTuple):
     mesh: Mesh | None = None
 
 
+class Training(NamedTuple):
+    """What `training.fit` and `step_seconds` train by.
+
+    Attributes:
+      objective: what is minimised.
+      tx: the optimiser.
+      data: the arrays whose rows make a batch.
+      model_state: what is kept beside the parameters.
+    """
+
+    objective: Objective
+    tx: optax.GradientTransformation
+    data: tuple[jax.Array, ...]
+    model_state: objectives.Memory | None
+
+
+def prepare(method: Method, settings: Settings, task: Task) -> Training:
+    """Return what a net is trained by."""
+    epoch_steps = len(task.train.y) // settings.batch_size
+    objective = recipes.make_objective(task.make_net(method), method, epoch_steps, task.box)
+    if isinstance(method, recipes.Robust) and method.shift:
+        objective = recipes.augmented(objective, recipes.shifted(method.shift))
+    if task.augment:
+        objective = recipes.augmented(objective, task.augment)
+    tx = recipes.optimiser(method, epoch_steps, settings)
+    if not recipes.remembers(method):
+        return Training(objective, tx, task.train, None)
+    data = (*task.train, jnp.arange(len(task.train.y)))
+    memory = objectives.Memory(jnp.zeros(task.train.x.shape))
+    return Training(objectives.with_memory(objective), tx, data, memory)
+
+
 def train(
     name: str, method: Method, seed: int, settings: Settings, task: Task, progress: Progress
 ) -> Net:
@@ -172,12 +216,7 @@ def train(
     net = task.make_net(method)
     apply_fn = function(net)
     init_key, fit_key = jax.random.split(jax.random.key(seed))
-    epoch_steps = len(task.train.y) // settings.batch_size
-    objective = recipes.make_objective(net, method, epoch_steps, task.box)
-    if isinstance(method, recipes.Robust) and method.shift:
-        objective = recipes.augmented(objective, recipes.shifted(method.shift))
-    if task.augment:
-        objective = recipes.augmented(objective, task.augment)
+    made = prepare(method, settings, task)
     watched = scored(task, settings.n_pgd)
     attacked = partial(
         evaluate.attack_and_score, apply_fn, eps=settings.eps[0], batch_size=settings.eval_batch
@@ -193,10 +232,11 @@ def train(
         }
 
     fitted = training.fit(
-        objective,
-        recipes.optimiser(method, epoch_steps, settings),
+        made.objective,
+        made.tx,
         init(net, init_key, np.asarray(task.test.x[:1])),
-        task.train,
+        made.data,
+        model_state=made.model_state,
         epochs=method.epochs,
         batch_size=settings.batch_size,
         key=fit_key,
@@ -208,6 +248,43 @@ def train(
         mesh=task.mesh,
     )
     return Net(apply_fn, _as_stored(recipes.result(method, fitted.state), task), fitted)
+
+
+def step_seconds(
+    methods: Mapping[str, Method], settings: Settings, task: Task, *, steps: int, rounds: int
+) -> dict[str, NDArray[np.float64]]:
+    """Time training steps of several methods in turn, on one device.
+
+    Args:
+      methods: by name.
+      settings: of the experiment.
+      task: its data.
+      steps: so many at once, or an epoch's, if that is less.
+      rounds: how often.
+
+    Returns:
+      Seconds of a step in each round, by name; what is compiled is not counted.
+    """
+    rows = settings.batch_size * min(steps, len(task.train.y) // settings.batch_size)
+    order = jax.random.permutation(jax.random.key(0), len(task.train.y))[:rows]
+    order = order.reshape(-1, settings.batch_size)
+
+    def run(method: Method) -> timing.Call:
+        made = prepare(method, settings, task)
+        net = task.make_net(method)
+        params = init(net, jax.random.key(0), np.asarray(task.test.x[:1]))
+        epoch = make_epoch(made.objective, made.tx)
+        state = [start(params, made.tx, model_state=made.model_state, key=jax.random.key(1))]
+
+        def call() -> jax.Array:
+            state[0], info = epoch(state[0], made.data, order)
+            return info.loss
+
+        return call
+
+    calls = {name: run(method) for name, method in methods.items()}
+    taken = timing.in_turn(calls, rounds, seconds=0.0)
+    return {name: seconds / len(order) for name, seconds in taken.items()}
 
 
 def _as_stored(params: Params, task: Task) -> Params:

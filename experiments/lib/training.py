@@ -65,7 +65,7 @@ def fit(
     objective: Objective,
     tx: optax.GradientTransformation,
     params: Params,
-    data: tuple[jax.Array, jax.Array],
+    data: tuple[jax.Array, ...],
     *,
     epochs: int,
     batch_size: int,
@@ -74,6 +74,7 @@ def fit(
     settings: dict[str, Any],
     progress: Progress,
     name: str,
+    model_state: Any = None,
     watch: Callable[[train.TrainState], dict[str, float]] | None = None,
     mesh: Mesh | None = None,
 ) -> Fitted:
@@ -83,8 +84,8 @@ def fit(
       objective: what is minimised.
       tx: the optax transformation.
       params: the initial parameters.
-      data: all training examples, `x [N, ...]` and `y [N]`, on the device. The N mod batch_size
-        last examples of an epoch's random order sit that epoch out.
+      data: all training examples, `x [N, ...]`, `y [N]` and what else a batch has, on the device.
+        The N mod batch_size last examples of an epoch's random order sit that epoch out.
       epochs: how many.
       batch_size: B.
       key: what the run's order of examples and keys derive from.
@@ -92,6 +93,7 @@ def fit(
       settings: all that determines the run, kept with the checkpoint.
       progress: where to show a bar.
       name: what to call it there.
+      model_state: the initial model state.
       watch: what to add to the history after each epoch, from its state; not counted as training
         time.
       mesh: the devices that each batch is spread over; None for the default one.
@@ -103,7 +105,7 @@ def fit(
       UsageError: if the checkpoint there is damaged, or was made with other settings.
     """
     order_key, step_key = jax.random.split(key)
-    state = parallel.replicate(mesh, train.init(params, tx, key=step_key))
+    state = parallel.replicate(mesh, train.init(params, tx, model_state=model_state, key=step_key))
     data = parallel.replicate(mesh, data)
     n_steps = len(data[1]) // batch_size
     epoch_fn = train.make_epoch(objective, tx)
