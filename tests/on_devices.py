@@ -41,21 +41,31 @@ def main(directory, epochs, axes, *settings):
     mesh = parallel.mesh(settings, 8, N)
     if mesh is not None:
         mesh = Mesh(mesh.devices, mesh.axis_names, (AxisType[axes],))
+    initial = [jnp.asarray(rng.normal(size=w.shape) / 3, jnp.float32) for w in params]
     with training.bars(Console(file=io.StringIO())) as progress:
-        fitted = training.fit(
-            objectives.adversarial(net, perturb.alpha, eps=0.3),
-            optax.sgd(0.1, momentum=0.9),
-            [jnp.asarray(rng.normal(size=w.shape) / 3, jnp.float32) for w in params],
-            (x, y),
-            epochs=int(epochs),
-            batch_size=8,
-            key=jax.random.key(1),
-            directory=Path(directory),
-            settings={},
-            progress=progress,
-            name="",
-            mesh=mesh,
-        )
+
+        def fit(objective, data, directory, model_state=None):
+            return training.fit(
+                objective,
+                optax.sgd(0.1, momentum=0.9),
+                initial,
+                data,
+                model_state=model_state,
+                epochs=int(epochs),
+                batch_size=8,
+                key=jax.random.key(1),
+                directory=Path(directory),
+                settings={},
+                progress=progress,
+                name="",
+                mesh=mesh,
+            )
+
+        fitted = fit(objectives.adversarial(net, perturb.alpha, eps=0.3), (x, y), directory)
+        step = partial(attack.pgd, steps=1, step_size=0.1, keep="last")
+        remembering = objectives.with_memory(objectives.adversarial(net, step, eps=0.3))
+        memory = objectives.Memory(jnp.zeros_like(x))
+        kept = fit(remembering, (x, y, jnp.arange(N)), f"{directory}_kept", memory)
     images, key = parallel.spread(mesh, (x, y)), jax.random.key(2)
     attacks = {"loss": perturb.loss, "apgd": partial(attack.apgd, steps=5)}
     found = evaluate.attack_and_score(
@@ -74,6 +84,7 @@ def main(directory, epochs, axes, *settings):
         "devices": jax.device_count() if mesh is None else mesh.size,
         "processes": jax.process_count(),
         "losses": [epoch["loss"] for epoch in fitted.history],
+        "kept": np.asarray(kept.state.model_state.r).tolist(),
         "w": np.asarray(fitted.state.params[0]).tolist(),
         "robust": {name: mask.tolist() for name, mask in robust.items()},
         "several": found.outcome.robust.tolist(),

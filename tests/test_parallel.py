@@ -46,6 +46,7 @@ def same(got, one):
     # Sums over a batch are taken in another order: a rounding or two at each of 108 steps.
     np.testing.assert_allclose(got["losses"], one["losses"], rtol=1e-5)
     np.testing.assert_allclose(got["w"], one["w"], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(got["kept"], one["kept"], atol=1e-3)
     assert got["robust"] == one["robust"]
     assert got["several"] == one["several"]
     np.testing.assert_allclose(got["r"], one["r"], atol=1e-3)
