@@ -17,6 +17,9 @@ contradicts it is an error. Otherwise the data's classes are taken to be the net
 too; `check` looks for signs that the figures shouldn't be believed. Images are attacked in blocks;
 each block is saved when it is done, and after an interruption the same command resumes. Writes
 results.json and results.md to --out, and keeps their rows of other nets, sizes and attacks.
+
+--certify SIGMA adds lower bounds at the same l2 sizes: not for the net that is attacked, but for
+the classifier that smoothing by Gaussian noise makes of it, in a line of its own (docs/certify.md).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from experiments.lib import attacks, blocks, data, evaluation, models, options, problems, weights
+from jaxadv import certify
 
 RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnist_mlp"
 
@@ -506,3 +507,80 @@ def test_ten_starts_of_pgd_are_ten_attacks_on_what_is_left(folder):
     assert at_x.keywords == {"norm": "l2"}
     assert len(set(at_random)) == 1  # compiled once
     assert at_random[0].keywords == {"norm": "l2", "random_start": True}
+
+
+# The smoothed classifier
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    """Certificates of few draws."""
+    monkeypatch.setitem(evaluation.CERTIFY, "stages", [100, 400])
+
+
+def test_what_is_certified_of_the_smoothed_net_stands_beside_the_attacks(folder, few_draws):
+    settings = {"attacks": ("pgd",), "eps": (0.5, 1.4)}
+    plain = run(folder, **settings, out=Path("plain"))
+    rows = run(folder, **settings, certify=1.0)
+    assert [row.to_json() for row in rows] == json.loads(Path("out/results.json").read_text())
+    assert [(row.attack, row.eps) for row in rows] == [
+        ("pgd", 0.5), ("pgd", 1.4), ("certify", 0.5), ("certify", 1.4),
+    ]  # fmt: skip
+    assert [row.columns for row in rows[:2]] == [row.columns for row in plain]
+    problem = load("brightness:apply_fn", folder)
+    found = certify.certify(
+        problem.apply_fn, None, problem.x, problem.y, sigma=1.0, radii=(0.5, 1.4),
+        stages=(100, 400), key=jax.random.key(0),
+    )  # fmt: skip
+    # The exact radius is that of the linear net: 8 times the distance of the level from a half.
+    exact = 8 * np.abs(problem.x.mean(axis=(1, 2, 3)) - 0.5)
+    for row in rows[2:]:
+        assert row.method == "brightness:apply_fn, smoothed by noise 1"
+        assert row.columns["certified"] == np.mean(found.radius >= row.eps)
+        assert row.columns["certified"] <= np.mean(exact >= row.eps)
+        assert row.columns["clean"] == np.mean(~found.abstained)
+        assert row.samples == found.samples.sum()
+    assert 0 < rows[3].columns["certified"] < rows[2].columns["certified"]
+    text = "\n".join(evaluation.as_markdown(rows)).split("# a folder of PNG")[2]
+    low, high = rows[3].interval
+    certified = f"{rows[3].columns['certified']:.4f} [{low:.3f}, {high:.3f}]"
+    clean = f"{rows[3].columns['clean']:.4f}"
+    assert "| Net | Clean | PGD-100 | Certified |" in text
+    assert f"| {rows[3].method} | {clean} |  | {certified} |" in text
+    assert f"- {rows[3].method}: this is another classifier than the net that attacks" in text
+
+
+def test_certificates_are_kept_for_all_sizes_and_beside_those_of_other_noise(
+    folder, few_draws, monkeypatch
+):
+    settings = {"attacks": ("one-step",), "eps": (0.2, 0.8)}
+    first = run(folder, **settings, certify=0.5)
+    assert sum(path.is_dir() for path in Path("out/blocks").iterdir()) == 1  # both sizes' draws
+    rows = run(folder, **settings, certify=0.4)
+    assert rows[: len(first)] == first
+    assert [row.sigma for row in rows if row.attack == "certify"] == [0.5, 0.5, 0.4, 0.4]
+    Path("out/results.json").unlink()
+
+    def none(*args, **kwargs):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(certify, "_count", none)
+    assert run(folder, **settings, certify=0.5) == first
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm": "linf"}, r"--certify: expected norm 'l2', got 'linf'; .*ask for these radii"),
+        ({"eps": (0.0, 1.0)}, r"--certify: expected positive radii, got \(0\.0, 1\.0\)"),
+        ({"eps": (5.0,)}, r"--certify: expected radii below 1\.9.*, got 5; raise .*, or sigma"),
+    ],
+    ids=["norm", "size 0", "large size"],
+)
+def test_sizes_that_no_noise_certifies_are_an_error_before_any_attack(
+    folder, monkeypatch, settings, message
+):
+    monkeypatch.setattr(blocks.evaluate, "attack_and_score", pytest.fail)
+    with pytest.raises(options.UsageError, match=message):
+        run(folder, certify=0.5, **settings)
+    assert not Path("out/results.json").exists()

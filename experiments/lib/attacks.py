@@ -29,6 +29,7 @@ LABELS = {
     "pgd-100x10": "PGD-100x10",
     "standard": "AutoAttack",
     "fast": "Fast ensemble",
+    "certify": "Certified",
 }
 
 

@@ -1,4 +1,7 @@
-"""Attacks on a net, by name: run, kept in blocks and rows, and put into tables."""
+"""Attacks on a net, by name: run, kept in blocks and rows, and put into tables.
+
+`Settings.certify` adds what is certified of the classifier that smoothing makes of the net.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,28 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.lib import attacks, blocks, parallel, problems, records, tables, training
+from experiments.lib import attacks, blocks, options, parallel, problems, records, tables, training
 from experiments.lib.attacks import LABELS, AttackName
-from experiments.lib.options import Count, OutputFolder, Seed, Several, Size
+from experiments.lib.options import Count, OutputFolder, Positive, Seed, Several, Size
 from experiments.lib.problems import Problem
-from experiments.lib.records import AttackRow, CheckRow, RobustRow
-from jaxadv import evaluate
+from experiments.lib.records import AttackRow, CheckRow, RobustRow, SmoothedRow
+from jaxadv import certify, evaluate
 from jaxadv.types import Norm
 
 _PROBLEM = ("data", "subtract", "divide", "crop", "box", "n", "norm", "eps")
 """The fields that determine the table of a row."""
 PLACE = ("method", "attack", "seed", *_PROBLEM)
 """What rows are told apart by."""
+Name = AttackName | Literal["certify"]
+"""What is run: an attack, or a certificate of the smoothed classifier."""
+CERTIFY: dict[str, Any] = {"alpha": 0.001, "n0": 100, "stages": [10_000, 30_000, 100_000]}
+"""How smoothed classifiers are certified."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +46,9 @@ class Settings(problems.Settings, parallel.Devices):
     """Sizes of the perturbations."""
     norm: Norm = "l2"
     """Their norm."""
+    certify: Positive | None = None
+    """Certify these sizes, too: not of the net, but of the classifier that smoothing by Gaussian
+    noise of this standard deviation makes of it. Takes up to 100,000 forward passes an image."""
     seed: Seed = 0
     """Random seed of the attacks."""
     block: Count = 500
@@ -54,16 +64,21 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
 
     Raises:
       ValueError: as `problems.load`.
-      UsageError: if the devices don't divide the blocks.
+      UsageError: if the devices don't divide the blocks, or if the sizes can't be certified.
     """
     problem = problems.load(settings)
+    names: list[Name] = [*settings.attacks]
+    if settings.certify is not None:
+        names.append("certify")
+        nothing = problem._replace(x=problem.x[:0], y=problem.y[:0])
+        _certified(settings, nothing, settings.certify)  # what it refuses, before any attack
     n = len(problem.y)
     starts = range(0, n, settings.block)
     parallel.mesh(settings, *dict.fromkeys(min(settings.block, n - start) for start in starts))
     settings.out.mkdir(parents=True, exist_ok=True)
     results = settings.out / "results.json"
     with training.bars(console) as progress:
-        for name, eps in itertools.product(settings.attacks, settings.eps):
+        for name, eps in itertools.product(names, settings.eps):
             identity = {
                 **problem.identity,
                 "attack": name,
@@ -72,7 +87,13 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
                 "seed": settings.seed,
                 **records.made_by(),
             }
-
+            if name == "certify":
+                identity |= {
+                    "method": f"{identity['method']}, smoothed by noise {settings.certify:g}",
+                    "sigma": settings.certify,
+                    "radii": list(settings.eps),
+                    **CERTIFY,
+                }
             attacked = partial(_attack, settings, problem, name, eps, identity, progress)
             records.find_or_run(results, AttackRow, identity, attacked, place=PLACE)
     return records.load(results, AttackRow)
@@ -81,14 +102,15 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
 def _attack(
     settings: Settings,
     problem: Problem,
-    name: AttackName,
+    name: Name,
     eps: float,
     identity: dict[str, Any],
     progress: Progress,
 ) -> AttackRow:
     if name == "check":
         return _check(settings, problem, eps, identity)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    if name == "certify":
+        return _certify(settings, problem, eps, identity, progress)
     found = blocks.attack(
         problem,
         attacks.methods(name, settings.norm),
@@ -100,7 +122,7 @@ def _attack(
         mesh=partial(parallel.mesh, settings),
         progress=progress,
         title=f"{identity['method']}: {name}, {eps:g}",
-        save=str(settings.out / "blocks" / digest),
+        save=str(settings.out / "blocks" / _digest(identity)),
     )
     return RobustRow(
         **identity,
@@ -132,8 +154,54 @@ def _check(settings: Settings, problem: Problem, eps: float, identity: dict[str,
     )
 
 
+def _certify(
+    settings: Settings, problem: Problem, eps: float, identity: dict[str, Any], progress: Progress
+) -> SmoothedRow:
+    """Certify a size; the first also draws for the others, which find its draws in the store."""
+    n = len(problem.y)
+    bar = progress.add_task(f"{identity['method']}: certify, {eps:g}", total=n, note="")
+    found = _certified(
+        settings, problem, identity["sigma"],
+        store=settings.out / "blocks" / _digest({**identity, "eps": None}),
+        progress=lambda at: progress.update(bar, completed=at.done, total=at.of, note=at.attack),
+    )  # fmt: skip
+    right = (found.label == problem.y) & ~found.abstained
+    certified = right & (found.radius >= eps)
+    progress.update(bar, completed=n, total=n, note=f"certified {certified.mean():.4f}")
+    return SmoothedRow(
+        **identity,
+        columns={"clean": evaluate.accuracy(right), "certified": evaluate.accuracy(certified)},
+        interval=list(evaluate.interval(certified)),
+        abstained=int(found.abstained.sum()),
+        samples=int(found.samples.sum()),
+    )
+
+
+def _certified(
+    settings: Settings, problem: Problem, sigma: float, **others: Any
+) -> certify.Certificate:
+    devices = parallel.mesh(settings, len(problem.y))
+    x, y = parallel.spread(devices, (problem.x, problem.y))
+    params = parallel.replicate(devices, problem.params)
+    try:
+        return certify.certify(
+            problem.apply_fn, params, x, y, sigma=sigma, radii=settings.eps,
+            norm=settings.norm, key=jax.random.key(settings.seed), batch_size=settings.batch_size,
+            **CERTIFY, **others,
+        )  # fmt: skip
+    except ValueError as error:
+        raise options.UsageError(f"--certify: {error}") from error
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def as_markdown(rows: Sequence[AttackRow]) -> list[str]:
-    """Return, for each problem, a table of nets and attacks, with its flags."""
+    """Return, for each problem, a table of nets and attacks, with its flags.
+
+    A smoothed classifier is a line of its own, without attacks: they are run on the net.
+    """
     lines: list[str] = []
 
     def place(row: AttackRow) -> tuple[Any, ...]:
@@ -142,7 +210,7 @@ def as_markdown(rows: Sequence[AttackRow]) -> list[str]:
     for key in dict.fromkeys(map(place, rows)):
         here = [row for row in rows if place(row) == key]
         source, subtract, divide, crop, box, n, norm, eps = key
-        attacked = [row for row in here if isinstance(row, RobustRow)]
+        attacked = [row for row in here if isinstance(row, RobustRow | SmoothedRow)]
         shown = [name for name in LABELS if any(row.attack == name for row in attacked)]
         cells = []
         for method in dict.fromkeys(row.method for row in attacked):
@@ -171,6 +239,14 @@ def _remarks(row: AttackRow) -> list[str]:
     remarks = list(row.notes or ())
     if isinstance(row, CheckRow):
         remarks.append(tables.doubts(row.flags))
+    if isinstance(row, SmoothedRow):
+        remarks.append(
+            "this is another classifier than the net that attacks are run on: the net's most "
+            f"frequent answer under Gaussian noise of standard deviation {row.sigma:g}. Certified "
+            "bounds its robust accuracy from below; each image's certificate is wrong with a "
+            f"probability of at most {row.alpha:g}. {row.abstained:,} of {row.n:,} have none; "
+            f"{row.samples / row.n:,.0f} draws for each image"
+        )
     if isinstance(row, RobustRow):
         if row.passes:
             remarks.append(
@@ -186,8 +262,9 @@ def _remarks(row: AttackRow) -> list[str]:
     return remarks
 
 
-def _cell(rows: Sequence[RobustRow]) -> str:
+def _cell(rows: Sequence[RobustRow | SmoothedRow]) -> str:
+    column = "certified" if any(isinstance(row, SmoothedRow) for row in rows) else "robust"
     if len(rows) != 1:
-        return tables.mean_and_spread(rows, "robust")
+        return tables.mean_and_spread(rows, column)
     low, high = rows[0].interval
-    return f"{rows[0].columns['robust']:.4f} [{low:.3f}, {high:.3f}]"
+    return f"{rows[0].columns[column]:.4f} [{low:.3f}, {high:.3f}]"

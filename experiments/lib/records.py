@@ -128,6 +128,8 @@ class AttackRow(Row):
         """Return the class of a row of `evaluation`, `board` or `reference`, by its JSON."""
         if content.get("attack") == "check":
             return CheckRow
+        if content.get("attack") == "certify":
+            return SmoothedRow
         return PublishedRow if content.get("experiment") == "reference" else RobustRow
 
 
@@ -163,6 +165,35 @@ class CheckRow(AttackRow):
     flags: dict[str, str]
     columns: dict[str, float]
     settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmoothedRow(AttackRow):
+    """What is certified of a net that was smoothed: of another classifier than attacks are run on.
+
+    Attributes:
+      method: what the smoothed classifier is called.
+      sigma: standard deviation of the noise.
+      radii: the sizes that were certified by the same draws; how many there are depends on these.
+      alpha: the probability of a wrong certificate, for each image.
+      n0: draws that choose an image's class.
+      stages: numbers of draws at the looks.
+      columns: accuracies `clean` and `certified`.
+      interval: of the certified accuracy.
+      abstained: number of images without a certificate of any size.
+      samples: draws that bound p_A, of all images and sizes.
+    """
+
+    device: str
+    sigma: float
+    radii: list[float]
+    alpha: float
+    n0: int
+    stages: list[int]
+    columns: dict[str, float]
+    interval: list[float]
+    abstained: int
+    samples: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

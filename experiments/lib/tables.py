@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from experiments.lib import parallel, records
-from experiments.lib.records import PublishedRow, RobustRow, Row, TableRow
+from experiments.lib.records import PublishedRow, RobustRow, Row, SmoothedRow, TableRow
 
 LABELS = {
     "validation": "Validation",
@@ -52,7 +52,7 @@ def save(folder: Path, rows: Sequence[Row], lines: Sequence[str], console: Conso
 
 
 def mean_and_spread(
-    rows: Sequence[TableRow] | Sequence[RobustRow | PublishedRow], column: str
+    rows: Sequence[TableRow] | Sequence[RobustRow | PublishedRow | SmoothedRow], column: str
 ) -> str:
     """Return the mean over seeds, with the standard deviation if there are several; "" of none."""
     values = [row.columns[column] for row in rows]
