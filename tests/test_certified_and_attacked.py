@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from experiments import certify as command
-from experiments.lib import data, models, records, weights
+from experiments.lib import data, figures, models, records, weights
 
 SMALL = {
     "widths": (20,), "epochs": 10, "warmup": 1, "average": 0.9, "consistency": 0.5,
@@ -61,6 +61,13 @@ def test_both_bounds_are_measured_and_kept(tmp_path, images):
             assert row.both[f"{size:g}"] == (2 * np.flatnonzero(certified & broken)).tolist()
         assert not np.any(found["broken"][1] & ~found["broken"][0])
         assert row.samples == found["samples"].sum()
+        eps = np.array(row.curve["eps"])
+        assert eps[[0, -1]].tolist() == [0, 0.6]
+        reach = np.where(right, found["radius"], 0)
+        want = np.mean((reach >= eps[:, None]) & (reach > 0), axis=1)
+        np.testing.assert_array_equal(row.curve["certified"], want)
+        assert row.curve["certified"][0] == row.columns["clean"]
+    assert (tmp_path / "certify.png").is_file()
     assert row.columns["certified@0.6"] <= row.columns["attacked@0.6"]
     assert 0.3 < row.columns["attacked@0.6"] < row.columns["attacked@0.1"]
     assert row.columns["certified@0.1"] <= row.columns["clean"]
@@ -73,3 +80,31 @@ def test_both_bounds_are_measured_and_kept(tmp_path, images):
         command.run(dataclasses.replace(settings, radii=(1.0,)), Console(file=io.StringIO()))
     held = dataclasses.replace(settings, holdout=10, every=1, seeds=(1,))
     assert [other.n for other in command.run(held, Console(file=io.StringIO()))] == [10, 10]
+
+
+def test_the_band_is_between_what_is_certified_and_what_attacks_leave(tmp_path):
+    curve = {"eps": [0.0, 0.5, 1.0, 1.25, 1.5], "certified": [0.9, 0.8, 0.6, 0.5, 0.3]}
+    columns = {"clean": 0.9, "attacked@1": 0.7, "attacked@0.5": 0.85, "attacked@1.5": 0.4}
+    row = records.CertifyRow(
+        experiment="certify", network="7x5", method="gaussian", sigma=0.5, alpha=0.001, n=10,
+        samples=1, seed=3, columns=columns, curve=curve, abstained=0, both={}, n0=1, stages=[1],
+        sampler="", train_seconds=0.0, seconds=0.0, attack_seconds=0.0, settings={}, versions={},
+        device="",
+    )  # fmt: skip
+    records.save(tmp_path / "results.json", [row, row])
+    assert [path.name for path in figures.draw(tmp_path)] == ["certify.png"]
+    first, second = figures.plot_sandwich([row, dataclasses.replace(row, sigma=0.25)]).axes
+    assert first.get_title() == "gaussian, sigma 0.5, seed 3"
+    assert second.get_title() == "gaussian, sigma 0.25, seed 3"
+    lines = {line.get_label(): line.get_xydata().T.tolist() for line in first.get_lines()}
+    assert lines == {
+        "certified": [curve["eps"], curve["certified"]],
+        "attacked": [[0.5, 1.0, 1.5], [0.85, 0.7, 0.4]],
+    }
+    (band,) = first.collections
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
+    # From the least attacked size on; at 1.25 what the attack at 1 has broken is broken.
+    assert corners == {
+        (0.5, 0.8), (1.0, 0.6), (1.25, 0.5), (1.5, 0.3),
+        (0.5, 0.85), (1.0, 0.7), (1.25, 0.7), (1.5, 0.4),
+    }  # fmt: skip

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 
 from experiments.lib import options, records, tables, train_and_score
 from experiments.lib.recipes import NAMES
-from experiments.lib.records import BenchmarkRow, CurveRow, PropositionRow, TableRow
+from experiments.lib.records import BenchmarkRow, CertifyRow, CurveRow, PropositionRow, TableRow
 
 COLOURS = (  # Okabe, Ito
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000",
@@ -63,6 +63,8 @@ def draw(folder: Path) -> list[Path]:
                 figures[f"{part}.png"] = plot(parts[part])
     elif content[0].get("experiment") == "curve":
         figures["curve.png"] = plot_distances(records.load(results, CurveRow))
+    elif content[0].get("experiment") == "certify":
+        figures["certify.png"] = plot_sandwich(records.load(results, CertifyRow))
     elif content[0].get("experiment") == "logistic":
         figures["appendix_a.png"] = plot_appendix_a(records.load(results, PropositionRow))
     written = [_save(figure, folder / name) for name, figure in figures.items()]
@@ -246,6 +248,33 @@ def plot_distances(rows: Sequence[CurveRow]) -> Any:
             for figures in row.attacks.values():
                 panel.plot(list(map(float, figures)), list(figures.values()), "o", color=colour)
         _dress(panel, legend=True, xlabel=f"{norm} size", ylabel="accuracy", title=source)
+    return figure
+
+
+def plot_sandwich(rows: Sequence[CertifyRow]) -> Any:
+    """Return each smoothed classifier's certified accuracy, what attacks leave, and the band."""
+    figure, panels = plt.subplots(
+        1, len(rows), figsize=(4.2 * len(rows), 3.6), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for panel, row in zip(panels[0], rows, strict=True):
+        eps, certified = map(np.asarray, (row.curve["eps"], row.curve["certified"]))
+        attacked = {
+            float(name.removeprefix("attacked@")): accuracy
+            for name, accuracy in row.columns.items()
+            if name.startswith("attacked@")
+        }
+        sizes = np.array(sorted(attacked))
+        left = np.array([attacked[size] for size in sizes])
+        # What is broken within a size is broken within larger ones; not so within smaller ones.
+        known = eps >= sizes[0]
+        upper = left[np.searchsorted(sizes, eps[known], side="right") - 1]
+        panel.fill_between(eps[known], certified[known], upper, color=COLOURS[0], alpha=0.2, lw=0)
+        panel.plot(eps, certified, color=COLOURS[0], label="certified")
+        panel.plot(sizes, left, "o", color=COLOURS[3], label="attacked")
+        title = f"{row.method}, sigma {row.sigma:g}, seed {row.seed}"
+        _dress(panel, legend=True, xlabel="l2 size", ylim=(0, 1), title=title)
+    panels[0, 0].set_ylabel("accuracy")
     return figure
 
 

@@ -389,6 +389,7 @@ class CertifyRow(Row):
       n: number of images.
       samples: draws that bound p_A, of all images.
       columns: accuracies `clean`, `certified@SIZE` and `attacked@SIZE`.
+      curve: `eps`, up to the largest size that was asked for, and the accuracy `certified` there.
       abstained: number of images without a certificate.
       both: by size, the images that are certified and broken at once.
       n0: draws that choose an image's class.
@@ -407,6 +408,7 @@ class CertifyRow(Row):
     samples: int
     seed: int
     columns: dict[str, float]
+    curve: dict[str, list[float]]
     abstained: int
     both: dict[str, list[int]]
     n0: int
