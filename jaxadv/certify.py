@@ -494,16 +494,13 @@ class _Draws(NamedTuple):
         """Count the classes of the draws from number `first` to before `last`, `[m, K]`."""
         counts = np.zeros((len(rows), self.classes), int)
         done = np.zeros(len(rows), bool)
-        for batch in self.store.batches(stage) if self.store else ():
-            at = np.searchsorted(rows, batch["rows"])
+        for at, batch in self.store.batches(stage, rows) if self.store else ():
             counts[at], done[at] = batch["counts"], True
         count = partial(
             _count, self.apply_fn, self.params, self.sigma, self.each, first, last, self.classes
         )
-        left = np.flatnonzero(~done)
-        for start in range(0, len(left), self.size):
-            at = left[start : start + self.size]
-            filled = np.resize(rows[at], self.size)  # repeated; counts of repeats are dropped
+        for at, size in _batches.split(np.flatnonzero(~done), [self.size], 0):
+            filled = np.resize(rows[at], size)  # repeated; counts of repeats are dropped
             made = count(*host.spread(self.x).take((self.x, self.keys), filled))
             counts[at], done[at] = host.fetch(made)[: len(at)], True
             if self.store is not None:

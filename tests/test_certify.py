@@ -16,6 +16,7 @@ from nets import linear
 from scipy import stats
 
 from jaxadv import attack, certify, objectives, train
+from jaxadv.evaluate import _batches
 
 KEY = jax.random.key(3)
 SIGMA, ALPHA, STAGES = 0.5, 0.001, (10_000, 30_000, 100_000)
@@ -361,6 +362,18 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
     assert left[0] == seen[2]._replace(done=12)
     with pytest.raises(ValueError, match=r"got other sigma; choose another folder"):
         certified(params, x, store=tmp_path, **{**settings, "sigma": 0.4})
+
+
+def test_kept_draws_of_examples_that_have_stopped_are_not_those_of_others(tmp_path):
+    params, x, _, _ = binary_problem()
+    settings = {"stages": (1000, 3000), "radii": (0.3, 0.6), "store": tmp_path}
+    whole = certified(params, x, **settings)
+    stopped = np.flatnonzero(whole.samples == 1000)[-1]
+    # As if its first look had been drawn again, after a damaged file, and rounded differently.
+    batch = {"rows": np.array([stopped]), "counts": np.array([[0, 2000]])}
+    _batches.Store(tmp_path).add(2, batch)
+    for one, other in zip(whole, certified(params, x, **settings), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_predictions_go_on_too(tmp_path):

@@ -112,8 +112,17 @@ class Store:
             arrays: dict[str, Any] = dict(batch)
             _write(self.folder / name, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
-    def batches(self, stage: int) -> Iterator[dict[str, NDArray[Any]]]:
-        """Yield the batches that are kept of an attack.
+    def batches(
+        self, stage: int, rows: NDArray[np.intp]
+    ) -> Iterator[tuple[NDArray[np.intp], dict[str, NDArray[Any]]]]:
+        """Yield the batches that are kept of an attack on these rows, with their places in them.
+
+        What rounds differently may leave other rows for a later attack: a batch that has others is
+        passed over.
+
+        Args:
+          stage: the attack's number.
+          rows: ascending.
 
         Raises:
           ValueError: if a file can't be read.
@@ -127,7 +136,9 @@ class Store:
                     f"expected arrays in {path}, got: {error}; delete this file, and its batch is "
                     "computed again"
                 ) from error
-            yield batch
+            own: NDArray[np.intp] = batch["rows"]
+            if np.isin(own, rows).all():
+                yield np.searchsorted(rows, own), batch
 
 
 def _write(path: Path, save: Callable[[Any], None]) -> None:
@@ -268,9 +279,8 @@ def in_batches(
     x = examples[0]
     on = host.spread(x)
     found = _Found(len(rows), x)
-    for batch in store.batches(stage) if store else ():
-        if np.isin(batch["rows"], rows).all():
-            found.put(np.searchsorted(rows, batch["rows"]), batch)
+    for at, batch in store.batches(stage, rows) if store else ():
+        found.put(at, batch)
     overhead = sizes[0] // 80  # for small nets, which take large batches; little for large ones
     for at, size in split(np.flatnonzero(~found.done), sizes, overhead):
         begin = time.perf_counter()
