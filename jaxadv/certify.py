@@ -386,8 +386,6 @@ class _Rule:
         radii = np.asarray(self.radii)[None]
         certified = self.radius(lower, shift)[:, None] >= radii
         n, last = self.stages[look], self.stages[-1]
-        if n == last:
-            return np.ones(len(right), bool)
         # The last look certifies p from k draws of A on, if P(at least k | p) <= its share.
         p = special.ndtr((radii + shift[:, None]) / self.sigma) + self.off
         fewer = np.ceil(special.bdtrik(1 - self.share[-1], last, np.minimum(p, 1)))
@@ -443,7 +441,7 @@ class _Draws(NamedTuple):
         sigma: float,
         key: Any,
         batch_size: int,
-        progress: Callable[[Progress], None] | None = None,
+        progress: Callable[[Progress], None] | None,
     ) -> _Draws:
         sigma = _checked_sigma(sigma)
         x, y = host.arrays(
