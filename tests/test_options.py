@@ -21,6 +21,7 @@ NET = str(ROOT / "experiments" / "results" / "mnist_mlp" / "lwa" / "params.safet
 # What has no default.
 NEEDED = {
     "experiments.train": {"data": "mnist", "eps": 0.5},
+    "experiments.curve": {"net": NET},
     "experiments.lib.evaluation": {"net": NET},
     "experiments.lib.problems": {"net": NET},
     "experiments.reference": {"net": NET},
