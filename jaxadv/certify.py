@@ -257,7 +257,8 @@ def certify(
       stages: numbers of further draws at the looks, ascending. A single one: no adaptation.
       norm: `"l2"`; Gaussian noise certifies no other norm directly.
       key: one key, split per example, or one per example. An example's draws depend on its key and
-        their number only, so counts don't depend on batches or devices (but for rounding).
+        their number only, so counts don't depend on batches or devices (but for rounding), with
+        keys of JAX's default kind; what "rbg" draws depends on the batch.
       batch_size: number of noisy examples in each pass through the net.
       store: a folder, new or of an earlier call, in which the counts of each batch are kept. The
         same call takes up where the earlier one was interrupted. With several processes, a folder
@@ -444,6 +445,7 @@ class _Draws(NamedTuple):
         progress: Callable[[Progress], None] | None,
     ) -> _Draws:
         sigma = _checked_sigma(sigma)
+        _batches.check_progress(progress)
         x, y = host.arrays(
             f"certify.{name}", x, np.zeros(np.shape(x)[:1], int) if y is None else y, params
         )

@@ -378,8 +378,9 @@ def noisy(
     Raises:
       TypeError: if `copies` isn't an integer; when called, if labels aren't integers and `loss_fn`
         is the default.
-      ValueError: if `sigma` isn't positive, `copies` < 1, a weight is negative, or `consistency` is
-        positive for a single copy; when called, if `loss_fn` doesn't return one loss per example.
+      ValueError: if `sigma` isn't positive and finite, `copies` < 1, a weight is negative, or
+        `consistency` is positive for a single copy; when called, if `loss_fn` doesn't return one
+        loss per example.
 
     Example:
       >>> from jaxadv import objectives
@@ -392,8 +393,8 @@ def noisy(
       Cohen et al., "Certified Adversarial Robustness via Randomized Smoothing", 2019; Jeong and
       Shin, "Consistency Regularization for Certified Robustness of Smoothed Classifiers", 2020.
     """
-    if not sigma > 0:
-        raise ValueError(f"expected sigma > 0, got {sigma}; without noise it is natural")
+    if not 0 < sigma < jnp.inf:
+        raise ValueError(f"expected a finite sigma > 0, got {sigma}; without noise it is natural")
     inputs.at_least(1, "copies", copies, "2 is usual for consistency")
     if not (consistency >= 0 and entropy >= 0):
         raise ValueError(

@@ -435,6 +435,7 @@ def batch_norm(params, x):
         ({"sigma": -1}, ValueError, r"sigma > 0, got -1"),
         ({"sigma": float("nan")}, ValueError, r"sigma > 0, got nan"),
         ({"sigma": jnp.ones(3)}, TypeError, r"sigma to be a number"),
+        ({"progress": "bar"}, TypeError, r"progress to be a function, got str"),
         ({"alpha": 0}, ValueError, r"0 < alpha < 1, got 0; 0.001 is usual"),
         ({"alpha": 1.0}, ValueError, r"0 < alpha < 1, got 1.0"),
         ({"key": None}, ValueError, r"expected a key: certify\.\w+ draws random numbers"),

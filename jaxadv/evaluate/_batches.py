@@ -24,7 +24,17 @@ import jaxadv
 from jaxadv import host, inputs
 from jaxadv.types import ApplyFn, Params, PerturbFn
 
-__all__ = ["Attacked", "Passes", "Progress", "Ran", "Store", "in_batches", "opened", "split"]
+__all__ = [
+    "Attacked",
+    "Passes",
+    "Progress",
+    "Ran",
+    "Store",
+    "check_progress",
+    "in_batches",
+    "opened",
+    "split",
+]
 
 
 class Passes(NamedTuple):
@@ -246,6 +256,18 @@ def _digest(tree: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_progress(progress: Any) -> None:
+    """Check what is called after each batch.
+
+    Raises:
+      TypeError: if it isn't a function.
+    """
+    if not (progress is None or callable(progress)):
+        raise TypeError(
+            f"expected progress to be a function, got {type(progress).__name__}; pass e.g. print"
+        )
+
+
 def in_batches(
     run: Callable[..., Attacked],
     examples: tuple[Any, ...],
@@ -272,10 +294,7 @@ def in_batches(
     Raises:
       TypeError: if `progress` isn't a function.
     """
-    if not (progress is None or callable(progress)):
-        raise TypeError(
-            f"expected progress to be a function, got {type(progress).__name__}; pass e.g. print"
-        )
+    check_progress(progress)
     x = examples[0]
     on = host.spread(x)
     found = _Found(len(rows), x)
