@@ -17,15 +17,10 @@ f, so that a certificate is wrong with a probability of at most alpha, for each 
   robustness of g from above.
 
 **Floats.** Usual samplers cut the normal distribution's tails, and sums with noise are rounded,
-which can certify what isn't robust (Voracek and Hein, 2022). Here the noise is an integer times h,
-a power of 2 between sigma / 4096 and sigma / 2048: the integer nearest to
-:math:`\sigma Z / h`, from -32768 to 32767, so that the greatest \|z\| is at least 8. It is drawn by
-the alias method from 48 random bits, with integers only. x is rounded to multiples of h (pixels
-that are multiples of 1/256 are such for sigma <= 8), so that its sum with the noise is exact, and
-what is sampled is p_A at the rounded x but for two errors, both taken off: the total variation
-between the table's probabilities and the exact ones, computed from the table (about 3e-11 for each
-entry), times the number of entries, is taken off p_A; the distance from x to the rounded x is taken
-off the radius.
+which can certify what isn't robust (Voracek and Hein, 2022). Here x and the noise are rounded to a
+grid on which sums are exact (`_gaussian`), and what that changes is taken off: the total variation
+from exact noise off p_A (about 3e-11 for each entry), and the distance from x to the rounded x off
+the radius.
 
 Not covered: that the bits are pseudo-random (threefry), and that f is a function: its logits may
 depend on the batch or the machine by rounding, which matters where two classes nearly tie.
@@ -37,7 +32,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -48,7 +43,7 @@ from jax import lax
 from numpy.typing import NDArray
 from scipy import special  # not stats, whose import takes half a second
 
-from jaxadv import _cpu, closures, host, inputs, meshes, norms
+from jaxadv import _cpu, _gaussian, closures, host, inputs, meshes
 from jaxadv.evaluate import Progress, _batches
 from jaxadv.types import ApplyFn, Norm, Params, StochasticFn
 
@@ -102,7 +97,7 @@ class _Smooth:
 
     def __call__(self, params: Params, x: jax.Array, key: jax.Array, /) -> jax.Array:
         wide = x.astype(inputs.accum_dtype(x.dtype))
-        noisy = wide + _noise(key, x.shape, self.sigma).astype(wide.dtype)
+        noisy = wide + _gaussian.noise(key, x.shape, self.sigma).astype(wide.dtype)
         return self.apply_fn(params, noisy.astype(x.dtype))
 
 
@@ -455,12 +450,13 @@ class _Draws(NamedTuple):
         logits = jax.eval_shape(partial(inputs.apply, apply_fn), params, shape)
         spread = host.spread(x)
         size = spread.multiple(max(1, min(8, batch_size, len(x))))
-        place = partial(_distance_to_grid, _table(sigma).step)
+        grid = _gaussian.table(sigma)
+        place = partial(_gaussian.distance_to_grid, grid.step)
         shift, exact = host.over_batches(place, (x,), batch_size)
         if not exact.all():
             raise ValueError(
                 f"expected x small enough for its sum with the noise to be exact, got an example "
-                f"with entries over {2**23 * _table(sigma).step:g} (2048 sigma or more); scale the "
+                f"with entries over {2**23 * grid.step:g} (2048 sigma or more); scale the "
                 f"examples, or raise sigma={sigma:g}"
             )
         if len(x):
@@ -472,7 +468,7 @@ class _Draws(NamedTuple):
                     f"{apart:.2g}, relative to the largest; batch norm in training mode? Use its "
                     "stored statistics, and switch dropout off"
                 )
-        off = math.prod(x.shape[1:]) * _table(sigma).off
+        off = math.prod(x.shape[1:]) * grid.off
         return cls(
             name, apply_fn, params, x, y, keys, sigma, off, np.asarray(shift, np.float64),
             logits.shape[1], size, max(1, batch_size // size), progress,
@@ -556,80 +552,14 @@ def _apart(
 
 def _noisy(sigma: float, x: jax.Array, keys: jax.Array, number: jax.Array) -> jax.Array:
     """Return draws of these numbers of each example: `[B, ...]` to `[B * draws, ...]`."""
-    wide = _on_grid(x, _table(sigma).step)
+    wide = _gaussian.on_grid(x, _gaussian.table(sigma).step)
 
     def draw(example: jax.Array, key: jax.Array, number: jax.Array) -> jax.Array:
-        noise = _noise(jax.random.fold_in(key, number), example.shape, sigma)
+        noise = _gaussian.noise(jax.random.fold_in(key, number), example.shape, sigma)
         return (example + noise.astype(example.dtype)).astype(x.dtype)
 
     noisy = jax.vmap(jax.vmap(draw, (None, None, 0)), (0, 0, None))(wide, keys, number)
     return noisy.reshape(-1, *x.shape[1:])
-
-
-def _on_grid(x: jax.Array, step: float) -> jax.Array:
-    wide = x.astype(inputs.accum_dtype(x.dtype))
-    return jnp.round(wide / step) * step
-
-
-@partial(jax.jit, static_argnums=0)
-def _distance_to_grid(step: float, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return how far examples are from the grid, and whether sums with noise are exact, `[B]`."""
-    wide = _on_grid(x, step)
-    largest = jnp.max(jnp.abs(wide), axis=tuple(range(1, x.ndim)))
-    exact = ~(jnp.isfinite(largest) & (largest > 2**23 * step))
-    # Rounded up: the norm of up to 2^24 entries is off by less.
-    return norms.norm(x.astype(wide.dtype) - wide, "l2") * (1 + 1e-5), exact
-
-
-class _Table(NamedTuple):
-    """Walker's alias table of a Gaussian rounded to integers, for 2^16 columns.
-
-    Attributes:
-      step: the integers' unit, h.
-      threshold: from which of 2^32 values on a column stands for another integer.
-      other: that integer's column.
-      off: total variation between this table's distribution and the exact one.
-    """
-
-    step: float
-    threshold: NDArray[np.uint32]
-    other: NDArray[np.int32]
-    off: float
-
-
-_COLUMNS, _MIDDLE = 2**16, 2**15
-
-
-@cache
-def _table(sigma: float) -> _Table:
-    step = 2.0 ** math.floor(math.log2(sigma / 2048))
-    edges = (np.arange(_COLUMNS + 1) - _MIDDLE - 0.5) * (step / sigma)
-    # Differences on the negative side, where they are small numbers, not rounded to those near 1.
-    a, b = special.ndtr(edges), special.ndtr(-edges)
-    exact = np.where(edges[1:] > 0, b[:-1] - b[1:], a[1:] - a[:-1])
-    weight, share = exact / exact.sum() * _COLUMNS, np.ones(_COLUMNS)
-    other = np.arange(_COLUMNS, dtype=np.int32)
-    small, large = (list(np.flatnonzero(mask)) for mask in (weight < 1, weight >= 1))
-    while small and large:
-        column, giver = small.pop(), large[-1]
-        share[column], other[column] = weight[column], giver
-        weight[giver] -= 1 - weight[column]
-        if weight[giver] < 1:
-            small.append(large.pop())
-    threshold = np.minimum(np.round(share * 2.0**32), 2**32 - 1).astype(np.uint32)
-    own = threshold / 2.0**32 / _COLUMNS
-    drawn = own + np.bincount(other, 1 / _COLUMNS - own, minlength=_COLUMNS)
-    return _Table(step, threshold, other, float(np.abs(drawn - exact).sum() + a[0] + b[-1]) / 2)
-
-
-def _noise(key: jax.Array, shape: tuple[int, ...], sigma: float) -> jax.Array:
-    """Draw Gaussian noise, rounded to multiples of the table's step, in float32."""
-    table = _table(sigma)
-    choose, compare = jax.random.split(key)
-    column = jax.random.bits(choose, shape, jnp.uint16).astype(jnp.int32)
-    keep = jax.random.bits(compare, shape, jnp.uint32) < jnp.asarray(table.threshold)[column]
-    column = jnp.where(keep, column, jnp.asarray(table.other)[column])
-    return (column - _MIDDLE).astype(jnp.float32) * jnp.float32(table.step)
 
 
 def _checked_sigma(sigma: float) -> float:

@@ -87,7 +87,15 @@ def test_a_name_is_exported_where_it_is_defined():
 
 def test_every_module_is_public_but_what_handles_arguments_and_loops_on_the_host():
     modules = {info.name for info in pkgutil.iter_modules(jaxadv.__path__)}
-    assert modules - PUBLIC["jaxadv"] == {"_cpu", "boxes", "closures", "host", "inputs", "meshes"}
+    assert modules - PUBLIC["jaxadv"] == {
+        "_cpu",
+        "_gaussian",
+        "boxes",
+        "closures",
+        "host",
+        "inputs",
+        "meshes",
+    }
 
 
 def test_the_version_is_a_version():
@@ -168,8 +176,8 @@ def layers_of(module):
 
 
 CHAIN = [
-    "types", "meshes", "inputs", "host", "closures", "_cpu", "losses", "norms", "boxes", "jacobian",
-    "problem", "perturb", "attack", "evaluate", "certify",
+    "types", "meshes", "inputs", "host", "closures", "_cpu", "losses", "norms", "_gaussian",
+    "boxes", "jacobian", "problem", "perturb", "attack", "evaluate", "certify",
 ]  # fmt: skip
 
 

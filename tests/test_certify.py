@@ -15,7 +15,7 @@ import pytest
 from nets import linear
 from scipy import stats
 
-from jaxadv import attack, certify, objectives, train
+from jaxadv import _gaussian, attack, certify, objectives, train
 from jaxadv.evaluate import _batches
 
 KEY = jax.random.key(3)
@@ -166,7 +166,7 @@ def law(table):
 
 @pytest.mark.parametrize("sigma", [0.1, 0.25, 0.5, 1.0, 3.0])
 def test_the_noise_is_a_gaussian_rounded_to_the_grid_but_for_off(sigma):
-    table = certify._table(sigma)
+    table = _gaussian.table(sigma)
     assert 2048 <= sigma / table.step < 4096
     assert np.log2(table.step) == np.floor(np.log2(table.step))
     edges = (np.arange(2**16 + 1) - 2**15 - 0.5) * table.step / sigma
@@ -181,8 +181,8 @@ def test_the_noise_is_a_gaussian_rounded_to_the_grid_but_for_off(sigma):
 
 
 def test_draws_follow_the_table_and_add_exactly():
-    step = certify._table(SIGMA).step
-    noise = np.asarray(certify._noise(KEY, (1000, 1000), SIGMA))
+    step = _gaussian.table(SIGMA).step
+    noise = np.asarray(_gaussian.noise(KEY, (1000, 1000), SIGMA))
     assert noise.dtype == np.float32
     places = noise.astype(np.float64) / step
     np.testing.assert_array_equal(places, np.round(places))
@@ -197,8 +197,8 @@ def test_draws_follow_the_table_and_add_exactly():
 
 def test_pixels_are_on_the_grid_and_others_are_rounded_to_it():
     x = np.array([[3 / 256, 255 / 256], [0.1, 0.7]], np.float32)
-    step = certify._table(SIGMA).step
-    shift, exact = certify._distance_to_grid(step, x)
+    step = _gaussian.table(SIGMA).step
+    shift, exact = _gaussian.distance_to_grid(step, x)
     want = np.linalg.norm(x[1] - np.round(x[1].astype(np.float64) / step) * step)
     assert shift[0] == 0
     np.testing.assert_allclose(shift[1], want, rtol=2e-5)
