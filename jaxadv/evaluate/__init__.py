@@ -23,18 +23,11 @@ once and pass it again.
 """
 
 from jaxadv.evaluate._accuracy import Outcome, accuracy, interval, measure, score
+from jaxadv.evaluate._attacks import NearBoundary, autoattack, fast_autoattack
 from jaxadv.evaluate._batches import Passes, Progress
 from jaxadv.evaluate._check import Flag, Report, check
 from jaxadv.evaluate._distances import Distances, distances, minimal_attacks
-from jaxadv.evaluate._ensemble import (
-    Audit,
-    NearBoundary,
-    Result,
-    Stage,
-    attack_and_score,
-    autoattack,
-    fast_autoattack,
-)
+from jaxadv.evaluate._ensemble import Audit, Result, Stage, attack_and_score
 
 __all__ = [
     "Audit",

@@ -1,25 +1,20 @@
 """Attack a data set and score it, with one attack or with several in turn.
 
-A single attack may fail for reasons that have nothing to do with robustness. AutoAttack (Croce and
-Hein, 2020) takes the worst case over four attacks that fail for different reasons: `attack.apgd` on
-cross-entropy, `attack.apgd_multitargeted`, `attack.fab`, and `attack.square`, which uses no
-gradients. Each runs only on the examples that are still classified correctly.
-
-The loop runs on the host, since these examples are known only after an attack has ended.
+Each of several attacks runs only on the examples that are still classified correctly. The loop runs
+on the host, since these examples are known only after an attack has ended. The ensembles themselves
+are in `_attacks`.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -27,22 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import attack, closures, host, inputs, losses, meshes, norms
+from jaxadv import closures, host, inputs, losses, meshes
 from jaxadv.evaluate import _batches, _budget
 from jaxadv.evaluate._accuracy import Outcome, score
+from jaxadv.evaluate._attacks import autoattack, within_of
 from jaxadv.evaluate._batches import Attacked, Passes, Progress, Ran
 from jaxadv.problem import fold
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
-__all__ = [
-    "Audit",
-    "NearBoundary",
-    "Result",
-    "Stage",
-    "attack_and_score",
-    "autoattack",
-    "fast_autoattack",
-]
+__all__ = ["Audit", "Result", "Stage", "attack_and_score"]
 
 _log = logging.getLogger("jaxadv.evaluate")
 _fold = jax.jit(fold)
@@ -103,169 +91,6 @@ class Result(NamedTuple):
     r: NDArray[Any]
     stages: dict[str, Stage]
     audit: Audit | None = None
-
-
-def autoattack(norm: Norm = "l2", *, samples: int = 0) -> Mapping[str, PerturbFn]:
-    """The attacks of AutoAttack, the standard ensemble, with their published budgets.
-
-    `apgd-ce`: 100 steps (l1: 5 restarts). `apgd-t`: 100 steps for each of 9 targets (l1: 5).
-    `fab-t`: 100 steps for each of 9 targets. `square`: 5000 queries.
-
-    For a net that draws random numbers there are two, `apgd-ce` and `apgd-dlr`, 100 steps each:
-    the published `rand` version. They are run on the random net, and what they find is measured on
-    its mean prediction: `attack_and_score(nets.mean_of_draws(net, key), params, x, y,
-    autoattack(samples=20), source=(net, params), ...)`.
-
-    Args:
-      norm: `"l1"`, `"l2"` or `"linf"`.
-      samples: 0 for a deterministic net; for a random one how many draws each gradient is averaged
-        over, 20 as published.
-
-    Returns:
-      Attacks by name, read-only (`dict` makes a copy to change); each call returns the same
-      objects, so that they are compiled once.
-
-    Raises:
-      ValueError: if the norm is unknown, or `samples` < 0.
-
-    Example:
-      >>> from jaxadv import evaluate
-      >>> list(evaluate.autoattack("linf"))
-      ['apgd-ce', 'apgd-t', 'fab-t', 'square']
-
-    References:
-      Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-      parameter-free attacks", 2020; for l1 "Mind the box: l1-APGD for sparse adversarial attacks on
-      image classifiers", 2021.
-    """
-    norms.dual(norm)  # known?
-    inputs.at_least(0, "samples", samples, "0 is for a net that draws no random numbers")
-    return _autoattack(norm, samples)
-
-
-@cache
-def _autoattack(norm: Norm, samples: int) -> Mapping[str, PerturbFn]:
-    sparse = norm == "l1"
-    if samples:
-        ascend = partial(attack.apgd, norm=norm, samples=samples)
-        return MappingProxyType({
-            "apgd-ce": ascend,
-            "apgd-dlr": partial(ascend, loss_fn=losses.dlr),
-        })  # fmt: skip
-    attacks: dict[str, PerturbFn] = {
-        "apgd-ce": partial(attack.apgd, norm=norm, restarts=5 if sparse else 1),
-        "apgd-t": partial(attack.apgd_multitargeted, norm=norm, n_targets=5 if sparse else 9),
-        "fab-t": partial(attack.fab, norm=norm, n_targets=9),
-        "square": partial(attack.square, norm=norm),
-    }
-    return MappingProxyType(attacks)  # shared by all callers
-
-
-def fast_autoattack(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
-    """A fast ensemble: AutoAttack's attacks, ordered and cut short to a fraction of its passes.
-
-    A few steps break most of what can be broken. Then the targets whose boundaries are nearest come
-    first (MALT), and only what these leave near the boundary gets many steps toward all of them,
-    and FAB. Square runs on all that is left, for as long as it gains. Audit what you publish:
-    `attack_and_score(..., fast_autoattack("l2"), audit=0.05)` runs AutoAttack as well on a share of
-    the examples.
-
-    The numbers were chosen in l2 and linf, on training images of five nets on record; in l1 they
-    are the same, and untested. Where gradients mislead, nearness does too, and more is missed: on a
-    LeNet trained from random starts it left 1.5 points more than AutoAttack.
-
-    Args:
-      norm: `"l1"`, `"l2"` or `"linf"`.
-
-    Returns:
-      Attacks by name, read-only (`dict` makes a copy to change); each call returns the same
-      objects, so that they are compiled once.
-
-    Raises:
-      ValueError: if the norm is unknown.
-
-    Example:
-      >>> from jaxadv import evaluate
-      >>> list(evaluate.fast_autoattack("linf"))[:3]
-      ['apgd-ce-5', 'apgd-t1-15', 'fab-t1-30']
-
-    References:
-      Croce and Hein, 2020; Melamed et al., "MALT Powers Up Adversarial Attacks", 2024.
-    """
-    norms.dual(norm)  # known?
-    return _fast_autoattack(norm)
-
-
-@cache
-def _fast_autoattack(norm: Norm) -> Mapping[str, PerturbFn]:
-    ascend = partial(attack.apgd, norm=norm)
-    targeted = partial(attack.apgd_multitargeted, norm=norm)
-    nearest = partial(targeted, order="distance")
-    fab = partial(attack.fab, norm=norm)
-    attacks: dict[str, PerturbFn] = {
-        "apgd-ce-5": partial(ascend, steps=5),
-        "apgd-t1-15": partial(nearest, steps=15, n_targets=1),
-        "fab-t1-30": partial(fab, steps=30, n_targets=1),
-        "apgd-t3-30": partial(nearest, steps=30, n_targets=3),
-        "apgd-t5-20": NearBoundary(partial(nearest, steps=20, n_targets=5), within=0.3),
-        "apgd-ce-50": NearBoundary(partial(ascend, steps=50), within=0.15),
-        "apgd-t5-60": NearBoundary(partial(nearest, steps=60, n_targets=5), within=0.07),
-        "fab-t9-60": NearBoundary(partial(fab, steps=60), within=0.05),
-        "apgd-ce-100": NearBoundary(partial(ascend, steps=100), within=0.07),
-        "apgd-t9-60": NearBoundary(partial(targeted, steps=60), within=0.03),
-        "square": partial(attack.square, norm=norm, steps=1000, patience=50),
-    }
-    return MappingProxyType(attacks)
-
-
-@dataclass(frozen=True)
-class NearBoundary:
-    """An attack that an ensemble runs only on examples near the decision boundary.
-
-    These are the ones whose true class has kept at most a share `within` of its lead over the top
-    wrong class, under the attacks before. There an expensive attack pays off; elsewhere it finds
-    almost nothing, unless gradients mislead. So where it breaks more than a fiftieth of these, it
-    goes on to those within twice the share, and so on. As the first attack it runs on nothing,
-    unless `within` is 1. Called by itself, it is `method`.
-
-    Attributes:
-      method: the attack.
-      within: the largest share of the lead to begin with, in (0, 1].
-
-    Example:
-      >>> from jaxadv import attack, evaluate
-      >>> attacks = {"pgd": attack.pgd, "fab": evaluate.NearBoundary(attack.fab, within=0.1)}
-    """
-
-    method: PerturbFn
-    within: float
-
-    def __post_init__(self) -> None:
-        """Check the arguments.
-
-        Raises:
-          TypeError: if the method isn't a hashable function with the signature of attacks.
-          ValueError: if `within` isn't in (0, 1].
-        """
-        closures.method("the attack", self.method)
-        if not 0 < self.within <= 1:
-            raise ValueError(f"expected 0 < within <= 1, got {self.within}; it is a share of leads")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        """Attack all examples."""
-        return self.method(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.method)
-
-    @property
-    def with_report(self) -> Callable[..., Any] | None:
-        """The attack as it reports what it has spent; None if it doesn't."""
-        try:
-            return attack.with_info(self.method)
-        except TypeError:
-            return None
 
 
 @meshes.auto_axes()
@@ -496,13 +321,6 @@ def _look(net: _Net, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return ~inputs.is_correct(logits, x, y), losses.logit_margin(logits, y)
 
 
-def _within(method: Any) -> float:
-    """Return how much of the lead may be left where an attack is run."""
-    while isinstance(method, partial):
-        method = method.func
-    return method.within if isinstance(method, NearBoundary) else math.inf
-
-
 def _in_turn(
     run: Callable[..., Ran],
     batch_of: Callable[..., Attacked],
@@ -536,7 +354,7 @@ def _in_turn(
         own = None if keys is None else _fold(keys, number)
         tried = np.zeros_like(robust)
         done: list[tuple[NDArray[np.intp], Ran]] = []
-        within = _within(method)
+        within = within_of(method)
         while True:
             rows = np.flatnonzero(robust & ~tried & (left <= within))
             _log.info("%s on %d of %d examples", name, len(rows), len(y))
