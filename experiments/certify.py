@@ -7,8 +7,8 @@
 Trains LeNets on MNIST under Gaussian noise: plainly, with the consistency regularizer, against an
 attack on the smoothed net (SmoothAdv), or both. Then, on every fifth test image, it certifies the
 smoothed classifier, and attacks it at the same sizes by APGD averaged over draws. An image counts
-as broken where fresh draws at x + r reject its label. Images that are certified and broken at once,
-of which a share of alpha is to be expected at most, are listed.
+as broken where fresh draws at x + r reject its label. Images that are certified and broken at once
+are listed; at most a share alpha is to be expected.
 
 Everything is kept in --out: the same command takes up what was interrupted. Writes results.json,
 results.md, certify.png (both bounds against size), METHOD-SEED.npz (what is known of each image)
@@ -141,7 +141,7 @@ def objective_of(
         return noisy
     net = certify.smooth(apply_fn, settings.sigma)
 
-    # For `smooth_adv` alone, `objectives.adversarial` does the same: docs/certify.md.
+    # `objectives.adversarial` would do for `smooth_adv`, as in docs/certify.md, but not for `both`.
     def perturbed(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> Any:

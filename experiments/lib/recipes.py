@@ -136,7 +136,7 @@ class FewSteps(OneStep):
     memory: Whole = 0
     """Epochs through which perturbations are kept, then made anew; 0 to make them for each step."""
     candidates: Whole = 0
-    """Wrong classes that alpha compares, the likeliest; 0 for all."""
+    """How many wrong classes alpha compares, the likeliest ones; 0 for all."""
 
 
 def split_of(method: Method) -> dict[str, int]:
@@ -320,7 +320,7 @@ def few_steps(
 def renewed(
     objective: Objective, radius: float | Schedule, epoch_steps: int, epochs: int
 ) -> Objective:
-    """Return an objective of batches `(x, y, r)` that forgets r in every so many epochs' first.
+    """Return an objective of batches `(x, y, r)` that makes r anew once every so many epochs.
 
     Args:
       objective: of such batches.

@@ -259,7 +259,7 @@ def step_seconds(
       methods: by name.
       settings: of the experiment.
       task: its data.
-      steps: so many at once, or an epoch's, if that is less.
+      steps: how many are timed at once; those of an epoch, if it has fewer.
       rounds: how often.
 
     Returns:

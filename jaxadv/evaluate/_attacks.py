@@ -85,7 +85,7 @@ def fast_autoattack(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
     """A fast ensemble: AutoAttack's attacks, ordered and cut short to a fraction of its passes.
 
     A few steps break most of what can be broken. Then the targets whose boundaries are nearest come
-    first (MALT), and only what these leave near the boundary gets many steps toward all of them,
+    first (MALT), and only what these leave near the boundary gets many steps toward more of them,
     and FAB. Square runs on all that is left, for as long as it gains. Audit what you publish:
     `attack_and_score(..., fast_autoattack("l2"), audit=0.05)` runs AutoAttack as well on a share of
     the examples.
