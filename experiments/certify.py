@@ -111,7 +111,7 @@ class Settings(recipes.Optimiser):
     """Probability of an error, for each image."""
     n0: Count = 100
     """Draws that choose the class."""
-    stages: Several[Count] = (10_000, 30_000, 100_000)
+    stages: Several[Count] = certify.STAGES
     """Numbers of draws at the looks."""
     attack_steps: Count = 50
     """Steps of APGD."""

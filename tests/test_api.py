@@ -21,7 +21,7 @@ jaxadv: attack certify evaluate jacobian logistic losses nets norms objectives p
     types
 jaxadv.attack: AttackInfo Found apgd* apgd_multitargeted* ddn* deepfool* fab* fmn* pgd* pgd_kl*
     reports square* with_info
-jaxadv.certify: Certificate Prediction certify* predict* smooth*
+jaxadv.certify: STAGES Certificate Prediction certify* predict* smooth*
 jaxadv.evaluate: Audit Distances Flag NearBoundary Outcome Passes Progress Report Result Stage
     accuracy attack_and_score autoattack* check* distances* fast_autoattack* interval measure
     minimal_attacks score

@@ -32,7 +32,7 @@ PLACE = ("method", "attack", "seed", *_PROBLEM)
 """What rows are told apart by."""
 Name = AttackName | Literal["certify"]
 """What is run: an attack, or a certificate of the smoothed classifier."""
-CERTIFY: dict[str, Any] = {"alpha": 0.001, "n0": 100, "stages": [10_000, 30_000, 100_000]}
+CERTIFY: dict[str, Any] = {"alpha": 0.001, "n0": 100, "stages": [*certify.STAGES]}
 """How smoothed classifiers are certified."""
 
 
