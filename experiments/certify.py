@@ -85,7 +85,7 @@ class Settings(recipes.Optimiser):
     """Weight of the divergences, for `both` and `consistency`; alone, its authors have 5."""
     entropy: Size = 0.5
     """Weight of the mean prediction's entropy, likewise."""
-    train_eps: Positive = 1.0
+    train_eps: Positive = 1.25
     """Size of the training perturbations, for `smooth_adv` and `both`."""
     train_steps: Count = 2
     """Steps of their attack."""
