@@ -1,5 +1,6 @@
 """`evaluate.measure` and `score`: what counts as correct; `accuracy` and `interval` of a mask."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -189,6 +190,10 @@ BAD = {
     "interval of sizes": (lambda: evaluate.interval(np.ones(3)), TypeError),
     "confidence of 0": (lambda: evaluate.interval(np.ones(3, bool), 0), ValueError),
     "confidence of 1": (lambda: evaluate.interval(np.ones(3, bool), 1), ValueError),
+    "two lengths": (lambda: evaluate.compare(np.ones(3, bool), np.ones(4, bool)), ValueError),
+    "sizes and a mask": (lambda: evaluate.compare(np.ones(3), np.ones(3, bool)), TypeError),
+    "a mask and sizes": (lambda: evaluate.compare(np.ones(3, bool), np.ones(3)), TypeError),
+    "sure of it": (lambda: evaluate.compare(*np.ones((2, 3), bool), confidence=1), ValueError),
 }
 
 
@@ -223,3 +228,51 @@ def test_the_interval_of_none_or_all_has_an_exact_end(n, confidence):
     assert (low, 0 < high < 1) == (0.0, True)
     low, high = evaluate.interval(np.ones(n, bool), confidence)
     assert (0 < low < 1, high) == (True, 1.0)
+
+
+# Two masks of the same examples
+
+
+def split(n, only_first, only_second):
+    """Two masks that agree but on so many examples, on others that both are right or both wrong."""
+    first = np.arange(n) % 2 == 0
+    second = first.copy()
+    second[np.flatnonzero(first)[:only_first]] = False
+    second[np.flatnonzero(~first)[:only_second]] = True
+    return first, second
+
+
+def test_a_comparison_is_of_what_one_of_two_has():
+    found = evaluate.compare(*split(200, 12, 5))
+    assert (found.only_first, found.only_second, found.difference) == (12, 5, 7 / 200)
+    b, c, n = 12.5, 5.5, 202  # Agresti and Min, 2005
+    half = stats.norm.ppf(0.975) * np.sqrt((b + c) - (b - c) ** 2 / n) / n
+    np.testing.assert_allclose(found.interval, [(b - c) / n - half, (b - c) / n + half], rtol=1e-12)
+    wider = evaluate.compare(*split(200, 12, 5), confidence=0.99).interval
+    half = stats.norm.ppf(0.995) * np.sqrt((b + c) - (b - c) ** 2 / n) / n
+    np.testing.assert_allclose(wider, [(b - c) / n - half, (b - c) / n + half], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (3, 3), (1, 0), (0, 6), (5, 2), (4, 9)])
+def test_the_p_value_is_the_share_of_splits_that_are_as_uneven(b, c):
+    uneven = [abs(b + c - 2 * sum(split)) for split in itertools.product((0, 1), repeat=b + c)]
+    want = np.mean(np.array(uneven) >= abs(b - c))
+    np.testing.assert_allclose(evaluate.compare(*split(40, b, c)).p_value, want, rtol=1e-12)
+
+
+def test_the_p_value_of_many_is_that_of_scipy():
+    got = evaluate.compare(*split(10_000, 310, 240)).p_value
+    np.testing.assert_allclose(got, stats.binomtest(310, 550).pvalue, rtol=1e-10)
+
+
+def test_the_other_way_round_a_comparison_changes_its_sign():
+    one, other = evaluate.compare(*split(50, 7, 2)), evaluate.compare(*split(50, 7, 2)[::-1])
+    assert (one.difference, one.p_value) == (-other.difference, other.p_value)
+    np.testing.assert_allclose(one.interval, [-other.interval[1], -other.interval[0]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 50])
+def test_a_difference_and_its_interval_are_between_minus_1_and_1(n):
+    found = evaluate.compare(np.ones(n, bool), np.zeros(n, bool))
+    assert found.difference == 1
+    assert -1 <= found.interval[0] < found.interval[1] <= 1

@@ -22,9 +22,9 @@ jaxadv: attack certify evaluate jacobian logistic losses nets norms objectives p
 jaxadv.attack: AttackInfo Found apgd* apgd_multitargeted* ddn* deepfool* fab* fmn* pgd* pgd_kl*
     reports square* with_info
 jaxadv.certify: STAGES Certificate Prediction certify* predict* smooth*
-jaxadv.evaluate: Audit Distances Flag NearBoundary Outcome Passes Progress Report Result Stage
-    accuracy attack_and_score autoattack* check* distances* fast_autoattack* interval measure
-    minimal_attacks score
+jaxadv.evaluate: Audit Comparison Distances Flag NearBoundary Outcome Passes Progress Report Result
+    Stage accuracy attack_and_score autoattack* check* compare* distances* fast_autoattack* interval
+    measure minimal_attacks score
 jaxadv.jacobian: Rows class_differences* class_pullback* pullback softmax_jacobian*
 jaxadv.logistic: adversary* fit* logits loss* objective*
 jaxadv.losses: dlr* logit_margin* margin targeted_dlr*

@@ -16,13 +16,22 @@ makes a net look robust that isn't.
 - `distances`: the least perturbation of each example by the best of several attacks, and from it
   the accuracy at every eps.
 - `accuracy` and `interval`: the share of a mask, and how far the draw of the examples matters.
+  `compare`: two masks of the same examples.
 - `check`: signs that a robust accuracy shouldn't be believed.
 
 The host functions compile once for each `apply_fn` and attack object: make a `functools.partial`
 once and pass it again.
 """
 
-from jaxadv.evaluate._accuracy import Outcome, accuracy, interval, measure, score
+from jaxadv.evaluate._accuracy import (
+    Comparison,
+    Outcome,
+    accuracy,
+    compare,
+    interval,
+    measure,
+    score,
+)
 from jaxadv.evaluate._attacks import NearBoundary, autoattack, fast_autoattack
 from jaxadv.evaluate._batches import Passes, Progress
 from jaxadv.evaluate._check import Flag, Report, check
@@ -31,6 +40,7 @@ from jaxadv.evaluate._ensemble import Audit, Result, Stage, attack_and_score
 
 __all__ = [
     "Audit",
+    "Comparison",
     "Distances",
     "Flag",
     "NearBoundary",
@@ -44,6 +54,7 @@ __all__ = [
     "attack_and_score",
     "autoattack",
     "check",
+    "compare",
     "distances",
     "fast_autoattack",
     "interval",

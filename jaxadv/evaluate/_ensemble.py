@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from jaxadv import closures, host, inputs, losses, meshes
 from jaxadv.evaluate import _batches, _budget
-from jaxadv.evaluate._accuracy import Outcome, score
+from jaxadv.evaluate._accuracy import Outcome, compare, score
 from jaxadv.evaluate._attacks import autoattack, within_of
 from jaxadv.evaluate._batches import Attacked, Passes, Progress, Ran
 from jaxadv.problem import fold
@@ -65,7 +64,7 @@ class Audit(NamedTuple):
       rows: the examples, evenly spaced indices, `[m]`.
       robust: which of them AutoAttack left robust, bool `[m]`.
       difference: robust accuracy on `rows` under the given attacks minus that under AutoAttack.
-      interval: the 95% confidence interval of the difference (Agresti and Min, 2005).
+      interval: the 95% confidence interval of the difference, as `compare` has it.
       result: AutoAttack's own.
     """
 
@@ -234,24 +233,15 @@ def attack_and_score(
         batch_size=batch_size, store=None if store is None else Path(store) / "audit",
         progress=progress,
     )  # fmt: skip
-    return result._replace(audit=_compared(outcome.robust[rows], standard, rows))
+    robust = standard.outcome.robust
+    found = compare(outcome.robust[rows], robust)
+    return result._replace(audit=Audit(rows, robust, found.difference, found.interval, standard))
 
 
 def _identity(apply_fn: ApplyFn, params: Params, shape: jax.ShapeDtypeStruct) -> Any:
     """Return what tells a source from others, whatever the batch size."""
     one = jax.ShapeDtypeStruct((1, *shape.shape[1:]), shape.dtype)
     return params, getattr(closures.keyed(apply_fn, params, one), "digest", "")
-
-
-def _compared(robust: NDArray[np.bool_], standard: Result, rows: NDArray[np.intp]) -> Audit:
-    theirs = standard.outcome.robust
-    # Half an example is added to each of the four combinations.
-    n = len(rows) + 2
-    more, less = (np.sum(a & ~b) + 0.5 for a, b in ((robust, theirs), (theirs, robust)))
-    middle = (more - less) / n
-    half = NormalDist().inv_cdf(0.975) * np.sqrt(((more + less) / n - middle**2) / n)
-    difference = float(np.mean(robust) - np.mean(theirs))
-    return Audit(rows, theirs, difference, (float(middle - half), float(middle + half)), standard)
 
 
 def _check_attacks(attacks: PerturbFn | Mapping[str, PerturbFn]) -> None:
