@@ -15,10 +15,10 @@ Everything is a function of your own `apply_fn(params, x) -> logits` and `params
 
 `perturb` has the one-step methods of Huang et al., "Learning with a Strong Adversary", 2015, and
 `attack` the iterated ones; `objectives` and `train` make a jitted min-max step of one of them and
-an optax optimiser; `evaluate` scores a net under attack, and `certify` bounds the robustness of a
-net under noise from below. Below them: `problem`, what every attack is written with, `losses`,
-`norms` and `jacobian`. `nets` adapts random nets and nets of one logit. `logistic` is the paper's
-Appendix A. `types` names the signatures.
+an optax optimiser; `evaluate` scores a net under attack, `certify` bounds the robustness of a net
+under noise from below, and `report` puts what is to be published into one. Below them: `problem`,
+what every attack is written with, `losses`, `norms` and `jacobian`. `nets` adapts random nets and
+nets of one logit. `logistic` is the paper's Appendix A. `types` names the signatures.
 """
 
 from jaxadv import (
@@ -33,6 +33,7 @@ from jaxadv import (
     objectives,
     perturb,
     problem,
+    report,
     train,
     types,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "objectives",
     "perturb",
     "problem",
+    "report",
     "train",
     "types",
 ]

@@ -17,8 +17,8 @@ LIBRARY = Path(jaxadv.__file__).parent
 
 # The public surface. To change it, change this. What has a star names the paper that it is from.
 SURFACE = """
-jaxadv: attack certify evaluate jacobian logistic losses nets norms objectives perturb problem train
-    types
+jaxadv: attack certify evaluate jacobian logistic losses nets norms objectives perturb problem
+    report train types
 jaxadv.attack: AttackInfo Found apgd* apgd_multitargeted* ddn* deepfool* fab* fmn* pgd* pgd_kl*
     reports square* with_info
 jaxadv.certify: STAGES Certificate Prediction certify* predict* smooth*
@@ -34,6 +34,7 @@ jaxadv.objectives: Aux Memory Relative adversarial* kl_regularized* mixed* natur
     representation* with_memory*
 jaxadv.perturb: alpha* loss* loss_sign* vat*
 jaxadv.problem: Best Least Problem beyond_rounding bisect_to_boundary fold iterate run_restarts
+jaxadv.report: Cost Part Robustness cost robustness
 jaxadv.train: StepInfo TrainState init make_epoch* make_step* update
 jaxadv.types: ApplyFn Bounds EncodeFn Eps LossFn Norm Objective Params PerturbFn Schedule
     StochasticFn TrainFn
@@ -178,6 +179,7 @@ def layers_of(module):
 CHAIN = [
     "types", "meshes", "inputs", "host", "closures", "_cpu", "losses", "norms", "_gaussian",
     "boxes", "jacobian", "problem", "perturb", "attack", "evaluate", "certify",
+    "report",
 ]  # fmt: skip
 
 

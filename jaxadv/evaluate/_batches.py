@@ -31,6 +31,7 @@ __all__ = [
     "Ran",
     "Store",
     "check_progress",
+    "described",
     "in_batches",
     "opened",
     "split",
@@ -182,19 +183,19 @@ def opened(
     wanted = {
         "jax": jax.__version__,
         "jaxadv": jaxadv.__version__,
-        "attacks": [[name, _described(method)] for name, method in attacks.items()],
+        "attacks": [[name, described(method)] for name, method in attacks.items()],
         **{name: _digest(tree) for name, tree in {"params": params, "x": x, **others}.items()},
     }
     logits = _first_logits(apply_fn, params, x)
     folder = Path(folder)
-    described = folder / "evaluation.json"
-    if not described.exists():
+    evaluation = folder / "evaluation.json"
+    if not evaluation.exists():
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             text = json.dumps({**wanted, "logits": logits.tolist()}, indent=1)
-            _write(described, lambda file: file.write(text.encode()))
+            _write(evaluation, lambda file: file.write(text.encode()))
         return Store(folder)
-    kept = json.loads(described.read_text())
+    kept = json.loads(evaluation.read_text())
     before = np.array(kept.pop("logits"))
     different = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
     # The rest of the batches may be of another size or on other devices, which round differently.
@@ -221,16 +222,16 @@ def _first_logits(apply_fn: ApplyFn, params: Params, x: Any) -> NDArray[Any]:
 _apply = jax.jit(inputs.apply, static_argnums=0)
 
 
-def _described(method: Any) -> str:
+def described(method: Any) -> str:
     """Describe an attack the same way in each process: by its name, its settings and its code."""
     if isinstance(method, jax.Array | np.ndarray):
         return _digest(method)
     if isinstance(method, partial):
-        settings = [*map(_described, method.args)]
-        settings += [f"{name}={_described(value)}" for name, value in method.keywords.items()]
-        return f"{_described(method.func)}({', '.join(settings)})"
+        settings = [*map(described, method.args)]
+        settings += [f"{name}={described(value)}" for name, value in method.keywords.items()]
+        return f"{described(method.func)}({', '.join(settings)})"
     if dataclasses.is_dataclass(method):
-        parts = [_described(getattr(method, field.name)) for field in dataclasses.fields(method)]
+        parts = [described(getattr(method, field.name)) for field in dataclasses.fields(method)]
         return f"{type(method).__name__}({', '.join(parts)})"
     name = getattr(method, "__qualname__", None)
     if name is None:
@@ -242,7 +243,7 @@ def _described(method: Any) -> str:
     captured = [cell.cell_contents for cell in method.__closure__ or ()]
     captured += [*(method.__defaults__ or ()), *(method.__kwdefaults__ or {}).values()]
     constants = [each for each in code.co_consts if not isinstance(each, types.CodeType)]
-    whole = code.co_code.hex(), code.co_names, constants, [*map(_described, captured)]
+    whole = code.co_code.hex(), code.co_names, constants, [*map(described, captured)]
     return f"{name} {hashlib.sha256(str(whole).encode()).hexdigest()[:16]}"
 
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import attack, host, norms
+from jaxadv import attack, host, norms, perturb
+from jaxadv.evaluate._attacks import NearBoundary
 from jaxadv.evaluate._batches import Passes
 from jaxadv.types import Bounds, Eps, Norm, PerturbFn
 
-__all__ = ["counted", "keep", "norm_of"]
+__all__ = ["counted", "keep", "most", "norm_of"]
 
 
 def norm_of(attacks: Iterable[PerturbFn], norm: Norm | None) -> Norm:
@@ -63,6 +65,41 @@ def counted(method: PerturbFn) -> Callable[..., tuple[Any, Passes | None]]:
         return r, Passes(info.forward, info.backward)
 
     return counting
+
+
+def most(method: PerturbFn, n_classes: int) -> Passes | None:
+    """Return the most passes that an attack of given eps spends on an example, which nothing fools.
+
+    None for an attack of which it isn't known: it is for one step, and for the attacks of the
+    ensembles and of `check`.
+    """
+    own: Any = method
+    while isinstance(own, partial | NearBoundary):
+        own = own.func if isinstance(own, partial) else own.method
+    given: dict[str, Any] = {
+        name: parameter.default for name, parameter in inspect.signature(method).parameters.items()
+    }
+    others = n_classes - 1
+    steps, draws = given.get("steps"), max(given.get("samples", 0), 1)
+    runs = given.get("restarts", 1) * min(given.get("n_targets", 1), others)
+    if own is perturb.loss:
+        return Passes(1, 1)
+    if steps is None:
+        return None
+    if own is attack.square:
+        return Passes(2 + steps, 0)
+    if own is attack.pgd:
+        return Passes(draws * (1 + runs * (steps + 1)), draws * runs * steps)
+    if own is attack.fab:
+        return Passes(1 + runs * (steps + 1), runs * steps)
+    if own is attack.fmn:  # whose bisection has 64 tries at most
+        return Passes(steps + 70, steps + min(10, others))
+    if own in (attack.apgd, attack.apgd_multitargeted):  # in l1 a run is of three balls
+        climb = draws * runs * (max(steps, 3) + 3 if given["norm"] == "l1" else steps + 1)
+        ranked = given.get("order", "logit") != "logit"
+        targets = min(max(given["n_targets"], 100), others) if ranked else 0
+        return Passes(draws + ranked + climb, targets + climb)
+    return None
 
 
 def keep(

@@ -29,7 +29,7 @@ from jaxadv.evaluate._accuracy import accuracy, score
 from jaxadv.evaluate._ensemble import attack_and_score
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params
 
-__all__ = ["Flag", "Report", "check"]
+__all__ = ["Flag", "Report", "attacks_of", "check"]
 
 _log = logging.getLogger("jaxadv.evaluate")
 
@@ -191,7 +191,7 @@ def check(
         )  # fmt: skip
         return Report(tuple(flags), figures)
 
-    attacks = _attacks(norm, steps)
+    attacks = attacks_of(norm, steps)
 
     def standing(
         name: str,
@@ -280,7 +280,7 @@ def check(
 
 
 @cache
-def _attacks(norm: Norm, steps: int) -> dict[str, Any]:
+def attacks_of(norm: Norm, steps: int) -> dict[str, Any]:
     """Return the attacks of a check; the same objects each time, so that they are compiled once."""
     return {
         "one step": partial(perturb.loss, norm=norm),

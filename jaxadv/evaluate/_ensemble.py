@@ -29,7 +29,7 @@ from jaxadv.evaluate._batches import Attacked, Passes, Progress, Ran
 from jaxadv.problem import fold
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
-__all__ = ["Audit", "Result", "Stage", "attack_and_score"]
+__all__ = ["Audit", "Result", "Stage", "attack_and_score", "check_attacks"]
 
 _log = logging.getLogger("jaxadv.evaluate")
 _fold = jax.jit(fold)
@@ -170,7 +170,7 @@ def attack_and_score(
     x, y = host.arrays("evaluate.attack_and_score", x, y, (params, eps, key, bounds, source))
     if attacks is None:
         attacks = autoattack("l2" if norm is None else norm)
-    _check_attacks(attacks)
+    check_attacks(attacks)
     methods = attacks.values() if isinstance(attacks, Mapping) else [attacks]
     norm = _budget.norm_of(methods, norm)
     if not 0 <= audit <= 1:
@@ -244,7 +244,7 @@ def _identity(apply_fn: ApplyFn, params: Params, shape: jax.ShapeDtypeStruct) ->
     return params, getattr(closures.keyed(apply_fn, params, one), "digest", "")
 
 
-def _check_attacks(attacks: PerturbFn | Mapping[str, PerturbFn]) -> None:
+def check_attacks(attacks: PerturbFn | Mapping[str, PerturbFn]) -> None:
     """Check that `attacks` is one attack, or several by name.
 
     Raises:

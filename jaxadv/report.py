@@ -1,0 +1,454 @@
+"""All that is to be published of a net's robustness, from one call; and before it, what it costs.
+
+- `cost`: how many passes through the net a report takes at most, and how long these take.
+- `robustness`: the report. It has the accuracies on clean examples, under one step and under
+  AutoAttack, and a certified one if asked for, with their intervals; the flags of `evaluate.check`;
+  and the threat model, the key and the versions that they depend on. It writes itself as JSON and
+  as Markdown.
+
+Each figure is that of the direct call with the same key. `evaluate.compare` compares two nets on
+the same examples, for instance by the masks of their reports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import timeit
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+import jaxadv
+from jaxadv import certify, closures, evaluate, host, inputs, meshes
+from jaxadv.certify import Certificate
+from jaxadv.evaluate import Outcome, Passes, Progress, Result, _batches, _budget, _check, _ensemble
+from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
+
+__all__ = ["Cost", "Part", "Robustness", "cost", "robustness"]
+
+_CHECKED = 300  # examples, as many as the differences that `check` looks for need
+_CHECK_STEPS = 50
+_DRAWS = (10_000, 30_000, 100_000)
+_FIRST_DRAWS = 100
+_ALPHA = 0.001
+
+
+class Part(NamedTuple):
+    """What a part of a report costs at most.
+
+    Attributes:
+      examples: how many it is run on, at most.
+      passes: forward and backward passes for each of them, at most; None where that isn't known: of
+        attacks of your own, and of those that are in no ensemble.
+      seconds: how long these take; None where `passes` is.
+    """
+
+    examples: int
+    passes: Passes | None
+    seconds: float | None
+
+
+class Cost(NamedTuple):
+    """What a report costs at most, if nothing fools the net.
+
+    Attributes:
+      one_step: scoring the clean examples and those under one step.
+      attacks: each attack, by name.
+      check: looking for flags, on 300 examples at most.
+      certify: sampling; None if no certificate is asked for.
+    """
+
+    one_step: Part
+    attacks: dict[str, Part]
+    check: Part
+    certify: Part | None
+
+    @property
+    def seconds(self) -> float | None:
+        """The time of all parts; None if that of one isn't known."""
+        parts = [self.one_step, *self.attacks.values(), self.check]
+        parts += [] if self.certify is None else [self.certify]
+        known = [part.seconds for part in parts if part.seconds is not None]
+        return sum(known) if len(known) == len(parts) else None
+
+
+class Robustness(NamedTuple):
+    """A report of a net's robustness.
+
+    Attributes:
+      setting: what was asked for and where it ran, as JSON has it: `n`, `eps`, `norm`, `bounds`,
+        `key`, the `methods` by name with their settings, `sigma`, `draws`, `versions`, `device`.
+      one_step: the score of one step of Adv_Loss (`perturb.loss`).
+      attacked: the result of the attacks.
+      checked: flags, raised on 300 evenly spaced examples at most.
+      certificate: of the smoothed classifier, which is another one; None if it wasn't asked for.
+    """
+
+    setting: dict[str, Any]
+    one_step: Outcome
+    attacked: Result
+    checked: evaluate.Report
+    certificate: Certificate | None
+
+    @property
+    def masks(self) -> dict[str, NDArray[np.bool_]]:
+        """Which examples are classified correctly, `[n]`, by the name of the accuracy."""
+        outcome, sampled = self.attacked.outcome, self.certificate
+        masks = {"clean": outcome.clean, "one step": self.one_step.robust, "robust": outcome.robust}
+        if sampled is not None:
+            certified = sampled.radius >= self.setting["eps"]
+            masks |= {"smoothed": ~sampled.abstained, "certified": certified}
+        return masks
+
+    def figures(self) -> dict[str, Any]:
+        """Return the report as plain types, as JSON has it."""
+        n, outcome = self.setting["n"], self.attacked.outcome
+        return {
+            **self.setting,
+            "accuracy": {name: evaluate.accuracy(mask) for name, mask in self.masks.items()},
+            "interval": {name: list(evaluate.interval(mask)) for name, mask in self.masks.items()},
+            "attacks": {
+                name: {
+                    "tried": int(stage.tried.sum()),
+                    "fooled": int(stage.fooled.sum()),
+                    "passes": None if stage.executed is None else sum(stage.executed) / n,
+                    "seconds": stage.seconds,
+                }
+                for name, stage in self.attacked.stages.items()
+            },
+            "counts": {
+                "zero": int(self.one_step.zero.sum()),
+                "nonfinite": int(outcome.nonfinite.sum()),
+                "invalid": int(outcome.invalid.sum()),
+            },
+            "flags": [flag._asdict() for flag in self.checked.flags],
+        }
+
+    def to_json(self) -> str:
+        """Return `figures()` as JSON."""
+        return json.dumps(self.figures(), indent=1, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown: two tables, and what a reader must know of them."""
+        found = self.figures()
+        n, norm, methods, sigma = (found[name] for name in ("n", "norm", "methods", "sigma"))
+        standard = _described(evaluate.autoattack(norm))
+        names = {
+            "clean": "Clean",
+            "one step": "One step",
+            "robust": "AutoAttack" if methods == standard else f"Worst of {len(methods)} attacks",
+            "smoothed": "Clean, smoothed",
+            "certified": "Certified, smoothed",
+        }
+        accuracies = [
+            [names[name], f"{accuracy:.4f}", "{:.4f} to {:.4f}".format(*found["interval"][name])]
+            for name, accuracy in found["accuracy"].items()
+        ]
+        attacks = [
+            [name, f"{stage['tried']:,}", f"{stage['fooled']:,}",
+             "not counted" if stage["passes"] is None else f"{stage['passes']:,.0f}"]
+            for name, stage in found["attacks"].items()
+        ]  # fmt: skip
+        box = json.dumps(found["bounds"])
+        remarks = [f"x + r {'may have any value' if box == 'null' else f'lies within {box}'}."]
+        if sigma is not None:
+            remarks.append(
+                "Smoothed is another classifier than the net: its most frequent answer under "
+                f"Gaussian noise of standard deviation {sigma:g}. Each certificate is wrong with a "
+                f"probability of at most {_ALPHA:g}. Attacks are run on the net."
+            )
+        for count, what in (
+            ("zero", "one-step perturbations are exactly 0: no usable gradient"),
+            ("nonfinite", "examples have inputs, logits or perturbations that aren't finite"),
+            ("invalid", "labels are none of the net's classes, and count as wrong"),
+        ):
+            if found["counts"][count]:
+                remarks.append(f"{found['counts'][count]:,} of {n:,} {what}.")
+        remarks += [
+            f"Flag `{flag['name']}`, {flag['kind']}: {flag['message']}." for flag in found["flags"]
+        ] or [
+            f"`evaluate.check` raised no flag on {min(n, _CHECKED):,} of the examples, which "
+            "proves nothing."
+        ]
+        versions = ", ".join(f"{name} {of}" for name, of in found["versions"].items())
+        remarks.append(f"Key {found['key']}; {versions}; {found['device']}.")
+        return "\n".join([
+            f"# Robustness in {norm} at eps {found['eps']:g}",
+            "",
+            *_table(f"On {n:,} examples", "Accuracy", "95% interval", rows=accuracies),
+            "",
+            *_table("Attack", "Tried", "Misclassified", "Passes per example", rows=attacks),
+            "",
+            *(f"- {remark}" for remark in remarks),
+            "",
+        ])  # fmt: skip
+
+
+def _table(*headings: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    first, *others = ("| " + " | ".join(cells) + " |" for cells in (headings, *rows))
+    return [first, "|" + "---|" * len(headings), *others]
+
+
+def _described(attacks: Mapping[str, PerturbFn]) -> dict[str, str]:
+    return {name: _batches.described(method) for name, method in attacks.items()}
+
+
+def _asked(
+    x: Any, attacks: Mapping[str, PerturbFn] | None, norm: Norm | None
+) -> tuple[Mapping[str, PerturbFn], Norm]:
+    """Return the attacks, AutoAttack by default, and their norm.
+
+    Raises:
+      TypeError: if they aren't a mapping, or one has not the signature of attacks.
+      ValueError: if there are no examples or attacks; if they contradict each other's norm, or the
+        norm is unknown.
+    """
+    if not len(x):
+        raise ValueError("expected at least one example, got none; a thousand are usual")
+    if attacks is None:
+        attacks = evaluate.autoattack("l2" if norm is None else norm)
+    if not isinstance(attacks, Mapping):
+        raise TypeError(
+            f"expected attacks by name, got {type(attacks).__name__}; pass a dict, e.g. "
+            '{"pgd": attack.pgd}, or None for AutoAttack'
+        )
+    _ensemble.check_attacks(attacks)
+    return attacks, _budget.norm_of(attacks.values(), norm)
+
+
+@meshes.auto_axes()
+def cost(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    attacks: Mapping[str, PerturbFn] | None = None,
+    *,
+    norm: Norm | None = None,
+    sigma: float | None = None,
+    draws: Sequence[int] = _DRAWS,
+    batch_size: int = 500,
+) -> Cost:
+    """Tell what `robustness` costs at most, before it starts.
+
+    Passes are the most that each part may take: those of a net that nothing fools. Attacks run only
+    on the examples that those before have left, so that a weak net costs far less. Seconds are
+    those of the net's passes, from timing one forward and one backward pass on one batch. What
+    attacks compute beside them, and compilation, come on top: little for a large net, and several
+    times as much for a small one.
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, n of at least 1.
+      attacks: as for `robustness`.
+      norm: as for `robustness`.
+      sigma: as for `robustness`.
+      draws: as for `robustness`.
+      batch_size: number of examples per batch.
+
+    Returns:
+      `Cost`.
+
+    Raises:
+      TypeError: if `x` or the logits are not floating-point arrays; if attacks aren't by name, or
+        one has another signature; and under a trace.
+      ValueError: if there are no examples; if attacks contradict each other's norm, or it is
+        unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv import report
+      >>> found = report.cost(lambda w, x: x @ w, jnp.ones((4, 3)), jnp.ones((1000, 4)))
+      >>> {name: tuple(part.passes) for name, part in found.attacks.items()}
+      {'apgd-ce': (103, 101), 'apgd-t': (204, 202), 'fab-t': (204, 200), 'square': (5003, 0)}
+      >>> found.seconds > 0
+      True
+    """
+    x, _ = host.arrays("report.cost", x, np.zeros(np.shape(x)[:1], int), params)
+    attacks, norm = _asked(x, attacks, norm)
+    shape, on = host.one_batch(x, batch_size), host.spread(x)
+    batch = jnp.asarray(*on.take((x,), np.resize(np.arange(len(x)), shape.shape[0])))
+    apply_fn = closures.keyed(apply_fn, params, shape)
+    n_classes = jax.eval_shape(partial(inputs.apply, apply_fn), params, batch).shape[1]
+    forward = _timed(partial(_logits, apply_fn, params, batch)) / len(batch)
+    both = _timed(partial(_gradient, apply_fn, params, batch)) / len(batch)
+
+    def part(examples: int, *passes: Passes | None) -> Part:
+        known = [each for each in passes if each is not None]
+        if len(known) < len(passes):
+            return Part(examples, None, None)
+        total = Passes(*map(sum, zip(*known, strict=True)))
+        seconds = total.forward * forward + total.backward * max(both - forward, 0)
+        return Part(examples, total, examples * seconds)
+
+    n = len(x)
+    checked = _check.attacks_of(norm, _CHECK_STEPS)
+    checks = [_budget.most(method, n_classes) for method in checked.values()]
+    return Cost(
+        # At x, and by its score: the clean examples, r's of one step and of the attacks.
+        one_step=part(n, Passes(1, 1), Passes(5, 0)),
+        attacks={
+            name: part(n, _budget.most(method, n_classes), Passes(1, 0))
+            for name, method in attacks.items()
+        },
+        # PGD is run twice. Each r is scored; outputs, gradients and answers are looked at.
+        check=part(
+            min(_CHECKED, n), *checks, _budget.most(checked["pgd"], n_classes), Passes(21, 6)
+        ),
+        certify=None if sigma is None else part(n, Passes(_FIRST_DRAWS + max(draws), 0)),
+    )
+
+
+_logits = jax.jit(inputs.apply, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradient(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:
+    logits, pull = jax.vjp(partial(inputs.apply, apply_fn, params), x)
+    return pull(jnp.ones_like(logits))[0]
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    """Return the seconds of a call, the least of three once it is compiled."""
+
+    def finished() -> Any:
+        return jax.block_until_ready(call())
+
+    finished()
+    return min(timeit.repeat(finished, number=1, repeat=3))
+
+
+@meshes.auto_axes()
+def robustness(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    attacks: Mapping[str, PerturbFn] | None = None,
+    *,
+    eps: float,
+    norm: Norm | None = None,
+    key: jax.Array,
+    bounds: Bounds | None = None,
+    sigma: float | None = None,
+    draws: Sequence[int] = _DRAWS,
+    batch_size: int = 500,
+    store: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Robustness:
+    """Report a net's robustness at one size: accuracies, flags, and all that they depend on.
+
+    The robust accuracy is an upper bound: a stronger attack may lower it. With `sigma` there is a
+    lower bound, too, of another classifier: of the net smoothed by noise (`certify`).
+
+    Args:
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      params: the first argument of `apply_fn`.
+      x: `[n, ...]`, floating point, n of at least 1, on the host or the device.
+      y: integer labels, `[n]`.
+      attacks: by name, in order, e.g. `evaluate.fast_autoattack("l2")`; None for AutoAttack.
+      eps: the size, a number.
+      norm: the norm of that size; None for the norm that the attacks are set to, or l2.
+      key: one key, which each part gets.
+      bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
+      sigma: the standard deviation of the noise under which to certify eps, in l2 only; None for no
+        certificate.
+      draws: numbers of draws at the looks, `stages` of `certify.certify`.
+      batch_size: number of examples per batch.
+      store: a folder, new or of an earlier call, in which the results of the attacks and of the
+        certificate are kept, batch by batch. The same call takes up where the earlier one was
+        interrupted.
+      progress: called after each of these batches, e.g. `print`.
+
+    Returns:
+      `Robustness`.
+
+    Raises:
+      TypeError: as `evaluate.attack_and_score` and `certify.certify`; if attacks aren't by name.
+      ValueError: as these; if there are no examples, or `eps` isn't one number.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxadv import attack, report
+      >>> x = jnp.array([[3.0, 0.0], [0.0, 1.0], [0.0, 4.0], [2.0, 1.0]])
+      >>> y, key = jnp.array([0, 1, 1, 1]), jax.random.key(0)
+      >>> net = lambda params, x: x
+      >>> found = report.robustness(net, None, x, y, {"pgd": attack.pgd}, eps=1.0, key=key)
+      >>> found.figures()["accuracy"]
+      {'clean': 0.75, 'one step': 0.5, 'robust': 0.5}
+      >>> print(found.to_markdown())  # doctest: +ELLIPSIS
+      # Robustness in l2 at eps 1
+      ...
+      | Clean | 0.7500 | 0.3006 to 0.9544 |
+      ...
+    """
+    x, y = host.arrays("report.robustness", x, y, (params, eps, key, bounds))
+    attacks, norm = _asked(x, attacks, norm)
+    inputs.one_key(key)
+    if np.ndim(eps):
+        raise ValueError(
+            f"expected one eps for all examples, got shape {np.shape(eps)}; a report is of one "
+            "size: evaluate.distances has the accuracy at every size"
+        )
+    shared: dict[str, Any] = {"key": key, "batch_size": batch_size}
+    attack = partial(evaluate.attack_and_score, apply_fn, params, x, y, eps=eps, bounds=bounds)
+    one_step = attack(_check.attacks_of(norm, _CHECK_STEPS)["one step"], **shared).outcome
+
+    def certified(sigma: float, x: Any, y: Any, **others: Any) -> Certificate:
+        return certify.certify(
+            apply_fn, params, x, y, sigma=sigma, radii=(float(eps),), n0=_FIRST_DRAWS,
+            alpha=_ALPHA, stages=draws, norm=norm, **shared, **others,
+        )  # fmt: skip
+
+    def kept(part: str) -> dict[str, Any]:
+        return {"store": None if store is None else Path(store) / part, "progress": progress}
+
+    if sigma is not None:
+        certified(sigma, x[:0], y[:0])  # what it refuses, before any attack
+    attacked = attack(attacks, **shared, **kept("attacks"))
+    certificate = None if sigma is None else certified(sigma, x, y, **kept("certificate"))
+    on = host.spread(x)
+    m = on.multiple(min(_CHECKED, len(y)))
+    checked = evaluate.check(
+        apply_fn, params, *on.take((x, y), np.arange(m) * len(y) // m), eps=eps, norm=norm,
+        bounds=bounds, steps=_CHECK_STEPS, **shared,
+    )  # fmt: skip
+    setting = {
+        "n": len(y),
+        "eps": float(eps),
+        "norm": norm,
+        "bounds": None if bounds is None else [_plain(bound) for bound in host.fetch(bounds)],
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "methods": _described(attacks),
+        "sigma": sigma,
+        "draws": None if sigma is None else list(draws),
+        "versions": {
+            "python": platform.python_version(),
+            "jaxadv": jaxadv.__version__,
+            **{name: version(name) for name in ("jax", "jaxlib", "numpy")},
+        },
+        "device": _device(x),
+    }
+    return Robustness(setting, one_step, attacked, checked, certificate)
+
+
+def _plain(bound: Any) -> Any:
+    """Return a bound as JSON has it: nested lists, with None for an open end."""
+    if np.ndim(bound):
+        return [_plain(each) for each in bound]
+    return float(bound) if np.isfinite(bound) else None
+
+
+def _device(x: Any) -> str:
+    """Return the kind and number of devices that examples are evaluated on."""
+    devices = (x if isinstance(x, jax.Array) else jnp.zeros(())).devices()
+    return f"{next(iter(devices)).device_kind} x{len(devices)}"
