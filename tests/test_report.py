@@ -101,6 +101,17 @@ def test_flags_are_raised_on_examples_from_the_whole_of_many(monkeypatch, checke
 
 
 @pytest.mark.usefixtures("checked")
+def test_one_step_is_one_step():
+    def wave(params, x):  # class 0 up to 0.52, and again from 1.05 on
+        lead = 0.5 + jnp.cos(4 * x[:, 0])
+        return jnp.stack([lead, jnp.zeros_like(lead)], axis=1)
+
+    x, y = jnp.array([[0.1]]), jnp.array([0])
+    seen = report.robustness(wave, None, x, y, ATTACKS, eps=1.5, key=KEY)
+    assert seen.figures()["accuracy"] == {"clean": 1, "one step": 1, "robust": 0}
+
+
+@pytest.mark.usefixtures("checked")
 def test_it_says_what_it_depends_on():
     bounds = -np.inf, np.array([8.0, np.inf, 9.0])
     setting = run({"one": ATTACKS["one"]}, sigma=None, bounds=bounds).setting
@@ -328,7 +339,7 @@ BAD = {
     "no size": (lambda: run(eps=None), TypeError),
     "a seed": (lambda: run(key=0), TypeError),
     "no key": (lambda: run(key=None), TypeError),
-    "keys": (lambda: run(key=jax.random.split(KEY, N)), ValueError),
+    "keys": (lambda: run(key=jax.random.split(KEY, N), sigma=None), ValueError),
     "one attack": (lambda: run(attack.pgd), TypeError),
     "no attack": (lambda: run({}), ValueError),
     "a number": (lambda: run({"pgd": 3}), TypeError),
