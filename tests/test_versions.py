@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+import jaxadv
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
@@ -27,7 +29,7 @@ def files_with(pattern, *folders):
         path.relative_to(ROOT).as_posix()
         for folder in folders
         for path in (ROOT / folder).rglob("*.py")
-        if re.search(pattern, path.read_text())
+        if re.search(pattern, path.read_text(), re.MULTILINE)
     }
 
 
@@ -72,3 +74,22 @@ def test_the_extras_that_ci_adds_to_one_environment_include_those_before():
     (everything,) = (Requirement(line) for line in extras["dev"] if line.startswith("jaxadv"))
     assert everything.extras == {"docs", "test"}
     assert all("jaxadv[experiments]" in extras[name] for name in everything.extras)
+
+
+def test_the_version_is_the_same_everywhere():
+    (newest, *_) = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    (cited,) = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert newest == cited == jaxadv.__version__
+
+
+def test_nothing_is_read_by_pickle():
+    # As SECURITY.md says. NumPy's and PyTorch's loaders must be told, or default, not to.
+    folders = ("jaxadv", "experiments")
+    assert not files_with(r"^\s*(import|from) (pickle|cloudpickle|dill|joblib|marshal)", *folders)
+    assert not files_with(r"allow_pickle=True|torch\.load\((?!.*weights_only=True)", *folders)
+
+
+def test_the_library_opens_no_connection_and_starts_no_process():
+    assert not files_with(
+        r"^\s*(import|from) (subprocess|socket|ssl|http|urllib|requests|importlib)\b", "jaxadv"
+    )
