@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,12 @@ def test_the_tutorial_makes_a_net_robust():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "example",
-    [e for e in EXAMPLES if e.stem not in ("by_hand", "new_attack", "own_images", "tutorial")],
+    [
+        e for e in EXAMPLES
+        if e.stem not in ("by_hand", "new_attack", "onnx_net", "own_images", "tutorial")
+    ],
     ids=lambda e: e.stem,
-)
+)  # fmt: skip
 def test_examples_run(example):
     figures = run(example)
     assert figures[-1] > 0.9 if example.stem != "checkpoint" else not figures
@@ -71,6 +75,25 @@ def test_images_in_a_folder_are_learned(tmp_path):
                 Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
     *_, robust = run(DOCS / "examples" / "own_images.py", str(tmp_path))
     assert robust > 0.9
+
+
+@pytest.mark.slow
+def test_a_net_in_onnx_is_attacked_and_its_runtime_agrees(tmp_path):
+    for module in ("onnx", "onnxruntime"):
+        pytest.importorskip(module, reason="the extra docs has it")
+    wheel = ["--no-deps", "--only-binary=:all:", "--dest", tmp_path, "rapidocr==3.10.0"]
+    download = [sys.executable, "-m", "pip", "download", "--quiet", *wheel]
+    if subprocess.run(download, capture_output=True).returncode != 0:
+        pytest.skip("no package registry to get the net from")
+    (path,) = tmp_path.glob("*.whl")
+    net = tmp_path / "net.onnx"
+    with zipfile.ZipFile(path) as packed:
+        (name,) = (name for name in packed.namelist() if name.endswith("_cls_mobile.onnx"))
+        net.write_bytes(packed.read(name))
+    under_pgd, clean, adversarial, in_8_bits = run(DOCS / "examples" / "onnx_net.py", str(net))
+    assert clean == 1
+    assert adversarial == under_pgd <= 0.5
+    assert abs(in_8_bits - adversarial) <= 0.1  # rounding moves each pixel by 1/510 at most
 
 
 PREAMBLE = """
@@ -120,7 +143,7 @@ def test_a_pages_links_lead_somewhere_in_the_repository_too(page):
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.stem)
 def test_an_example_is_short_and_shown(example):
     lines = example.read_text().splitlines()
-    assert len(lines) <= (60 if example.stem != "tutorial" else 90)
+    assert len(lines) <= {"tutorial": 90, "onnx_net": 120}.get(example.stem, 60)
     pages = "".join(page.read_text() for page in DOCS.glob("*.md"))
     assert f"examples/{example.name}" in pages
 
