@@ -5,6 +5,7 @@
 
 Made from the nets recorded in experiments/results and a few small ones trained on the spot:
 
+- `robust`: four digits that PGD makes the Normal net mistake, and what it does to LWA.
 - `digits`: one net's adversarial digits by each method, with the perturbations.
 - `gradients`: the direction that hurts a net most, without and with LWA.
 - `boundaries`: two classes of points in the plane, and where nets divide them.
@@ -30,8 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.typing import ArrayLike
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -43,7 +46,9 @@ from experiments.lib.records import RESULTS
 from jaxadv import attack, objectives, perturb, train
 from jaxadv.types import PerturbFn
 
-Picture = Literal["digits", "gradients", "boundaries", "accuracy", "surface", "saturation"]
+Picture = Literal[
+    "robust", "digits", "gradients", "boundaries", "accuracy", "surface", "saturation"
+]
 PICTURES: tuple[Picture, ...] = get_args(Picture)
 BOX = (0.0, 1.0)
 
@@ -70,6 +75,31 @@ def method_of(net: str) -> str:
     return f"{NAMES[method]}, {'LeNet' if record == 'mnist_lenet' else 'MLP'}"
 
 
+def robust(settings: Settings) -> Figure:
+    """Draw digits that PGD makes the Normal net mistake, and what PGD does to the LWA net."""
+    pgd = partial(attack.pgd, eps=settings.eps, bounds=BOX)
+    perturbed = {}
+    for method in ("normal", "lwa"):
+        apply_fn, params, images, labels, *_ = problems.recorded(f"mnist_mlp/{method}", 50)
+        x = jnp.asarray(images)
+        r = pgd(apply_fn, params, x, jnp.asarray(labels))
+        answers = (np.asarray(apply_fn(params, at).argmax(-1)) for at in (x, x + r))
+        perturbed[method] = figures.Digits(np.asarray(r), *answers)
+    normal = perturbed["normal"]
+    fooled = np.flatnonzero((normal.before == labels) & (normal.after != labels))
+    _, first = np.unique(labels[fooled], return_index=True)
+    chosen = fooled[np.sort(first)[:4]]  # of four classes
+    shown = {
+        method: figures.Digits(*(values[chosen] for values in found))
+        for method, found in perturbed.items()
+    }
+    figure = _draw_digits(settings.out / "robust.json", x[chosen], labels[chosen], shown)
+    figure.set_size_inches(5.2, 6.9)  # on a phone, less than half of that: hence large letters
+    for text in figure.findobj(Text):
+        text.set_fontsize(13)
+    return figure
+
+
 def digits(settings: Settings) -> Figure:
     """Draw digits that the recorded Normal net takes for others, by each method."""
     problem = problems.recorded("mnist_mlp/normal", 8)
@@ -91,7 +121,12 @@ def digits(settings: Settings) -> Figure:
         r = method(problem.apply_fn, problem.params, x, y, bounds=BOX)
         after = problem.apply_fn(problem.params, x + r).argmax(-1)
         perturbed[name] = figures.Digits(*map(np.asarray, (r, before, after)))
-    path = settings.out / "digits.json"
+    return _draw_digits(settings.out / "digits.json", x, y, perturbed)
+
+
+def _draw_digits(
+    path: Path, x: ArrayLike, y: ArrayLike, perturbed: Mapping[str, figures.Digits]
+) -> Figure:
     figures.save_digits(path, x, y, perturbed)
     return figures.plot_digits(json.loads(path.read_text()))
 
@@ -334,6 +369,7 @@ def saturation(settings: Settings) -> Figure:
 
 
 DRAW: Mapping[Picture, Callable[[Settings], Figure]] = {
+    "robust": robust,
     "digits": digits,
     "gradients": gradients,
     "boundaries": boundaries,

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jax.typing import ArrayLike
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -338,7 +338,7 @@ class Digits(NamedTuple):
 
 
 def save_digits(
-    path: Path, images: jax.Array, labels: jax.Array, perturbed: Mapping[str, Digits]
+    path: Path, images: ArrayLike, labels: ArrayLike, perturbed: Mapping[str, Digits]
 ) -> None:
     """Write images and what methods did to them, pixels in thousandths."""
 
