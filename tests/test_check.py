@@ -260,6 +260,14 @@ def test_rounded_probabilities_are_probabilities(dtype):
     }
 
 
+def test_a_check_flags_probabilities_and_warns_of_nothing():
+    x, y, w = data()
+    report = evaluate.check(
+        lambda w, x: jax.nn.softmax(linear(w, x)), w, x, y, eps=1.0, key=KEY, steps=2
+    )
+    assert "probabilities" in [flag.name for flag in report.flags]
+
+
 def test_one_broken_example_hides_nothing_of_the_others():
     def net(w, x):  # NaN in a batch that has a row 20, which isn't among those looked at alone
         return jax.nn.softmax(linear(w, x)).at[20].set(jnp.nan)

@@ -45,6 +45,33 @@ def run(**kwargs):
     return evaluate.attack_and_score(net, 1.0, *problem(), ATTACKS, eps=3.0, **kwargs)
 
 
+# Nets that attacks can't see through
+
+
+def softmax(scale, x):
+    return jax.nn.softmax(scale * x)
+
+
+PGD = functools.partial(attack.pgd, steps=2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        functools.partial(evaluate.attack_and_score, attacks=PGD, eps=0.1),
+        functools.partial(evaluate.attack_and_score, attacks={"pgd": PGD}, eps=0.1),
+        functools.partial(evaluate.distances, attacks={"fmn": attack.fmn}),
+    ],
+    ids=["one", "several", "distances"],
+)
+def test_probabilities_are_pointed_out_once(call):
+    x, y = np.eye(D, dtype=np.float32), np.arange(D)
+    with pytest.warns(UserWarning, match="expected logits, got outputs in") as caught:
+        call(softmax, 9.0, x, y)
+    assert [each.filename for each in caught] == [__file__]
+    call(lambda scale, x: jnp.log(softmax(scale, x)), 9.0, x, y)  # no warning
+
+
 # Several attacks
 
 

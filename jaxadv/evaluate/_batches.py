@@ -9,6 +9,7 @@ import os
 import re
 import time
 import types
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,11 +32,13 @@ __all__ = [
     "Progress",
     "Ran",
     "Store",
+    "are_probabilities",
     "check_progress",
     "described",
     "in_batches",
     "opened",
     "split",
+    "warn_of_probabilities",
 ]
 
 
@@ -186,7 +190,7 @@ def opened(
         "attacks": [[name, described(method)] for name, method in attacks.items()],
         **{name: _digest(tree) for name, tree in {"params": params, "x": x, **others}.items()},
     }
-    logits = _first_logits(apply_fn, params, x)
+    logits = _first_logits(apply_fn, params, x).astype(np.float64)
     folder = Path(folder)
     evaluation = folder / "evaluation.json"
     if not evaluation.exists():
@@ -216,10 +220,30 @@ def _first_logits(apply_fn: ApplyFn, params: Params, x: Any) -> NDArray[Any]:
     if not n:
         return np.zeros((0, 0))
     (few,) = on.take((x,), np.resize(np.arange(n), on.multiple(n)))
-    return np.asarray(host.fetch(_apply(apply_fn, params, few))[:n], np.float64)
+    return np.asarray(host.fetch(_apply(apply_fn, params, few))[:n])
 
 
 _apply = jax.jit(inputs.apply, static_argnums=0)
+
+
+def are_probabilities(outputs: NDArray[Any]) -> bool:
+    """Tell whether each row of a net's outputs `[n, K]` that is finite is a distribution."""
+    rounding = max(1e-3, 2 * float(jnp.finfo(outputs.dtype).eps))  # of a sum of rounded entries
+    outputs = outputs.astype(np.float64)
+    sound = outputs[np.isfinite(outputs).all(axis=1)]
+    sums = np.abs(sound.sum(axis=1) - 1) < rounding
+    return bool(len(sound) and (sound >= 0).all() and (sound <= 1).all() and sums.all())
+
+
+def warn_of_probabilities(apply_fn: ApplyFn, params: Params, x: Any) -> None:
+    """Warn if a net returns probabilities instead of logits; by its outputs for four examples."""
+    if are_probabilities(_first_logits(apply_fn, params, x)):
+        warnings.warn(
+            "expected logits, got outputs in [0, 1] that sum to 1: probabilities, whose gradients "
+            "vanish where the net is confident, so that attacks fail and its accuracy is "
+            "overstated; return logits, or the logarithms of the probabilities",
+            stacklevel=4,  # past the evaluation and its decorator
+        )
 
 
 def described(method: Any) -> str:

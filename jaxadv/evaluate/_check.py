@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from jaxadv import attack, closures, host, inputs, jacobian, losses, meshes, norms, perturb
 from jaxadv.evaluate._accuracy import accuracy, score
+from jaxadv.evaluate._batches import are_probabilities
 from jaxadv.evaluate._ensemble import attack_and_score
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params
 
@@ -320,12 +321,8 @@ def _look_at_outputs(
 
     figures["call to call"] = apart(logits, again)
     figures["alone or in a batch"] = apart(logits[: len(alone)], alone)
-    sound = logits[np.isfinite(logits).all(axis=1)]
-    rounding = max(1e-3, 2 * float(jnp.finfo(first.dtype).eps))  # of a sum of rounded entries
-    sums = np.abs(sound.sum(axis=1) - 1) < rounding
-    probabilities = bool(len(sound) and (sound >= 0).all() and (sound <= 1).all() and sums.all())
     flag(
-        "probabilities", probabilities, "invalid input",
+        "probabilities", are_probabilities(first), "invalid input",
         "the outputs are in [0, 1] and sum to 1: probabilities, whose gradients vanish where the "
         "net is confident; return logits, or their logarithms",
     )  # fmt: skip

@@ -122,7 +122,7 @@ def distances(
     every r is measured by a plain forward pass (x + r is misclassified) and has to lie in the box.
 
     Args:
-      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`; probabilities raise a warning.
       params: the first argument of `apply_fn`.
       x: `[n, ...]`, floating point, on the host or the device.
       y: integer labels, `[n]`.
@@ -173,6 +173,7 @@ def distances(
     norm = _budget.norm_of(attacks.values(), norm)
     shape = host.one_batch(x, batch_size)
     apply_fn = closures.keyed(apply_fn, params, shape)
+    _batches.warn_of_probabilities(apply_fn, params, x)
     bounds = host.checked(bounds, x)
     kept = None
     if store is not None:

@@ -118,7 +118,7 @@ def attack_and_score(
     and doesn't rely on what the attacks claim.
 
     Args:
-      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`; probabilities raise a warning.
       params: the first argument of `apply_fn`.
       x: `[n, ...]`, floating point, on the host or the device.
       y: integer labels, `[n]`.
@@ -189,6 +189,8 @@ def attack_and_score(
     several = attacks.values() if isinstance(attacks, Mapping) else ()
     for method in (*several, *(autoattack(norm).values() if audit else ())):
         jax.eval_shape(partial(_attack, net, made_on, bounds, method=method), *some)
+    if net.apply_fn is not apply_fn:  # else another evaluation calls this one, and has looked
+        _batches.warn_of_probabilities(net.apply_fn, params, x)
     kept = None
     if store is not None:
         kept = _batches.opened(
@@ -229,7 +231,7 @@ def attack_and_score(
     rows = np.arange(m) * len(y) // m
     x, y, eps, key = on.take(examples, rows)
     standard = attack_and_score(
-        apply_fn, params, x, y, eps=eps, norm=norm, key=key, bounds=bounds, source=source,
+        net.apply_fn, params, x, y, eps=eps, norm=norm, key=key, bounds=bounds, source=source,
         batch_size=batch_size, store=None if store is None else Path(store) / "audit",
         progress=progress,
     )  # fmt: skip
