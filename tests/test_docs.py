@@ -1,7 +1,10 @@
 """The documentation's examples run as they are printed, and do what the text says of them."""
 
+import doctest
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+import jaxadv
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EXAMPLES = sorted(DOCS.glob("examples/*.py"))
@@ -134,6 +139,24 @@ def test_what_is_printed_on_a_page_runs(page, tmp_path, monkeypatch):
         np.testing.assert_allclose(out, 2 * (5 - 3) / 2 + 1, rtol=1e-5)
 
 
+SESSIONS = {page: re.findall(r"```pycon\n(.*?)```", page.read_text(), re.DOTALL)
+            for page in sorted(DOCS.glob("*.md"))}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in SESSIONS if SESSIONS[page]], ids=lambda page: page.stem
+)
+def test_a_session_on_a_page_prints_what_the_page_says(page):
+    session = doctest.DocTestParser().get_doctest(
+        "\n".join(SESSIONS[page]), {}, page.name, page.name, 0
+    )
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    report = []
+    runner.run(session, out=report.append)
+    assert runner.failures == 0, "".join(report)
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
 def test_a_pages_links_lead_somewhere_in_the_repository_too(page):
     targets = re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text())
@@ -148,9 +171,55 @@ def test_an_example_is_short_and_shown(example):
     assert f"examples/{example.name}" in pages
 
 
-def test_every_module_is_in_the_reference():
-    import jaxadv
+def names():
+    """The public names of each module, but the types, whose page is their module's."""
+    return {
+        f"{module}.{name}"
+        for module in jaxadv.__all__
+        if module != "types"
+        for name in getattr(jaxadv, module).__all__
+    }
 
+
+def test_every_module_and_every_name_is_in_the_reference_once():
     text = (DOCS / "api.md").read_text()
-    for name in jaxadv.__all__:
-        assert f".. automodule:: jaxadv.{name}\n" in text
+    modules = re.findall(r"(?m)^\.\. automodule:: jaxadv\.(\w+)$", text)
+    assert sorted(modules) == sorted(jaxadv.__all__)
+    assert text.endswith(".. automodule:: jaxadv.types\n   :members:\n```\n")
+    assert sorted(re.findall(r"(?m)^   (\w+\.\w+)$", text)) == sorted(names())
+
+
+@pytest.fixture
+def conf(monkeypatch):
+    """The settings of the site, as a module."""
+    monkeypatch.setattr(shutil, "copytree", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("conf", DOCS / "conf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_records_on_a_functions_page_are_there(conf):
+    shown = conf.recorded()
+    assert {name.removeprefix("jaxadv.") for name in shown} <= names()
+    for text in shown.values():
+        links = re.findall(r"/results/[^>\n]+", text)
+        records = [DOCS.parent / "experiments" / link[1:] for link in links]
+        assert records
+        assert all(path.with_suffix(path.suffix or ".md").exists() for path in records)
+
+
+def test_a_link_to_the_source_goes_to_the_lines_that_define_it(conf):
+    conf.repository = "https://example.org/jaxadv"
+    for name in ("jaxadv.perturb.loss", "jaxadv.attack.pgd", "jaxadv.problem.Problem.of"):
+        module, _, attribute = name.partition(".")[2].partition(".")
+        link = conf.linkcode_resolve("py", {"module": f"jaxadv.{module}", "fullname": attribute})
+        path, first, last = re.fullmatch(
+            r"https://example.org/jaxadv/blob/main/(.*)#L(\d+)-L(\d+)", link
+        ).groups()
+        lines = (DOCS.parent / path).read_text().splitlines()[int(first) - 1 : int(last)]
+        head = next(line for line in lines if not line.lstrip().startswith("@"))
+        assert re.match(rf"\s*(def|class) {name.rpartition('.')[2]}\b", head)
+        assert lines[-1].strip()
+    assert conf.linkcode_resolve("py", {"module": "jaxadv.types", "fullname": "Params"}) is None
