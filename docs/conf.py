@@ -6,6 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from docutils.nodes import abbreviation
+
 import jaxadv
 
 _HERE = Path(__file__).resolve().parent
@@ -97,9 +99,16 @@ def _records(app, docname, source):
     source[0] = source[0].replace("](../experiments/results/", "](results/")
 
 
+def _children_only(translator, node):
+    """Write a node as its children."""
+
+
 def setup(app):
     """Sphinx calls this."""
     app.connect("source-read", _records)
     if not repository:
         app.connect("viewcode-follow-imported", _home)
     app.connect("autodoc-skip-member", _skip)
+    # What separates arguments by position and by keyword, which the builder has no way to write.
+    visit_and_depart = (_children_only, _children_only)
+    app.add_node(abbreviation, override=True, **{"llms-markdown": visit_and_depart})
