@@ -2,11 +2,14 @@
 
 import importlib
 import inspect
+import re
 import shutil
 import sys
 from pathlib import Path
 
+import nbformat
 from docutils.nodes import abbreviation
+from myst_nb.core.read import read_myst_markdown_notebook
 
 import jaxadv
 
@@ -14,8 +17,9 @@ _HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE))
 from recorded import recorded  # noqa: E402
 
-# The repository's public address, without a slash at its end. While it is empty, there are no links
-# to it, and the site has the source itself.
+# The repository's public address, https://github.com/OWNER/NAME. While it is empty, there are no
+# links to it, and the site has the source itself; then, names link to their lines, and notebooks to
+# Colab, which opens the site's files on the branch gh-pages.
 repository = ""
 
 # The records' pages and pictures become part of the site.
@@ -29,7 +33,7 @@ author = "the jaxadv authors"
 copyright = author
 release = jaxadv.__version__
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.linkcode" if repository else "sphinx.ext.viewcode",
@@ -37,7 +41,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_llm.txt",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "**.ipynb"]  # notebooks are text: what a reader converts isn't a page
 templates_path = ["_templates"]
 nitpicky = True
 default_role = "literal"  # docstrings have names in single backquotes, as Markdown does
@@ -50,6 +54,14 @@ myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 
 autosummary_context = {"recorded": recorded()}
+
+# Notebooks are Markdown without outputs; the build runs them, but not once more for assistants.
+nb_execution_mode = "off" if tags.has("sphinx_llm_markdown") else "force"  # noqa: F821
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # seconds for a cell, on a busy machine
+nb_output_stderr = "warn"
+nb_merge_streams = True
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures have them
 autodoc_type_aliases = {
@@ -96,7 +108,30 @@ def _home(app, module, name):
 
 def _records(app, docname, source):
     """Let links to the records, as the repository has them, lead to the site's copy."""
-    source[0] = source[0].replace("](../experiments/results/", "](results/")
+    source[0] = re.sub(r"\]\(((\.\./)*)\.\./experiments/results/", r"](\1results/", source[0])
+
+
+def _colab(app, docname, source):
+    """Link a notebook to Colab, and write the file that opens there: set-up first, links whole."""
+    address = app.config.repository
+    if not (address and docname.startswith("notebooks/") and "{code-cell}" in source[0]):
+        return
+    in_repository = rf"]({address}/blob/main/docs/notebooks/\1)"
+    text = re.sub(r"\]\((?!http)([^)]+)\)", in_repository, source[0])
+    notebook = read_myst_markdown_notebook(text)
+    setup = (
+        "# In Colab: the library, the images, and the pictures' module.\n"
+        f"!git clone -q {address} repository\n"
+        "%cd repository/docs/notebooks\n"
+        "%pip install -q '../..[experiments]'"
+    )
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(setup))
+    path = Path(app.outdir, f"{docname}.ipynb")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+    place = f"{address.removeprefix('https://github.com/')}/blob/gh-pages/{docname}.ipynb"
+    link = f"[Open this notebook in Colab](https://colab.research.google.com/github/{place})"
+    source[0] = re.sub(r"^# .*\n", rf"\g<0>\n{link}\n", source[0], count=1, flags=re.MULTILINE)
 
 
 def _children_only(translator, node):
@@ -105,6 +140,8 @@ def _children_only(translator, node):
 
 def setup(app):
     """Sphinx calls this."""
+    app.add_config_value("repository", "", "env", str)
+    app.connect("source-read", _colab)
     app.connect("source-read", _records)
     if not repository:
         app.connect("viewcode-follow-imported", _home)

@@ -157,10 +157,12 @@ def test_a_session_on_a_page_prints_what_the_page_says(page):
     assert runner.failures == 0, "".join(report)
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", sorted([*DOCS.glob("*.md"), *DOCS.glob("notebooks/*.md")]), ids=lambda page: page.stem
+)
 def test_a_pages_links_lead_somewhere_in_the_repository_too(page):
-    targets = re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text())
-    assert [target for target in targets if not (DOCS / target).exists()] == []
+    targets = re.findall(r"\]\(((?!http)[^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.stem)
