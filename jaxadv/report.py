@@ -37,7 +37,6 @@ __all__ = ["Cost", "Part", "Robustness", "cost", "robustness"]
 
 _CHECKED = 300  # examples, as many as the differences that `check` looks for need
 _CHECK_STEPS = 50
-_DRAWS = (10_000, 30_000, 100_000)
 _FIRST_DRAWS = 100
 _ALPHA = 0.001
 
@@ -234,7 +233,7 @@ def cost(
     *,
     norm: Norm | None = None,
     sigma: float | None = None,
-    draws: Sequence[int] = _DRAWS,
+    draws: Sequence[int] = certify.STAGES,
     batch_size: int = 500,
 ) -> Cost:
     """Tell what `robustness` costs at most, before it starts.
@@ -340,7 +339,7 @@ def robustness(
     key: jax.Array,
     bounds: Bounds | None = None,
     sigma: float | None = None,
-    draws: Sequence[int] = _DRAWS,
+    draws: Sequence[int] = certify.STAGES,
     batch_size: int = 500,
     store: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
