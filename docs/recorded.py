@@ -40,8 +40,8 @@ def _one_step(column):
     rows = _rows("mnist_mlp", method="lwa")
     return _in(
         "mnist_mlp",
-        f"{_LWA} has an accuracy of {_mean(rows, 'validation')} on clean images. At l2 size 1.5, "
-        f"{_mean(rows, column)} are left by this one step, {_mean(rows, 'pgd')} by 100 steps of "
+        f"{_LWA} has an accuracy of {_mean(rows, 'validation')} on clean images; at l2 size 1.5 of "
+        f"{_mean(rows, column)} under this one step, and {_mean(rows, 'pgd')} under 100 steps of "
         "PGD",
     )
 
@@ -53,9 +53,9 @@ def _attack(name):
     )
     return _in(
         "autoattack",
-        f"{_LWA} classifies {_mean(rows, 'clean')} of 1,000 images correctly. At l2 size 1.5, in "
-        f"the range of pixels, {_mean(rows, 'robust')} are left by this attack with AutoAttack's "
-        f"settings, {_mean(whole, 'robust')} by the whole AutoAttack",
+        f"{_LWA} has an accuracy of {_mean(rows, 'clean')} on 1,000 clean images; at l2 size 1.5, "
+        f"in the range of pixels, of {_mean(rows, 'robust')} under this attack with AutoAttack's "
+        f"settings, and {_mean(whole, 'robust')} under the whole AutoAttack",
     )
 
 
