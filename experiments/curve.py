@@ -14,29 +14,30 @@ and norms are kept, and drawn beside. The attacks' own rows are in --out/attacks
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
-import jax
 import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.lib import evaluation, figures, options, parallel, problems, records, tables
+from experiments.lib import (
+    evaluation,
+    figures,
+    options,
+    parallel,
+    problems,
+    records,
+    tables,
+    training,
+)
 from experiments.lib.attacks import LABELS, AttackName
 from experiments.lib.options import OutputFolder, Range, Several
 from experiments.lib.records import CurveRow, RobustRow
-from jaxadv import evaluate
-
-POINTS = 200
-"""Sizes at which the curve is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,41 +62,27 @@ def run(settings: Settings, console: Console) -> list[CurveRow]:
         evaluation.Settings(**of_attacks | {"out": settings.out / "attacks"}), console
     )
     problem = problems.load(settings)
-    identity = {
-        **problem.identity, "norm": settings.norm, "seed": settings.seed,
-        "budget": settings.budget, **records.made_by(),
-    }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    start = time.perf_counter()
-    found = evaluate.distances(
-        problem.apply_fn, problem.params, problem.x, problem.y, norm=settings.norm,
-        budget=settings.budget, key=jax.random.key(settings.seed), bounds=problem.bounds,
-        batch_size=settings.batch_size, store=settings.out / "batches" / digest,
-    )  # fmt: skip
-    seconds = time.perf_counter() - start
-    spent = list(found.passes.values())
-    finite = found.size[np.isfinite(found.size)]
-    at = np.linspace(0, finite.max(initial=0), POINTS)
-    row = CurveRow(
-        **identity | {"experiment": "curve"},
-        median=found.median,
-        curve={"eps": at.tolist(), "accuracy": found.accuracy(at).tolist()},
-        accuracy={f"{eps:g}": float(found.accuracy(eps)) for eps in settings.eps},
-        attacks={
-            name: {
-                f"{row.eps:g}": row.columns["robust"]
-                for row in attacked
-                if isinstance(row, RobustRow) and _same(row, identity, name)
-            }
-            for name in settings.attacks
-        },
-        by={name: int(np.sum(found.attack == name)) for name in found.passes},
-        passes={
-            "forward": float(np.mean(sum(passes.forward for passes in spent))),
-            "backward": float(np.mean(sum(passes.backward for passes in spent))),
-        },
-        seconds=round(seconds, 1),
-    )
+    here = {**problem.identity, "norm": settings.norm, "seed": settings.seed, **records.made_by()}
+    with training.bars(console) as progress:
+        found, row = evaluation.curve(
+            problem,
+            eps=settings.eps,
+            norm=settings.norm,
+            attacks={
+                name: {
+                    f"{row.eps:g}": row.columns["robust"]
+                    for row in attacked
+                    if isinstance(row, RobustRow)
+                    and {**here, "attack": name}.items() <= row.to_json().items()
+                }
+                for name in settings.attacks
+            },
+            budget=settings.budget,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            store=settings.out / "batches",
+            progress=progress,
+        )
     name = f"{row.method.replace('/', '-')}-{row.norm}"
     np.savez_compressed(settings.out / f"{name}.npz", size=found.size, attack=found.attack)
     results = settings.out / "results.json"
@@ -103,12 +90,6 @@ def run(settings: Settings, console: Console) -> list[CurveRow]:
     records.save(results, [*others, row])
     figures.draw(settings.out)
     return [*others, row]
-
-
-def _same(row: RobustRow, identity: dict[str, Any], name: str) -> bool:
-    wanted = {**identity, "attack": name}
-    del wanted["budget"]
-    return wanted.items() <= row.to_json().items()
 
 
 def _place(row: CurveRow) -> tuple[Any, ...]:

@@ -1,19 +1,26 @@
 """Train a robust classifier on images of your own, and say how robust it is.
 
-    python experiments/train.py DIR --eps 0.5            # DIR/{train,test}/CLASS/*.png or jpg
+    python experiments/train.py DIR              # DIR/{train,test}/CLASS/*.png or jpg
+    python experiments/train.py DIR --resize 32  # photographs of any sizes, as 32x32
     python experiments/train.py mnist --net lenet --norm linf --eps 0.3
     python experiments/train.py tfds:fashion_mnist --net mynets:make --method trades --eps 0.5
     python experiments/train.py --help                   # every setting
 
-Pixels are scaled to 0..1, and perturbed images stay there; eps is in these units. NET is `mlp`,
-`lenet` or `vgg`, or `module:function` for a function that takes the number of classes and returns a
-flax.linen module with `__call__(x, train=False)`, whose only variables are parameters.
+Pixels are scaled to 0..1, and perturbed images stay there; eps is in these units. NET is `conv`
+(for images of any size), `mlp`, `lenet` or `vgg`, or `module:function` for a function that takes
+the number of classes and returns a flax.linen module with `__call__(x, train=False)`, whose only
+variables are parameters.
 
-Shows progress, saves a checkpoint after each epoch, and resumes after an interruption. Writes to
---out the weights (params.safetensors, with the names of the classes and the scaling of pixels, for
-`evaluate.py`), history.csv and history.png, and results.json, the accuracies under each of
---attacks. The documentation does the same in fifty lines of Python; this adds what one wants around
-them.
+Without a folder DIR/test, every fifth image of each class is held out for testing; the classes may
+then be in DIR itself. A few thousand photographs of 32x32 take minutes on two CPU cores. After an
+epoch or two it says how long the training will take.
+
+Saves a checkpoint after each epoch, and resumes after an interruption. Writes to --out the weights
+(params.safetensors, with the names of the classes and the scaling of pixels, for `evaluate.py`);
+history.csv and history.png; results.json, the accuracies under each of --attacks; worst.png, the
+images that the least changes mislead the net about; and curve/, the accuracy at every size of
+change. Ends with a verdict. The documentation does the same in fifty lines of Python; this adds
+what one wants around them.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,16 +48,18 @@ from rich.progress import Progress
 from experiments.lib import (
     blocks,
     data,
+    evaluation,
     figures,
     models,
     options,
     parallel,
+    problems,
     recipes,
     records,
     training,
     weights,
 )
-from experiments.lib.attacks import Attack, methods
+from experiments.lib.attacks import LABELS, Attack, methods
 from experiments.lib.options import (
     Count,
     OutputFolder,
@@ -67,6 +77,8 @@ from jaxadv.train import TrainState
 from jaxadv.types import Norm, Objective, Params
 
 _BLOCK = 250  # images that are attacked together, and then shown as done
+_BUDGET = 1000  # passes that the least perturbation of an image may take
+_WORST = 8  # images that are drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +87,15 @@ class Settings(parallel.Settings, recipes.Optimiser):
 
     data: Annotated[str, tyro.conf.Positional]
     """A folder with {train,test}/CLASS/*.png or jpg, `mnist`, `cifar10`, or `tfds:NAME`."""
-    eps: Positive
-    """Size of the perturbations, with pixels in 0..1."""
-    net: str = "lenet"
-    """`mlp`, `lenet`, `vgg`, or `module:function`."""
+    eps: Positive = 0.5
+    """Size of the perturbations, with pixels in 0..1; in linf, 8/255 = 0.031 is usual."""
+    resize: Count | None = None
+    """Side of the square that each image's middle is resized to; None for images as they are."""
+    net: str = "conv"
+    """`conv`, `mlp`, `lenet`, `vgg`, or `module:function`."""
     widths: tuple[Count, ...] = ()
-    """Sizes of the hidden dense layers; those of the paper's nets if none is named."""
+    """Sizes of the hidden dense layers; those of the paper's nets if none is named, and none in
+    conv."""
     width: Positive = 0.25
     """Factor for all sizes of vgg; 1 is the paper's."""
     method: Literal["normal", "lwa", "goodfellow", "trades"] = "lwa"
@@ -95,28 +110,29 @@ class Settings(parallel.Settings, recipes.Optimiser):
     """Epochs over which the adversary's size rises from 0; at most all but the last."""
     weight: Size = 6.0
     """Weight of the divergence, for trades."""
-    epochs: Count = 30
-    """Passes over the training images."""
-    batch_size: Count = 100
+    epochs: Count | None = None
+    """Passes over the training images; by default as many as show 100,000 images, from 30 to 200.
+    """
+    batch_size: Count = 50
     """Images per training step."""
     lr: Positive = 0.05
     """Greatest learning rate; it falls to 0 by a cosine."""
     lr_warmup: Whole = dataclasses.field(default=2, kw_only=True)
     """Epochs over which the learning rate rises from 0; at most all but the last."""
-    average: Share = 0.999
-    """Share of the past in the moving average of the weights that is the result; 0 for the last."""
-    shift: Whole = 1
-    """Pixels by which training images are moved at random, at most, either way and up or down."""
-    mirror: bool = False
-    """Whether training images are mirrored at random."""
+    average: Share | None = None
+    """Share of the past in the moving average of the weights that is the result; 0 for the last. By
+    default 0.999, or less where the average would be of more than a tenth of the steps."""
+    shift: Whole | None = None
+    """Pixels by which training images are moved at random, at most, either way and up or down; by
+    default a sixteenth of the shorter side."""
+    mirror: bool | None = None
+    """Whether training images are mirrored at random; by default colour images are."""
     seed: Seed = 0
     """Random seed."""
-    n_eval: Count = 1000
+    n_eval: Count = 100
     """How many test images are attacked."""
-    attacks: Annotated[tuple[Attack, ...], distinct] = (
-        "one-step", "pgd-100x10", "standard",
-    )  # fmt: skip
-    """Attacks on the trained net; followed by nothing, none."""
+    attacks: Annotated[tuple[Attack, ...], distinct] = ("one-step", "standard")
+    """Attacks on the trained net, `standard` being AutoAttack; followed by nothing, none."""
     out: OutputFolder = Path("runs/train")
     """Where everything goes."""
 
@@ -124,13 +140,20 @@ class Settings(parallel.Settings, recipes.Optimiser):
         """Check what goes together.
 
         Raises:
-          UsageError: if an option is given that the net or the method has no use for.
+          UsageError: if an option is given that the net or the method has no use for, or if any
+            two images are within reach of each other.
         """
         super().__post_init__()
+        for option, eps in (("--eps", self.eps), ("--train-eps", self.train_eps)):
+            if self.norm == "linf" and eps is not None and eps >= 0.5:
+                raise options.UsageError(
+                    f"expected {option} in linf to be less than 0.5, which makes every image grey, "
+                    f"got {eps:g}; choose a smaller one, e.g. 0.031 for photographs"
+                )
         if self.widths and ":" in self.net:
             raise options.UsageError(
-                f"expected --widths with mlp, lenet or vgg only, got {self.net}, whose sizes are "
-                "its own; leave it out"
+                f"expected --widths with conv, mlp, lenet or vgg only, got {self.net}, whose "
+                "sizes are its own; leave it out"
             )
         if self.train_eps is not None and self.method == "normal":
             raise options.UsageError(
@@ -147,6 +170,7 @@ def make_net(settings: Settings, classes: int) -> nn.Module:
     """
     widths = settings.widths
     known = {
+        "conv": lambda: models.conv(widths),
         "mlp": lambda: models.mlp(widths or (500, 500)),
         "lenet": lambda: models.lenet(widths or (500,)),
         "vgg": lambda: models.vgg(widths or (2048, 2048), width=settings.width),
@@ -155,7 +179,7 @@ def make_net(settings: Settings, classes: int) -> nn.Module:
         return known[settings.net]().clone(classes=classes)
     if ":" not in settings.net:
         raise options.UsageError(
-            "expected --net to be mlp, lenet, vgg, or a function as module:function, got "
+            "expected --net to be conv, mlp, lenet, vgg, or a function as module:function, got "
             f"{settings.net!r}; choose one of these"
         )
     make = options.imported(settings.net)
@@ -198,7 +222,7 @@ def make_objective(settings: Settings, net: nn.Module, epoch_steps: int) -> Obje
 
 def drawn(settings: Settings, objective: Objective) -> Objective:
     """Return the objective on pixels as bytes, scaled, and moved and mirrored at random."""
-    shift = recipes.shifted(settings.shift)
+    shift = recipes.shifted(settings.shift or 0)
 
     def draw(key: jax.Array, pixels: jax.Array) -> jax.Array:
         shift_key, mirror_key = jax.random.split(key)
@@ -226,8 +250,46 @@ def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
     )
 
 
-def run(settings: Settings, console: Console) -> list[TrainRow]:
-    """Train or restore the net, attack it, and return a row for each attack.
+def settled(settings: Settings, images: data.Dataset, epochs: int) -> Settings:
+    """Return the settings with what the images decide where nothing else was said."""
+    n, height, width, channels = images.train_images.shape
+    of_images = {
+        "epochs": epochs,
+        "average": max(0.0, min(0.999, 1 - 10 / (n // settings.batch_size * epochs))),
+        "shift": min(height, width) // 16,
+        "mirror": channels == 3,
+    }
+    unsaid = {name: value for name, value in of_images.items() if getattr(settings, name) is None}
+    return dataclasses.replace(
+        settings,
+        lr_warmup=min(settings.lr_warmup, epochs - 1),
+        eps_warmup=min(settings.eps_warmup, epochs - 1),
+        **unsaid,
+    )
+
+
+def describe(settings: Settings, images: data.Dataset) -> str:
+    """Return what is trained on, and how, for whoever waits for it."""
+    n, height, width, channels = images.train_images.shape
+    moved = f"moved by up to {settings.shift} pixels" if settings.shift else "not moved"
+    lines = [
+        f"{n:,} training and {len(images.test_labels):,} test images of {width}x{height}, "
+        f"{'grey' if channels == 1 else 'colour'}, in {len(images.classes)} classes; in training "
+        f"{moved} and {'' if settings.mirror else 'not '}mirrored at random. {settings.epochs} "
+        "epochs."
+    ]
+    if held_out := data.held_out(settings.data):
+        lines.append(f"In {settings.data} {held_out}.")
+    if (times := height * width / 32**2) > 4:
+        lines.append(
+            f"This takes about {times:.0f} times as long as with images of 32x32, which "
+            "--resize 32 makes of them."
+        )
+    return "\n".join(lines)
+
+
+def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
+    """Train or restore the net, attack it, and return a row for each attack, and what is attacked.
 
     Raises:
       UsageError: if there are fewer images than a batch has; if the net isn't for images of this
@@ -236,21 +298,26 @@ def run(settings: Settings, console: Console) -> list[TrainRow]:
     """
     results = settings.out / "results.json"
     records.load(results, TrainRow)  # before any work: an error if they are others
-    images = data.named(settings.data)
-    if len(images.train_labels) < settings.batch_size:
+    images = data.named(settings.data, resize=settings.resize)
+    n = len(images.train_labels)
+    if n < settings.batch_size:
         raise options.UsageError(
-            f"expected --batch-size to be at most {len(images.train_labels)}, the training images "
-            f"there are, got {settings.batch_size}; choose a smaller one"
+            f"expected --batch-size to be at most {n}, the training images there are, got "
+            f"{settings.batch_size}; choose a smaller one, or add images"
         )
+    epochs = settings.epochs or min(200, max(30, 100_000 // n))
+    settings = settled(settings, images, epochs)
     net = make_net(settings, len(images.classes))
     apply_fn = models.function(net)
     init_key, fit_key, attack_key = jax.random.split(jax.random.key(settings.seed), 3)
     chosen = data.order(settings.data, len(images.test_labels))[: settings.n_eval]
-    interface = data.WHOLE._replace(classes=images.classes, shape=images.test_images.shape[1:])
+    interface = data.WHOLE._replace(
+        classes=images.classes, shape=images.test_images.shape[1:], resize=settings.resize
+    )
     x = interface.inputs(images.test_images[chosen])
     y = images.test_labels[chosen]
     side = min(x.shape[1:3])
-    if settings.shift >= side:
+    if (settings.shift or 0) >= side:
         raise options.UsageError(
             f"expected --shift to be less than {side}, the pixels of a side, got {settings.shift}; "
             "choose a smaller one"
@@ -263,14 +330,9 @@ def run(settings: Settings, console: Console) -> list[TrainRow]:
         )
     mesh = parallel.mesh(settings, settings.batch_size, len(y))
     watched_x, watched_y = parallel.spread(mesh, (x, y))
-    epoch_steps = len(images.train_labels) // settings.batch_size
-    longest = settings.epochs - 1
-    settings = dataclasses.replace(
-        settings,
-        lr_warmup=min(settings.lr_warmup, longest),
-        eps_warmup=min(settings.eps_warmup, longest),
-    )
-    recipe = recipes.Robust((), settings.epochs, settings.lr, average=settings.average)
+    epoch_steps = n // settings.batch_size
+    recipe = recipes.Robust((), epochs, settings.lr, average=settings.average or 0.0)
+    console.print(describe(settings, images), markup=False, highlight=False)
 
     def trained(state: TrainState) -> Params:
         return recipes.result(recipe, state)
@@ -300,7 +362,7 @@ def run(settings: Settings, console: Console) -> list[TrainRow]:
             recipes.optimiser(recipe, epoch_steps, settings),
             params,
             (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)),
-            epochs=settings.epochs,
+            epochs=epochs,
             batch_size=settings.batch_size,
             key=fit_key,
             directory=settings.out / "checkpoints",
@@ -318,10 +380,22 @@ def run(settings: Settings, console: Console) -> list[TrainRow]:
         advice = untaught(evaluate.accuracy(seen.clean), y, settings)
         if advice:
             console.print(advice, style="bold")
-        problem = Problem(apply_fn, params, x, y, (0.0, 1.0), {})
+        identity = {
+            "method": f"{settings.net}, {settings.method}",
+            "network": settings.net,
+            "weights": problems.digest(params),
+            "data": Path(settings.data).resolve().name,
+            "subtract": interface.subtract,
+            "divide": interface.divide,
+            "crop": None,
+            "box": True,
+            "n": len(y),
+            "classes": images.classes,
+        }
+        problem = Problem(apply_fn, params, x, y, (0.0, 1.0), identity)
         rows = []
         for name in settings.attacks:
-            identity = {
+            of_row = {
                 "experiment": "train",
                 "settings": kept,
                 "attack": name,
@@ -329,13 +403,13 @@ def run(settings: Settings, console: Console) -> list[TrainRow]:
                 **records.made_by(),
             }
 
-            def run_attack(name: Attack = name, identity: dict[str, Any] = identity) -> TrainRow:
+            def run_attack(name: Attack = name, of_row: dict[str, Any] = of_row) -> TrainRow:
                 found = attacked(name, settings, problem, attack_key, mesh, progress).figures()
-                return TrainRow(**identity, **found, train_seconds=round(fitted.seconds, 1))
+                return TrainRow(**of_row, **found, train_seconds=round(fitted.seconds, 1))
 
-            row = records.find_or_run(results, TrainRow, identity, run_attack, place=("attack",))
+            row = records.find_or_run(results, TrainRow, of_row, run_attack, place=("attack",))
             rows.append(row)
-    return rows
+    return rows, problem
 
 
 def attacked(
@@ -372,12 +446,65 @@ def save_history(folder: Path, history: list[dict[str, float]]) -> None:
     figures.draw_history(folder, history)
 
 
+def draw(
+    settings: Settings, problem: Problem, rows: Sequence[TrainRow], console: Console
+) -> list[Path]:
+    """Draw the accuracy at every size of change, and the images that the least ones mislead about.
+
+    Returns:
+      The files written; no images if none is classified correctly.
+    """
+    folder = settings.out / "curve"
+    # Several processes may share the parameters.
+    problem = problem._replace(params=jax.tree.map(np.asarray, problem.params))
+    with training.bars(console) as progress:
+        found, row = evaluation.curve(
+            problem,
+            eps=[settings.eps],
+            norm=settings.norm,
+            attacks={row.attack: {f"{settings.eps:g}": row.columns["robust"]} for row in rows},
+            budget=_BUDGET,
+            seed=settings.seed,
+            batch_size=_BLOCK,
+            store=folder / "batches",
+            progress=progress,
+        )
+    records.save(folder / "results.json", [row])
+    written = figures.draw(folder)
+    least = np.argsort(np.where(found.size > 0, found.size, np.inf))[:_WORST]
+    least = least[np.isfinite(found.size[least]) & (found.size[least] > 0)]
+    if len(least):
+        x, r = problem.x[least], found.r[least]
+        answers = problem.apply_fn(problem.params, jnp.asarray(x + r)).argmax(-1)
+        classes = problem.identity["classes"]
+        names = [
+            (classes[label], classes[answer])
+            for label, answer in zip(problem.y[least], answers, strict=True)
+        ]
+        path = settings.out / "worst.png"
+        written.append(figures.draw_worst(path, x, r, found.size[least], names))
+    return written
+
+
+def verdict(settings: Settings, row: TrainRow) -> str:
+    """Return what an attack's figures say, in a sentence."""
+    clean, robust = (round(row.n * row.columns[name]) for name in ("clean", "robust"))
+    low, high = (round(100 * end) for end in row.interval)
+    return (
+        f"Of {row.n:,} test images the net classifies {clean:,} correctly, and {robust:,} also "
+        f"after every change of {settings.norm} size {settings.eps:g} that {LABELS[row.attack]} "
+        f"tried; of other images like these, expect {low} to {high} in a hundred (95% interval), "
+        "or fewer under a stronger attack."
+    )
+
+
 @options.command
 def main() -> None:
     """Run from the command line."""
     settings = tyro.cli(Settings, description=__doc__)
     console = parallel.start(settings)
-    for row in run(settings, console):
+    rows, problem = run(settings, console)
+    for row in rows:
         low, high = row.interval
         console.print(
             f"{row.attack}: accuracy {row.columns['clean']:.4f}, robust accuracy "
@@ -385,6 +512,11 @@ def main() -> None:
             f"{settings.norm} {settings.eps:g} on {row.n:,} images",
             highlight=False,
         )
+    if rows and parallel.first_process():
+        for path in draw(settings, problem, rows, console):
+            console.print(f"Wrote {path}", markup=False, highlight=False)
+        strongest = min(reversed(rows), key=lambda row: row.columns["robust"])
+        console.print(verdict(settings, strongest), style="bold", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

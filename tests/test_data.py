@@ -499,6 +499,46 @@ def test_a_description_tells_other_pixels_and_lossy_files(tmp_path):
     assert data.describe(tmp_path / "one", changed) != texts[0]
 
 
+@pytest.mark.parametrize("where", ["images/train", "images"])
+def test_without_a_part_for_testing_every_fifth_image_is(tmp_path, where):
+    pixels = folder_of(tmp_path / "images", sizes=((5, 4),) * 11)
+    shutil.rmtree(tmp_path / "images" / "test")
+    read = data.image_folder(tmp_path / where, data_dir=tmp_path / "cache")
+    order = sorted(range(11), key=str)  # by the names of the files
+    for part, kept in (("test", order[::5]), ("train", [i for n, i in enumerate(order) if n % 5])):
+        expected = [pixels["train", name, i] for name in "ab" for i in kept]
+        np.testing.assert_array_equal(getattr(read, f"{part}_images"), expected)
+        np.testing.assert_array_equal(getattr(read, f"{part}_labels"), np.repeat([0, 1], len(kept)))
+
+
+def test_images_of_any_sizes_are_resized_by_their_middle(tmp_path):
+    place = tmp_path / "images"
+    folder_of(place, sizes=((5, 4), (9, 30), (8, 8)))
+    stripes = np.zeros((8, 40, 3), np.uint8)
+    stripes[:, 10:30] = 200  # its middle square is 16:24, and interpolation looks beyond it
+    Image.fromarray(stripes).save(place / "train" / "a" / "0.png")
+    for side in (4, 6):
+        read = data.image_folder(place, resize=side, data_dir=tmp_path / "cache")
+        assert read.train_images.shape == (6, side, side, 3)
+        np.testing.assert_array_equal(read.train_images[0], 200)
+    with pytest.raises(ValueError, match="of one size"):
+        data.image_folder(place, data_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_other_data_is_resized_like_a_folder(monkeypatch, channels):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (3, 6, 8, channels), dtype=np.uint8)
+    labels = np.arange(3, dtype=np.int32)
+    monkeypatch.setattr(
+        data, "mnist", lambda: data.Dataset(pixels, labels, pixels[:2], labels[:2], tuple("abc"))
+    )
+    read = data.named("mnist", resize=6)  # which only crops
+    np.testing.assert_array_equal(read.train_images, pixels[:, :, 1:7])
+    np.testing.assert_array_equal(read.test_images, pixels[:2, :, 1:7])
+    assert data.named("mnist").train_images is pixels
+
+
 # What users' own folders hold.
 
 
@@ -715,9 +755,19 @@ def twice(classes):
         shutil.copytree(classes / "a", classes / name)
 
 
+def alone(classes):
+    (classes / "b").mkdir()
+    Image.new("L", (5, 4)).save(classes / "b" / "0.png")
+
+
 # name: how the folder is damaged, and the error
 BROKEN = {
-    "no test": (lambda p: shutil.rmtree(p / "test"), r"a folder .*test with a folder of images"),
+    "no train": (lambda p: shutil.rmtree(p / "train"), r"a folder .*train with a folder of image"),
+    "test by another name": (lambda p: (p / "test").rename(p / "val"),
+                             r"for testing in .*test, got val beside train; rename their folder"),
+    "one image": (lambda p: (shutil.rmtree(p / "test"), shutil.rmtree(p / "train" / "b"),
+                             (p / "train" / "a").rename(p / "train" / "c"), alone(p / "train")),
+                  r"at least two images of each class, .* got 1 of class 'b' in .*train; add"),
     "no class": (lambda p: shutil.rmtree(p / "test" / "b"), r"of class 'b' in .*test.b, got none"),
     "empty class": (lambda p: emptied(p / "train" / "a"), r"of class 'a' in .*train.a, got none"),
     "one class": (lambda p: of_both(p, lambda q: shutil.rmtree(q / "b")),
@@ -727,7 +777,7 @@ BROKEN = {
     "altered": (lambda p: altered(p / "test" / "a" / "1.png"),
                 r"image .* in .*test.a.1\.png.*; replace it, or remove"),
     "size": (lambda p: Image.new("RGB", (4, 4)).save(p / "train" / "b" / "2.png"),
-             r"images of one size, 5x4 as .*0\.png has, got 4x4 in .*b.2\.png"),
+             r"images of one size, 5x4 as .*0\.png has, got 4x4 in .*b.2\.png; .* --resize 32"),
     "suffix": (lambda p: (p / "train" / "b" / "notes.txt").write_text("hello"),
                r"PNG or JPEG images in .*b, got .*notes\.txt; convert or"),
     "broken link": (lambda p: (p / "train" / "b" / "9.png").symlink_to("gone.png"),

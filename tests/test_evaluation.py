@@ -218,6 +218,32 @@ def test_images_are_scaled_as_the_weights_say(folder):
         load("small.safetensors", folder, subtract=0.0, box=False)
 
 
+def test_images_are_resized_as_the_weights_say(folder):
+    said = load(saved(SQUARES._replace(resize=8)), folder)  # to the size that they have
+    np.testing.assert_array_equal(said.x, load(saved(), folder).x)
+    with pytest.raises(ValueError, match=r"255, resized to 8x8, got --resize 9; leave"):
+        load(saved(SQUARES._replace(resize=8)), folder, resize=9)
+    net = models.mlp((4,)).clone(classes=2)
+    params = models.init(net, jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
+    small = SQUARES._replace(shape=(4, 4, 1))
+    for resize in (4, None):
+        weights.save(Path("small.safetensors"), params, interface=small._replace(resize=resize))
+        problem = load("small.safetensors", folder, resize=4)
+        assert problem.identity["data"].endswith(", resized to 4x4")
+        assert problem.x.shape[1:] == (4, 4, 1)
+    with pytest.raises(ValueError, match=r"4x4x1, as the weights say, got 8x8x1; .* by --resize N"):
+        load("small.safetensors", folder)
+
+
+def test_images_that_were_held_out_are_said_to_be(folder):
+    for place in (Path(folder, "test"), Path(folder)):
+        for net in (saved(), saved(interface=None)):
+            notes = load(net, str(place)).identity.get("notes", [])
+            assert ("every fifth image of each class is held" in " ".join(notes)) == (
+                place.name == "test"
+            )
+
+
 def test_weights_of_a_function_of_ones_own_say_so_too(folder):
     turned = SQUARES._replace(classes=("light", "dark"), divide=204)
     weights.save(Path("w.safetensors"), {"at": jnp.asarray(0.5)}, interface=turned)
@@ -476,7 +502,7 @@ def test_a_function_that_doesnt_take_its_weights_and_images_is_an_error(folder, 
 def test_labels_outside_of_the_classes_are_counted_and_said(folder, monkeypatch):
     images = data.image_folder(folder)
     labels = np.array([-1, 2, *images.test_labels[2:]], np.int32)
-    monkeypatch.setattr(data, "named", lambda _: images._replace(test_labels=labels))
+    monkeypatch.setattr(data, "named", lambda *_, **__: images._replace(test_labels=labels))
     rows = run(folder, attacks=("pgd",))
     assert rows[0].counts["invalid"] == 2
     assert rows[0].columns["clean"] == 10 / 12

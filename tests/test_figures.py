@@ -136,6 +136,32 @@ def test_one_command_draws_all_figures_of_a_record_again(record, tmp_path, monke
     assert all(name in printed for name in again)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_worst_images_are_drawn_whatever_their_classes_are_called(
+    tmp_path, monkeypatch, channels
+):
+    kept = []
+    save = figures._save
+    monkeypatch.setattr(
+        figures, "_save", lambda figure, path: kept.append(figure) or save(figure, path)
+    )
+    x = np.full((2, 3, 5, channels), 0.75, np.float32)
+    r = np.full_like(x, -0.25)
+    r[1, 0] = 0.5
+    names = [("a $b$c_{", "d"), ("a class of a very long name", "a")]
+    path = figures.draw_worst(tmp_path / "worst.png", x, r, [0.123456, 2], names)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    axes = kept[0].axes
+    shown = [np.asarray(axis.get_images()[0].get_array()).ravel() for axis in axes]
+    np.testing.assert_array_equal(shown[0], 0.75)
+    np.testing.assert_array_equal(shown[2], 0)  # all of it is the largest
+    np.testing.assert_array_equal(shown[4], 0.5)
+    assert shown[5].max() == 1  # and not 1.25
+    assert [axis.get_title() for axis in axes] == [
+        "a $b$c_{", "a class of a very l…", "size 0.123", "size 2", "d", "a",
+    ]  # fmt: skip
+
+
 def test_digits_show_what_was_saved(tmp_path):
     images = np.linspace(0, 1, 2 * 784).reshape(2, 28, 28, 1)
     digits = figures.Digits(-images / 2, np.array([1, 2]), np.array([1, 3]))

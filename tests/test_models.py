@@ -56,6 +56,27 @@ def test_an_mlp_is_the_net_of_section_7_2():
     np.testing.assert_allclose(function(net)(params, X), logits, atol=1e-6)
 
 
+def test_a_pooled_nets_dense_layers_take_the_means_of_the_channels():
+    net = models.conv((5,))
+    params = init(net, jax.random.key(0), PHOTOS)
+    p = jax.tree.map(np.asarray, params["params"])
+    means = np.asarray(net.clone(split=3, pooled=False).apply(params, PHOTOS, method="encode"))
+    h = np.maximum(means.mean((1, 2)) @ p["hidden_0"]["kernel"] + p["hidden_0"]["bias"], 0)
+    logits = h @ p["logits"]["kernel"] + p["logits"]["bias"]
+    # Sums of at most 64 products of order 1, in another order.
+    np.testing.assert_allclose(function(net)(params, PHOTOS), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(), (5,)])
+def test_a_pooled_net_takes_images_of_any_size(widths):
+    net = models.conv(widths)
+    params = stored(net, PHOTOS)
+    for shape in ((28, 28, 3), (8, 8, 3), (19, 40, 3)):
+        assert models.recognised(params, shape) == net
+    with pytest.raises(ValueError, match=r"images of 8 pixels a side or more for .*-mean"):
+        models.recognised(params, (7, 40, 3))
+
+
 def test_the_nets_have_the_papers_sizes():
     assert shapes(mlp((500, 400)), DIGITS) == {
         "hidden_0": (784, 500), "hidden_1": (500, 400), "logits": (400, 10),
@@ -321,5 +342,7 @@ def test_parameters_for_other_images_are_an_error(net, x, shape, message):
     ids=["none", "list", "array", "array for a layer", "no hidden layer"],
 )
 def test_what_isnt_a_net_at_all_is_an_error(params):
-    with pytest.raises(ValueError, match=r"expected the parameters of an mlp, a lenet or a vgg"):
+    with pytest.raises(
+        ValueError, match=r"expected the parameters of an mlp, a lenet, a vgg or a conv"
+    ):
         models.recognised(params, (28, 28, 1))

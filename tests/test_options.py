@@ -20,7 +20,7 @@ NET = str(ROOT / "experiments" / "results" / "mnist_mlp" / "lwa" / "params.safet
 
 # What has no default.
 NEEDED = {
-    "experiments.train": {"data": "mnist", "eps": 0.5},
+    "experiments.train": {"data": "mnist"},
     "experiments.curve": {"net": NET},
     "experiments.lib.evaluation": {"net": NET},
     "experiments.lib.problems": {"net": NET},
@@ -116,8 +116,11 @@ REFUSED = {
         "--batch-size 0": "--batch-size to be at least 1, got 0",
         "--seed 4294967296": "--seed to be at most 4294967295, got 4294967296",
         "--widths 5 0": "--widths to be at least 1, got 0",
-        "--widths 5 --net mine:make": "--widths with mlp, lenet or vgg only, got mine:make",
+        "--widths 5 --net mine:make": "--widths with conv, mlp, lenet or vgg only, got mine:make",
         "--train-eps 1 --method normal": "--train-eps with an adversary, got the method normal",
+        "--norm linf": "--eps in linf to be less than 0.5, which makes every image grey, got 0.5",
+        "--norm linf --eps .1 --train-eps 1": "--train-eps in linf to be less than 0.5",
+        "--resize 0": "--resize to be at least 1, got 0",
         "--attacks pgd pgd": "--attacks to be different values, got pgd pgd",
         "--out FILE": "--out to be a folder that can be written to, got ",
         "--out FILE/runs": "--out to be a folder that can be written to, got ",
@@ -159,7 +162,7 @@ REFUSED = {
     "logistic.py": {"--digits 3 3": "--digits to be different values, got 3 3"},
 }
 POSITIONAL = {
-    "train.py": ["mnist", "--eps", "0.5"], "evaluate.py": [NET], "board.py": ["mnist_mlp"],
+    "train.py": ["mnist"], "evaluate.py": [NET], "board.py": ["mnist_mlp"],
 }  # fmt: skip
 
 

@@ -83,6 +83,20 @@ def test_it_takes_every_step_of_every_epoch(uninterrupted):
     assert uninterrupted.history[0]["nonfinite"] == 0
 
 
+def test_the_time_that_is_left_is_said_once_without_that_of_compiling(tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(training, "_CHUNK", 4)  # an epoch of 8 steps is two chunks, 100 s each
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    said = io.StringIO()
+    fit(tmp_path, epochs=4, file=said)
+    # The second chunk takes what is between two looks at the clock, for 3 epochs of 2 chunks.
+    (line,) = [line for line in said.getvalue().splitlines() if "left" in line]
+    assert line.rstrip() == "lwa: about 10 min of training left"
+    said = io.StringIO()
+    fit(tmp_path, epochs=4, file=said)
+    assert "left" not in said.getvalue()
+
+
 def test_without_a_gradient_the_first_steps_are_counted(uninterrupted):
     # With w = 0 all logits are equal and constant: no gradient for the first batch of 8.
     assert uninterrupted.history[0]["zero"] == 8

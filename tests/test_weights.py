@@ -1,5 +1,7 @@
 """Weights by path, with what their net takes and gives."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +28,10 @@ def test_weights_say_how_they_were_made_and_what_their_net_takes_if_they_were_to
     assert (weights.made(told), weights.interface(told)) == (made, PHOTOS)
     assert (weights.made(untold), weights.interface(untold)) == (None, None)
     assert weights.made(tmp_path / "none.safetensors") is None
+    older = PHOTOS._asdict()
+    del older["resize"]
+    save_file({"w": np.ones(2)}, untold, {"interface": json.dumps(older)})
+    assert weights.interface(untold) == PHOTOS
     np.testing.assert_array_equal(weights.load(told)["w"], np.ones(2))
 
 
@@ -37,7 +43,10 @@ def test_weights_say_how_they_were_made_and_what_their_net_takes_if_they_were_to
             r"expected a JSON object as 'interface' in .*w\.safetensors, got 'pixels'; write",
         ),
         ("[1]", r"expected a JSON object as 'interface' in .*w\.safetensors, got '\[1\]'; write"),
-        ('{"classes": []}', r"expected classes, shape, subtract, divide, crop of .*, got classes;"),
+        (
+            '{"classes": []}',
+            r"expected classes, shape, subtract, divide, crop, resize of .*, got classes;",
+        ),
     ],
 )
 def test_another_text_in_its_place_is_an_error(tmp_path, text, message):

@@ -66,6 +66,8 @@ class Interface(NamedTuple):
         subtract: inputs are (pixels - subtract) / divide, with pixels from 0 to 255.
         divide: see subtract.
         crop: side of the part of the images' middle that is used; None for whole images.
+        resize: side of the square that each image's middle was resized to when it was read,
+            before the crop; None for images as they are.
     """
 
     classes: tuple[str, ...]
@@ -73,6 +75,7 @@ class Interface(NamedTuple):
     subtract: float
     divide: float
     crop: int | None = None
+    resize: int | None = None
 
     def inputs(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return images as the net takes them: their middle of this shape, scaled.
@@ -115,11 +118,12 @@ size of .5 is one of .25 on this scale.
 """
 
 
-def named(name: str) -> Dataset:
+def named(name: str, *, resize: int | None = None) -> Dataset:
     """Return the data set that a command line names.
 
     Args:
         name: `mnist`, `cifar10`, `tfds:NAME` as for `from_tfds`, or else a folder.
+        resize: side of the square that each image's middle is resized to; None for none.
 
     Raises:
         FileNotFoundError: if it is none of these.
@@ -127,16 +131,43 @@ def named(name: str) -> Dataset:
         ValueError: likewise.
     """
     if name.startswith("tfds:"):
-        return from_tfds(name.removeprefix("tfds:"))
+        return _resized(from_tfds(name.removeprefix("tfds:")), resize)
     known = {"mnist": mnist, "cifar10": cifar10}
     if name in known:
-        return known[name]()
+        return _resized(known[name](), resize)
     if not Path(name).is_dir():
         raise FileNotFoundError(
             f"expected mnist, cifar10, tfds:NAME or a folder of images, got {name!r}, and no such "
             "folder is there; mend the name, or its path"
         )
-    return image_folder(name)
+    return image_folder(name, resize=resize)
+
+
+def held_out(name: str) -> str:
+    """Return a note, if the test images that `named` gives were held out of a folder; else ""."""
+    if name in ("mnist", "cifar10") or name.startswith("tfds:"):
+        return ""
+    if folders.unsplit(Path(name)) is None:
+        return ""
+    return "there is no folder test, so every fifth image of each class is held out for testing"
+
+
+def _resized(images: Dataset, side: int | None) -> Dataset:
+    if side is None:
+        return images
+    from PIL import Image
+
+    def part(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        channels = pixels.shape[-1]
+        squares = [
+            np.asarray(folders.square(Image.fromarray(x[..., 0] if channels == 1 else x), side))
+            for x in pixels
+        ]
+        return np.stack(squares).reshape(-1, side, side, channels)
+
+    return images._replace(
+        train_images=part(images.train_images), test_images=part(images.test_images)
+    )
 
 
 def mnist(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
@@ -223,7 +254,10 @@ def cifar10(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
 
 
 def image_folder(
-    folder: str | os.PathLike[str], *, data_dir: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str],
+    *,
+    resize: int | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """Return images sorted into `train/CLASS/` and `test/CLASS/`, as for tfds's ImageFolder.
 
@@ -236,7 +270,10 @@ def image_folder(
     Args:
         folder: where the folders `train` and `test` are, each with a folder for each of at least
             two classes; PNG or JPEG of 8 bits for each pixel and colour, all of one size. Names
-            that begin with a dot are ignored.
+            that begin with a dot are ignored. Without a folder `test`, every fifth image of each
+            class is for testing, and the classes may be in the folder itself.
+        resize: side of the square that each image's middle is resized to, whatever its size; None
+            for images as they are.
         data_dir: where prepared data is kept, as for `mnist`.
 
     Returns:
@@ -254,9 +291,9 @@ def image_folder(
     files = folders.files(folder)
     stats = [(str(path), path.stat()) for path in folders.paths(files)]
     listing = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    content = json.dumps([_READING, str(folder.resolve()), listing])
+    content = json.dumps([_READING, str(folder.resolve()), listing, *filter(None, [resize])])
     name = f"image_folder-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    arrays = cache.arrays(name, lambda where: _prepare_folder(where, files), data_dir)
+    arrays = cache.arrays(name, lambda where: _prepare_folder(where, files, resize), data_dir)
     return Dataset(*arrays, tuple(files["train"]))
 
 
@@ -448,23 +485,30 @@ def _prepare_cifar10(place: Path) -> Arrays:
         ) from error
 
 
-def _prepare_folder(place: Path, files: folders.Files) -> Arrays:
+def _prepare_folder(place: Path, files: folders.Files, resize: int | None) -> Arrays:
+    import tensorflow_datasets as tfds
+
     from experiments.lib import builders
 
-    first = next(folders.paths(files))
-    grey = all(folders.decoded(path).mode == "L" for path in folders.paths(files))
-    width, height = size = folders.decoded(first).size
+    images: dict[Path, Any] = {}
+    for path in tfds.core.utils.tqdm(list(folders.paths(files)), "Decoding images"):
+        image = folders.decoded(path)
+        images[path] = image if resize is None else folders.square(image, resize)
+    first, *_ = images
+    width, height = size = images[first].size
+    for path, image in images.items():
+        if image.size != size:
+            raise options.UsageError(
+                f"expected images of one size, {width}x{height} as {first} has, got "
+                f"{image.width}x{image.height} in {path}; resize all of them with --resize 32, "
+                "say, or resize or remove this one"
+            )
+    grey = all(image.mode == "L" for image in images.values())
 
     def examples(classes: Mapping[str, list[Path]]) -> builders.Examples:
-        labelled = ((i, path) for i, paths in enumerate(classes.values()) for path in paths)
-        for label, path in labelled:
-            image = folders.decoded(path)
-            if image.size != size:
-                raise options.UsageError(
-                    f"expected images of one size, {width}x{height} as {first} has, got "
-                    f"{image.width}x{image.height} in {path}; resize or remove it"
-                )
-            yield image if grey else image.convert("RGB"), label
+        for label, paths in enumerate(classes.values()):
+            for path in paths:
+                yield images[path] if grey else images[path].convert("RGB"), label
 
     made = builders.builder(
         "image_folder", "1.0.0", (height, width, 1 if grey else 3), len(files["train"]),

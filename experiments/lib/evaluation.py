@@ -1,6 +1,7 @@
 """Attacks on a net, by name: run, kept in blocks and rows, and put into tables.
 
 `Settings.certify` adds what is certified of the classifier that smoothing makes of the net.
+`curve` finds the least perturbations, and from them the accuracy at every size.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -22,7 +25,7 @@ from experiments.lib import attacks, blocks, options, parallel, problems, record
 from experiments.lib.attacks import LABELS, AttackName
 from experiments.lib.options import Count, OutputFolder, Positive, Seed, Several, Size
 from experiments.lib.problems import Problem
-from experiments.lib.records import AttackRow, CheckRow, RobustRow, SmoothedRow
+from experiments.lib.records import AttackRow, CheckRow, CurveRow, RobustRow, SmoothedRow
 from jaxadv import certify, evaluate
 from jaxadv.types import Norm
 
@@ -34,6 +37,8 @@ Name = AttackName | Literal["certify"]
 """What is run: an attack, or a certificate of the smoothed classifier."""
 CERTIFY: dict[str, Any] = {"alpha": 0.001, "n0": 100, "stages": [*certify.STAGES]}
 """How smoothed classifiers are certified."""
+_POINTS = 200
+"""Sizes at which a curve is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +196,65 @@ def _certified(
         )  # fmt: skip
     except ValueError as error:
         raise options.UsageError(f"--certify: {error}") from error
+
+
+def curve(
+    problem: Problem,
+    *,
+    eps: Sequence[float],
+    norm: Norm,
+    attacks: Mapping[str, dict[str, float]],
+    budget: int,
+    seed: int,
+    batch_size: int,
+    store: Path,
+    progress: Progress,
+) -> tuple[evaluate.Distances, CurveRow]:
+    """Find the least perturbation of each image.
+
+    Args:
+      problem: the net and the images.
+      eps: sizes whose accuracies are kept exactly.
+      norm: of the sizes.
+      attacks: robust accuracies by attack and size, to stand beside the curve.
+      budget: forward plus backward passes for each image.
+      seed: random seed.
+      batch_size: images perturbed at once.
+      store: the folder where finished batches are kept.
+      progress: where to show a bar.
+    """
+    identity = {
+        **problem.identity, "experiment": "curve", "norm": norm, "seed": seed, "budget": budget,
+        **records.made_by(),
+    }  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(CurveRow)}
+    n = len(problem.y)
+    bar = progress.add_task(f"{identity['method']}: least perturbations", total=n, note="")
+    start = time.perf_counter()
+    found = evaluate.distances(
+        problem.apply_fn, problem.params, problem.x, problem.y, norm=norm, budget=budget,
+        key=jax.random.key(seed), bounds=problem.bounds, batch_size=batch_size,
+        store=store / _digest(identity),
+        progress=lambda at: progress.update(bar, completed=at.done, total=at.of, note=at.attack),
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    spent = list(found.passes.values())
+    finite = found.size[np.isfinite(found.size)]
+    at = np.linspace(0, finite.max(initial=0), _POINTS)
+    row = CurveRow(
+        **{name: value for name, value in identity.items() if name in fields},
+        median=found.median,
+        curve={"eps": at.tolist(), "accuracy": found.accuracy(at).tolist()},
+        accuracy={f"{size:g}": float(found.accuracy(size)) for size in eps},
+        attacks={name: dict(robust) for name, robust in attacks.items()},
+        by={name: int(np.sum(found.attack == name)) for name in found.passes},
+        passes={
+            "forward": float(np.mean(sum(passes.forward for passes in spent))),
+            "backward": float(np.mean(sum(passes.backward for passes in spent))),
+        },
+        seconds=round(seconds, 1),
+    )
+    return found, row
 
 
 def _digest(identity: dict[str, Any]) -> str:

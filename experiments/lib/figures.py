@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from experiments.lib import options, records, tables, train_and_score
 from experiments.lib.recipes import NAMES
@@ -249,6 +250,48 @@ def plot_distances(rows: Sequence[CurveRow]) -> Any:
                 panel.plot(list(map(float, figures)), list(figures.values()), "o", color=colour)
         _dress(panel, legend=True, xlabel=f"{norm} size", ylabel="accuracy", title=source)
     return figure
+
+
+def draw_worst(
+    path: Path,
+    x: NDArray[np.float32],
+    r: NDArray[np.float32],
+    size: Sequence[float],
+    names: Sequence[tuple[str, str]],
+) -> Path:
+    """Draw images above the perturbations that mislead a net, and what these make of them.
+
+    Args:
+      path: of the file.
+      x: images, [n, H, W, C], with pixels in 0..1.
+      r: perturbations, likewise; they are drawn from grey, the largest pixel at full contrast.
+      size: of the perturbations.
+      names: for each image its class, and the one that it is taken for when perturbed.
+
+    Returns:
+      The file written.
+    """
+    largest = np.abs(r).max(axis=(1, 2, 3), keepdims=True)
+    grey = 0.5 + r / np.maximum(2 * largest, 1e-12)
+    rows = {"image": x, "r, magnified": grey, "image + r": x + r}
+    figure, axes = plt.subplots(
+        3, len(x), figsize=(1.5 * len(x) + 0.4, 5.2), layout="constrained", squeeze=False
+    )
+    for panels, (label, images) in zip(axes, rows.items(), strict=True):
+        panels[0].set_ylabel(label, fontsize=8)
+        for panel, image in zip(panels, images, strict=True):
+            shown = np.clip(image if x.shape[-1] == 3 else image[..., 0], 0, 1)
+            panel.imshow(shown, cmap="gray", vmin=0, vmax=1)
+            panel.set(xticks=[], yticks=[])
+    for i, (label, answer) in enumerate(names):
+        titles = _short(label), f"size {size[i]:.3g}", _short(answer)
+        for panel, title in zip(axes[:, i], titles, strict=True):
+            panel.set_title(title, fontsize=8, parse_math=False)  # a class may be called $x$
+    return _save(figure, path)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 20 else f"{name[:19]}…"
 
 
 def plot_sandwich(rows: Sequence[CertifyRow]) -> Any:

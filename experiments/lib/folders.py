@@ -1,4 +1,8 @@
-"""Folders of images, DIR/{train,test}/CLASS/*.png or jpg: listed, checked and decoded."""
+"""Folders of images, DIR/{train,test}/CLASS/*.png or jpg: listed, checked and decoded.
+
+Without a folder `test`, every fifth image of each class is held out for testing, in the order of
+their names, so that each command that reads the folder holds out the same.
+"""
 
 import os
 import unicodedata
@@ -13,7 +17,10 @@ from experiments.lib import options
 
 Files = Mapping[str, Mapping[str, list[Path]]]
 """The images of each class of `train` and of `test`."""
-_LAYOUT = "the layout is DIR/train/CLASS/*.png and DIR/test/CLASS/*.png"
+_LAYOUT = (
+    "the layout is DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, or DIR/CLASS/*.png alone, to "
+    "hold out every fifth image for testing"
+)
 
 
 def files(folder: Path) -> Files:
@@ -21,22 +28,65 @@ def files(folder: Path) -> Files:
 
     Raises:
       FileNotFoundError: if a part, or a class of one of the parts, is missing.
-      UsageError: if there is only one class, or something else than images in their places.
+      UsageError: if there is only one class, something else than images in their places, or too
+        few images to hold some out.
     """
-    found = {part: _classes(folder / part) for part in ("train", "test")}
+    whole = unsplit(folder)
+    if whole is None:
+        found = {part: _classes(folder / part) for part in ("train", "test")}
+    else:
+        found = _split(whole)
     for part in found:
         for name in sorted(found["train"].keys() | found["test"].keys()):
             if not found[part].get(name):
                 raise FileNotFoundError(
                     f"expected images of class {name!r} in {folder / part / name}, got none; each "
-                    "class needs images in both train and test"
+                    "class needs images in both train and test; add some, or remove the class"
                 )
     if len(found["train"]) < 2:
         raise options.UsageError(
-            f"expected folders of at least two classes in {folder / 'train'}, got "
+            f"expected folders of at least two classes in {whole or folder / 'train'}, got "
             f"{len(found['train'])}; {_LAYOUT}"
         )
     return found
+
+
+def unsplit(folder: Path) -> Path | None:
+    """Return the folder of the classes if there is no part `test`, so that images are held out.
+
+    Raises:
+      UsageError: if there are other folders beside `train`, one of which may be for testing.
+    """
+    there = [path.name for path in _visible(folder) if path.is_dir()]
+    if "test" in there:
+        return None
+    if "train" not in there:
+        return folder
+    if others := [name for name in there if name != "train"]:
+        raise options.UsageError(
+            f"expected the images for testing in {folder / 'test'}, got {', '.join(others)} beside "
+            "train; rename their folder to test, or remove all but train to hold out every fifth "
+            "image"
+        )
+    return folder / "train"
+
+
+def _split(whole: Path) -> dict[str, dict[str, list[Path]]]:
+    """Hold out every fifth image of each class."""
+    classes = _classes(whole)
+    for name, images in classes.items():
+        if len(images) < 2:
+            raise options.UsageError(
+                f"expected at least two images of each class, one of them for testing, got "
+                f"{len(images)} of class {name!r} in {whole}; add some, or remove the class"
+            )
+    return {
+        "train": {
+            name: [path for i, path in enumerate(images) if i % 5]
+            for name, images in classes.items()
+        },
+        "test": {name: images[::5] for name, images in classes.items()},
+    }
 
 
 def _classes(part: Path) -> dict[str, list[Path]]:
@@ -70,7 +120,8 @@ def _images(place: Path) -> list[Path]:
             )
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg") or not path.is_file():
             raise options.UsageError(
-                f"expected PNG or JPEG images in {place}, got {path}; convert or remove it"
+                f"expected PNG or JPEG images in {place}, got {path}; convert or remove it; "
+                f"{_LAYOUT}"
             )
     return found
 
@@ -141,3 +192,10 @@ def decoded(path: Path) -> Any:
         upright.mode in ("P", "PA") and (colours == colours[..., :1]).all()
     )
     return Image.fromarray(colours[..., 0] if stored_grey else colours)
+
+
+def square(image: Any, side: int) -> Any:
+    """Return the middle square of a Pillow image, resized."""
+    from PIL import ImageOps
+
+    return ImageOps.fit(image, (side, side))

@@ -1,10 +1,10 @@
-"""The networks of the paper's Section 7, as flax modules in two parts.
+"""The networks of the paper's Section 7, and one for any image size, as flax modules in two parts.
 
 Each has `encode` (the paper's N_rep) and `classify` (N_cla), and `__call__` is one after the other,
 so that the same parameters serve training on raw data and at the representation. Dropout acts where
 a module is applied with `train=True` and a `dropout` key; otherwise the net is deterministic.
 
-`mlp`, `lenet` and `vgg` give the paper's nets, all of them one `Classifier`.
+`mlp`, `lenet` and `vgg` give the paper's nets, `conv` the other one; each is a `Classifier`.
 """
 
 from __future__ import annotations
@@ -151,6 +151,8 @@ class Classifier(nn.Module):
       dropout: probability of dropping a unit of a hidden dense layer in training.
       split: how many blocks and hidden dense layers, counted together, belong to `encode`.
       dtype: what hidden layers compute in; parameters and logits are float32.
+      pooled: whether dense layers get the mean of each channel over the image, whatever its size,
+        instead of all pixels.
     """
 
     dense: Sequence[int]
@@ -161,6 +163,7 @@ class Classifier(nn.Module):
     dropout: float = 0.0
     split: int = 1
     dtype: jnp.dtype = jnp.dtype("float32")
+    pooled: bool = False
 
     def setup(self) -> None:
         """Make the layers; flax calls this."""
@@ -203,6 +206,8 @@ class Classifier(nn.Module):
                 for conv in self.convs[stage][:-1]:
                     h = nn.relu(conv(h))
                 h = nn.relu(_max_pool(self.convs[stage][-1](h)))  # relu on a quarter of the pixels
+                if self.pooled and stage + 1 == len(self.blocks):
+                    h = h.mean((1, 2))
             else:
                 layer = self.hidden[stage - len(self.blocks)]
                 h = nn.relu(layer(h.reshape(h.shape[0], -1)))
@@ -239,6 +244,11 @@ def vgg(
     )
 
 
+def conv(widths: Sequence[int] = ()) -> Classifier:
+    """Return a small net for photographs of any size: 3x3 convolutions, and each channel's mean."""
+    return Classifier(tuple(widths), blocks=((16, 16), (32, 32), (64, 64)), pooled=True)
+
+
 def by_path(params: Params) -> dict[str, Any]:
     """Return a pytree's leaves by their paths, joined by "/".
 
@@ -259,14 +269,15 @@ def recognised(params: Params, shape: Sequence[int]) -> Classifier:
     """Return the net that parameters belong to, by their names and shapes.
 
     Args:
-      params: as `mlp`, `lenet` or `vgg` make them.
+      params: as `mlp`, `lenet`, `vgg` or `conv` make them.
       shape: of the images that the net is for, (H, W, C).
 
     Raises:
-      ValueError: if they aren't those of a `Classifier` as `mlp`, `lenet` or `vgg` build it; or as
-        `check`.
+      ValueError: if they aren't those of a `Classifier` as `mlp`, `lenet`, `vgg` or `conv` build
+        it; or as `check`.
     """
     widths: dict[str, int] = {}  # of each layer's outputs, by whichever parameter is there
+    inputs: dict[str, int] = {}  # of each dense layer
     sides = []
     for path, leaf in by_path(params).items():
         match path.split("/"), np.shape(leaf):
@@ -274,6 +285,8 @@ def recognised(params: Params, shape: Sequence[int]) -> Classifier:
                 widths[layer] = width
                 if len(inner) == 3:
                     sides.append(inner[0])
+                if len(inner) == 1:
+                    inputs[layer] = inner[0]
 
     def numbered(name: str) -> Iterator[int]:
         """Yield the widths of NAME_0, NAME_1, ... as far as there are such layers."""
@@ -284,13 +297,16 @@ def recognised(params: Params, shape: Sequence[int]) -> Classifier:
     blocks = tuple(itertools.takewhile(bool, every))
     if "logits" not in widths or not (dense or blocks):
         raise options.UsageError(
-            "expected the parameters of an mlp, a lenet or a vgg, params/hidden_0/kernel and so "
-            f"on, got {', '.join(list(by_path(params))[:10]) or 'none'}; for a net of your own "
-            "pass module:function and --weights"
+            "expected the parameters of an mlp, a lenet, a vgg or a conv, params/hidden_0/kernel "
+            f"and so on, got {', '.join(list(by_path(params))[:10]) or 'none'}; for a net of your "
+            "own pass module:function and --weights"
         )
     size = sides[0] if sides else 3
     padding = 0 if size == 5 else 1  # the only nets of each size
-    net = Classifier(dense, blocks=blocks, size=size, padding=padding, classes=widths["logits"])
+    pooled = bool(blocks) and inputs.get("hidden_0" if dense else "logits") == blocks[-1][-1]
+    net = Classifier(
+        dense, blocks=blocks, size=size, padding=padding, classes=widths["logits"], pooled=pooled
+    )
     check(net, params, shape)
     return net
 
@@ -331,4 +347,6 @@ def _differences(expected: Mapping[str, Any], params: Params) -> list[str]:
 def describe(net: Classifier) -> str:
     """Return a net's layers in short, e.g. `conv20-conv50-500`."""
     convs = [f"conv{width}" for block in net.blocks for width in block]
-    return "-".join([*convs, "x".join(map(str, net.dense))])
+    pool = ["mean"] if net.pooled else []
+    dense = ["x".join(map(str, net.dense))] if net.dense else []
+    return "-".join([*convs, *pool, *dense])

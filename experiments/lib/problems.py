@@ -50,6 +50,9 @@ class Settings(Checked):
     crop: Count | None = None
     """Side of the part of the images' middle that is used. By default as the weights say; if they
     don't, 28 for cifar10, else all."""
+    resize: Count | None = None
+    """Side of the square that each image's middle is resized to, before all else. By default as
+    the weights say; if they don't, images stay as they are."""
     classes: Annotated[tuple[str, ...], distinct] = ()
     """The data's names of the net's classes, in the order of its logits. By default what the
     weights call them; if they don't say, the data's classes in their order."""
@@ -140,7 +143,8 @@ def load(settings: Settings) -> Problem:
     """
     path = settings.weights if ":" in settings.net else Path(settings.net)
     said = None if path is None else weights.interface(path)
-    images = data.named(settings.data)
+    resize = (said and said.resize) or settings.resize
+    images = data.named(settings.data, resize=resize)
     taken = _interface(settings, said, images)
     greatest = images.test_images.max() if settings.box else None
     _check_scale(taken.subtract, taken.divide, greatest)
@@ -159,12 +163,13 @@ def load(settings: Settings) -> Problem:
     low = -taken.subtract / taken.divide
     bounds = (low, (taken.divide - taken.subtract) / taken.divide) if settings.box else None
     folder = settings.data not in _USUAL and not settings.data.startswith("tfds:")
-    identity = {
+    identity: dict[str, Any] = {
         "experiment": "evaluate",
         "method": settings.name or _short_name(settings),
         "network": network,
         "weights": digest(params),
-        "data": data.describe(settings.data, images) if folder else settings.data,
+        "data": (data.describe(settings.data, images) if folder else settings.data)
+        + (f", resized to {resize}x{resize}" if resize else ""),
         "subtract": taken.subtract,
         "divide": taken.divide,
         "crop": taken.crop,
@@ -174,6 +179,8 @@ def load(settings: Settings) -> Problem:
     if said is not None or settings.classes:
         identity["classes"] = list(taken.classes)
         identity["notes"] = _notes(taken, said, images)
+    if held_out := data.held_out(settings.data):
+        identity.setdefault("notes", []).append(held_out)
     if ":" in settings.net:  # what a function does, no weights tell
         identity["answers"] = digest(apply_fn(params, jnp.asarray(x[:8])))
     return Problem(apply_fn, params, x, y, bounds, identity)
@@ -211,7 +218,7 @@ def _interface(
     """
     height, width, channels = images.test_images.shape[1:]
     usual = _USUAL.get(settings.data, data.WHOLE)._replace(classes=images.classes)
-    scale = {name: getattr(settings, name) for name in ("subtract", "divide", "crop")}
+    scale = {name: getattr(settings, name) for name in ("subtract", "divide", "crop", "resize")}
     given = {name: value for name, value in scale.items() if value is not None}
     taken = (said or usual)._replace(**given)
     if taken.crop and taken.crop > min(height, width):
@@ -228,11 +235,14 @@ def _interface(
         other = {name: value for name, value in given.items() if value != getattr(said, name)}
         if taken.shape == said.shape:  # a crop of the whole is none
             other.pop("crop", None)
+        if said.resize is None:  # other images may have to be resized to the size of its own
+            other.pop("resize", None)
         if other:
             wrong.append(
                 f"expected images scaled as the weights say, (pixels - {said.subtract:g}) / "
                 f"{said.divide:g}"
                 + (f" of the middle {said.crop}x{said.crop}" if said.crop else "")
+                + (f", resized to {said.resize}x{said.resize}" if said.resize else "")
                 + f", got {' '.join(f'--{name} {value:g}' for name, value in other.items())}; "
                 "leave these options out"
             )
@@ -240,7 +250,8 @@ def _interface(
         if taken.shape != said.shape:
             wrong.append(
                 f"expected images of {_by(said.shape)}, as the weights say, got "
-                f"{_by(taken.shape)}; choose others, or resize or convert them"
+                f"{_by(taken.shape)}; choose others, or resize them, e.g. to NxN by --resize N, or "
+                "convert them"
             )
     unknown = [name for name in images.classes if name not in taken.classes]
     if unknown or len(set(taken.classes)) < len(taken.classes):

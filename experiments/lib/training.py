@@ -110,6 +110,8 @@ def fit(
     n_steps = len(data[1]) // batch_size
     epoch_fn = train.make_epoch(objective, tx)
     seconds, history = 0.0, []
+    told, compiled = False, set[int]()
+    timed_seconds, timed_steps = 0.0, 0  # without the first chunk of each length, which compiles
     task = progress.add_task(name, total=epochs * n_steps, note="")
 
     with ocp.CheckpointManager(
@@ -132,7 +134,8 @@ def fit(
             order = parallel.spread(mesh, order, axis=1)
             infos = []
             for first in range(0, n_steps, _CHUNK):
-                state, info = epoch_fn(state, data, order[first : first + _CHUNK])
+                begin, chunk = time.perf_counter(), order[first : first + _CHUNK]
+                state, info = epoch_fn(state, data, chunk)
                 infos.append(info)
                 loss, accuracy = info.loss.mean(), info.aux.accuracy.mean()
                 progress.update(
@@ -140,6 +143,10 @@ def fit(
                     completed=epoch * n_steps + min(first + _CHUNK, n_steps),
                     note=f"loss {loss:.3f}  accuracy {accuracy:.3f}",
                 )
+                if len(chunk) in compiled:
+                    timed_seconds += time.perf_counter() - begin
+                    timed_steps += len(chunk)
+                compiled.add(len(chunk))
             history.append(_summary(infos))
             seconds += time.perf_counter() - start
             if watch is not None:
@@ -151,6 +158,10 @@ def fit(
                     state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
                 ),
             )
+            if timed_steps and not told and epoch + 1 < epochs:
+                left = timed_seconds / timed_steps * n_steps * (epochs - epoch - 1)
+                progress.console.print(f"{name}: about {_duration(left)} of training left")
+                told = True
             if not progress.console.is_terminal:
                 last = history[-1]
                 progress.console.print(
@@ -159,6 +170,12 @@ def fit(
                 )
     progress.update(task, completed=epochs * n_steps)
     return Fitted(state, seconds, history)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _summary(infos: list[train.StepInfo]) -> dict[str, float]:

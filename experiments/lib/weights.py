@@ -143,7 +143,8 @@ def interface(path: Path) -> data.Interface | None:
     said = _said(path, "interface")
     if said is None:
         return None
-    if said.keys() != set(data.Interface._fields):
+    optional = data.Interface._field_defaults.keys()  # older files lack some
+    if said.keys() | optional != set(data.Interface._fields):
         raise options.UsageError(
             f"expected {', '.join(data.Interface._fields)} of the interface in {path}, got "
             f"{', '.join(said)}; write it again by weights.save"
