@@ -21,7 +21,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments.lib import cache, data
+from experiments.lib import cache, data, options
 
 ROOT = Path(data.__file__).resolve().parents[2]
 
@@ -799,7 +799,7 @@ BROKEN = {
 def test_a_folder_that_is_no_data_set_is_an_error_naming_the_place(place, how):
     change, message = BROKEN[how]
     change(place)
-    with pytest.raises((ValueError, FileNotFoundError), match=f"expected .*{message}"):
+    with pytest.raises((options.UsageError, FileNotFoundError), match=f"expected .*{message}"):
         read(place)
 
 

@@ -155,12 +155,12 @@ def decoded(path: Path) -> Any:
     """Return a Pillow image, upright: of mode L if it is stored as grey, else RGB.
 
     Raises:
-      ValueError: if it can't be decoded, has several frames, transparent pixels, or 16 bits.
+      UsageError: if it can't be decoded, has several frames, transparent pixels, or 16 bits.
     """
     from PIL import Image, ImageOps
 
-    def refused(got: str, cure: str) -> ValueError:
-        return ValueError(
+    def refused(got: str, cure: str) -> options.UsageError:
+        return options.UsageError(
             f"expected an opaque image of 8 bits for each pixel and colour in {path}, got {got}; "
             f"{cure}, or remove it"
         )
