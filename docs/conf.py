@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -60,6 +61,7 @@ nb_execution_mode = "off" if tags.has("sphinx_llm_markdown") else "force"  # noq
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # seconds for a cell, on a busy machine
 nb_output_stderr = "warn"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA says there when a busy machine compiles slowly
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"
