@@ -330,9 +330,12 @@ def test_where_an_attack_gains_it_goes_farther_from_the_boundary():
         return jnp.zeros_like(x).at[:, 1].set(jnp.where(x[:, 2] < 0.12, 2, 0))
 
     def stage(method):
+        def net(_, x):
+            return 2 + x[:, :2]  # not 1 and 0, which are probabilities
+
         attacks = {"nearer": nearer, "near": evaluate.NearBoundary(method, 0.12)}
         y = np.zeros(4, int)
-        run = evaluate.attack_and_score(lambda _, x: x[:, :2], None, x, y, attacks, eps=9.0)
+        run = evaluate.attack_and_score(net, None, x, y, attacks, eps=9.0)
         return run.stages["near"]
 
     assert stage(first).tried.tolist() == [True, True, False, False]  # .15 gains nothing
