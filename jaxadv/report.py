@@ -18,12 +18,12 @@ import platform
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -433,7 +433,7 @@ def robustness(
         "versions": {
             "python": platform.python_version(),
             "jaxadv": jaxadv.__version__,
-            **{name: version(name) for name in ("jax", "jaxlib", "numpy")},
+            **{module.__name__: module.__version__ for module in (jax, jaxlib, np)},
         },
         "device": _device(x),
     }

@@ -142,13 +142,13 @@ def test_a_bound_once_reached_is_kept():
 
 
 def test_the_samplers_error_and_the_distance_to_the_grid_are_taken_off():
-    right = np.array([99_990])
-    plain, off = rule().bound(right, 2), rule(off=1e-4).bound(right, 2)
+    right, last = np.array([99_990]), len(STAGES) - 1
+    plain, off = rule().bound(right, last), rule(off=1e-4).bound(right, last)
     np.testing.assert_allclose(off, plain - 1e-4, rtol=1e-12)
     apart = rule().radius(plain, np.array([0.0])) - rule().radius(plain, np.array([0.01]))
     np.testing.assert_allclose(apart, 0.01, rtol=1e-10)
     # In what a look decides, too: 99,905 certify 1.5 of an image on the grid only.
-    size = rule().radius(rule().bound(np.array([99_904]), 2), np.array([0, 0.01]))
+    size = rule().radius(rule().bound(np.array([99_904]), last), np.array([0, 0.01]))
     assert (size >= 1.5).tolist() == [True, False]
     assert rule().radius(np.array([0.5001]), np.array([0.01])).tolist() == [0]
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -198,6 +199,7 @@ def conf(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     spec = importlib.util.spec_from_file_location("conf", DOCS / "conf.py")
     module = importlib.util.module_from_spec(spec)
+    module.tags = types.SimpleNamespace(has=lambda name: False)  # Sphinx puts it there
     spec.loader.exec_module(module)
     return module
 

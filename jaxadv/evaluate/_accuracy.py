@@ -266,7 +266,7 @@ def compare(first: Any, second: Any, confidence: float = 0.95) -> Comparison:
       >>> from jaxadv import evaluate
       >>> found = evaluate.compare(np.arange(1000) < 800, np.arange(1000) < 790)
       >>> found.difference, [round(end, 3) for end in found.interval], round(found.p_value, 3)
-      (0.01, [0.003, 0.017], 0.002)
+      (0.01, [0.004, 0.016], 0.002)
 
     References:
       McNemar, "Note on the sampling error of the difference between correlated proportions or
