@@ -36,7 +36,7 @@ def build(folder, cell, *options):
     (source / "index.md").write_text("# A site\n\n```{toctree}\nnotebooks/one\n```\n")
     (source / "notebooks" / "one.md").write_text(NOTEBOOK.format(cell=cell))
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-q", "-W", "-c", DOCS, *options, source, folder / "site"],
+        [sys.executable, "-m", "sphinx", "-qTW", "-c", DOCS, *options, source, folder / "site"],
         capture_output=True, text=True,
     )  # fmt: skip
     return done, folder / "site"
