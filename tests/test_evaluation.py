@@ -231,6 +231,8 @@ def test_images_are_resized_as_the_weights_say(folder):
         problem = load("small.safetensors", folder, resize=4)
         assert problem.identity["data"].endswith(", resized to 4x4")
         assert problem.x.shape[1:] == (4, 4, 1)
+    weights.save(Path("said.safetensors"), params, interface=small._replace(resize=4))
+    np.testing.assert_array_equal(load("said.safetensors", folder).x, problem.x)
     with pytest.raises(ValueError, match=r"4x4x1, as the weights say, got 8x8x1; .* by --resize N"):
         load("small.safetensors", folder)
 

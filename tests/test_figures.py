@@ -148,7 +148,7 @@ def test_the_worst_images_are_drawn_whatever_their_classes_are_called(
     x = np.full((2, 3, 5, channels), 0.75, np.float32)
     r = np.full_like(x, -0.25)
     r[1, 0] = 0.5
-    names = [("a $b$c_{", "d"), ("a class of a very long name", "a")]
+    names = [("a $_{$", "d"), ("a class of a very long name", "a")]
     path = figures.draw_worst(tmp_path / "worst.png", x, r, [0.123456, 2], names)
     assert path.read_bytes()[:4] == b"\x89PNG"
     axes = kept[0].axes
@@ -158,7 +158,7 @@ def test_the_worst_images_are_drawn_whatever_their_classes_are_called(
     np.testing.assert_array_equal(shown[4], 0.5)
     assert shown[5].max() == 1  # and not 1.25
     assert [axis.get_title() for axis in axes] == [
-        "a $b$c_{", "a class of a very l…", "size 0.123", "size 2", "d", "a",
+        "a $_{$", "a class of a very l…", "size 0.123", "size 2", "d", "a",
     ]  # fmt: skip
 
 
