@@ -63,6 +63,7 @@ nb_execution_timeout = 600  # seconds for a cell, on a busy machine
 nb_output_stderr = "warn"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA says there when a busy machine compiles slowly
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # plain CommonMark has no tables
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures have them

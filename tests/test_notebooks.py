@@ -58,10 +58,11 @@ def test_what_goes_wrong_in_a_cell_fails_the_build(tmp_path, cell, message):
 
 @pytest.mark.slow
 def test_a_notebook_is_run_and_without_an_address_colab_is_not_mentioned(tmp_path):
-    done, site = build(tmp_path, "print(6 * 7)")
+    table = "Markdown(f'| a | b |\\n|---|---|\\n| {6 * 7} | |')"
+    done, site = build(tmp_path, f"from IPython.display import Markdown\n{table}")
     assert done.returncode == 0, done.stderr
     page = (site / "notebooks" / "one.html").read_text()
-    assert "42" in page
+    assert "<td><p>42</p></td>" in page
     assert "colab" not in page.lower()
     assert not list(site.rglob("*.ipynb"))
 
