@@ -137,6 +137,11 @@ def _colab(app, docname, source):
     source[0] = re.sub(r"^# .*\n", rf"\g<0>\n{link}\n", source[0], count=1, flags=re.MULTILINE)
 
 
+def _tidy(app, exception):
+    """Remove the notebooks with outputs that are left beside what is built, and within the site."""
+    shutil.rmtree(Path(app.outdir).parent / "jupyter_execute", ignore_errors=True)
+
+
 def _children_only(translator, node):
     """Write a node as its children."""
 
@@ -146,6 +151,7 @@ def setup(app):
     app.add_config_value("repository", "", "env", str)
     app.connect("source-read", _colab)
     app.connect("source-read", _records)
+    app.connect("build-finished", _tidy)
     if not repository:
         app.connect("viewcode-follow-imported", _home)
     app.connect("autodoc-skip-member", _skip)
