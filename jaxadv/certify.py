@@ -60,7 +60,8 @@ class Prediction(NamedTuple):
 
     Attributes:
       label: the class drawn most often, `[n]`; -1 if no draw had finite logits.
-      counts: how often each class was drawn, `[n, K]`.
+      counts: how often each class was drawn, `[n, K]`; an example stops when the draws to come
+        can't change its answer, after 11/20 of them at the earliest.
       abstained: the draws don't tell at this alpha whether `label` is g's class, bool `[n]`.
     """
 
@@ -139,6 +140,10 @@ def smooth(apply_fn: ApplyFn, sigma: float) -> StochasticFn:
     return _Smooth(apply_fn, _checked_sigma(sigma))
 
 
+_LOOKS = range(11, 21)
+"""When `predict` looks whether the draws to come matter, in twentieths of n."""
+
+
 @meshes.auto_axes()
 def predict(
     apply_fn: ApplyFn,
@@ -165,7 +170,7 @@ def predict(
       x: `[n, ...]`, floating point, on the host or the device.
       sigma: the noise's standard deviation, positive.
       alpha: the probability of a wrong class, in (0, 1).
-      n: number of draws for each example, at least 1.
+      n: number of draws for each example, at least 1; fewer where the rest can't change the answer.
       key: one key, split per example, or one per example.
       batch_size: number of noisy examples in each pass through the net.
       store: as for `certify`.
@@ -194,10 +199,17 @@ def predict(
     _checked_alpha(alpha)
     inputs.at_least(1, "n", n, "10000 is usual")
     draws = _Draws.of("predict", apply_fn, params, x, None, sigma, key, batch_size, progress)
-    counts = draws.kept(store, n=n).counts(np.arange(len(draws.x)), 0, n)
-    below, top = np.sort(counts, axis=1)[:, -2:].T
-    p_value = np.minimum(2 * special.bdtrc(top - 1, top + below, 0.5), 1)
-    return Prediction(_most_frequent(counts), counts, p_value > alpha)
+    draws = draws.kept(store, n=n, alpha=alpha)
+    counts, undecided = np.zeros((len(draws.x), draws.classes), int), np.ones(len(draws.x), bool)
+    looks = sorted({-(-n * part // 20) for part in _LOOKS})
+    for look, (before, last) in enumerate(pairwise((0, *looks))):
+        rows = np.flatnonzero(undecided)
+        counts[rows] += draws.counts(rows, before, last, look)
+        below, top = np.sort(counts[rows], axis=1)[:, -2:].T
+        most = below + n - last  # the runner-up's count, if all draws to come are its
+        p_value = np.minimum(2 * special.bdtrc(top - 1, top + most, 0.5), 1)
+        undecided[rows] = p_value > alpha
+    return Prediction(_most_frequent(counts), counts, undecided)
 
 
 @meshes.auto_axes()

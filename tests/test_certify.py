@@ -412,11 +412,26 @@ def test_no_example_has_no_certificate():
 def test_a_prediction_abstains_as_the_binomial_test_does():
     params, x, _, _ = binary_problem(n=20)
     found = certify.predict(linear, params, x / 10, sigma=SIGMA, n=200, alpha=0.05, key=KEY)
-    assert found.counts.sum(axis=1).tolist() == [200] * 20
     p_values = [stats.binomtest(row.max(), row.sum()).pvalue for row in found.counts]
     np.testing.assert_array_equal(found.abstained, np.array(p_values) > 0.05)
     assert 0 < found.abstained.sum() < 20
     np.testing.assert_array_equal(found.label, found.counts.argmax(axis=1))
+
+
+def test_a_prediction_stops_early_only_with_the_answer_of_all_draws(monkeypatch):
+    params, x, _, _ = binary_problem()
+    predict = partial(certify.predict, linear, params, sigma=SIGMA, n=1000, key=KEY)
+    x = np.concatenate([x, x / 10, x / 30])  # answers that are clear, less clear, and not
+    early = predict(x)
+    monkeypatch.setattr(certify, "_LOOKS", [20])
+    whole = predict(x)
+    assert (whole.counts.sum(axis=1) == 1000).all()
+    np.testing.assert_array_equal(early.label, whole.label)
+    np.testing.assert_array_equal(early.abstained, whole.abstained)
+    drawn = early.counts.sum(axis=1)
+    assert set(drawn) >= {600, 1000}  # 550 draws of one class aren't enough at alpha 0.001
+    assert (drawn[early.abstained] == 1000).all()
+    assert 0.1 < early.abstained.mean() < 0.9
 
 
 # Wrong use
