@@ -152,6 +152,7 @@ def objective_of(
         r = attack.pgd(
             net, lax.stop_gradient(params), x, y, eps=eps(step) if callable(eps) else eps,
             steps=settings.train_steps, samples=settings.copies, key=attack_key, bounds=BOX,
+            keep="last",
         )  # fmt: skip
         moved = x + lax.stop_gradient(r)
         return noisy(params, model_state, (moved, y), key=key, step=step)
