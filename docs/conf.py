@@ -1,4 +1,4 @@
-"""Sphinx: the documentation site, built by `python -m sphinx -W docs docs/_build`."""
+"""Sphinx settings of the documentation; build it with `python -m sphinx -W docs docs/_build`."""
 
 import importlib
 import inspect
@@ -18,12 +18,12 @@ _HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE))
 from recorded import recorded  # noqa: E402
 
-# The repository's public address, https://github.com/OWNER/NAME. While it is empty, there are no
-# links to it, and the site has the source itself; then, names link to their lines, and notebooks to
-# Colab, which opens the site's files on the branch gh-pages.
+# The repository's public address, https://github.com/OWNER/NAME. While it is empty, the site
+# contains the source code. Once it is set, names link to their lines in the repository, and
+# notebooks to Colab, which opens the site's files on the branch gh-pages.
 repository = ""
 
-# The records' pages and pictures become part of the site.
+# The site contains the records' pages and pictures.
 shutil.copytree(
     _HERE.parent / "experiments" / "results", _HERE / "results", dirs_exist_ok=True,
     ignore=shutil.ignore_patterns("*.safetensors", "checkpoints"),
@@ -42,11 +42,11 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_llm.txt",
 ]
-exclude_patterns = ["_build", "**.ipynb"]  # notebooks are text: what a reader converts isn't a page
+exclude_patterns = ["_build", "**.ipynb"]  # notebooks are Markdown; converted ones aren't pages
 templates_path = ["_templates"]
 nitpicky = True
-default_role = "literal"  # docstrings have names in single backquotes, as Markdown does
-# Names that annotations have from other projects, whose pages aren't fetched to build ours.
+default_role = "literal"  # docstrings put names in single backquotes, as Markdown does
+# Other projects' names in annotations: the build doesn't fetch their pages to link to.
 nitpick_ignore_regex = [("py:.*", r"(jax|numpy|optax|np|jnp|collections|typing|flax)\b.*")]
 
 html_theme = "furo"
@@ -56,12 +56,13 @@ myst_heading_anchors = 3
 
 autosummary_context = {"recorded": recorded()}
 
-# Notebooks are Markdown without outputs; the build runs them, but not once more for assistants.
+# Notebooks are Markdown without outputs. The build runs them; the second build, of the Markdown
+# pages for AI assistants, doesn't.
 nb_execution_mode = "off" if tags.has("sphinx_llm_markdown") else "force"  # noqa: F821
 nb_execution_raise_on_error = True
-nb_execution_timeout = 600  # seconds for a cell, on a busy machine
+nb_execution_timeout = 600  # seconds per cell, enough for a busy machine
 nb_output_stderr = "warn"
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA says there when a busy machine compiles slowly
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA warns on stderr about slow compilation
 nb_merge_streams = True
 nb_render_markdown_format = "myst"  # plain CommonMark has no tables
 
@@ -76,17 +77,17 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 
-# For assistants: llms.txt, each page as Markdown, and all but the records as one file.
+# For AI assistants: llms.txt, each page as Markdown, and all pages but the records in one file.
 llms_txt_description = "Adversarial perturbations, training and evaluation for classifiers in JAX."
 llms_txt_full_build = True
 llms_txt_exclude = ["records", "results/**"]
 llms_txt_nested_enabled = False
 llms_txt_suffix_mode = "append"
-llms_txt_build_parallel = False  # both builds would copy the records at once
+llms_txt_build_parallel = False  # otherwise both builds would copy the records at the same time
 
 
 def linkcode_resolve(domain, info):
-    """Return the address of the lines that define an object, or None where it has none of ours."""
+    """Return the address of an object's definition; None if it isn't in this project."""
     found = importlib.import_module(info["module"])
     for name in info["fullname"].split("."):
         found = getattr(found, name, None)
@@ -94,28 +95,28 @@ def linkcode_resolve(domain, info):
         found = inspect.unwrap(found)
         path = Path(inspect.getsourcefile(found)).relative_to(_HERE.parent)
         lines, first = inspect.getsourcelines(found)
-    except (TypeError, ValueError):  # no source: an alias, a property, or another project's
+    except (TypeError, ValueError):  # an alias, a property, or another project's object
         return None
     return f"{repository}/blob/main/{path}#L{first}-L{first + len(lines) - 1}"
 
 
 def _skip(app, what, name, obj, skip, options):
-    """Leave out the fields of named tuples, which their classes' docstrings have."""
+    """Leave out the fields of named tuples, which are in the class docstrings."""
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def _home(app, module, name):
-    """Tell where the source is: for aliases of built-in types, not where those have theirs."""
+    """Say where the source is: for aliases of built-in types, here, not in the type's module."""
     return module if module == "jaxadv.types" else None
 
 
 def _records(app, docname, source):
-    """Let links to the records, as the repository has them, lead to the site's copy."""
+    """Make the repository's links to the records point to the site's copy."""
     source[0] = re.sub(r"\]\(((\.\./)*)\.\./experiments/results/", r"](\1results/", source[0])
 
 
 def _colab(app, docname, source):
-    """Link a notebook to Colab, and write the file that opens there: set-up first, links whole."""
+    """Link a notebook to Colab, and write the file for it: with set-up cell and absolute links."""
     address = app.config.repository
     if not (address and docname.startswith("notebooks/") and "{code-cell}" in source[0]):
         return
@@ -138,7 +139,7 @@ def _colab(app, docname, source):
 
 
 def _tidy(app, exception):
-    """Remove the notebooks with outputs that are left beside what is built, and within the site."""
+    """Remove the executed notebooks that the build leaves next to the site."""
     shutil.rmtree(Path(app.outdir).parent / "jupyter_execute", ignore_errors=True)
 
 
@@ -155,6 +156,6 @@ def setup(app):
     if not repository:
         app.connect("viewcode-follow-imported", _home)
     app.connect("autodoc-skip-member", _skip)
-    # What separates arguments by position and by keyword, which the builder has no way to write.
+    # The separators of positional and keyword arguments, which the Markdown builder can't write.
     visit_and_depart = (_children_only, _children_only)
     app.add_node(abbreviation, override=True, **{"llms-markdown": visit_and_depart})

@@ -1,4 +1,4 @@
-"""What the records say of a function, for its page of the reference: figures and pictures."""
+"""Recorded figures and pictures for the functions' pages in the reference."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from statistics import fmean
 _RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results"
 _LWA = "The LWA net of Table 1 (500x500, MNIST)"
 _ALT = {
-    "gallery/digits": "Digits, perturbations and predictions, one pair of lines for each method",
+    "gallery/digits": "Digits, perturbations and predictions, a pair of rows for each method",
     "gallery/accuracy": "Accuracy under one step, PGD and AutoAttack, by size",
     "gallery/surface": "The margin around an image, for two nets",
     "gallery/saturation": "Direction and size of float32 gradients as logits grow",
@@ -16,7 +16,7 @@ _ALT = {
 
 
 def _rows(record, **wanted):
-    """Return the rows of a record that have these values."""
+    """Return the rows of a record whose columns have the given values."""
     rows = json.loads((_RESULTS / record / "results.json").read_text())
     rows = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
     if not rows:
@@ -40,9 +40,9 @@ def _one_step(column):
     rows = _rows("mnist_mlp", method="lwa")
     return _in(
         "mnist_mlp",
-        f"{_LWA} has an accuracy of {_mean(rows, 'validation')} on clean images; at l2 size 1.5 of "
-        f"{_mean(rows, column)} under this one step, and {_mean(rows, 'pgd')} under 100 steps of "
-        "PGD",
+        f"{_LWA} has an accuracy of {_mean(rows, 'validation')} on clean images. At l2 size 1.5, "
+        f"its accuracy is {_mean(rows, column)} under this one step, and {_mean(rows, 'pgd')} "
+        "under 100 steps of PGD",
     )
 
 
@@ -53,9 +53,9 @@ def _attack(name):
     )
     return _in(
         "autoattack",
-        f"{_LWA} has an accuracy of {_mean(rows, 'clean')} on 1,000 clean images; at l2 size 1.5, "
-        f"in the range of pixels, of {_mean(rows, 'robust')} under this attack with AutoAttack's "
-        f"settings, and {_mean(whole, 'robust')} under the whole AutoAttack",
+        f"{_LWA} has an accuracy of {_mean(rows, 'clean')} on 1,000 clean images. At l2 size 1.5, "
+        f"in the range of pixels, its accuracy is {_mean(rows, 'robust')} under this attack with "
+        f"AutoAttack's settings, and {_mean(whole, 'robust')} under all of AutoAttack",
     )
 
 
@@ -66,8 +66,8 @@ def _least(name):
     return _in(
         "optimality",
         f"For {_LWA[0].lower()}{_LWA[1:]}, the median l2 size that this finds on 500 images within "
-        f"2,000 passes is {own['columns']['median']:.3f}; the smallest on record, of all attacks "
-        f"and libraries, is {best:.3f}",
+        f"2,000 passes is {own['columns']['median']:.3f}. The smallest recorded median of all "
+        f"attacks and libraries is {best:.3f}",
     )
 
 
@@ -76,8 +76,8 @@ def _deepfool():
     found = row["median l2"]
     return _in(
         "known",
-        f"For a net that others have published, the median l2 size is {found['DeepFool']:.2f} by "
-        f"DeepFool and {found['the best']:.2f} by the best attack",
+        f"For a published net (advertorch's), the median l2 size is {found['DeepFool']:.2f} with "
+        f"DeepFool, and {found['the best']:.2f} with the best attack for each image",
     )
 
 
@@ -87,9 +87,9 @@ def _trained(method, how):
     )
     return _in(
         "board",
-        f"The net of Table 1 that is trained {how} classifies {row['columns']['clean']:.3f} of "
-        f"MNIST's test images correctly, and {row['columns']['robust']:.3f} under AutoAttack of l2 "
-        "size 1.5, in the range of pixels",
+        f"The net of Table 1 that was trained {how} has an accuracy of "
+        f"{row['columns']['clean']:.3f} on MNIST's test images, and of "
+        f"{row['columns']['robust']:.3f} under AutoAttack at l2 size 1.5, in the range of pixels",
     )
 
 
@@ -99,9 +99,9 @@ def _pgd():
     )
     return _in(
         "board",
-        f"{_LWA} classifies {row['columns']['clean']:.3f} of the test images correctly, and "
-        f"{row['columns']['robust']:.3f} under 100 steps from 10 starts, at l2 size 1.5 and in the "
-        "range of pixels",
+        f"{_LWA} has an accuracy of {row['columns']['clean']:.3f} on the test images, and of "
+        f"{row['columns']['robust']:.3f} under PGD of 100 steps from 10 starts, at l2 size 1.5 and "
+        "in the range of pixels",
     )
 
 
@@ -113,8 +113,8 @@ def _fast():
     )
     return _in(
         "fast",
-        f"In {len(rows)} comparisons it took {fast / standard:.0%} of AutoAttack's passes, and the "
-        f"accuracies differ by at most {apart:.3f}",
+        f"In {len(rows)} comparisons, it took {fast / standard:.0%} of AutoAttack's passes, and "
+        f"the accuracies differed by at most {apart:.3f}",
     )
 
 
@@ -127,14 +127,14 @@ def _step():
     }
     return _in(
         "benchmark",
-        f"On 2 CPU cores, a step takes {ms['mlp', 'plain']} ms for a 500x500 net, "
-        f"{ms['mlp', 'LWA']} ms with LWA; for a LeNet {ms['lenet', 'plain']} ms and "
+        f"On 2 CPU cores, a plain training step takes {ms['mlp', 'plain']} ms for a 500x500 net "
+        f"and an LWA step {ms['mlp', 'LWA']} ms; for a LeNet, {ms['lenet', 'plain']} ms and "
         f"{ms['lenet', 'LWA']} ms",
     )
 
 
 def recorded():
-    """Return reStructuredText by a function's full name."""
+    """Return each function's text in reStructuredText, by the function's full name."""
     digits, accuracy = _picture("gallery/digits"), _picture("gallery/accuracy")
     parts = {
         "perturb.alpha": [_one_step("adv_alpha"), digits],
@@ -150,7 +150,7 @@ def recorded():
         "attack.deepfool": [_deepfool(), digits],
         "objectives.natural": [_trained("normal", "on clean images")],
         "objectives.adversarial": [_trained("lwa", "by LWA"), accuracy],
-        "objectives.mixed": [_trained("goodfellow", "by Goodfellow's objective")],
+        "objectives.mixed": [_trained("goodfellow", "with Goodfellow's objective")],
         "objectives.representation": [_trained("lwa_rep", "at a representation (LWA_Rep)")],
         "train.make_step": [_step()],
         "evaluate.attack_and_score": [_trained("lwa", "by LWA"), accuracy],
@@ -161,6 +161,6 @@ def recorded():
         "logistic.objective": [_picture("logistic/appendix_a")],
     }
     return {
-        f"jaxadv.{name}": "\n\n".join([".. rubric:: On record", *shown])
+        f"jaxadv.{name}": "\n\n".join([".. rubric:: Recorded results", *shown])
         for name, shown in parts.items()
     }

@@ -1,4 +1,4 @@
-"""flax.linen with batch norm and dropout: the statistics are carried outside."""
+"""flax.linen with batch norm and dropout: the statistics are the model state."""
 
 import jax
 import optax
@@ -21,7 +21,7 @@ net = Net()
 
 
 def apply_fn(variables, x):
-    params, statistics = variables  # with a model state, both together are what is attacked
+    params, statistics = variables  # with a model state, apply_fn gets this pair
     return net.apply({"params": params, "batch_stats": statistics}, x)
 
 

@@ -1,4 +1,4 @@
-"""A net by hand: parameters are any pytree, apply_fn is any function of them and a batch."""
+"""A net by hand: params is any pytree, and apply_fn any function of params and a batch."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def apply_fn(params, x):
 
 
 def rings(key, n):
-    """Points on two rings, the class being which."""
+    """Points on two rings; the class is the ring."""
     angle, noise = jax.random.uniform(key, (n,), maxval=6.28), jax.random.normal(key, (n, 2))
     y = jnp.arange(n) % 2
     ring = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1) * (1 + y)[:, None]

@@ -1,4 +1,4 @@
-"""orbax: a training state is saved and restored whole, its key included."""
+"""orbax saves and restores the whole training state, including its key."""
 
 import tempfile
 from pathlib import Path
@@ -26,7 +26,7 @@ def main():
     there, here = step(state, batch)[0].params, step(restored, batch)[0].params
     for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(here), strict=True):
         np.testing.assert_array_equal(a, b)
-    print("goes on bit for bit")
+    print("the restored state continues bit for bit")
     return here
 
 

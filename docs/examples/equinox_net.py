@@ -1,4 +1,4 @@
-"""equinox: the floating-point arrays of a module are trained, the rest stays in apply_fn."""
+"""equinox: train the floating-point arrays of a module; apply_fn captures the rest."""
 
 import equinox as eqx
 import jax

@@ -1,4 +1,4 @@
-"""flax.linen, with dropout in training: what is attacked is the net as it is used, without."""
+"""flax.linen with dropout in training; attacks use the net without dropout."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def train_fn(params, model_state, x, key):
 
 
 def corners(key, n, size=8):
-    """Noisy images with a bright corner, the class being which."""
+    """Noisy images with one bright corner; the class is the corner."""
     y = jnp.arange(n) % 4
     x = 0.3 * jax.random.uniform(key, (n, size, size, 1))
     square = jnp.zeros((4, size, size, 1))

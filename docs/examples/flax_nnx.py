@@ -1,4 +1,4 @@
-"""flax.nnx: split the module once, merge it inside; what isn't a parameter is model state."""
+"""flax.nnx: split the module once and merge it inside; all but the params is model state."""
 
 import jax
 import optax
@@ -25,8 +25,8 @@ def main():
     x, y = corners(jax.random.key(0), 512)
     graph, params, statistics = nnx.split(Net(nnx.Rngs(1)), nnx.Param, ...)
 
-    # The adversary sees batch norm as it is used: by its running statistics. They are carried as
-    # the model state, and go beside the parameters into what is attacked.
+    # The adversary attacks the net in evaluation mode: batch norm uses its running statistics.
+    # These are the model state, which apply_fn gets together with the parameters.
     def apply_fn(params, x):
         net = nnx.merge(graph, *params, copy=True)
         net.eval()

@@ -1,4 +1,4 @@
-"""haiku: a transformed function is an apply_fn once its random key is out of the way."""
+"""haiku: a transformed function is an apply_fn once it takes no random key."""
 
 import haiku as hk
 import jax

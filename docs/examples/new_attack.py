@@ -1,4 +1,4 @@
-"""MI-FGSM (Dong et al., 2018), which is not in the library: sign steps along summed gradients."""
+"""MI-FGSM (Dong et al., 2018), which the library doesn't have: sign steps with momentum."""
 
 from functools import partial
 
@@ -51,7 +51,7 @@ def main():
     for name, method in {"one step": one_step, "MI-FGSM": mifgsm}.items():
         r = method(apply_fn, params, x, y, eps=0.1)
         robust = jaxadv.evaluate.score(apply_fn, params, x, y, r, norm="linf").robust
-        print(f"{name}: {jaxadv.evaluate.accuracy(robust):.3f} right at x + r")
+        print(f"{name}: {jaxadv.evaluate.accuracy(robust):.3f} classified correctly")
 
 
 if __name__ == "__main__":

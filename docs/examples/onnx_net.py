@@ -1,4 +1,4 @@
-"""A net that arrives as ONNX: python onnx_net.py NET.onnx, which finds text that is upside down."""
+"""Attack a net from an ONNX file, one that finds upside-down text: python onnx_net.py NET.onnx."""
 
 import sys
 from functools import partial
@@ -18,7 +18,7 @@ def conv(x, w, b=None, *, strides, pads, dilations, group, kernel_shape):
     padding = list(zip(pads[:2], pads[2:], strict=True))
     if group == 1:
         x = jax.lax.conv_general_dilated(x, w, strides, padding, rhs_dilation=dilations)
-    else:  # one filter for each channel, by shifts: XLA's grouped convolutions are slow on CPU
+    else:  # one filter per channel, by shifts: XLA's grouped convolutions are slow on CPU
         x = jnp.pad(x, [(0, 0), (0, 0), *padding])
         rows, columns = (n - k + 1 for n, k in zip(x.shape[2:], kernel_shape, strict=True))
         x = sum(
@@ -38,7 +38,7 @@ def max_pool(x, *, kernel_shape, strides, pads, ceil_mode):
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, moves, "VALID")
 
 
-OPERATORS = {  # shapes are computed in NumPy, so that jit knows them
+OPERATORS = {  # operators on shapes use NumPy, so that shapes are static under jit
     "Add": lambda x, y: x + y,
     "BatchNormalization": batch_norm,
     "Cast": lambda x, to: x.astype(onnx.helper.tensor_dtype_to_np_dtype(to)),
@@ -64,7 +64,7 @@ def load(path):
     graph, constants, nodes = model.graph, {}, []
     (softmax,) = (i for i, node in enumerate(graph.node) if node.op_type == "Softmax")
     image, logits = graph.input[0].name, graph.node[softmax].input[0]
-    for node in graph.node[:softmax]:  # logits, not probabilities
+    for node in graph.node[:softmax]:  # up to the logits, without the softmax
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "Constant":
             constants[node.output[0]] = onnx.numpy_helper.to_array(attributes["value"])
@@ -89,7 +89,7 @@ def load(path):
 def lines_of_text(n):
     font, words = ImageFont.load_default(size=34), ("Robust", "classifiers", "of images", "in JAX")
     images = []
-    for i in range(n):  # every other one upside down
+    for i in range(n):  # every other image is upside down
         image = Image.new("RGB", (192, 48), "white")
         text = f"{words[i // 2 % 4]} {i}"
         ImageDraw.Draw(image).text((8, 4), text, "black", font)
@@ -107,12 +107,12 @@ def main(path):
         apply_fn, params, x, y, pgd, eps=4 / 255, bounds=(0.0, 1.0)
     )
     adversarial = x + np.asarray(found.r)
-    stored = np.rint(255 * adversarial).astype(np.uint8)  # as an image file has them
+    stored = np.rint(255 * adversarial).astype(np.uint8)  # as an image file stores them
     claimed = jaxadv.evaluate.accuracy(found.outcome.robust)
-    print(f"under PGD: {claimed:.3f}; in the original runtime", end=" ")
+    print(f"accuracy under PGD: {claimed:.3f}; in the original runtime:", end=" ")
     for images in (x, adversarial, stored.astype(np.float32) / 255):
         print(f"{(original(images).argmax(1) == y).mean():.3f}", end=" ")
-    print("for the images, the adversarial ones, and those in 8 bits")
+    print("on clean images, on adversarial ones, and on these in 8 bits")
 
 
 if __name__ == "__main__":

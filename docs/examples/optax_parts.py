@@ -1,4 +1,4 @@
-"""All of optax in one step: clipping, a schedule, gradient accumulation, averaged weights."""
+"""optax in one step: clipping, a schedule, gradient accumulation and averaged weights."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def main():
         optax.adamw(optax.cosine_decay_schedule(1e-2, 150)),
     )
     tx = optax.MultiSteps(tx, every_k_schedule=2).gradient_transformation()
-    # The size of the adversary may follow a schedule too.
+    # The perturbation size may follow a schedule, too.
     eps = optax.linear_schedule(0.0, 0.3, 100)
     lwa = jaxadv.objectives.adversarial(apply_fn, jaxadv.perturb.loss, eps=eps)
     step = jaxadv.train.make_step(lwa, tx)
@@ -27,7 +27,7 @@ def main():
         average, ema_state = average_of(state.params, ema_state)
     found = jaxadv.evaluate.attack_and_score(apply_fn, average, x, y, jaxadv.attack.pgd, eps=0.3)
     robust = jaxadv.evaluate.accuracy(found.outcome.robust)
-    print(f"eps {info.aux.eps:.2f}, accuracy of the average under PGD {robust:.3f}")
+    print(f"eps {info.aux.eps:.2f}, accuracy of the averaged weights under PGD {robust:.3f}")
     assert jnp.isclose(info.aux.eps, 0.3)
     return robust
 

@@ -1,4 +1,4 @@
-"""A robust classifier of the images in FOLDER/{train,test}/CLASS/: python own_images.py FOLDER."""
+"""Train a robust classifier on FOLDER/{train,test}/CLASS/: python own_images.py FOLDER."""
 
 import sys
 from functools import partial
@@ -38,7 +38,7 @@ def main(folder):
     x, y = map(jnp.asarray, data)
     net, key, steps = Net(classes), jax.random.key(0), len(x) // BATCH
     tx = optax.adam(optax.cosine_decay_schedule(1e-3, EPOCHS * steps))
-    size = optax.linear_schedule(0, EPS, 2 * steps)  # the adversary grows for two epochs
+    size = optax.linear_schedule(0, EPS, 2 * steps)  # rises from 0 over two epochs
     pgd = partial(jaxadv.attack.pgd, steps=5, random_start=True)
     lwa = jaxadv.objectives.adversarial(net.apply, pgd, eps=size, bounds=(0.0, 1.0))
     epoch = jaxadv.train.make_epoch(lwa, tx)

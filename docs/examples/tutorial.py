@@ -1,4 +1,4 @@
-"""The tutorial: a plain flax training loop, and what makes it robust."""
+"""The tutorial: a plain flax training loop, and its robust version."""
 
 # -- the net and the data
 from functools import partial
