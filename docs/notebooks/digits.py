@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from IPython.display import Markdown
+from matplotlib import cycler
 from matplotlib import pyplot as plt
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -15,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository h
 from experiments.lib.data import mnist_originals
 
 WIDTH = 4.8  # inches: small enough for a phone
-plt.style.use("tableau-colorblind10")
 plt.rcParams |= {
     "axes.grid": True,
+    # Blue, orange and dark grey differ in lightness, too: nobody has to tell hues apart.
+    "axes.prop_cycle": cycler(color=["#006ba4", "#ff800e", "#444444"]),
     "figure.constrained_layout.use": True,
     "figure.figsize": (WIDTH, 3.2),
     "grid.alpha": 0.3,
@@ -47,11 +49,11 @@ def batches(n, size, seed):
 
 
 def show(rows, y, answers=None, titles=None):
-    """Draw rows of digits with a net's answers above them, wrong ones in red.
+    """Draw rows of digits with a net's answers above them; wrong ones are red, with a cross.
 
     Args:
-      rows: images `[n, 28, 28, 1]` by name. Names that begin with r are perturbations: red adds
-        ink, blue removes it, each on a scale of its own.
+      rows: images `[n, 28, 28, 1]` by name. Names that begin with r are perturbations, all on one
+        colour scale: purple adds ink, orange removes it.
       y: the true labels, `[n]`.
       answers: a net's answers `[n]`, by the name of the row.
       titles: text `[n]` above the columns.
@@ -60,21 +62,23 @@ def show(rows, y, answers=None, titles=None):
     side = (WIDTH - 0.4) / n
     height = len(rows) * (side + 0.1) + 0.25 * (len(answers or ()) + bool(titles))
     _, axes = plt.subplots(len(rows), n, figsize=(WIDTH, height), squeeze=False)
+    perturbations = [images for name, images in rows.items() if name.startswith("r")]
+    limit = max((float(jnp.abs(r).max()) for r in perturbations), default=0.0) or 1.0
     for row, (name, images) in enumerate(rows.items()):
         axes[row, 0].set_ylabel(name)
         for i, axis in enumerate(axes[row]):
             image = np.asarray(images[i, ..., 0])
             if name.startswith("r"):
-                limit = np.abs(image).max() or 1.0
-                axis.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
+                axis.imshow(image, cmap="PuOr", vmin=-limit, vmax=limit)
             else:
                 axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             text, colour = [titles[i]] if titles and row == 0 else [], "black"
             if answers and name in answers:
                 answer = int(answers[name][i])
-                text.append(f"“{answer}”")
-                colour = "black" if answer == y[i] else "tab:red"
+                right = answer == y[i]
+                text.append(f"“{answer}”" if right else f"“{answer}” ✗")
+                colour = "black" if right else "tab:red"
             axis.set_title("\n".join(text), fontsize=10, color=colour)
     plt.show()
 
