@@ -1,4 +1,4 @@
-r"""Objectives that train a net on its own perturbed inputs, or on these and the clean ones.
+r"""Objectives that train a net on its perturbed inputs, or on perturbed and clean inputs.
 
 Each factory returns an `Objective` for `train.make_step`:
 
@@ -8,10 +8,11 @@ Each factory returns an `Objective` for `train.make_step`:
 - `mixed`: Goodfellow's weighted sum of the clean and the adversarial loss.
 - `kl_regularized`: Miyato's smoothing: the clean loss plus the KL divergence between the net's
   clean and perturbed outputs.
-- `noisy`: for randomized smoothing (`certify`): the loss under Gaussian noise, and the consistency
-  regularizer.
+- `noisy`: for randomized smoothing (`certify`): the loss under Gaussian noise, optionally with the
+  consistency regularizer.
 - `representation`: the min-max problem at an inner layer, Equation 4 (LWA_Rep).
-- `with_memory`: any of these with an adversary that goes on from each example's last perturbation.
+- `with_memory`: any of these, with an adversary that continues from each example's last
+  perturbation.
 
 The perturbation method is an argument, any function with the signature `types.PerturbFn`. By
 Proposition 6 (Danskin), the derivative of a maximum is the partial derivative at the maximiser, so
@@ -24,11 +25,11 @@ first argument of `apply_fn` is `(params, model_state)`: the parameters with the
 
 `eps` is a number, an optax schedule of the step, or `Relative` to the norm of the input.
 
-The batch is `(x, y)`, or `(x, y, r)` for an objective that has an adversary: the perturbation
-method then starts from r (its argument `start`, as in `attack.pgd`), and the aux has the new r.
+The batch is `(x, y)`, or `(x, y, r)` for an objective with an adversary: the perturbation method
+then starts from r (its argument `start`, as in `attack.pgd`), and the aux has the new r.
 
-With the default loss, a label outside 0..K-1 makes the loss NaN, so that the mistake is seen; the
-example doesn't contribute to the gradient, and counts as misclassified.
+With the default loss, a label outside 0..K-1 makes the loss NaN, so that the mistake is noticed;
+the example doesn't contribute to the gradient, and counts as misclassified.
 """
 
 from __future__ import annotations
@@ -71,10 +72,10 @@ __all__ = [
 
 
 def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    # Versions of optax differ in what they raise for labels that aren't integers.
+    # Checked here, since versions of optax raise different errors for labels that aren't integers.
     labels = inputs.labels(y, logits.shape[0])
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    # optax takes -1 for the last class.
+    # optax treats -1 as the last class.
     return jnp.where((labels >= 0) & (labels < logits.shape[1]), losses, jnp.nan)
 
 
@@ -97,12 +98,12 @@ class Aux(NamedTuple):
     """The report of an objective on one batch, besides its loss.
 
     Attributes:
-      accuracy: share of the (perturbed) examples that the trained net classifies correctly.
+      accuracy: fraction of the (perturbed) examples that the trained net classifies correctly.
       eps: mean size allowed to the adversary; 0 without an adversary.
-      zero: number of examples whose perturbation is exactly 0 although their size isn't: they have
-        no usable gradient.
+      zero: number of examples whose perturbation is exactly 0 although their eps isn't, for lack of
+        a usable gradient.
       nonfinite: number of examples whose perturbation has NaN or infinite entries.
-      r: the perturbations, `[B, ...]`, if the batch had some to start from, or else None.
+      r: the perturbations, `[B, ...]`, if the batch was `(x, y, r)`, else None.
     """
 
     accuracy: jax.Array
@@ -118,7 +119,7 @@ def natural(
     r"""Plain training: the mean loss of the batch.
 
     Args:
-      apply_fn: `(params, x) -> logits`; trained as it is unless `train_fn` is given.
+      apply_fn: `(params, x) -> logits`; trained itself unless `train_fn` is given.
       loss_fn: `(logits, labels) -> [B]`; cross-entropy by default.
       train_fn: `(params, model_state, x, key) -> (logits, model_state)`, the net in training mode.
 
@@ -161,13 +162,13 @@ def adversarial(
     train_fn: TrainFn | None = None,
     bounds: Bounds | None = None,
 ) -> Objective:
-    r"""Learning with a strong adversary, LWA: the loss at the perturbed inputs only.
+    r"""Learning with a strong adversary, LWA: the loss on the perturbed inputs only.
 
     .. math:: \min_g \sum_i \max_{\|r_i\| \le \epsilon} \ell(g(x_i + r_i), y_i)
 
     Args:
       apply_fn: `(params, x) -> logits`, the deterministic net that the adversary attacks.
-      perturb_fn: the inner maximiser, e.g. `perturb.loss`, or `functools.partial` of one.
+      perturb_fn: the inner maximiser, e.g. `perturb.loss` or a `functools.partial` of it.
       eps: the adversary's size: a number, a schedule of the step, or `Relative`.
       loss_fn: `(logits, labels) -> [B]`; cross-entropy by default.
       train_fn: `(params, model_state, x, key) -> (logits, model_state)`, the net in training mode.
@@ -254,7 +255,7 @@ def mixed(
       Huang et al., 2015, Section 5, Related Works.
     """
     if not 0 <= weight <= 1:
-        raise ValueError(f"expected a weight in [0, 1], got {weight}; it is the clean loss's share")
+        raise ValueError(f"expected a weight in [0, 1], got {weight}; it weights the clean loss")
     run = _trained(apply_fn, train_fn)
     adversary = _adversary(perturb_fn, apply_fn, eps, bounds)
 
@@ -289,8 +290,8 @@ def kl_regularized(
     .. math:: \ell(g(x), y) + w \max_{\|r\| \le \epsilon} D_{KL}(p \,\|\, g(x + r)),
               \qquad p = g(x) \text{ held constant}
 
-    (The formula printed in the paper lacks the maximum, the weight and the constant p.) Both passes
-    use the same dropout key; the clean pass updates the model state first.
+    (The formula as printed lacks the maximum, the weight and the constant p.) Both passes use the
+    same dropout key; the clean pass updates the model state first.
 
     Args:
       apply_fn: `(params, x) -> logits`, the deterministic net that the adversary attacks.
@@ -357,15 +358,15 @@ def noisy(
               + \frac{\lambda}{m} \sum_{i=1}^m D_{KL}(p \,\|\, g(x + \sigma z_i)) + \eta\, H(p),
               \qquad p = \frac{1}{m} \sum_{i=1}^m g(x + \sigma z_i)
 
-    By default it is plain training under noise (Cohen et al., 2019). The regularizer makes answers
-    agree with each other under noise (Jeong and Shin, 2020); gradients go through p, too. On MNIST
-    at sigma 0.5, the authors certified a LeNet with m = 2 copies, lambda = 5 and eta = 0.5.
+    By default this is plain training under noise (Cohen et al., 2019). The regularizer makes the
+    predictions under noise agree (Jeong and Shin, 2020); gradients flow through p too. On MNIST at
+    sigma 0.5, the authors certified a LeNet trained with m = 2 copies, lambda = 5 and eta = 0.5.
 
-    All copies are one batch for the net, of m times the examples.
+    The net gets all copies in one batch, m times as large.
 
     Args:
-      apply_fn: `(params, x) -> logits`; trained as it is unless `train_fn` is given.
-      sigma: the noise's standard deviation, positive; that of `certify`.
+      apply_fn: `(params, x) -> logits`; trained itself unless `train_fn` is given.
+      sigma: standard deviation of the noise, positive; use the same for `certify`.
       copies: m, noisy copies of each example, at least 1; 2 or more for `consistency`.
       consistency: lambda, the weight of the divergences, at least 0.
       entropy: eta, the weight of the mean prediction's entropy, at least 0.
@@ -394,7 +395,7 @@ def noisy(
       Shin, "Consistency Regularization for Certified Robustness of Smoothed Classifiers", 2020.
     """
     if not 0 < sigma < jnp.inf:
-        raise ValueError(f"expected a finite sigma > 0, got {sigma}; without noise it is natural")
+        raise ValueError(f"expected a finite sigma > 0, got {sigma}; without noise, use natural")
     inputs.at_least(1, "copies", copies, "2 is usual for consistency")
     if not (consistency >= 0 and entropy >= 0):
         raise ValueError(
@@ -420,7 +421,7 @@ def noisy(
             log_p = jax.nn.log_softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
             log_p = log_p.reshape(copies, -1, log_p.shape[1])
             p = jnp.mean(jnp.exp(log_p), axis=0)
-            # Zeros for what has no probability, so that derivatives are finite.
+            # Zeros for classes without probability, so that derivatives are finite.
             mean = jnp.log(jnp.where(p > 0, p, 1))
             each = jnp.mean(jnp.where((p > 0)[None], log_p, 0), axis=0)
             divergence, spread = jnp.sum(p * (mean - each), axis=1), -jnp.sum(p * mean, axis=1)
@@ -448,8 +449,8 @@ def representation(
     r is computed for the classifier part at h = encode(x), and is a constant. The loss at h + r
     trains both parts: its gradient passes through h + r to the encoder unchanged.
 
-    A net can make an absolute `eps` harmless by scaling its representation up, but not a
-    `Relative` one.
+    A net can make an absolute `eps` harmless by scaling up its representation; a `Relative` one
+    scales with it.
 
     Args:
       encode_fn: the paper's N_rep, `(params, x) -> h`, `[B, ...]`.
@@ -502,7 +503,7 @@ class Memory(NamedTuple):
     """The model state of an objective `with_memory`.
 
     Attributes:
-      r: the last perturbation of each example that there is, `[N, ...]`.
+      r: the last perturbation of each of the N training examples, `[N, ...]`.
       model_state: the net's own state, or None.
     """
 
@@ -511,30 +512,30 @@ class Memory(NamedTuple):
 
 
 def with_memory(objective: Objective) -> Objective:
-    r"""Let the adversary go on from each example's last perturbation, instead of from x.
+    r"""Let the adversary continue from each example's last perturbation, instead of from x.
 
     .. math:: r_i \leftarrow \Pi_{\|r\| \le \epsilon}\bigl(r_i + s \arg\max_{\|u\| \le 1}
               \langle \nabla_x \ell(g(x_i + r_i), y_i), u \rangle\bigr)
 
-    at each visit of example i: with one step a visit, the adversary grows strong over the epochs
-    instead of within a step, at the price of LWA. The batch is `(x, y, index)`, the model state
-    `Memory`, of which the rows `index` are read and written. So the memory is donated, saved and
-    sharded with the training state, and no step copies it.
+    at each visit of example i. With one step per visit, the adversary gains strength over epochs
+    instead of within a training step, and training costs no more than one-step LWA. The batch is
+    `(x, y, index)`, and the model state is a `Memory`, whose rows `index` are read and written. So
+    the memory is donated, saved and sharded with the training state, and no step copies it.
 
-    To forget, put other perturbations into the state between epochs, zeros or those of
-    `norms.sample`. Where images are moved or cropped at random, r belongs to the image that isn't:
-    move it with x, and back.
+    To reset the memory, put other perturbations into the state between epochs, such as zeros or
+    those of `norms.sample`. With random shifts or crops, r belongs to the original image: apply
+    them to it as to x, and undo them afterwards.
 
     Args:
-      objective: one of this module that has an adversary which takes `start`, for instance
+      objective: an objective of this module whose adversary takes `start`, for instance
         `attack.pgd` with `steps=1, keep="last"`.
 
     Returns:
-      An `Objective`; its aux is that of `objective` without r.
+      An `Objective`; its aux is the one of `objective`, without r.
 
     Raises:
       TypeError: when called, if the model state isn't `Memory`, if the batch isn't `(x, y, index)`,
-        or if the adversary takes no start.
+        or if the adversary doesn't take `start`.
       ValueError: when called, if the index isn't integers `[B]`.
 
     Example:
@@ -569,17 +570,17 @@ def with_memory(objective: Objective) -> Objective:
             )
         if not isinstance(batch, tuple | list) or len(batch) != 3:
             raise TypeError(
-                f"expected a batch (x, y, index), got {type(batch).__name__}; add which examples "
-                "these are, e.g. jnp.arange(len(x)) of all"
+                f"expected a batch (x, y, index), got {type(batch).__name__}; add the indices of "
+                "these examples in the data set, for all of it jnp.arange(len(x))"
             )
         x, y, index = map(inputs.native, batch)
         if index.shape != x.shape[:1] or not jnp.issubdtype(index.dtype, jnp.integer):
             raise ValueError(
                 f"expected an index of integers [{len(x)}], got {index.dtype} of shape "
-                f"{index.shape}; pass the number of each example"
+                f"{index.shape}; pass the index of each example in the data set"
             )
         rows = model_state.r.at[index]
-        # Plain indexing would silently replace an index beyond the last by the last.
+        # Plain indexing would silently clamp an index beyond the last row to the last row.
         start = rows.get(mode="fill", fill_value=jnp.nan)
         loss, (inner, aux) = objective(
             params, model_state.model_state, (x, y, start), key=key, step=step
@@ -609,12 +610,12 @@ def _examples(batch: Any, most: int = 2) -> list[Any]:
         )
     arrays = [*map(inputs.native, batch)]
     if arrays[0].shape[:1] == (0,):
-        raise ValueError("expected a batch of at least one example, got none; leave it out")
+        raise ValueError("expected a batch of at least one example, got none; skip empty batches")
     return arrays
 
 
 def _trained(apply_fn: ApplyFn | EncodeFn, train_fn: TrainFn | None) -> TrainFn:
-    """Return `train_fn`, or `apply_fn` with its signature."""
+    """Return `train_fn`, or `apply_fn` with the signature of one."""
     if train_fn is not None:
         return _checked(train_fn)
 
@@ -634,7 +635,7 @@ def _checked(train_fn: TrainFn) -> TrainFn:
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(
                 f"expected train_fn to return (output, model_state), got {type(out).__name__}; "
-                "return the state that came where the net has none"
+                "return the model_state that was passed if the net doesn't change it"
             )
         return out
 
@@ -646,9 +647,9 @@ def _adversary(
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Return a function from a batch to r, a constant, and the allowed sizes, `[B]`.
 
-    By Proposition 6, r is a constant for derivatives. So are its inputs, so that the derivative of
-    an objective never goes through the adversary's loop, which need not be differentiable. The
-    `stop_gradient` of r is for arrays that a `perturb_fn` may have captured.
+    By Proposition 6, r is a constant for derivatives. Its inputs are constants too, so that an
+    objective is never differentiated through the adversary's loop, which need not be
+    differentiable. The `stop_gradient` on r is for arrays that `perturb_fn` may have captured.
     """
 
     def perturb(
@@ -676,7 +677,7 @@ def _as_argument(start: jax.Array, perturb_fn: PerturbFn) -> dict[str, Any]:
     if "start" not in takes and all(one.kind is not one.VAR_KEYWORD for one in takes.values()):
         raise TypeError(
             f"expected a perturb_fn that takes start= for a batch (x, y, r), got {perturb_fn!r}; "
-            "use attack.pgd, or leave r out"
+            "use attack.pgd, or pass a batch (x, y)"
         )
     return {"start": start}
 
@@ -696,7 +697,7 @@ def _aux(
     given: jax.Array | None = None,
 ) -> Aux:
     labels = y if y.ndim == 1 else jnp.argmax(y, axis=-1)
-    # argmax takes NaN for the largest logit, so a diverged net would be right about class 0.
+    # argmax treats NaN as the largest logit, so a diverged net would be right about class 0.
     right = (jnp.argmax(logits, axis=-1) == labels) & jnp.all(logits < jnp.inf, axis=-1)
     accuracy = jnp.mean(right.astype(jnp.float32))
     if r is None or size is None:

@@ -1,10 +1,10 @@
 """Training steps: an objective's gradient and an optax update, in one jitted function.
 
-`TrainState` is all that the next step needs (and all that a checkpoint stores); `StepInfo` is the
-report. The objective provides the perturbation (see `objectives`); the optimiser provides
+`TrainState` has everything that the next step needs, and a checkpoint should store; `StepInfo` is
+the report. The objective provides the perturbation (see `objectives`); the optimiser provides
 schedules, clipping, averaging and the rest (see optax). This module combines and compiles them.
 
-`make_step` takes one batch; `make_epoch` takes an epoch that is on the device, as one `lax.scan`.
+`make_step` trains on one batch; `make_epoch` on an epoch of data on the device, in one `lax.scan`.
 
 References:
   Huang et al., "Learning with a Strong Adversary", 2015, Algorithms 2 and 3.
@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
       params: the parameters, a pytree.
       opt_state: the state of the optax transformation.
       model_state: the net's state besides its parameters (batch norm's statistics), or None.
-      key: the run's key; each step folds its number into it.
+      key: the key of the run; each step folds in its own number.
     """
 
     step: jax.Array
@@ -62,7 +62,7 @@ def init(
 ) -> TrainState:
     """Return the state before the first step.
 
-    All arrays are copied, so that the caller's stay valid when steps reuse the state's memory
+    All arrays are copied, so the caller's own stay valid when steps reuse the state's memory
     (`donate`).
 
     Args:
@@ -107,7 +107,7 @@ def _check_trainable(params: Params) -> None:
             raise TypeError(
                 f"expected params of floating-point arrays, got {getattr(kind, '__name__', kind)} "
                 f"at {jax.tree_util.keystr(path)}; all of params is trained: put counters, running "
-                "statistics and keys into model_state, or leave them in apply_fn (with equinox, "
+                "statistics and keys into model_state, or keep them in apply_fn (with equinox, "
                 "params, static = eqx.partition(net, eqx.is_inexact_array))"
             )
 
@@ -126,9 +126,9 @@ def update(
 
     Args:
       objective: the function to minimise, see `objectives`.
-      tx: an optax transformation. One that needs more than the gradients, such as a line search,
-        gets `value`, `grad`, `value_fn` (or `obj_fn`) and `grad_fn` of the batch; each call of
-        these functions perturbs the batch again.
+      tx: an optax transformation. If it needs more than gradients, as a line search does, it gets
+        `value`, `grad`, `value_fn` (or `obj_fn`) and `grad_fn` for the batch; each call of these
+        functions perturbs the batch again.
       state: the current state.
       batch: the objective's batch, `(x, y)` for the objectives of this library.
 
@@ -153,7 +153,7 @@ def update(
     def of_params(params: Params) -> tuple[jax.Array, Any]:
         return objective(params, state.model_state, batch, key=key, step=state.step)
 
-    # Line searches pass on the arguments that they don't use, so value_fn has to name these.
+    # Line searches also pass arguments that they don't use, so value_fn has to name these.
     def value_fn(params: Params, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
         return of_params(params)[0]
 
@@ -175,7 +175,7 @@ def update(
 def _transform(
     tx: optax.GradientTransformation, grads: Any, state: TrainState, extra: dict[str, Any]
 ) -> tuple[Any, optax.OptState]:
-    """Call an optax transformation with those of the extra arguments that it accepts."""
+    """Call an optax transformation with the extra arguments that it accepts."""
     takes = inspect.signature(tx.update).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         extra = {name: value for name, value in extra.items() if name in takes}
@@ -188,7 +188,7 @@ def _transform(
             f"expected an optax transformation that needs no more than {', '.join(extra)}, "
             f"got one that raises {error!r}; take it out of its wrapper (optax.chain, "
             "optax.MultiSteps), or write the step with jax.value_and_grad(objective, has_aux=True) "
-            "and hand it what it needs"
+            "and pass the other arguments yourself"
         ) from error
 
 
@@ -200,11 +200,11 @@ def make_step(
     Args:
       objective: the function to minimise, see `objectives`.
       tx: an optax transformation.
-      donate: reuse the memory of the state passed in, which becomes invalid. False keeps it.
+      donate: reuse the memory of the state that is passed in, which becomes invalid.
 
     Returns:
       `step(state, batch) -> (state, StepInfo)`, jitted; traced once per shape of batch. It raises
-      what `update` does.
+      the errors of `update`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -239,15 +239,15 @@ def make_epoch(
     Args:
       objective: the function to minimise, see `objectives`.
       tx: an optax transformation.
-      donate: reuse the memory of the state passed in, which becomes invalid. False keeps it.
+      donate: reuse the memory of the state that is passed in, which becomes invalid.
 
     Returns:
       `epoch(state, data, order=None) -> (state, StepInfo)`, jitted. Without `order`, `data` is a
       pytree of batches stacked on a first axis, `[S, B, ...]`. With `order`, integers `[S, B]`,
       `data` is a pytree of examples, `[N, ...]`, and step s trains on the examples with indices
-      `order[s]`; an index of N or more makes the loss NaN, so that the mistake is seen. The leaves
-      of `StepInfo` are stacked, `[S]`. It raises what `update` does, and `ValueError` if `order`
-      isn't integers `[S, B]`.
+      `order[s]`; an index of N or more makes the loss NaN, so that the mistake is noticed. The
+      leaves of `StepInfo` are stacked, `[S]`. It raises the errors of `update`, and a `ValueError`
+      if `order` isn't integers `[S, B]`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -294,5 +294,5 @@ def _order(order: Any) -> jax.Array:
 
 
 def _rows(data: jax.Array, rows: jax.Array) -> jax.Array:
-    # Plain indexing would silently replace a row beyond the last by the last.
+    # Plain indexing would silently clamp an index beyond the last row to the last row.
     return data.at[rows].get(mode="fill")

@@ -400,7 +400,7 @@ def test_noisy_with_masked_classes_is_that_of_the_classes_that_remain():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"sigma": 0.0}, "finite sigma > 0, got 0.0; without noise it is natural"),
+        ({"sigma": 0.0}, "finite sigma > 0, got 0.0; without noise, use natural"),
         ({"sigma": np.inf}, "finite sigma > 0, got inf"),
         ({"copies": 0}, "copies >= 1, got 0"),
         ({"consistency": -1.0, "copies": 2}, "weights >= 0, got consistency=-1.0"),
