@@ -1,29 +1,30 @@
-r"""Certified l2 robustness by randomized smoothing: lower bounds beside the upper ones of attacks.
+r"""Certified l2 robustness by randomized smoothing: lower bounds, where attacks give upper bounds.
 
-Around any net f, smoothing makes another classifier, which answers with the class that f gives most
-often when Gaussian noise is added to its input:
+Smoothing turns any net f into another classifier g, which predicts the class that f returns most
+often when Gaussian noise is added to the input:
 
 .. math:: g(x) = \arg\max_c\; p_c(x), \qquad
           p_c(x) = P\bigl(f(\lfloor x + \sigma Z \rceil) = c\bigr), \quad Z \sim N(0, I)
 
 (:math:`\lfloor\cdot\rceil` rounds each entry to a grid that is far finer than the noise, see
-below). If :math:`p_A(x) > 1/2`, then g answers A everywhere within the radius
-:math:`\sigma \Phi^{-1}(p_A(x))` of x (Cohen et al., 2019). The probability is estimated by sampling
-f, so that a certificate is wrong with a probability of at most alpha, for each example.
+below). If :math:`p_A(x) > 1/2`, then g predicts A everywhere within the radius
+:math:`\sigma \Phi^{-1}(p_A(x))` of x (Cohen et al., 2019). The probability is bounded by sampling
+f, so each example's certificate is wrong with a probability of at most alpha.
 
-- `certify`: a lower bound on p_A, and with it a radius, for each example of a data set.
-- `predict`: g's class, or none where the draws don't tell.
-- `smooth`: the net with noise as a function that attacks take with `samples=`; they bound the
-  robustness of g from above.
+- `certify`: a lower bound on p_A, and from it a radius, for each example of a data set.
+- `predict`: g's class, or an abstention where the draws don't decide.
+- `smooth`: the net with noise, for attacks with `samples=`, which bound the robustness of g from
+  above.
 
-**Floats.** Usual samplers cut the normal distribution's tails, and sums with noise are rounded,
-which can certify what isn't robust (Voracek and Hein, 2022). Here x and the noise are rounded to a
-grid on which sums are exact (`_gaussian`), and what that changes is taken off: the total variation
-from exact noise off p_A (about 3e-11 for each entry), and the distance from x to the rounded x off
-the radius.
+**Floating point.** Common samplers truncate the tails of the normal distribution, and sums with
+noise are rounded, so a radius may be certified that isn't robust (Voracek and Hein, 2022). Here x
+and the noise are rounded to a grid on which sums are exact (`_gaussian`), and the resulting errors
+are subtracted: from p_A the total variation distance to exact noise (up to about 3e-11 for each
+entry), and from the radius the distance between x and the rounded x.
 
-Not covered: that the bits are pseudo-random (threefry), and that f is a function: its logits may
-depend on the batch or the machine by rounding, which matters where two classes nearly tie.
+Two assumptions remain: that pseudo-random bits (threefry) are as good as random ones, and that f is
+a function. In practice its logits may depend on the batch or the machine by rounding error, which
+matters where two classes nearly tie.
 """
 
 from __future__ import annotations
@@ -50,19 +51,19 @@ from jaxadv.types import ApplyFn, Norm, Params, StochasticFn
 __all__ = ["STAGES", "Certificate", "Prediction", "certify", "predict", "smooth"]
 
 STAGES = (2000, 8000, 10_000, 12_000, 15_000, 20_000, 30_000, 40_000, 60_000, 100_000)
-"""Numbers of draws at which `certify` looks: many, since a look costs hardly any draws or alpha."""
+"""Numbers of draws at the looks of `certify`; there are many, since looks cost little."""
 
-_SAME = 1e-2  # difference of the same row's logits, relative to the largest: more than bfloat16's
+_SAME = 1e-2  # relative difference of the same row's logits; rounding to bfloat16 stays below it
 
 
 class Prediction(NamedTuple):
-    """The smoothed classifier's answers; every leaf has n rows.
+    """The smoothed classifier's predictions; every leaf has n rows.
 
     Attributes:
       label: the class drawn most often, `[n]`; -1 if no draw had finite logits.
-      counts: how often each class was drawn, `[n, K]`; an example stops when the draws to come
+      counts: how often each class was drawn, `[n, K]`. An example stops when the remaining draws
         can't change its answer, after 11/20 of them at the earliest.
-      abstained: the draws don't tell at this alpha whether `label` is g's class, bool `[n]`.
+      abstained: whether the draws don't decide at this alpha that `label` is g's class, bool `[n]`.
     """
 
     label: NDArray[np.intp]
@@ -71,17 +72,17 @@ class Prediction(NamedTuple):
 
 
 class Certificate(NamedTuple):
-    """What is certified of each example; every leaf has n rows.
+    """The certificates; every leaf has n rows.
 
     The certified accuracy at a size is the mean of `(label == y) & (radius >= size)`.
 
     Attributes:
-      label: A, the class that the first n0 draws chose, `[n]`; -1 if none had finite logits.
+      label: A, the class chosen by the first n0 draws, `[n]`; -1 if none had finite logits.
       counts: how often each class was drawn after these, `[n, K]`.
       samples: the number of draws after these, `[n]`.
-      lower: a lower bound on p_A, the sampler's error taken off, `[n]`; 0 where none was sought.
-      radius: g answers `label` within this l2 distance of x, `[n]`; 0 where it abstains.
-      abstained: p_A may be 1/2 or less, or A isn't the label that was given, bool `[n]`.
+      lower: a lower bound on p_A, less the sampler's error, `[n]`; 0 where none was computed.
+      radius: g predicts `label` within this l2 distance of x, `[n]`; 0 if abstained.
+      abstained: whether p_A may be 1/2 or less, or A isn't the label given, bool `[n]`.
     """
 
     label: NDArray[np.intp]
@@ -106,11 +107,11 @@ class _Smooth:
 
 
 def smooth(apply_fn: ApplyFn, sigma: float) -> StochasticFn:
-    r"""Add Gaussian noise to a net's input; the smoothed classifier is its most frequent answer.
+    r"""Add Gaussian noise to a net's input, so that attacks can average over draws.
 
-    Attack it by averaging over draws: `attack.pgd(net, params, x, y, eps=1.0, samples=8, key=key)`,
-    and likewise `attack.apgd`. Bounds are for x + r; the noise is added after them. x itself isn't
-    rounded, so that it has gradients.
+    To attack the smoothed classifier: `attack.pgd(net, params, x, y, eps=1.0, samples=8, key=key)`,
+    and likewise with `attack.apgd`. Their bounds apply to x + r, before the noise is added. Here x
+    isn't rounded to the grid, so that gradients exist.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
@@ -141,7 +142,7 @@ def smooth(apply_fn: ApplyFn, sigma: float) -> StochasticFn:
 
 
 _LOOKS = range(11, 21)
-"""When `predict` looks whether the draws to come matter, in twentieths of n."""
+"""When `predict` checks whether the remaining draws matter, in twentieths of n."""
 
 
 @meshes.auto_axes()
@@ -158,11 +159,11 @@ def predict(
     store: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Prediction:
-    """Classify by the most frequent answer of a net under noise, or abstain.
+    """Predict the class that a net returns most often under noise, or abstain.
 
-    A class is given if a two-sided binomial test at alpha tells it from the runner-up. So for each
-    example, the chance of a class that isn't g's is at most alpha (at x rounded to the grid, and
-    but for the sampler's total variation, see above).
+    It abstains unless a two-sided binomial test at level alpha separates the class from the
+    runner-up. So for each example the probability of a class other than g's is at most alpha (for x
+    rounded to the grid, and up to the sampler's total variation distance, see the module).
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`, deterministic.
@@ -170,7 +171,7 @@ def predict(
       x: `[n, ...]`, floating point, on the host or the device.
       sigma: the noise's standard deviation, positive.
       alpha: the probability of a wrong class, in (0, 1).
-      n: number of draws for each example, at least 1; fewer where the rest can't change the answer.
+      n: number of draws for each example, at least 1; fewer if the rest can't change the answer.
       key: one key, split per example, or one per example.
       batch_size: number of noisy examples in each pass through the net.
       store: as for `certify`.
@@ -206,7 +207,7 @@ def predict(
         rows = np.flatnonzero(undecided)
         counts[rows] += draws.counts(rows, before, last, look)
         below, top = np.sort(counts[rows], axis=1)[:, -2:].T
-        most = below + n - last  # the runner-up's count, if all draws to come are its
+        most = below + n - last  # the runner-up's count if it gets all remaining draws
         p_value = np.minimum(2 * special.bdtrc(top - 1, top + most, 0.5), 1)
         undecided[rows] = p_value > alpha
     return Prediction(_most_frequent(counts), counts, undecided)
@@ -230,27 +231,27 @@ def certify(
     store: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Certificate:
-    r"""Bound from below the l2 distance within which the smoothed classifier keeps its answer.
+    r"""Compute certified l2 radii, within which the smoothed classifier's prediction is constant.
 
     .. math:: \text{radius} = \sigma\, \Phi^{-1}(\underline{p}_A)
 
-    n0 draws choose a class A. Other draws are looked at when there are `stages` of them; an example
-    stops at the first look that decides all `radii`: each is certified, or there is little hope
-    that it will be.
+    n0 draws choose a class A. The bound uses further draws, which are evaluated at interim looks,
+    after the numbers of draws in `stages`. Sampling of an example stops at the first look that
+    decides all `radii`: each is certified, or is unlikely to be certified.
 
-    **The probability of an error is at most alpha for each example.** A depends on other draws than
-    the bound. Given A, the looks have Clopper-Pearson bounds L_1, L_2, ... on p_A, of which L_i is
-    above p_A with probability at most alpha_i; these add up to alpha. So all hold at once but with
-    probability alpha, and so does their maximum up to any look, `lower`: sampling may stop at any
-    time, for any reason, and the one bound serves all radii, since these are functions of it. To
-    stop without a certificate claims nothing, and costs no share of alpha: a look with so few draws
-    that it couldn't certify even the smallest of `radii` has no bound and no share. The last look,
-    which decides the closest cases, has four fifths of alpha if it isn't the only one; the others
-    share the rest. A radius is given up when, even if p_A were at its 95% upper bound, the last
-    look would certify it with a probability below 5%.
+    **The probability of an error is at most alpha for each example.** A and the bound use different
+    draws. Given A, the looks have Clopper-Pearson bounds L_1, L_2, ... on p_A, where L_i exceeds
+    p_A with probability at most alpha_i, and the alpha_i add up to alpha. So with probability at
+    least 1 - alpha all of them hold, and with them `lower`, their maximum up to any look. Therefore
+    sampling may stop at any time, for any reason, and one bound serves all radii, which are
+    functions of it. Stopping without a certificate claims nothing, and needs no part of alpha: a
+    look with too few draws to certify even the smallest of `radii` has no bound and alpha_i = 0.
+    The last look, which decides the closest cases, gets four fifths of alpha if other looks have a
+    bound; those share the rest. A radius is given up when, even if p_A were equal to its 95% upper
+    bound, the last look would certify it with a probability below 5%.
 
-    Alpha is per example: of n examples, about alpha n certificates at most are expected to be
-    wrong. (All hold with probability 1 - 0.05 if alpha is 0.05 / n.)
+    alpha is per example: among n examples, at most alpha n certificates are expected to be wrong.
+    (With alpha = 0.05 / n, all hold with probability at least 0.95.)
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`, deterministic: batch norm uses its
@@ -258,21 +259,22 @@ def certify(
       params: the first argument of `apply_fn`.
       x: `[n, ...]`, floating point, on the host or the device.
       y: integer labels, `[n]`; examples for which A is another class stop at once, and abstain.
-        None certifies whatever class A is.
+        None to certify A, whichever class it is.
       sigma: the noise's standard deviation, positive.
-      radii: the l2 sizes that you will report, positive. An example stops when these are decided;
-        larger ones need more draws, so `radius` isn't tight for others.
+      radii: the l2 sizes that you will report, positive. An example stops when these are decided.
+        Larger radii need more draws, so `radius` isn't tight.
       alpha: the probability of an error, in (0, 1).
       n0: number of draws that choose the class, at least 1.
-      stages: numbers of further draws at the looks, ascending. A single one: no adaptation.
+      stages: numbers of further draws at the looks, ascending; with a single one there is no early
+        stopping.
       norm: `"l2"`; Gaussian noise certifies no other norm directly.
-      key: one key, split per example, or one per example. An example's draws depend on its key and
-        their number only, so counts don't depend on batches or devices (but for rounding), with
-        keys of JAX's default kind; what "rbg" draws depends on the batch.
+      key: one key, split per example, or one per example. With keys of JAX's default kind, an
+        example's draws depend only on its key and their number, so counts don't depend on batches
+        or devices (except by rounding); with "rbg" keys, draws depend on the batch.
       batch_size: number of noisy examples in each pass through the net.
-      store: a folder, new or of an earlier call, in which the counts of each batch are kept. The
-        same call takes up where the earlier one was interrupted. With several processes, a folder
-        that all of them see.
+      store: a folder, new or from an earlier call, in which the counts of each batch are kept. The
+        same call resumes where the earlier one was interrupted. With several processes, all of them
+        must share the folder.
       progress: called after each batch, e.g. `print`.
 
     Returns:
@@ -282,9 +284,9 @@ def certify(
       TypeError: if `x` or the logits are not floating-point arrays (the net in training mode may
         return a tuple), or `y` not integers; under a trace.
       ValueError: if `sigma` or a radius isn't positive, `alpha` not in (0, 1), `n0` < 1, `stages`
-        not ascending, or so few that they couldn't certify a radius; if the norm isn't l2; if rows
-        interact, as those of batch norm in training mode; if x is too large for the noise's grid;
-        if `store` has another run.
+        not ascending, or the last stage too small to certify the largest radius; if the norm isn't
+        l2; if rows interact, as with batch norm in training mode; if x is too large for the grid of
+        the noise; if `store` has another evaluation.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -302,9 +304,9 @@ def certify(
     """
     if norm != "l2":
         raise ValueError(
-            f"expected norm 'l2', got {norm!r}; Gaussian noise certifies l2: a ball of linf size e "
-            "lies in the l2 ball of size e * sqrt(d), d the number of entries, and one of l1 size "
-            "e in that of size e: ask for these radii"
+            f"expected norm 'l2', got {norm!r}; Gaussian noise certifies l2. The l2 ball of radius "
+            "e * sqrt(d), with d the number of entries, contains the linf ball of radius e, and "
+            "the l2 ball of radius e the l1 ball of radius e: pass these radii"
         )
     _checked_alpha(alpha)
     inputs.at_least(1, "n0", n0, "100 is usual")
@@ -330,14 +332,14 @@ def certify(
 
 @dataclass(frozen=True)
 class _Rule:
-    """When an example's radii are decided, and by which bound on p_A.
+    """The stopping rule, and the bounds on p_A.
 
     Attributes:
       sigma: the noise's standard deviation.
       radii: the sizes to decide.
       stages: numbers of draws at the looks.
-      off: taken off p_A for the sampler.
-      share: alpha of each look that has a bound; 0 for a look that has none.
+      off: the sampler's error, which is subtracted from bounds on p_A.
+      share: alpha of each look; 0 for a look without a bound.
     """
 
     sigma: float
@@ -348,7 +350,7 @@ class _Rule:
 
     @classmethod
     def of(cls, sigma: float, radii: Any, alpha: float, stages: Any, off: float) -> _Rule:
-        """Check radii and stages, and share alpha among the looks that may certify one.
+        """Check radii and stages, and divide alpha among the looks that can certify a radius.
 
         Raises:
           TypeError: if `stages` aren't integers.
@@ -366,14 +368,14 @@ class _Rule:
                 "e.g. (10000, 30000, 100000)"
             )
         least, most = (special.ndtr(size / sigma) + off for size in (min(radii), max(radii)))
-        # n draws that are all A bound p_A by alpha^(1/n).
+        # If all n draws are A, the bound on p_A is alpha^(1/n).
         may = [alpha ** (1 / stage) > least for stage in stages[:-1]]
         each = alpha / 5 / max(sum(may), 1)
         final = alpha - each * sum(may)
         if final ** (1 / stages[-1]) <= most:
             size = max(sigma * special.ndtri(final ** (1 / stages[-1]) - off), 0)
             raise ValueError(
-                f"expected radii below {size:.4g}, which {stages[-1]} draws can certify at most "
+                f"expected radii below {size:.4g}, the most that {stages[-1]} draws can certify "
                 f"with sigma={sigma:g} and alpha={alpha:g}, got {max(radii):g}; raise the last of "
                 "stages, or sigma"
             )
@@ -381,23 +383,23 @@ class _Rule:
 
     def bound(self, right: NDArray[Any], look: int) -> NDArray[np.float64]:
         """Return a look's lower bound on p_A, `[m]`, from how often A was drawn, `[m]`."""
-        # Clopper and Pearson, 1934; without a single A the quantile isn't defined.
+        # Clopper and Pearson, 1934. If A was never drawn, the quantile isn't defined.
         lower = special.betaincinv(right, self.stages[look] - right + 1, self.share[look])
         return np.maximum(np.where(right > 0, lower, 0) - self.off, 0)
 
     def radius(self, lower: NDArray[Any], shift: NDArray[Any]) -> NDArray[np.float64]:
-        """Return the certified radii, `[m]`, for rounded examples at a distance `shift`, `[m]`."""
+        """Return the certified radii, `[m]`, given the distances `shift` to rounded x, `[m]`."""
         size = self.sigma * special.ndtri(lower) - shift
         return np.where(lower > 0.5, np.maximum(size, 0), 0)
 
     def decided(
         self, lower: NDArray[Any], right: NDArray[Any], look: int, shift: NDArray[Any]
     ) -> NDArray[np.bool_]:
-        """Return which examples are certified at each radius or have little hope of it, `[m]`."""
+        """Return for which examples each radius is certified or unlikely to be, `[m]`."""
         radii = np.asarray(self.radii)[None]
         certified = self.radius(lower, shift)[:, None] >= radii
         n, last = self.stages[look], self.stages[-1]
-        # The last look certifies p from k draws of A on, if P(at least k | p) <= its share.
+        # The last look certifies p if A is drawn k times or more, with P(>= k | p) <= its share.
         p = special.ndtr((radii + shift[:, None]) / self.sigma) + self.off
         fewer = np.ceil(special.bdtrik(1 - self.share[-1], last, np.minimum(p, 1)))
         best = np.where(right < n, special.betaincinv(right + 1, n - right, 0.95), 1)
@@ -407,23 +409,23 @@ class _Rule:
 
 
 class _Draws(NamedTuple):
-    """A net under noise, whose answers are counted.
+    """A net under noise, whose predictions are counted.
 
     Attributes:
-      name: of the public function.
+      name: the name of the public function.
       apply_fn: the net.
       params: its parameters.
       x: the examples, `[n, ...]`.
       y: their labels, `[n]`; 0 if there are none.
       keys: a key for each example, `[n]`.
       sigma: the noise's standard deviation.
-      off: by how much probabilities may differ from those under Gaussian noise.
-      shift: distances from the examples to their rounded ones, `[n]`.
-      classes: their number, K.
+      off: how much probabilities may differ from those under Gaussian noise.
+      shift: distances from the examples to the rounded ones, `[n]`.
+      classes: the number of classes, K.
       size: number of examples in a batch.
-      each: number of draws of each in a pass.
+      each: number of draws of each example in a pass.
       progress: called after each batch.
-      store: keeps each batch.
+      store: keeps each batch, or None.
     """
 
     name: str
@@ -470,9 +472,9 @@ class _Draws(NamedTuple):
         shift, exact = host.over_batches(place, (x,), batch_size)
         if not exact.all():
             raise ValueError(
-                f"expected x small enough for its sum with the noise to be exact, got an example "
-                f"with entries over {2**23 * grid.step:g} (2048 sigma or more); scale the "
-                f"examples, or raise sigma={sigma:g}"
+                f"expected x small enough for exact sums with the noise, got an example with "
+                f"entries over {2**23 * grid.step:g} (2048 sigma or more); scale the examples, or "
+                f"raise sigma={sigma:g}"
             )
         if len(x):
             few = spread.take((x, keys), np.resize(np.arange(len(x)), spread.multiple(4)))
@@ -481,7 +483,7 @@ class _Draws(NamedTuple):
                 raise ValueError(
                     f"expected logits that don't depend on the batch, got a difference of "
                     f"{apart:.2g}, relative to the largest; batch norm in training mode? Use its "
-                    "stored statistics, and switch dropout off"
+                    "stored statistics, and switch off dropout"
                 )
         off = math.prod(x.shape[1:]) * grid.off
         return cls(
@@ -490,7 +492,7 @@ class _Draws(NamedTuple):
         )  # fmt: skip
 
     def kept(self, folder: str | os.PathLike[str] | None, **settings: Any) -> _Draws:
-        """Return the same net with a store in a folder, if there is one."""
+        """Return these draws with a store in the folder, if one is given."""
         if folder is None:
             return self
         store = _batches.opened(
@@ -556,7 +558,7 @@ def _count(
 def _apart(
     apply_fn: ApplyFn, params: Params, sigma: float, x: jax.Array, keys: jax.Array
 ) -> jax.Array:
-    """Return how far logits are from those of the same rows alone, relative to the largest."""
+    """Return how much logits in a batch and of single rows differ, relative to the largest."""
     noisy = _noisy(sigma, x, keys, jnp.arange(2))
     together = inputs.apply(apply_fn, params, noisy)
     alone = jax.vmap(lambda row: inputs.apply(apply_fn, params, row[None])[0])(noisy)
@@ -566,7 +568,7 @@ def _apart(
 
 
 def _noisy(sigma: float, x: jax.Array, keys: jax.Array, number: jax.Array) -> jax.Array:
-    """Return draws of these numbers of each example: `[B, ...]` to `[B * draws, ...]`."""
+    """Return the draws with these numbers of each example: `[B, ...]` to `[B * draws, ...]`."""
     wide = _gaussian.on_grid(x, _gaussian.table(sigma).step)
 
     def draw(example: jax.Array, key: jax.Array, number: jax.Array) -> jax.Array:

@@ -1,13 +1,13 @@
-"""All that is to be published of a net's robustness, from one call; and before it, what it costs.
+"""A complete report of a net's robustness, for publication, from one call; and its cost beforehand.
 
-- `cost`: how many passes through the net a report takes at most, and how long these take.
+- `cost`: the most passes through the net that a report may take, and the time they take.
 - `robustness`: the report. It has the accuracies on clean examples, under one step and under
-  AutoAttack, and a certified one if asked for, with their intervals; the flags of `evaluate.check`;
-  and the threat model, the key and the versions that they depend on. It writes itself as JSON and
-  as Markdown.
+  AutoAttack, and on request a certified one, with their intervals; the flags of `evaluate.check`;
+  and the threat model, the key and the versions that the figures depend on. It can be written as
+  JSON and as Markdown.
 
-Each figure is that of the direct call with the same key. `evaluate.compare` compares two nets on
-the same examples, for instance by the masks of their reports.
+Each figure equals the result of the direct call with the same key. To compare two nets on the same
+examples, pass masks of their reports to `evaluate.compare`.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
 __all__ = ["Cost", "Part", "Robustness", "cost", "robustness"]
 
-_CHECKED = 300  # examples, as many as the differences that `check` looks for need
+_CHECKED = 300  # examples, enough for the differences that `check` looks for
 _CHECK_STEPS = 50
 _FIRST_DRAWS = 100
 _ALPHA = 0.001
 
 
 class Part(NamedTuple):
-    """What a part of a report costs at most.
+    """The maximum cost of a part of a report.
 
     Attributes:
-      examples: how many it is run on, at most.
-      passes: forward and backward passes for each of them, at most; None where that isn't known: of
-        attacks of your own, and of those that are in no ensemble.
-      seconds: how long these take; None where `passes` is.
+      examples: maximum number of examples it runs on.
+      passes: maximum number of forward and backward passes for each of them; None if unknown, as
+        for your own attacks and those in no ensemble.
+      seconds: the time of these passes; None if `passes` is.
     """
 
     examples: int
@@ -57,13 +57,13 @@ class Part(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a report costs at most, if nothing fools the net.
+    """The maximum cost of a report, for a net that nothing fools.
 
     Attributes:
-      one_step: scoring the clean examples and those under one step.
+      one_step: scoring the clean examples and the one-step perturbations.
       attacks: each attack, by name.
-      check: looking for flags, on 300 examples at most.
-      certify: sampling; None if no certificate is asked for.
+      check: `evaluate.check`, on at most 300 examples.
+      certify: sampling; None without a certificate.
     """
 
     one_step: Part
@@ -73,7 +73,7 @@ class Cost(NamedTuple):
 
     @property
     def seconds(self) -> float | None:
-        """The time of all parts; None if that of one isn't known."""
+        """The time of all parts; None if one is unknown."""
         parts = [self.one_step, *self.attacks.values(), self.check]
         parts += [] if self.certify is None else [self.certify]
         known = [part.seconds for part in parts if part.seconds is not None]
@@ -84,12 +84,13 @@ class Robustness(NamedTuple):
     """A report of a net's robustness.
 
     Attributes:
-      setting: what was asked for and where it ran, as JSON has it: `n`, `eps`, `norm`, `bounds`,
+      setting: the arguments and the environment, as plain types: `n`, `eps`, `norm`, `bounds`,
         `key`, the `methods` by name with their settings, `sigma`, `draws`, `versions`, `device`.
-      one_step: the score of one step of Adv_Loss (`perturb.loss`).
+      one_step: the score under one step of Adv_Loss (`perturb.loss`).
       attacked: the result of the attacks.
-      checked: flags, raised on 300 evenly spaced examples at most.
-      certificate: of the smoothed classifier, which is another one; None if it wasn't asked for.
+      checked: the report of `evaluate.check` on at most 300 evenly spaced examples.
+      certificate: the certificates of the smoothed classifier, which isn't the net itself; None if
+        not requested.
     """
 
     setting: dict[str, Any]
@@ -100,7 +101,7 @@ class Robustness(NamedTuple):
 
     @property
     def masks(self) -> dict[str, NDArray[np.bool_]]:
-        """Which examples are classified correctly, `[n]`, by the name of the accuracy."""
+        """Masks of the correctly classified examples, `[n]`, by the name of the accuracy."""
         outcome, sampled = self.attacked.outcome, self.certificate
         masks = {"clean": outcome.clean, "one step": self.one_step.robust, "robust": outcome.robust}
         if sampled is not None:
@@ -109,7 +110,7 @@ class Robustness(NamedTuple):
         return masks
 
     def figures(self) -> dict[str, Any]:
-        """Return the report as plain types, as JSON has it."""
+        """Return the report as plain types, ready for JSON."""
         n, outcome = self.setting["n"], self.attacked.outcome
         return {
             **self.setting,
@@ -137,7 +138,7 @@ class Robustness(NamedTuple):
         return json.dumps(self.figures(), indent=1, allow_nan=False)
 
     def to_markdown(self) -> str:
-        """Return the report as Markdown: two tables, and what a reader must know of them."""
+        """Return the report as Markdown: two tables, and notes on them."""
         found = self.figures()
         n, norm, methods, sigma = (found[name] for name in ("n", "norm", "methods", "sigma"))
         standard = _described(evaluate.autoattack(norm))
@@ -207,12 +208,12 @@ def _asked(
     """Return the attacks, AutoAttack by default, and their norm.
 
     Raises:
-      TypeError: if they aren't a mapping, or one has not the signature of attacks.
-      ValueError: if there are no examples or attacks; if they contradict each other's norm, or the
-        norm is unknown.
+      TypeError: if they aren't a mapping, or one doesn't have the signature of attacks.
+      ValueError: if there are no examples or attacks; if the attacks' norms differ, or the norm is
+        unknown.
     """
     if not len(x):
-        raise ValueError("expected at least one example, got none; a thousand are usual")
+        raise ValueError("expected at least one example, got none; a thousand is usual")
     if attacks is None:
         attacks = evaluate.autoattack("l2" if norm is None else norm)
     if not isinstance(attacks, Mapping):
@@ -236,13 +237,13 @@ def cost(
     draws: Sequence[int] = certify.STAGES,
     batch_size: int = 500,
 ) -> Cost:
-    """Tell what `robustness` costs at most, before it starts.
+    """Return the maximum cost of `robustness`, before running it.
 
-    Passes are the most that each part may take: those of a net that nothing fools. Attacks run only
-    on the examples that those before have left, so that a weak net costs far less. Seconds are
-    those of the net's passes, from timing one forward and one backward pass on one batch. What
-    attacks compute beside them, and compilation, come on top: little for a large net, and several
-    times as much for a small one.
+    Passes are the most that each part may take, which it takes on a net that nothing fools. Each
+    attack runs only on the examples that the attacks before it left robust, so a weak net costs far
+    less. Seconds are the time of the net's passes, estimated by timing one forward and one backward
+    pass on one batch. The other computations of attacks, and compilation, come on top: little for a
+    large net, several times as much for a small one.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
@@ -258,10 +259,9 @@ def cost(
       `Cost`.
 
     Raises:
-      TypeError: if `x` or the logits are not floating-point arrays; if attacks aren't by name, or
-        one has another signature; and under a trace.
-      ValueError: if there are no examples; if attacks contradict each other's norm, or it is
-        unknown.
+      TypeError: if `x` or the logits are not floating-point arrays; if `attacks` isn't a mapping,
+        or an attack has another signature; and under a trace.
+      ValueError: if there are no examples; if the attacks' norms differ, or the norm is unknown.
 
     Example:
       >>> import jax.numpy as jnp
@@ -293,13 +293,13 @@ def cost(
     checked = _check.attacks_of(norm, _CHECK_STEPS)
     checks = [_budget.most(method, n_classes) for method in checked.values()]
     return Cost(
-        # At x, and by its score: the clean examples, r's of one step and of the attacks.
+        # One step; then a look at x before the attacks, and x and x + r to score each of two r.
         one_step=part(n, Passes(1, 1), Passes(5, 0)),
         attacks={
             name: part(n, _budget.most(method, n_classes), Passes(1, 0))
             for name, method in attacks.items()
         },
-        # PGD is run twice. Each r is scored; outputs, gradients and answers are looked at.
+        # PGD runs twice. The last passes score each r, and check outputs and gradients.
         check=part(
             min(_CHECKED, n), *checks, _budget.most(checked["pgd"], n_classes), Passes(21, 6)
         ),
@@ -317,7 +317,7 @@ def _gradient(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:
 
 
 def _timed(call: Callable[[], Any]) -> float:
-    """Return the seconds of a call, the least of three once it is compiled."""
+    """Return the seconds of a call, the minimum of three after compilation."""
 
     def finished() -> Any:
         return jax.block_until_ready(call())
@@ -344,10 +344,10 @@ def robustness(
     store: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Robustness:
-    """Report a net's robustness at one size: accuracies, flags, and all that they depend on.
+    """Report a net's robustness at one size: accuracies, flags, and everything they depend on.
 
-    The robust accuracy is an upper bound: a stronger attack may lower it. With `sigma` there is a
-    lower bound, too, of another classifier: of the net smoothed by noise (`certify`).
+    The robust accuracy is an upper bound: a stronger attack may lower it. With `sigma` there is
+    also a lower bound, for another classifier: the net smoothed by noise (`certify`).
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
@@ -357,14 +357,14 @@ def robustness(
       attacks: by name, in order, e.g. `evaluate.fast_autoattack("l2")`; None for AutoAttack.
       eps: the size, a number.
       norm: the norm of that size; None for the norm that the attacks are set to, or l2.
-      key: one key, which each part gets.
+      key: one key, used for each part.
       bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
       sigma: the standard deviation of the noise under which to certify eps, in l2 only; None for no
         certificate.
       draws: numbers of draws at the looks, `stages` of `certify.certify`.
       batch_size: number of examples per batch.
-      store: a folder, new or of an earlier call, in which the results of the attacks and of the
-        certificate are kept, batch by batch. The same call takes up where the earlier one was
+      store: a folder, new or from an earlier call, in which the results of the attacks and of the
+        certificate are kept, batch by batch. The same call resumes where the earlier one was
         interrupted.
       progress: called after each of these batches, e.g. `print`.
 
@@ -372,7 +372,7 @@ def robustness(
       `Robustness`.
 
     Raises:
-      TypeError: as `evaluate.attack_and_score` and `certify.certify`; if attacks aren't by name.
+      TypeError: as `evaluate.attack_and_score` and `certify.certify`; if `attacks` isn't a mapping.
       ValueError: as these; if there are no examples, or `eps` isn't one number.
 
     Example:
@@ -395,8 +395,8 @@ def robustness(
     inputs.one_key(key)
     if np.ndim(eps):
         raise ValueError(
-            f"expected one eps for all examples, got shape {np.shape(eps)}; a report is of one "
-            "size: evaluate.distances has the accuracy at every size"
+            f"expected one eps for all examples, got shape {np.shape(eps)}; a report is for one "
+            "size: evaluate.distances gives the accuracy at every size"
         )
     shared: dict[str, Any] = {"key": key, "batch_size": batch_size}
     attack = partial(evaluate.attack_and_score, apply_fn, params, x, y, eps=eps, bounds=bounds)
@@ -412,7 +412,7 @@ def robustness(
         return {"store": None if store is None else Path(store) / part, "progress": progress}
 
     if sigma is not None:
-        certified(sigma, x[:0], y[:0])  # what it refuses, before any attack
+        certified(sigma, x[:0], y[:0])  # raise its errors before any attack runs
     attacked = attack(attacks, **shared, **kept("attacks"))
     certificate = None if sigma is None else certified(sigma, x, y, **kept("certificate"))
     on = host.spread(x)
@@ -441,7 +441,7 @@ def robustness(
 
 
 def _plain(bound: Any) -> Any:
-    """Return a bound as JSON has it: nested lists, with None for an open end."""
+    """Return a bound as plain types: nested lists, with None for an open end."""
     if np.ndim(bound):
         return [_plain(each) for each in bound]
     return float(bound) if np.isfinite(bound) else None

@@ -49,7 +49,7 @@ def test_the_norm_is_given_once_to_the_attack(norm, method):
 def test_a_norm_that_is_not_the_attacks_is_an_error(method, several):
     # In linf no l2 ball of that radius would be found too large, only too weak.
     attacks = {"it": method} if several else method
-    with pytest.raises(ValueError, match=r"expected one norm, got .*'linf'\]; say it once"):
+    with pytest.raises(ValueError, match=r"expected one norm, got .*'linf'\]; set it once"):
         outcome(attacks, eps=0.5, norm="linf")
 
 

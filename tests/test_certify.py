@@ -470,13 +470,13 @@ def test_what_is_refused(function, settings, error, match):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"norm": "linf"}, r"expected norm 'l2', got 'linf'.*size e \* sqrt\(d\)"),
+        ({"norm": "linf"}, r"expected norm 'l2', got 'linf'.*radius e \* sqrt\(d\)"),
         ({"stages": (100, 100)}, r"ascending stages, got \(100, 100\)"),
         ({"stages": ()}, r"ascending stages"),
         ({"stages": (0, 1)}, r"stages >= 1"),
         ({"radii": ()}, r"positive radii"),
         ({"radii": (0.0, 1.0)}, r"positive radii"),
-        ({"radii": (0.5, 1.5)}, r"radii below 1.351, which 2000 draws can certify at most"),
+        ({"radii": (0.5, 1.5)}, r"radii below 1.351, the most that 2000 draws can certify"),
         ({"n0": 0}, r"n0 >= 1"),
         ({"y": np.zeros(3, int)}, r"3 labels for 12 examples"),
     ],

@@ -187,7 +187,7 @@ def test_examples_of_one_answer_are_said():
     report = evaluate.check(linear, w, x[one], y[one], eps=3.0, key=KEY, steps=10)
     (flag,) = report.flags
     assert (flag.name, flag.kind) == ("one answer", "invalid input")
-    assert "`far` was left out; pass examples of several classes" in flag.message
+    assert "`far` was skipped; pass examples of several classes" in flag.message
     assert "pgd, far" not in report.figures
 
 

@@ -599,7 +599,7 @@ def test_certificates_are_kept_for_all_sizes_and_beside_those_of_other_noise(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"norm": "linf"}, r"--certify: expected norm 'l2', got 'linf'; .*ask for these radii"),
+        ({"norm": "linf"}, r"--certify: expected norm 'l2', got 'linf'; .*pass these radii"),
         ({"eps": (0.0, 1.0)}, r"--certify: expected positive radii, got \(0\.0, 1\.0\)"),
         ({"eps": (5.0,)}, r"--certify: expected radii below 1\.9.*, got 5; raise .*, or sigma"),
     ],

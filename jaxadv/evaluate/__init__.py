@@ -1,26 +1,26 @@
-"""Accuracies that can be relied on: a mask per example, and what went wrong in making it.
+"""Reliable accuracies: masks of correctly classified examples, and counts of what went wrong.
 
-The unit is one example, not a batch's mean: every function here gives arrays `[n]` that cover every
-example, the last short batch included. Worst cases are logical operations on masks
-(`one.robust & other.robust`), and counts are their sums (`outcome.zero.sum()`).
+Results are per example, not means of batches: arrays `[n]` that cover every example, including the
+last, short batch. The worst case over attacks is a logical operation on masks
+(`one.robust & other.robust`), and counts are sums of masks (`outcome.zero.sum()`).
 
-An example that is misclassified to begin with is wrong whatever its r is. So is one with a label
-outside 0..K-1, or with NaN or infinity in its input or +inf or NaN in its logits. These are
-counted, and so are perturbations that are exactly 0 (no usable gradient), since a zero gradient
-makes a net look robust that isn't.
+An example that is misclassified at x counts as wrong whatever its r. So does one with a label
+outside 0..K-1, with NaN or infinity in x, or with NaN or +inf in its logits. These are counted, and
+so are perturbations that are exactly 0 (no usable gradient), since a zero gradient makes a net look
+robust when it isn't.
 
-- `measure`: a batch, under `jax.jit`. `score`: the same over a data set, on the host in batches.
-- `attack_and_score`: attack a data set, then score it. The worst of the attacks of `autoattack`,
-  unless it is given others; `fast_autoattack` gives nearly the same verdicts for a fraction of the
-  passes.
-- `distances`: the least perturbation of each example by the best of several attacks, and from it
+- `measure`: score a batch, under `jax.jit`. `score`: the same over a data set, on the host in
+  batches.
+- `attack_and_score`: attack a data set, then score it, by default under the worst of the attacks of
+  `autoattack`; `fast_autoattack` gives nearly the same masks for a fraction of the passes.
+- `distances`: the smallest perturbation of each example by the best of several attacks, and from it
   the accuracy at every eps.
-- `accuracy` and `interval`: the share of a mask, and how far the draw of the examples matters.
-  `compare`: two masks of the same examples.
-- `check`: signs that a robust accuracy shouldn't be believed.
+- `accuracy` and `interval`: the accuracy of a mask, and its confidence interval. `compare`: two
+  masks of the same examples.
+- `check`: signs that a robust accuracy shouldn't be trusted.
 
 The host functions compile once for each `apply_fn` and attack object: make a `functools.partial`
-once and pass it again.
+once and reuse it.
 """
 
 from jaxadv.evaluate._accuracy import (

@@ -1,4 +1,4 @@
-"""Masks of the examples that are classified correctly, clean and perturbed, and their accuracy."""
+"""Masks of the correctly classified examples, clean and perturbed, and their accuracies."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Outcome(NamedTuple):
     """The effect of a perturbation on each example; every leaf is `[n]`.
 
     Attributes:
-      clean: x is classified correctly.
-      robust: x and x + r are classified correctly.
+      clean: whether x is classified correctly.
+      robust: whether x and x + r are classified correctly.
       norm: the measured norm of r; if x is narrower than float32, the larger of the norms of r and
         of (x + r) - x, which rounding may increase.
-      zero: r is exactly 0.
-      nonfinite: r, x, x + r or the logits of x or x + r are not finite (a logit of -inf is a mask,
-        and doesn't count).
-      invalid: the label is outside 0..K-1.
+      zero: whether r is exactly 0.
+      nonfinite: whether r, x, x + r, or the logits of x or x + r are not finite (a logit of -inf is
+        a mask, and doesn't count).
+      invalid: whether the label is outside 0..K-1.
     """
 
     clean: Any
@@ -48,7 +48,7 @@ class Comparison(NamedTuple):
       interval: the confidence interval of the difference on randomly drawn examples.
       only_first: number of examples that only the first classifies correctly.
       only_second: number of examples that only the second classifies correctly.
-      p_value: how likely so uneven a split of these would be, were both equally likely.
+      p_value: the probability of a split at least as uneven, if both were equally likely.
     """
 
     difference: float
@@ -125,7 +125,7 @@ def _realised(x: jax.Array, r: jax.Array, norm: Norm) -> jax.Array:
         return size
     kind = jnp.finfo(x.dtype)
     start = x.astype(wide)
-    # reduce_precision, since a compiler may drop a cast down and up again.
+    # reduce_precision, since a compiler may remove a cast to a narrower dtype and back.
     end = jax.lax.reduce_precision(start + r.astype(wide), kind.nexp, kind.nmant)
     return jnp.maximum(size, norms.norm(end - start, norm))
 
@@ -180,7 +180,7 @@ def score(
 
 
 def accuracy(mask: Any) -> float:
-    """Return the share of True in a mask `[n]`, as a Python float.
+    """Return the fraction of True in a mask `[n]`, as a Python float.
 
     Args:
       mask: booleans, `[n]`, n of at least 1.
@@ -203,7 +203,7 @@ def accuracy(mask: Any) -> float:
 
 
 def interval(mask: Any, confidence: float = 0.95) -> tuple[float, float]:
-    r"""The confidence interval of an accuracy on randomly drawn examples (Wilson, 1927).
+    r"""The confidence interval of an accuracy measured on randomly drawn examples (Wilson, 1927).
 
     .. math:: \frac{\hat p + \frac{z^2}{2n} \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} +
               \frac{z^2}{4n^2}}}{1 + \frac{z^2}{n}}
@@ -243,14 +243,14 @@ def compare(first: Any, second: Any, confidence: float = 0.95) -> Comparison:
               \frac{(b - c)^2}{(n + 2)^2}\Bigr)}, \qquad
               p = \min\bigl(1,\, 2 P(X \le \min(b', c'))\bigr)
 
-    with b' and c' the numbers of examples that only the first, and only the second, classifies
-    correctly, b = b' + 1/2, c = c' + 1/2, and X binomial with b' + c' trials of probability 1/2
-    (McNemar's test, exact). Examples on which both agree don't widen the interval, so that it is
-    much narrower than the two accuracies' own intervals suggest.
+    where b' and c' are the numbers of examples that only the first, and only the second, classifies
+    correctly, b = b' + 1/2, c = c' + 1/2, and X is binomial with b' + c' trials of probability 1/2
+    (McNemar's test, exact). Examples on which both agree don't widen the interval, so it is much
+    narrower than the intervals of the two accuracies suggest.
 
     Args:
       first: booleans, `[n]`, n of at least 1, e.g. one net's `outcome.robust`.
-      second: another's on the same examples, `[n]`.
+      second: another net's on the same examples, `[n]`.
       confidence: how often such an interval contains the difference on all possible examples.
 
     Returns:
@@ -318,7 +318,7 @@ def _booleans(mask: Any) -> NDArray[np.bool_]:
         )
     if mask.dtype != bool:
         raise TypeError(
-            f"expected a mask of booleans, got {mask.dtype}; pass that of one evaluation, e.g. "
-            "outcome.robust, or compare first: predictions == labels"
+            f"expected a mask of booleans, got {mask.dtype}; pass the mask of one evaluation, e.g. "
+            "outcome.robust, or predictions == labels"
         )
     return mask

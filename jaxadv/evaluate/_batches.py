@@ -1,4 +1,4 @@
-"""Run an attack on a data set in batches, which can be stored, resumed and watched."""
+"""Run an attack on a data set in batches, which can be stored, resumed and reported as progress."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ __all__ = [
 
 
 class Passes(NamedTuple):
-    """How many passes through the net an attack has taken.
+    """The number of passes through the net that an attack has made.
 
     Attributes:
-      forward: forward passes, those of gradients included.
+      forward: forward passes, including those of gradients.
       backward: backward passes.
     """
 
@@ -55,14 +55,14 @@ class Passes(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far an attack has come.
+    """The progress of an attack.
 
     Attributes:
       attack: its name; empty for a single attack.
       done: number of examples attacked so far.
       of: number of examples to attack.
-      fooled: how many it has made the net misclassify; None for a single attack and in `distances`,
-        which measure that at the end.
+      fooled: number of examples that the net now misclassifies; None for a single attack and in
+        `distances`, which measure it at the end.
     """
 
     attack: str
@@ -72,13 +72,13 @@ class Progress(NamedTuple):
 
 
 class Attacked(NamedTuple):
-    """What an attack has done to a batch; every leaf has B rows, or is None for all batches.
+    """The result of an attack on a batch; every leaf has B rows, or is None for all batches.
 
     Attributes:
       r: the perturbations, `[B, ...]`.
       fooled: whether they make the net misclassify.
       lead: the top wrong class's lead over the label at x + r.
-      passes: what each example has cost.
+      passes: the number of passes for each example.
     """
 
     r: Any
@@ -88,16 +88,17 @@ class Attacked(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """What an attack has done to some examples.
+    """The result of an attack on some examples.
 
     Attributes:
       r: the perturbations, `[m, ...]`.
-      fooled: whether they make the net misclassify, bool `[m]`; False if that wasn't asked.
-      lead: the top wrong class's lead over the label at x + r, `[m]`; -inf if that wasn't asked.
-      passes: what each example has cost, integers `[m]`; None if the attack doesn't count.
-      executed: how many passes the machine ran, counted per example: in a batch each example, also
-        a copy that pads it, counts as much as the one that takes longest. None if the attack
-        doesn't count.
+      fooled: whether they make the net misclassify, bool `[m]`; False if it wasn't evaluated.
+      lead: the top wrong class's lead over the label at x + r, `[m]`; -inf if it wasn't evaluated.
+      passes: the number of passes for each example, integers `[m]`; None if the attack doesn't
+        count them.
+      executed: the number of passes that the machine ran, counted per example: every example of a
+        batch, including padding, counts as much as the one that takes longest. None if the attack
+        doesn't count passes.
       seconds: time taken.
     """
 
@@ -110,10 +111,10 @@ class Ran(NamedTuple):
 
 
 class Store:
-    """A folder that keeps what has been computed of an evaluation, batch by batch.
+    """A folder with the results of an evaluation so far, batch by batch.
 
-    A batch is a file of its own, written whole or not at all. Nothing is pickled. With several
-    processes it has to be a folder that all of them see.
+    Each batch is a file of its own, written completely or not at all. Nothing is pickled. With
+    several processes, all of them must share the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,7 +122,7 @@ class Store:
         self.folder = folder
 
     def add(self, stage: int, batch: Mapping[str, NDArray[Any]]) -> None:
-        """Keep a batch of an attack's results; several processes' first does it for all."""
+        """Keep a batch of an attack's results; with several processes, the first one writes it."""
         if jax.process_index() == 0:
             name = f"{stage:02}-{batch['rows'][0]:08}.npz"
             arrays: dict[str, Any] = dict(batch)
@@ -130,10 +131,10 @@ class Store:
     def batches(
         self, stage: int, rows: NDArray[np.intp]
     ) -> Iterator[tuple[NDArray[np.intp], dict[str, NDArray[Any]]]]:
-        """Yield the batches that are kept of an attack on these rows, with their places in them.
+        """Yield the kept batches of an attack on these rows, each with its positions in `rows`.
 
-        What rounds differently may leave other rows for a later attack: a batch that has others is
-        passed over.
+        Rounding differences may change which rows a later attack runs on: a batch that contains
+        other rows is skipped.
 
         Args:
           stage: the attack's number.
@@ -148,8 +149,8 @@ class Store:
                     batch = dict(kept)
             except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
                 raise ValueError(
-                    f"expected arrays in {path}, got: {error}; delete this file, and its batch is "
-                    "computed again"
+                    f"expected arrays in {path}, got: {error}; delete this file to compute its "
+                    "batch again"
                 ) from error
             own: NDArray[np.intp] = batch["rows"]
             if np.isin(own, rows).all():
@@ -171,18 +172,18 @@ def opened(
     attacks: Mapping[str, PerturbFn],
     **others: Any,
 ) -> Store:
-    """Open a folder for an evaluation, new or begun before.
+    """Open a folder for an evaluation, which is new or was interrupted.
 
     Args:
-      folder: it is made if it isn't there.
+      folder: created if it doesn't exist.
       apply_fn: the net.
       params: its parameters.
       x: the examples, `[n, ...]`.
       attacks: the attacks by name.
-      **others: what else the results depend on, by name: arrays, or None.
+      **others: everything else that the results depend on, by name: arrays, or None.
 
     Raises:
-      ValueError: if another evaluation was kept in it; the message says what is different.
+      ValueError: if the folder has another evaluation; the message names the differences.
     """
     wanted = {
         "jax": jax.__version__,
@@ -202,14 +203,14 @@ def opened(
     kept = json.loads(evaluation.read_text())
     before = np.array(kept.pop("logits"))
     different = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
-    # The rest of the batches may be of another size or on other devices, which round differently.
+    # The remaining batches may have another size or device, and so other rounding errors.
     near = partial(np.allclose, rtol=1e-3, atol=1e-3, equal_nan=True)
     if not different and not (before.shape == logits.shape and near(before, logits)):
         different = ["logits of the first examples"]
     if different:
         raise ValueError(
             f"expected the same evaluation as in store={str(folder)!r}, got other "
-            f"{', '.join(different)}; choose another folder, or delete this one to start anew"
+            f"{', '.join(different)}; choose another folder, or delete this one to start over"
         )
     return Store(folder)
 
@@ -227,7 +228,7 @@ _apply = jax.jit(inputs.apply, static_argnums=0)
 
 
 def are_probabilities(outputs: NDArray[Any]) -> bool:
-    """Tell whether each row of a net's outputs `[n, K]` that is finite is a distribution."""
+    """Return whether all finite rows of a net's outputs `[n, K]` are probability distributions."""
     rounding = max(1e-3, 2 * float(jnp.finfo(outputs.dtype).eps))  # of a sum of rounded entries
     outputs = outputs.astype(np.float64)
     sound = outputs[np.isfinite(outputs).all(axis=1)]
@@ -236,7 +237,7 @@ def are_probabilities(outputs: NDArray[Any]) -> bool:
 
 
 def warn_of_probabilities(apply_fn: ApplyFn, params: Params, x: Any) -> None:
-    """Warn if a net returns probabilities instead of logits; by its outputs for four examples."""
+    """Warn if a net returns probabilities instead of logits, judging by four examples."""
     if are_probabilities(_first_logits(apply_fn, params, x)):
         warnings.warn(
             "expected logits, got outputs in [0, 1] that sum to 1: probabilities, whose gradients "
@@ -247,7 +248,7 @@ def warn_of_probabilities(apply_fn: ApplyFn, params: Params, x: Any) -> None:
 
 
 def described(method: Any) -> str:
-    """Describe an attack the same way in each process: by its name, its settings and its code."""
+    """Describe an attack, identically in each process, by its name, its settings and its code."""
     if isinstance(method, jax.Array | np.ndarray):
         return _digest(method)
     if isinstance(method, partial):
@@ -262,7 +263,7 @@ def described(method: Any) -> str:
         return re.sub("0x[0-9a-f]+", "", repr(method))  # no addresses
     name = f"{method.__module__}.{name}"
     code = getattr(method, "__code__", None)
-    if code is None or name.startswith("jaxadv."):  # whose version is kept
+    if code is None or name.startswith("jaxadv."):  # the store has the version of jaxadv
         return name
     captured = [cell.cell_contents for cell in method.__closure__ or ()]
     captured += [*(method.__defaults__ or ()), *(method.__kwdefaults__ or {}).values()]
@@ -282,7 +283,7 @@ def _digest(tree: Any) -> str:
 
 
 def check_progress(progress: Any) -> None:
-    """Check what is called after each batch.
+    """Check the function to call after each batch.
 
     Raises:
       TypeError: if it isn't a function.
@@ -308,12 +309,12 @@ def in_batches(
 
     Args:
       run: compiled; attacks a batch of the examples.
-      examples: arrays of a row for each example, or None, x first.
-      rows: on which to run, ascending.
-      sizes: of the batches, the largest first.
+      examples: arrays with a row for each example, or None; x first.
+      rows: the rows to run on, ascending.
+      sizes: the sizes of batches, largest first.
       stage: the attack's number, for the store.
       name: its name, for the progress.
-      store: keeps each batch; one that it has isn't run again.
+      store: keeps each batch; batches in it aren't run again.
       progress: called after each batch.
 
     Raises:
@@ -325,7 +326,7 @@ def in_batches(
     found = _Found(len(rows), x)
     for at, batch in store.batches(stage, rows) if store else ():
         found.put(at, batch)
-    overhead = sizes[0] // 80  # for small nets, which take large batches; little for large ones
+    overhead = sizes[0] // 80  # small nets, which use large batches, have a larger overhead
     for at, size in split(np.flatnonzero(~found.done), sizes, overhead):
         begin = time.perf_counter()
         filled = np.resize(rows[at], on.multiple(size))  # repeated; results of repeats are dropped
@@ -382,8 +383,8 @@ def split(
 ) -> list[tuple[NDArray[np.intp], int]]:
     """Split indices into batches; return each with the size to pad it to.
 
-    Instead of padding the last batch to the first size, use smaller ones if that costs less: a
-    batch costs its padded size plus the overhead, in examples.
+    Instead of padding the last batch to the first size, use smaller batches if that costs less. The
+    cost of a batch is its padded size plus the overhead, in examples.
     """
     size, *smaller = sizes
     cut = len(rows) - len(rows) % size

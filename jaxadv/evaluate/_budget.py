@@ -1,4 +1,4 @@
-"""An attack's norm, what it spends, and checks that its perturbations keep to eps and to the box.
+"""An attack's norm and number of passes, and checks that perturbations keep to eps and the box.
 
 The norm is given once, to the attack (`functools.partial(attack.pgd, norm="linf")`), and evaluation
 reads it from there. A perturbation that is larger than eps in this norm, or leaves the box, makes
@@ -33,12 +33,12 @@ def norm_of(attacks: Iterable[PerturbFn], norm: Norm | None) -> Norm:
     """
     named = {own for own in map(_own, attacks) if own is not None}
     if norm is not None:
-        norms.dual(norm)  # known?
+        norms.dual(norm)  # raises if the norm is unknown
         named.add(norm)
     if len(named) > 1:
         raise ValueError(
-            f"expected one norm, got {sorted(named)}; say it once, in the attack: e.g. "
-            'partial(attack.pgd, norm="linf"), evaluate.autoattack("linf")'
+            f"expected one norm, got {sorted(named)}; set it once, in the attack: e.g. "
+            'partial(attack.pgd, norm="linf") or evaluate.autoattack("linf")'
         )
     return named.pop() if named else "l2"
 
@@ -54,7 +54,7 @@ def _own(method: PerturbFn) -> Norm | None:
 
 
 def counted(method: PerturbFn) -> Callable[..., tuple[Any, Passes | None]]:
-    """Let an attack return r and its passes, `[B]`; None if it doesn't count them."""
+    """Make an attack return r and its passes, `[B]`; None if it doesn't count them."""
     try:
         reporting = attack.with_info(method)
     except TypeError:
@@ -68,10 +68,9 @@ def counted(method: PerturbFn) -> Callable[..., tuple[Any, Passes | None]]:
 
 
 def most(method: PerturbFn, n_classes: int) -> Passes | None:
-    """Return the most passes that an attack of given eps spends on an example, which nothing fools.
+    """Return the maximum number of passes, at a given eps, on an example that an attack can't fool.
 
-    None for an attack of which it isn't known: it is for one step, and for the attacks of the
-    ensembles and of `check`.
+    It is known for one step, and for the attacks of the ensembles and of `check`; else None.
     """
     own: Any = method
     while isinstance(own, partial | NearBoundary):
@@ -92,9 +91,9 @@ def most(method: PerturbFn, n_classes: int) -> Passes | None:
         return Passes(draws * (1 + runs * (steps + 1)), draws * runs * steps)
     if own is attack.fab:
         return Passes(1 + runs * (steps + 1), runs * steps)
-    if own is attack.fmn:  # whose bisection has 64 tries at most
+    if own is attack.fmn:  # its bisection makes at most 64 tries
         return Passes(steps + 70, steps + min(10, others))
-    if own in (attack.apgd, attack.apgd_multitargeted):  # in l1 a run is of three balls
+    if own in (attack.apgd, attack.apgd_multitargeted):  # in l1 a run uses three balls
         climb = draws * runs * (max(steps, 3) + 3 if given["norm"] == "l1" else steps + 1)
         ranked = given.get("order", "logit") != "logit"
         targets = min(max(given["n_targets"], 100), others) if ranked else 0
@@ -112,14 +111,14 @@ def keep(
     bounds: Bounds | None,
     name_of: Callable[[int], str],
 ) -> None:
-    """Check that perturbations don't exceed eps or the box by more than rounding.
+    """Check that perturbations don't exceed eps or the box by more than rounding error.
 
     Args:
       r: perturbations, `[n, ...]`.
       sizes: their measured norms, `[n]`, from `Outcome`.
       x: examples, `[n, ...]`.
       eps: the largest size allowed, a scalar or `[n]`.
-      norm: the norm of sizes.
+      norm: the norm of these sizes.
       bounds: the box for x + r.
       name_of: from an example's index to the name of the attack that perturbed it, for messages.
 
@@ -132,25 +131,25 @@ def keep(
     narrow = jnp.finfo(r.dtype).bits < 32
     own = np.asarray(norms.norm(jnp.asarray(r), norm)) if narrow else sizes
     excess = own - allowed * (1 + rounding)
-    if not np.all(excess <= 0):  # so that NaN fails, too
+    if not np.all(excess <= 0):  # so that NaN fails too
         worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
         raise ValueError(
             f"expected perturbations of {norm} size {allowed[worst]:g} at most, got "
             f"{own[worst]:g} by {name_of(worst)}; pass the norm that the attack has, or project "
-            "what an attack of your own returns, by jaxadv.norms.project"
+            "the result of your own attack with jaxadv.norms.project"
         )
     over = sizes > allowed * (1 + rounding)
     if over.any():
         worst = int(np.argmax(sizes - allowed))
         warnings.warn(
-            f"{over.sum()} of {len(over)} points x + r are further from x than eps, since they are "
-            f"rounded to {r.dtype}, by at most {sizes[worst]:g} where {allowed[worst]:g} is "
-            "allowed: evaluate with x in float32 (the net may compute in a narrower dtype)",
+            f"{over.sum()} of {len(over)} points x + r are farther from x than eps, since they are "
+            f"rounded to {r.dtype}: up to {sizes[worst]:g} where {allowed[worst]:g} is allowed; "
+            "evaluate with x in float32 (the net may compute in a narrower dtype)",
             stacklevel=4,
         )
     stray = "" if bounds is None else host.outside(bounds, x + r)
     if stray:
         raise ValueError(
-            f"expected attacks that keep x + r within bounds, got {stray}; confine what an attack "
-            "of your own returns, by jaxadv.norms.clip_to_box"
+            f"expected attacks that keep x + r within bounds, got {stray}; clip the result of your "
+            "own attack with jaxadv.norms.clip_to_box"
         )

@@ -1,10 +1,10 @@
-"""Signs that a robust accuracy shouldn't be believed.
+"""Signs that a robust accuracy shouldn't be trusted.
 
 Robust accuracy counts the failures of attacks, so whatever weakens an attack looks like robustness:
 vanishing gradients, a randomised net, examples that influence each other, a box or a budget that is
 too small (Athalye et al., 2018; Carlini et al., 2019). Each has a symptom that can be measured.
-`check` looks for them on a few hundred examples and raises a flag for each that it finds; that no
-flag is raised proves nothing.
+`check` looks for these symptoms on a few hundred examples and raises a flag for each that it finds.
+The absence of flags proves nothing.
 
 There are three kinds of flags. Gradient masking: the net's gradients mislead attacks. Weak attack:
 the net is not at fault, but a stronger attack breaks more. Invalid input: the outputs aren't a
@@ -36,22 +36,22 @@ _log = logging.getLogger("jaxadv.evaluate")
 
 Kind: TypeAlias = Literal["gradient masking", "weak attack", "invalid input"]
 
-# Thresholds. Accuracies are compared on the same examples, so that a difference isn't sampling
-# noise; the thresholds are twice the differences between sound attacks on sound nets.
+# Thresholds. Accuracies are compared on the same examples, so a difference isn't sampling noise;
+# the thresholds are twice the differences between sound attacks on sound nets.
 _SAME = 1e-4  # difference of the same row's logits, relative to the largest
-_BLACK_BOX = 0.005  # accuracy that Square, or a transferred attack, takes from the gradient attacks
-_BUDGET = 0.02  # accuracy that more steps and starts, or minimal-norm attacks, take from PGD
-_ONE_STEP = 0.2  # how far one step's accuracy may be above the iterated one
-_FAR = 0.02  # accuracy at sizes where an adversarial example is known for each
+_BLACK_BOX = 0.005  # accuracy lost to Square or a transferred attack after the gradient attacks
+_BUDGET = 0.02  # accuracy lost to more steps and starts, or to minimal-norm attacks, after PGD
+_ONE_STEP = 0.2  # one-step accuracy minus the iterated one
+_FAR = 0.02  # accuracy at sizes where an adversarial example is known for each x
 _DISAGREE = 1.25  # ratio of the median sizes that two minimal-norm attacks find
 
 
 class Flag(NamedTuple):
-    """One sign that a figure shouldn't be believed.
+    """One sign that a robust accuracy shouldn't be trusted.
 
     Attributes:
       name: one of the names that `check` lists.
-      message: what was measured, what it means, and what to do.
+      message: the measurement, what it means, and what to do.
       kind: `"gradient masking"` (the net's gradients mislead attacks), `"weak attack"` (a stronger
         one breaks more), or `"invalid input"` (the evaluation is meaningless).
     """
@@ -88,28 +88,28 @@ def check(
     steps: int = 50,
     batch_size: int = 500,
 ) -> Report:
-    """Look for signs that a net's robust accuracy shouldn't be believed.
+    """Look for signs that a net's robust accuracy shouldn't be trusted.
 
-    The flags, by kind, and what raises them. Invalid input:
+    The flags, by kind, with the condition that raises each. Invalid input:
 
     - `probabilities`: outputs are in [0, 1] and sum to 1.
     - `random`: two calls with the same input give different logits.
     - `interacting rows`: a row's logits depend on its batch.
     - `nothing right`: the net classifies no example correctly, so there is nothing to attack.
-    - `one answer`: the net predicts one class for all examples, so `far` can't be checked.
+    - `one answer`: the net predicts the same class for all examples, so `far` can't be checked.
 
     Gradient masking:
 
     - `zero gradients`, `non-finite gradients`: of the loss that attacks maximise, at the examples
       or at the points where PGD ended without success.
     - `black box`: Square breaks examples that PGD doesn't (images in l2 and linf only).
-    - `transfer`: so do perturbations made on `source`.
+    - `transfer`: perturbations made on `source` break examples that PGD doesn't.
     - `far`: PGD fails even without a box and at the distance of the nearest example for which the
       net predicts another class.
 
-    A weak attack, which is no fault of the net:
+    A weak attack, which is not the net's fault:
 
-    - `one step`: the accuracy under a single step is far above PGD's, and says nothing.
+    - `one step`: the accuracy under a single step is far above PGD's, and so meaningless.
     - `budget`: more steps and restarts still lower the accuracy under PGD.
     - `minimal norm`: `fmn` or `fab` find points within eps that PGD doesn't.
     - `disagreement`: `fmn` and `fab` find minimal sizes that are far apart.
@@ -131,11 +131,11 @@ def check(
       batch_size: number of examples per batch.
 
     Returns:
-      `Report`. Its figures include the share of examples without a usable gradient, for each loss
-      that attacks maximise: `margin zero gradients` (PGD, APGD on cross-entropy), `dlr zero
+      `Report`. Its figures include the fraction of examples without a usable gradient, for each
+      loss that attacks maximise: `margin zero gradients` (PGD, APGD on cross-entropy), `dlr zero
       gradients`, `ce zero gradients`, and the same with `non-finite`. If only plain cross-entropy
       has zero gradients, in float32, the net is not at fault: the attacks of this library aren't
-      affected, though others are. If no example is classified correctly, no attack is run.
+      affected, though others are. If no example is classified correctly, no attack runs.
 
     Raises:
       TypeError: as the attacks; and under a trace.
@@ -156,8 +156,8 @@ def check(
     """
     x, y = host.arrays("evaluate.check", x, y, (params, eps, key, bounds))
     if len(y) == 0:
-        raise ValueError("expected at least one example, got none; pass some hundred")
-    norms.dual(norm)  # known?
+        raise ValueError("expected at least one example, got none; pass a few hundred")
+    norms.dual(norm)  # raises if the norm is unknown
     eps = host.per_example(x, eps, None)[0]
     keys = inputs.keys(key, len(y), "an attack of the check")
     box: Bounds | None = None
@@ -187,8 +187,8 @@ def check(
     if not right.any():
         flag(
             "nothing right", True, "invalid input",
-            "the net classifies none of the examples right, so that there is nothing to attack: do "
-            "the labels belong to these examples, and are they scaled as in training?",
+            "the net classifies no example correctly, so there is nothing to attack: do the labels "
+            "belong to these examples, and are the examples scaled as in training?",
         )  # fmt: skip
         return Report(tuple(flags), figures)
 
@@ -224,7 +224,7 @@ def check(
     gained = figures["pgd"] - figures["pgd, 4 times the steps, 4 starts"]
     flag(
         "budget", gained > _BUDGET, "weak attack",
-        f"four times the steps and four starts lower PGD's accuracy by {gained:.3f}: it has not "
+        f"four times the steps and four starts lower PGD's accuracy by {gained:.3f}: it hasn't "
         "converged; raise steps and restarts until it has, or use the standard ensemble",
     )  # fmt: skip
 
@@ -240,8 +240,8 @@ def check(
     known = np.isfinite(apart)
     flag(
         "one answer", not known.any(), "invalid input",
-        "the net answers all these examples alike, so that no adversarial points are known, and "
-        "`far` was left out; pass examples of several classes: shuffle sorted data first",
+        "the net predicts the same class for all examples, so no adversarial points are known, and "
+        "`far` was skipped; pass examples of several classes: shuffle sorted data first",
     )  # fmt: skip
     if known.any():
         far, _ = standing("pgd", jnp.where(known, apart, 0), bounds=endless)
@@ -249,7 +249,7 @@ def check(
         flag(
             "far", figures["pgd, far"] > _FAR, "gradient masking",
             f"without a box, PGD fails on {figures['pgd, far']:.3f} at a size that reaches an "
-            "example of another answer: gradients don't lead where adversarial points are known",
+            "example with another prediction: gradients don't lead to known adversarial points",
         )  # fmt: skip
 
     medians, minimal = {}, gradient
@@ -258,7 +258,7 @@ def check(
         measured = attack_and_score(
             apply_fn, params, x, y, attacks[name], eps=None, bounds=box, batch_size=batch_size
         ).outcome.norm
-        # Count what the attack has found, whatever scoring says: r ends on the decision boundary,
+        # Count what the attack has found, whatever the score: r ends on the decision boundary,
         # where a net that computes in bfloat16 may round to the other side.
         sizes = np.where(measured > 0, measured, np.inf)
         medians[name] = figures[f"{name}, median size"] = float(np.median(sizes[right]))
@@ -274,8 +274,8 @@ def check(
     low, high = min(medians.values()), max(medians.values())
     flag(
         "disagreement", high > _DISAGREE * low, "weak attack",
-        f"half of the examples need {medians['fmn']:.3g} by fmn and {medians['fab']:.3g} by fab: "
-        "one of them is misled; believe the smaller, and look for attacks that find less still",
+        f"the median size is {medians['fmn']:.3g} by fmn and {medians['fab']:.3g} by fab: one of "
+        "them is misled; trust the smaller, and look for attacks that find smaller ones still",
     )  # fmt: skip
     return Report(tuple(flags), figures)
 
@@ -328,15 +328,15 @@ def _look_at_outputs(
     )  # fmt: skip
     flag(
         "random", figures["call to call"] > _SAME, "invalid input",
-        "the same input gives other logits at another call: attacks that take one gradient are "
-        "misled; switch the randomness off, or pass it as a key and attack with samples",
+        "two calls with the same input give different logits: attacks that use one draw's gradient "
+        "are misled; switch off the randomness, or pass it as a key and attack with samples",
     )  # fmt: skip
     flag(
         "interacting rows",
         figures["alone or in a batch"] > _SAME and figures["call to call"] <= _SAME,
         "invalid input",
         "an example's logits depend on its batch: batch norm in training mode? Use the stored "
-        "statistics, or figures depend on the batch size and gradients are not the example's own",
+        "statistics; otherwise figures depend on the batch size, and gradients mix examples",
     )
 
 
@@ -356,18 +356,18 @@ def _look_at_gradients(
         for kind, start in kinds.items():
             end = at_end[name][kind]
             figures[f"{name} {kind} gradients"] = accuracy(start | (end & standing))
-    # The loss that all gradient attacks here maximise; plain cross-entropy is for information.
+    # Only the margin, which the gradient attacks above maximise; the others are for information.
     zero, broken = (figures[f"margin {kind} gradients"] for kind in ("zero", "non-finite"))
     flag(
         "zero gradients", zero > 0, "gradient masking",
         f"the loss has a gradient of exactly 0 on {zero:.3f} of the examples, at x or where PGD "
-        "ended: gradient attacks can't move there; remove what rounds, quantises or saturates, "
-        "or attack a smooth stand-in",
+        "ended: gradient attacks can't move there; remove rounding, quantisation or saturation, or "
+        "attack a smooth surrogate",
     )  # fmt: skip
     flag(
         "non-finite gradients", broken > 0, "gradient masking",
-        f"the loss's gradient is NaN or infinite on {broken:.3f} of the examples: these count as "
-        "they are, not as attacked; mend the net's arithmetic",
+        f"the loss's gradient is NaN or infinite on {broken:.3f} of the examples: gradient attacks "
+        "can't move there; fix the net's arithmetic",
     )  # fmt: skip
 
 
@@ -382,8 +382,8 @@ def _compare(
     figures[name] = accuracy(gradient & ~other)
     flag(
         name, figures[name] > _BLACK_BOX, "gradient masking",
-        f"{who} breaks {figures[name]:.3f} of the examples that gradients of the net itself don't: "
-        "these gradients mislead; the true accuracy is lower than any of these figures",
+        f"on {figures[name]:.3f} of the examples, {who} succeeds where attacks with the net's own "
+        "gradients fail: these mislead; the true accuracy is lower than any of these figures",
     )  # fmt: skip
 
 
@@ -391,7 +391,7 @@ def _compare(
 def _gradient_kinds(
     apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array
 ) -> dict[str, dict[str, jax.Array]]:
-    """Return for each loss which gradients are exactly 0, and which not finite; in one program."""
+    """Return for each loss which gradients are exactly 0, and which are not finite."""
     logits, pull = jacobian.pullback(apply_fn, params, x)
     of = {"ce": optax.softmax_cross_entropy_with_integer_labels, "margin": losses.margin}
     if logits.shape[1] > 2:

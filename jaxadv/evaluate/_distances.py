@@ -1,9 +1,9 @@
-"""How far each example is from being misclassified, by the best of several attacks.
+"""The distance of each example to a misclassified point, by the best of several attacks.
 
-A robust accuracy belongs to one eps. The size of the least perturbation found for each example
-gives it for every eps at once, the curve of accuracy against eps, and its median. Attacks differ
-by what stops them, so that the least of several is taken, and each is charged for its forward and
-backward passes, by which attacks of different kinds can be compared (Cina et al., 2025).
+A robust accuracy belongs to one eps. The size of the smallest perturbation found for each example
+gives the whole curve of accuracy against eps, and the median size. Attacks fail for different
+reasons, so the smallest result of several is used. Each attack is charged for its forward and
+backward passes, which makes attacks of different kinds comparable (Cina et al., 2025).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = ["Distances", "distances", "minimal_attacks"]
 
 @dataclass(frozen=True)
 class Distances:
-    """The least perturbation that was found for each example.
+    """The smallest perturbation that was found for each example.
 
     Attributes:
-      size: its norm, `[n]`: 0 where x is misclassified as it is, inf where none was found, NaN
-        where x or its logits are not finite (`np.isnan(size).sum()` counts them).
+      size: its norm, `[n]`: 0 where x itself is misclassified, inf where none was found, NaN where
+        x or its logits are not finite (`np.isnan(size).sum()` counts these).
       r: the perturbation, `[n, ...]`; 0 where size is 0, inf or NaN.
       attack: the name of the attack that found it, `[n]`; empty where none did.
-      passes: what each attack spent on each example, by name.
+      passes: the passes of each attack on each example, by the attack's name.
     """
 
     size: NDArray[Any]
@@ -48,14 +48,14 @@ class Distances:
 
     @property
     def median(self) -> float:
-        """The median size; what isn't finite at x counts as misclassified, 0."""
+        """The median size, where NaN counts as 0."""
         return float(np.median(np.where(np.isnan(self.size), 0, self.size)))
 
     def accuracy(self, eps: Any) -> Any:
-        """Return the share of examples whose least perturbation is larger than eps.
+        """Return the fraction of examples whose smallest perturbation is larger than eps.
 
         Args:
-          eps: a number, or an array of them.
+          eps: a number, or an array of numbers.
 
         Returns:
           A float, or an array like eps: the robust accuracy at each.
@@ -66,20 +66,20 @@ class Distances:
 
 @cache
 def minimal_attacks(norm: Norm = "l2", budget: int = 2000) -> Mapping[str, PerturbFn]:
-    """The attacks of `distances`, with as many steps as a budget of passes allows.
+    """The default attacks of `distances`, with as many steps as a budget of passes allows.
 
     About an eighth of the budget goes to `attack.fmn`, two eighths to `attack.fab` with 9 targets,
-    and the rest to `attack.apgd`'s search over eps, which finds the smallest ones where the nearest
-    class has the largest wrong logit. At 2000 passes these are 97, 24 and 27 steps. The split was
-    chosen on training images of the MLPs on record, out of all pairs and triples of these, `ddn`
-    and `apgd_multitargeted` at several numbers of steps.
+    and the rest to the search over eps of `attack.apgd`, which finds the smallest perturbations
+    where the nearest class is the top wrong one. With 2000 passes, the numbers of steps are 97, 24
+    and 27. The split was chosen on training images and the recorded MLPs, among all pairs and
+    triples of these attacks, `ddn` and `apgd_multitargeted`, with several numbers of steps.
 
     Args:
       norm: `"l1"`, `"l2"` or `"linf"`.
-      budget: forward plus backward passes for each example, all attacks together; at least 600.
+      budget: forward plus backward passes for each example, of all attacks together; at least 600.
 
     Returns:
-      Attacks by name, not to be changed; the same objects for each call with the same arguments.
+      Attacks by name, read-only; calls with the same arguments return the same objects.
 
     Raises:
       ValueError: if the norm is unknown, or `budget` < 600.
@@ -89,10 +89,10 @@ def minimal_attacks(norm: Norm = "l2", budget: int = 2000) -> Mapping[str, Pertu
       >>> list(evaluate.minimal_attacks("linf"))
       ['fmn', 'fab-t', 'apgd']
     """
-    norms.dual(norm)  # known?
+    norms.dual(norm)  # raises if the norm is unknown
     inputs.at_least(600, "budget", budget, "2000 is usual; or pass attacks of your own")
-    # Less what comes beside the steps: FMN's step of DeepFool and its bisection; in each ball of
-    # APGD's the start, and in every other one a bisection.
+    # Not all passes are steps: FMN has a DeepFool step and a bisection; APGD has a start in each
+    # ball, and a bisection in every other one.
     return MappingProxyType({
         "fmn": partial(attack.fmn, norm=norm, steps=int((0.12 * budget - 45) / 2)),
         "fab-t": partial(attack.fab, norm=norm, steps=int(0.23 * budget / 18 - 1)),
@@ -116,28 +116,27 @@ def distances(
     store: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Distances:
-    """Find the size of the least perturbation that misleads the net about each example.
+    """Find the smallest perturbation of each example that fools the net, by several attacks.
 
-    Each attack is run on every example, and the least r is kept. Sizes are not what attacks say:
-    every r is measured by a plain forward pass (x + r is misclassified) and has to lie in the box.
+    Each attack runs on every example, and the smallest r is kept. What the attacks claim doesn't
+    count: a forward pass checks that x + r is misclassified, and r has to keep x + r in the box.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`; probabilities raise a warning.
       params: the first argument of `apply_fn`.
       x: `[n, ...]`, floating point, on the host or the device.
       y: integer labels, `[n]`.
-      norm: in which sizes are measured; None for the one that the attacks are set to, or l2.
+      norm: the norm of sizes; None for the norm that the attacks are set to, or l2.
       attacks: minimal-norm attacks by name, called with `eps=None`; they have to count their passes
         (`attack.reports`). None for `minimal_attacks(norm, budget)`.
-      budget: how many forward plus backward passes each example may cost. Attacks are charged in
-        order: what one finds for an example with more than is left doesn't count. None for no
-        limit.
-      key: one key, split per example, or `[n]` keys; None if no attack draws (those of
-        `minimal_attacks` do). Each attack gets keys of its own.
+      budget: forward plus backward passes allowed for each example. Attacks are charged in order,
+        and the result of an attack that exceeds an example's budget isn't used. None for no limit.
+      key: one key, split per example, or `[n]` keys; None if all attacks are deterministic (those
+        of `minimal_attacks` aren't). Each attack gets keys of its own.
       bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
       batch_size: number of examples per batch.
-      store: a folder, new or of an earlier call, in which the results of each batch are kept. The
-        same call takes up where the earlier one was interrupted, whatever the batch size.
+      store: a folder, new or from an earlier call, in which the results of each batch are kept. The
+        same call resumes where the earlier one was interrupted, whatever the batch size.
       progress: called after each batch, e.g. `print`.
 
     Returns:
@@ -164,10 +163,10 @@ def distances(
     x, y = host.arrays("evaluate.distances", x, y, (params, key, bounds))
     if attacks is None:
         if budget is None:
-            raise ValueError("expected a budget or attacks, got neither; 2000 passes are usual")
+            raise ValueError("expected a budget or attacks, got neither; 2000 passes is usual")
         attacks = minimal_attacks("l2" if norm is None else norm, budget)
     if not attacks:
-        raise ValueError("expected at least one attack, got none; pass None for the usual ones")
+        raise ValueError("expected at least one attack, got none; pass None for the default ones")
     for name, method in attacks.items():
         closures.method(f"attack {name!r}", method)
     norm = _budget.norm_of(attacks.values(), norm)
@@ -202,7 +201,7 @@ def distances(
             r, np.where(outcome.nonfinite, 0, outcome.norm), x, eps=np.inf, norm=norm,
             bounds=bounds, name_of=partial(_same, name),
         )  # fmt: skip
-        passes[name] = cast(Passes, ran.passes)  # `_attack` has asked for them
+        passes[name] = cast(Passes, ran.passes)  # `_attack` always returns them
         spent = spent + sum(passes[name])
         less = ~outcome.robust & ~outcome.nonfinite & (outcome.norm < size)
         if budget is not None:

@@ -1,7 +1,7 @@
 """Attack a data set and score it, with one attack or with several in turn.
 
 Each of several attacks runs only on the examples that are still classified correctly. The loop runs
-on the host, since these examples are known only after an attack has ended. The ensembles themselves
+on the host, since these examples aren't known before an attack has ended. The ensembles themselves
 are in `_attacks`.
 """
 
@@ -33,7 +33,7 @@ __all__ = ["Audit", "Result", "Stage", "attack_and_score", "check_attacks"]
 
 _log = logging.getLogger("jaxadv.evaluate")
 _fold = jax.jit(fold)
-_GAIN = 0.02  # the share of examples to break for `NearBoundary` to go farther
+_GAIN = 0.02  # fraction of examples to break for `NearBoundary` to continue
 
 
 class Stage(NamedTuple):
@@ -43,11 +43,11 @@ class Stage(NamedTuple):
       tried: which examples it was run on, bool `[n]`.
       fooled: which of them it made the net misclassify, bool `[n]`.
       seconds: time taken, including compilation.
-      passes: passes spent on each example, integers `[n]`, with one forward pass to check r; 0
-        where it wasn't tried. None for an attack that doesn't count (`attack.reports`).
-      executed: how many passes the machine ran, counted per example and with padding. For attacks
-        with several loops of unknown length (those of minimal norm) it is a lower bound. None where
-        `passes` is.
+      passes: passes for each example, integers `[n]`, including one forward pass to check r; 0
+        where it wasn't tried. None for an attack that doesn't count them (`attack.reports`).
+      executed: total number of passes that the machine ran, counted per example, with padding. For
+        attacks with several loops of unknown length (minimal-norm attacks) it is a lower bound.
+        None if `passes` is.
     """
 
     tried: NDArray[np.bool_]
@@ -58,14 +58,14 @@ class Stage(NamedTuple):
 
 
 class Audit(NamedTuple):
-    """How far a robust accuracy is from AutoAttack's, on a share of the examples.
+    """How much a robust accuracy differs from AutoAttack's, on a fraction of the examples.
 
     Attributes:
       rows: the examples, evenly spaced indices, `[m]`.
       robust: which of them AutoAttack left robust, bool `[m]`.
-      difference: robust accuracy on `rows` under the given attacks minus that under AutoAttack.
-      interval: the 95% confidence interval of the difference, as `compare` has it.
-      result: AutoAttack's own.
+      difference: robust accuracy on `rows` under the given attacks minus AutoAttack's.
+      interval: the 95% confidence interval of the difference, by `compare`.
+      result: the result of AutoAttack.
     """
 
     rows: NDArray[np.intp]
@@ -80,8 +80,8 @@ class Result(NamedTuple):
 
     Attributes:
       outcome: the score of r; each leaf `[n]`.
-      r: the perturbations, `[n, ...]`. For several attacks, an example's is the first that made the
-        net misclassify it, or 0 if none did.
+      r: the perturbations, `[n, ...]`. With several attacks, each example's is the first that fools
+        the net, or 0 if none does.
       stages: the result of each of several attacks, by name, in order; empty for a single attack.
       audit: the comparison with AutoAttack, if it was asked for.
     """
@@ -113,9 +113,9 @@ def attack_and_score(
     """Attack a data set and score the perturbations.
 
     A single attack runs on every example. Several run in turn, each on the examples that are still
-    classified correctly; each is logged as it begins (`logging`, level INFO, logger
+    classified correctly; the start of each is logged (`logging`, level INFO, logger
     `jaxadv.evaluate`). Report `accuracy(result.outcome.robust)`: it is measured from the stored r,
-    and doesn't rely on what the attacks claim.
+    and doesn't depend on what the attacks claim.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`; probabilities raise a warning.
@@ -123,26 +123,27 @@ def attack_and_score(
       x: `[n, ...]`, floating point, on the host or the device.
       y: integer labels, `[n]`.
       attacks: None for AutoAttack; or one attack, e.g. `attack.pgd`; or several by name, in order,
-        e.g. `fast_autoattack("l2")`; of these, `NearBoundary` runs one on few examples.
-        Make a `functools.partial` once and pass it again: each object is compiled once.
-      eps: the size, a scalar or `[n]`; None for the smallest perturbations that minimal-norm
-        attacks find, of any size.
+        e.g. `fast_autoattack("l2")`. In the latter, wrap an attack in `NearBoundary` to run it only
+        near the decision boundary. Make a `functools.partial` once and reuse it: each object is
+        compiled once.
+      eps: the size, a scalar or `[n]`; None with minimal-norm attacks, for perturbations of any
+        size.
       norm: the norm in which no perturbation may exceed eps; None for the norm that the attacks are
         set to, by `functools.partial` or by default (l2 if they have none). AutoAttack uses it.
-      key: one key, split per example, or `[n]` keys; None for methods without random numbers. Each
-        of several attacks gets keys of its own.
+      key: one key, split per example, or `[n]` keys; None for deterministic attacks. Each of
+        several attacks gets keys of its own.
       bounds: `(lo, hi)`, numbers or arrays that broadcast to one example; None for no box.
       source: another net with its parameters, on which perturbations are made (transfer); None for
         the net itself.
-      batch_size: number of examples per batch; the result depends on it by rounding only. The
-        examples for each of several attacks are split into batches of this size, an eighth and a
-        64th of it, so that an attack compiles at most three times.
-      audit: share of the examples, 0 to 1, on which AutoAttack runs too; `Result.audit` has the
-        difference. For ensembles cheaper than AutoAttack; it needs `eps` and a key, and a source
-        that draws no random numbers. 0: none.
-      store: a folder, new or of an earlier call, in which the results of each batch are kept. The
-        same call takes up where the earlier one was interrupted, whatever the batch size. With
-        several processes, a folder that all of them see.
+      batch_size: number of examples per batch; results depend on it only by rounding error. With
+        several attacks, the examples are split into batches of this size, an eighth and a 64th of
+        it, so an attack is compiled at most three times.
+      audit: fraction of the examples, in [0, 1], on which AutoAttack runs too, for ensembles
+        cheaper than AutoAttack; `Result.audit` has the difference. It needs `eps` and a key, and if
+        there is a source, a deterministic one. 0: no audit.
+      store: a folder, new or from an earlier call, in which the results of each batch are kept. The
+        same call resumes where the earlier one was interrupted, whatever the batch size. With
+        several processes, all of them must share the folder.
       progress: called after each batch, e.g. `lambda at: print(at.attack, at.done, "of", at.of)`.
 
     Returns:
@@ -150,9 +151,10 @@ def attack_and_score(
 
     Raises:
       TypeError: as the attacks; if they are neither a function nor a mapping; and under a trace.
-      ValueError: as the attacks; if there are none; if the norm is unknown, or not that of the
+      ValueError: as the attacks; if there are none; if the norm is unknown, or not the norm of the
         attacks; if x leaves the bounds; if a perturbation is larger than eps or leaves the bounds,
-        by more than rounding; if `audit` is outside 0..1; if `store` has another evaluation.
+        by more than rounding error; if `audit` is outside [0, 1]; if `store` has another
+        evaluation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -174,7 +176,7 @@ def attack_and_score(
     methods = attacks.values() if isinstance(attacks, Mapping) else [attacks]
     norm = _budget.norm_of(methods, norm)
     if not 0 <= audit <= 1:
-        raise ValueError(f"expected audit in 0..1, got {audit}; it is a share of the examples")
+        raise ValueError(f"expected audit in 0..1, got {audit}; it is a fraction of the examples")
     shape = host.one_batch(x, batch_size)
     net = _Net(closures.keyed(apply_fn, params, shape), params)
     made_on = net
@@ -184,12 +186,12 @@ def attack_and_score(
     bounds = host.checked(bounds, x)
     named = attacks if isinstance(attacks, Mapping) else {"": attacks}
     examples = (x, y, *host.per_example(x, eps, key))
-    # Raise the errors of all before any of them runs.
+    # Raise the errors of all attacks before any of them runs.
     some = host.spread(x).take(examples, np.arange(len(y))[: shape.shape[0]])
     several = attacks.values() if isinstance(attacks, Mapping) else ()
     for method in (*several, *(autoattack(norm).values() if audit else ())):
         jax.eval_shape(partial(_attack, net, made_on, bounds, method=method), *some)
-    if net.apply_fn is not apply_fn:  # else another evaluation calls this one, and has looked
+    if net.apply_fn is not apply_fn:  # else the evaluation that called this one has checked
         _batches.warn_of_probabilities(net.apply_fn, params, x)
     kept = None
     if store is not None:
@@ -211,7 +213,7 @@ def attack_and_score(
         rows = np.arange(len(y))
         r = run(batch, examples, rows, [shape.shape[0]], stage=0, name="").r
         outcome = scored(r)
-        broken = outcome.nonfinite  # counted as non-finite: it has no size
+        broken = outcome.nonfinite  # counted as such; it has no size
 
     def name_of(example: int) -> str:
         fooled_by = (repr(name) for name, stage in stages.items() if stage.fooled[example])
@@ -241,7 +243,7 @@ def attack_and_score(
 
 
 def _identity(apply_fn: ApplyFn, params: Params, shape: jax.ShapeDtypeStruct) -> Any:
-    """Return what tells a source from others, whatever the batch size."""
+    """Return what identifies a source, whatever the batch size."""
     one = jax.ShapeDtypeStruct((1, *shape.shape[1:]), shape.dtype)
     return params, getattr(closures.keyed(apply_fn, params, one), "digest", "")
 
@@ -297,7 +299,7 @@ def _perturb(
 def _attack(
     net: _Net, made_on: _Net, bounds: Bounds | None, *batch: Any, method: PerturbFn
 ) -> Attacked:
-    """Attack, and see what it has done to the net; r is 0 where it doesn't fool it."""
+    """Attack, and evaluate the net at x + r; r is 0 where it doesn't fool the net."""
     r, _, _, passes = _perturb(made_on, bounds, *batch, method=method)
     x, y, *_ = batch
     fooled, lead = _look(net, x + r, y)
@@ -338,7 +340,7 @@ def _in_turn(
     """
     x, y, eps, keys = examples
     robust, worst = clean.copy(), np.zeros(x.shape, x.dtype)
-    left = np.ones(len(y))  # the least share of its lead that an attack has left to y
+    left = np.ones(len(y))  # the smallest fraction of y's lead that an attack has left
     whole = max(1, min(batch_size, len(y)))
     sizes = [max(1, whole // part) for part in (1, 8, 64)]
     stages = {}
@@ -370,7 +372,7 @@ def _in_turn(
 def _stage(
     tried: NDArray[np.bool_], fooled: NDArray[np.bool_], done: list[tuple[NDArray[np.intp], Ran]]
 ) -> Stage:
-    """Put together what an attack has done to one set of examples after the other."""
+    """Combine the results of an attack on several disjoint sets of examples."""
     seconds = sum(ran.seconds for _, ran in done)
     passes, executed = Passes(*np.zeros((2, len(tried)), int)), Passes(0, 0)
     for rows, ran in done:
