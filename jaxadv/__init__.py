@@ -14,11 +14,11 @@ Everything is a function of your own `apply_fn(params, x) -> logits` and `params
 ([True], [False])
 
 `perturb` has the one-step methods of Huang et al., "Learning with a Strong Adversary", 2015, and
-`attack` the iterated ones; `objectives` and `train` make a jitted min-max step of one of them and
-an optax optimiser; `evaluate` scores a net under attack, `certify` bounds the robustness of a net
-under noise from below, and `report` puts what is to be published into one. Below them: `problem`,
-what every attack is written with, `losses`, `norms` and `jacobian`. `nets` adapts random nets and
-nets of one logit. `logistic` is the paper's Appendix A. `types` names the signatures.
+`attack` the iterated ones. `objectives` and `train` combine one of these and an optax optimiser
+into a jitted min-max training step. `evaluate` scores a net under attack, `certify` certifies l2
+radii by randomized smoothing, and `report` collects the figures to publish. At a lower level,
+`problem` is the base of every attack, with `losses`, `norms` and `jacobian`. `nets` adapts random
+nets and nets with one logit. `logistic` is the paper's Appendix A. `types` has the signatures.
 """
 
 from jaxadv import (

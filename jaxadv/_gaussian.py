@@ -1,10 +1,10 @@
-r"""Gaussian noise on a grid, drawn with integers only, and how far it is from Gaussian.
+r"""Gaussian noise on a grid, drawn with integer arithmetic, and its distance from exact noise.
 
 The noise is an integer times h, a power of 2 between sigma / 4096 and sigma / 2048: the integer
 nearest to :math:`\sigma Z / h`, from -32768 to 32767, so that the greatest \|z\| is at least 8. It
-is drawn by Walker's alias method from 48 random bits. An x that is rounded to multiples of h has an
-exact sum with it; pixels that are multiples of 1/256 are such multiples for sigma <= 8. The total
-variation between the table's probabilities and the exact ones is computed from the table.
+is drawn by Walker's alias method from 48 random bits. If x is rounded to multiples of h, its sum
+with the noise is exact; for sigma <= 8, pixels that are multiples of 1/256 need no rounding. The
+total variation distance to the exact distribution is computed from the table.
 
 `certify` samples nets under this noise.
 """
@@ -34,7 +34,7 @@ def on_grid(x: jax.Array, step: float) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0)
 def distance_to_grid(step: float, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return how far examples are from the grid, and whether sums with noise are exact, `[B]`."""
+    """Return distances of examples to the grid, and whether sums with noise are exact, `[B]`."""
     wide = on_grid(x, step)
     largest = jnp.max(jnp.abs(wide), axis=tuple(range(1, x.ndim)))
     exact = ~(jnp.isfinite(largest) & (largest > 2**23 * step))
@@ -46,10 +46,10 @@ class Table(NamedTuple):
     """Walker's alias table of a Gaussian rounded to integers, for 2^16 columns.
 
     Attributes:
-      step: the integers' unit, h.
-      threshold: from which of 2^32 values on a column stands for another integer.
-      other: that integer's column.
-      off: total variation between this table's distribution and the exact one.
+      step: the grid's step, h.
+      threshold: from this of 2^32 values on, a column stands for another integer.
+      other: the column of that integer.
+      off: total variation distance between the table's distribution and the exact one.
     """
 
     step: float
@@ -63,10 +63,10 @@ _COLUMNS, _MIDDLE = 2**16, 2**15
 
 @cache
 def table(sigma: float) -> Table:
-    """Return the table of a standard deviation."""
+    """Return the table for a standard deviation."""
     step = 2.0 ** math.floor(math.log2(sigma / 2048))
     edges = (np.arange(_COLUMNS + 1) - _MIDDLE - 0.5) * (step / sigma)
-    # Differences on the negative side, where they are small numbers, not rounded to those near 1.
+    # Differences are taken in the lower tail, where values are small, not near 1 and rounded.
     a, b = special.ndtr(edges), special.ndtr(-edges)
     exact = np.where(edges[1:] > 0, b[:-1] - b[1:], a[1:] - a[:-1])
     weight, share = exact / exact.sum() * _COLUMNS, np.ones(_COLUMNS)

@@ -1,7 +1,7 @@
-r"""Projections of one example's perturbation onto a ball together with the box of its pixels.
+r"""Projections of perturbations onto sets that involve the box of pixel values.
 
-`norms` has balls and boxes by themselves; these are the optimisation problems in which both, or a
-hyperplane and the box, constrain r. All functions treat each row of `[B, ...]` as one vector.
+`norms` handles a ball or a box separately. Here r is constrained by a ball and the box, or by a
+hyperplane and the box. All functions treat each row of `[B, ...]` as one vector.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["box_limits", "drop_blocked", "project_ball_and_box", "project_hyperp
 
 
 def box_limits(x: jax.Array, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
-    """Return how far each entry of x may move in the box: down, at most 0, and up, at least 0."""
+    """Return how far each entry of x may move within the box: down (<= 0) and up (>= 0)."""
     lo, hi = inputs.box(bounds, x)
     start = x.astype(lo.dtype)
     return jnp.minimum(lo - start, 0), jnp.maximum(hi - start, 0)
@@ -31,9 +31,9 @@ def drop_blocked(g: jax.Array, r: jax.Array, x: jax.Array, bounds: Bounds | None
     .. math:: g_k \leftarrow 0 \quad \text{where} \quad x_k + r_k = hi_k, g_k > 0 \quad \text{or}
               \quad x_k + r_k = lo_k, g_k < 0
 
-    An l1 step has few entries, and would choose the blocked ones again and again. Steps in the
-    other norms move all entries that are free anyway; but the distance to a boundary depends on the
-    free ones only, in every norm.
+    An l1 step has few nonzero entries, and would choose the blocked ones again and again. Steps in
+    the other norms move all free entries anyway, but in every norm the distance to the decision
+    boundary depends on the free entries only.
 
     Args:
       g: gradients, `[B, ...]`.
@@ -43,7 +43,8 @@ def drop_blocked(g: jax.Array, r: jax.Array, x: jax.Array, bounds: Bounds | None
     """
     if bounds is None:
         return g
-    # As far as rounding lets r come: short of hi - x by an ulp, it would never be at the bound.
+    # The extremes that rounding allows for r. They may be an ulp short of hi - x, so comparing r
+    # with hi - x itself could miss a blocked entry.
     lower, upper = (norms.clip_to_box(x, end, bounds) for end in box_limits(x, bounds))
     blocked = ((r >= upper) & (g > 0)) | ((r <= lower) & (g < 0))
     return jnp.where(blocked, 0, g)
@@ -52,13 +53,13 @@ def drop_blocked(g: jax.Array, r: jax.Array, x: jax.Array, bounds: Bounds | None
 def project_ball_and_box(
     r: jax.Array, x: jax.Array, eps: jax.Array, norm: Norm, bounds: Bounds | None
 ) -> jax.Array:
-    r"""Bring r into the ball and the box, and round it to x's dtype.
+    r"""Project r onto the intersection of the ball and the box, and round it to x's dtype.
 
     .. math:: \arg\min_{\rho} \|\rho - r\|_2 \quad \text{s.t.} \quad \|\rho\| \le \epsilon,
               \quad lo \le x + \rho \le hi
 
-    In linf, and in l1, this is the nearest point of both. In l2 it is the nearest point of the
-    ball, clipped to the box, which lies in both.
+    For linf and l1, this is the nearest point. For l2 it is the nearest point of the ball, clipped
+    to the box, which lies in the intersection but need not be nearest.
 
     Args:
       r: perturbations, `[B, ...]`, in the dtype of norms.
@@ -73,10 +74,10 @@ def project_ball_and_box(
 
 
 def _l1_ball_and_box(r: jax.Array, x: jax.Array, eps: jax.Array, bounds: Bounds) -> jax.Array:
-    """Lower all magnitudes by one amount, found by bisection, then clip them to the box.
+    """Lower all magnitudes by the same amount, found by bisection, then clip them to the box.
 
-    To project onto one after the other would waste most of the radius near the box's faces (Croce
-    and Hein, 2021).
+    Projecting onto the ball and then the box would waste most of the radius where x is near the
+    bounds (Croce and Hein, 2021).
     """
     lower, upper = box_limits(x, bounds)
     r = r.astype(lower.dtype)
@@ -105,29 +106,30 @@ def _l1_ball_and_box(r: jax.Array, x: jax.Array, eps: jax.Array, bounds: Bounds)
 def project_hyperplane_in_box(
     w: jax.Array, c: jax.Array, lower: jax.Array, upper: jax.Array, norm: Norm
 ) -> jax.Array:
-    r"""Move from 0 to a hyperplane, inside a box; where they don't meet, to the nearest corner.
+    r"""Find the smallest step from 0 to a hyperplane within a box, or else to its nearest corner.
 
     .. math:: \arg\min_d \|d\| \quad \text{s.t.} \quad \langle w, d \rangle = c, \quad
               lower \le d \le upper
 
     In l2 and linf, :math:`d = \mathrm{clip}(t u, lower, upper)` with u the direction of steepest
-    ascent toward the plane; <w, d> rises with t, piecewise linear and concave. Newton's method from
-    0 never passes the root of such a function, since each piece's line lies above all of it, and
-    ends there after a few pieces. In l1 the entries of largest :math:`|w|` are used up first.
+    ascent toward the plane. <w, d> is an increasing, concave, piecewise linear function of t, whose
+    graph lies below each of its tangents. So Newton's method, started from 0, never overshoots the
+    root, and reaches it after a few pieces. In l1, entries move to their bounds one after another,
+    in order of decreasing :math:`|w|`.
 
     Args:
       w: `[B, ...]`, the plane's normal, float32 or wider.
-      c: `[B]`.
+      c: the plane's offset, `[B]`.
       lower: of w's shape, at most 0.
       upper: of w's shape, at least 0.
-      norm: the norm of d that is least.
+      norm: the norm of d to minimise.
 
     Returns:
       d, of w's shape and dtype.
     """
     shape, w = w.shape, w.reshape(w.shape[0], math.prod(w.shape[1:]))
     lower, upper = lower.reshape(w.shape), upper.reshape(w.shape)
-    # From here on in magnitudes: an entry gains |w| per unit moved, at most to its bound.
+    # From here on, magnitudes: an entry gains |w| per unit that it moves, up to its bound.
     size = jnp.abs(w)
     largest = jnp.max(size, axis=1)
     scale = jnp.where(largest > 0, largest, 1)
@@ -142,7 +144,7 @@ def project_hyperplane_in_box(
 
 
 def _together(gain: jax.Array, goal: jax.Array, most: jax.Array, pace: jax.Array) -> jax.Array:
-    """Return min(t pace, most), `[B, D]`, with the t at which its sum of gains reaches the goal."""
+    """Return min(t * pace, most), `[B, D]`, for the t at which the total gain reaches the goal."""
     endless = jnp.finfo(gain.dtype).max
 
     def newton(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -159,7 +161,7 @@ def _together(gain: jax.Array, goal: jax.Array, most: jax.Array, pace: jax.Array
 
 
 def _greatest_first(gain: jax.Array, goal: jax.Array, most: jax.Array) -> jax.Array:
-    """Return how far each entry moves, `[B, D]`, for the goal to be gained by the least l1 norm."""
+    """Return how far each entry moves, `[B, D]`, to reach the goal at the smallest l1 norm."""
     # An entry that reaches the goal by itself needs no more room; its room may be infinite.
     most = jnp.where(gain > 0, jnp.minimum(most, goal[:, None] / jnp.where(gain > 0, gain, 1)), 0)
 
@@ -172,8 +174,9 @@ def _greatest_first(gain: jax.Array, goal: jax.Array, most: jax.Array) -> jax.Ar
         enough = gained(gain >= middle[:, None]) >= goal
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    # The last ones used differ by 2^-15 of the greatest gain; to share what is left among them
-    # costs next to nothing, and to sort all would cost more than the net.
+    # The gains of the last entries to move differ by at most 2^-15 of the largest gain. Sharing the
+    # remainder among them increases the norm by next to nothing, whereas sorting all entries would
+    # cost more than the net.
     low, high = lax.fori_loop(0, 16, halve, (jnp.zeros_like(goal), jnp.full_like(goal, 2)))
     used_up = gain >= high[:, None]
     last = (gain >= low[:, None]) & ~used_up

@@ -1,11 +1,11 @@
-"""Functions as cache keys of compiled programs: the key includes what a function has captured.
+"""Functions as cache keys of compiled programs, by the values of the arrays that they capture.
 
 JAX caches one program per function object. Arrays that the function doesn't get as arguments (from
 a bound method's object, a closure, a global) are constants of that program. If they change later,
 as the weights of a `flax.nnx` module do in training, JAX still sees the same function, and the
 cached program computes with the old values.
 
-`keyed` traces the net each time it is passed. Two results of it compare equal only if the net's
+`keyed` traces the net each time it is passed. Two of its results compare equal only if the net's
 program and captured arrays are the same; otherwise JAX compiles again.
 """
 
@@ -34,7 +34,7 @@ _ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # that ji
 
 @dataclass(frozen=True)
 class _Keyed:
-    """A function that equals another only if their digests are equal, too."""
+    """A function that equals another only if their digests are equal too."""
 
     function: Any
     digest: str
@@ -59,13 +59,13 @@ def hashable(name: str, function: Any) -> None:
     except TypeError as error:
         raise TypeError(
             f"expected {name} to be hashable, got {type(function).__name__} ({error}); pass a "
-            "function that takes the net's arrays as params, with equinox: params, static = "
-            "eqx.partition(net, eqx.is_inexact_array), and eqx.combine(params, static) inside"
+            "function that takes the net's arrays as params; with equinox: params, static = "
+            "eqx.partition(net, eqx.is_inexact_array), and eqx.combine(params, static) inside it"
         ) from error
 
 
 def method(name: str, perturb_fn: Any) -> None:
-    """Check that a method is hashable, and takes the arguments of `types.PerturbFn`.
+    """Check that a method is hashable and takes the arguments of `types.PerturbFn`.
 
     Raises:
       TypeError: if it isn't a function, has no hash, or has another signature.
@@ -92,14 +92,14 @@ def pair(source: Any) -> tuple[Any, Params]:
     """
     if not isinstance(source, tuple | list) or len(source) != 2:
         raise TypeError(
-            f"expected source=(apply_fn, params), got {type(source).__name__}; pass the net with "
-            "its parameters, or None for the net itself"
+            f"expected source=(apply_fn, params), got {type(source).__name__}; pass another net "
+            "with its parameters, or None for the attacked net itself"
         )
     return source[0], source[1]
 
 
 def keyed(apply_fn: Any, params: Params, x: Any) -> Any:
-    """Wrap `apply_fn` so that it compares unequal once the arrays that it captured change.
+    """Wrap `apply_fn` so that it compares unequal once its captured arrays change.
 
     Args:
       apply_fn: `(params, x) -> logits`, or `(params, x, key) -> logits`.
@@ -119,8 +119,8 @@ def keyed(apply_fn: Any, params: Params, x: Any) -> Any:
         if not isinstance(leaf, _ARRAYS) and not hasattr(leaf, "__jax_array__"):
             raise TypeError(
                 f"expected params of arrays, got {type(leaf).__name__} at "
-                f"{jax.tree_util.keystr(path)}; keep it out of params, in apply_fn: with equinox "
-                "by eqx.partition(net, eqx.is_inexact_array)"
+                f"{jax.tree_util.keystr(path)}; keep it out of params and in apply_fn; with "
+                "equinox, use eqx.partition(net, eqx.is_inexact_array)"
             )
     draws = (jax.random.key(0),) if _draws(apply_fn) else ()
 
@@ -130,7 +130,7 @@ def keyed(apply_fn: Any, params: Params, x: Any) -> Any:
     traced = jax.make_jaxpr(anew)(params, x, *draws)
     constants = list(_constants(traced))
     if any(isinstance(constant, jax.core.Tracer) for constant in constants):
-        return apply_fn  # it captured the caller's tracers, and ends with their trace
+        return apply_fn  # it captured the caller's tracers, so it isn't used beyond their trace
     digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", str(traced)).encode())  # no addresses
     for array in host.fetch(constants):
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())

@@ -1,11 +1,11 @@
-"""Loops over a data set on the host: arguments are checked once, batches have one shape.
+"""Loops over a data set on the host: arguments are checked once, all batches have one shape.
 
-The functions of `evaluate` that take a whole data set are the only ones that can't run under `jit`,
-`vmap` or `grad`. An example's result doesn't depend on its batch: each has its own size and key.
+The functions that take a whole data set are the only ones that can't run under `jit`, `vmap` or
+`grad`. An example's result doesn't depend on its batch, since it has its own eps and key.
 
 If the examples `x` are sharded over several devices (`jax.sharding.NamedSharding` of their first
-axis), so is each batch; on a mesh of Explicit axes, everything runs with Auto ones (`meshes`).
-Several processes must all pass the same data set, and all get the results of all examples.
+axis), so is each batch; Explicit mesh axes are converted to Auto axes (`meshes`). With several
+processes, all must pass the same data set, and all get the results of all examples.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _same(tree: Any) -> Any:
 
 
 def spread(x: Any) -> Spread:
-    """Return how to shard batches of these examples: as the examples are."""
+    """Return the sharding for batches of these examples, the same as that of the examples."""
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not any(sharding.spec[:1]):
         return Spread(None, 1)
@@ -108,19 +108,19 @@ def checked(bounds: Bounds | None, x: Any) -> Bounds | None:
 
     Raises:
       ValueError: if they aren't a pair of the right shape and order, or if x exceeds them by more
-        than rounding.
+        than rounding error.
     """
     stray = "" if bounds is None else outside(bounds, x)
     if stray:
         raise ValueError(
             f"expected x within bounds, got {stray}; scale the examples, and give eps in the same "
-            "units, or pass the bounds that they have"
+            "units, or pass their actual bounds"
         )
     return bounds
 
 
 def outside(bounds: Bounds, x: Any) -> str:
-    """Describe a value that exceeds the bounds by more than rounding; "" if there is none.
+    """Describe a value that exceeds the bounds by more than rounding error; "" if there is none.
 
     A pixel that is NaN in one example is not checked in the others.
 
@@ -136,7 +136,7 @@ def outside(bounds: Bounds, x: Any) -> str:
         return ""
     least, greatest = (np.asarray(extreme, lo.dtype) for extreme in (x.min(0), x.max(0)))
     for extreme, bound, sign, which in ((least, lo, -1, "least"), (greatest, hi, 1, "most")):
-        # Standardised in this dtype, white may be a few units in the last place off its bound.
+        # After standardisation in this dtype, a white pixel may be a few ulps off its bound.
         size = np.maximum(np.abs(extreme), np.abs(bound))
         rounding = np.where(np.isfinite(size), 8 * float(jnp.finfo(dtype).eps) * size, 0)
         beyond = sign * (extreme - bound) - rounding
@@ -147,11 +147,11 @@ def outside(bounds: Bounds, x: Any) -> str:
 
 
 def per_example(x: Any, eps: Eps | None, key: jax.Array | None) -> tuple[Any, jax.Array | None]:
-    """Return each example's size and key, so that its result doesn't depend on its batch.
+    """Return each example's eps and key, so that its result doesn't depend on its batch.
 
     Raises:
-      As `inputs.radius` and `inputs.keys`; a JAX array's values are known here, so that they are
-      checked as numbers are.
+      As `inputs.radius` and `inputs.keys`. The values of JAX arrays are known here, and checked as
+      those of NumPy arrays are.
     """
     if isinstance(eps, jax.Array):
         eps = fetch(eps)
@@ -174,7 +174,7 @@ def one_batch(x: Any, batch_size: int) -> jax.ShapeDtypeStruct:
 def over_batches(fn: Callable[..., Any], arrays: tuple[Any, ...], batch_size: int) -> Any:
     """Apply a compiled function to batches of one shape, and concatenate the results.
 
-    The last batch is padded with copies of the last example, whose results are dropped, so that the
+    The last batch is padded with copies of the last example, whose results are dropped, so the
     function is compiled for one shape only.
     """
     n = len(arrays[0])

@@ -1,9 +1,9 @@
 """Argument checks and conversions, with which every public function begins.
 
-Errors are raised at trace time, about what is known then: rank, dtype, batch size, the name of a
-norm, a Python number. They say what was expected, what was passed, and how to fix it. What depends
-on values (labels out of range, NaN, a negative traced eps) is handled row by row in `perturb` and
-`attack`, and counted by `evaluate`.
+Errors are raised at trace time, for everything known then: rank, dtype, batch size, the name of a
+norm, a Python number. They say what was expected, what was passed, and how to fix it. Problems that
+depend on values (labels out of range, NaN, a negative traced eps) are handled row by row in
+`perturb` and `attack`, and counted by `evaluate`.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def at_least(least: int, name: str, value: Any, cure: str) -> None:
 def native(a: Any) -> Any:
     """Return a JAX array as it is, and anything else as a NumPy array that JAX accepts.
 
-    JAX accepts numbers in the machine's byte order, of at most 64 bits. Containers that are indexed
-    by row labels become plain arrays, indexed by position.
+    JAX accepts only numbers of at most 64 bits in the machine's byte order. Containers indexed by
+    row labels (pandas) become plain arrays, indexed by position.
     """
     if isinstance(a, jax.Array) or hasattr(a, "__jax_array__"):
         return jnp.asarray(a)
@@ -99,19 +99,19 @@ def are_examples(x: Any, name: str = "x") -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         cure = (
             "cast pixels first, e.g. x.astype(jnp.float32) / 255; tokens have no gradient: pass "
-            "their embeddings as x, and the net from there on as apply_fn"
+            "their embeddings as x, and the rest of the net as apply_fn"
         )
         cure = cure if name == "x" else f"cast it, e.g. {name}.astype(jnp.float32)"
         raise TypeError(f"expected {name} of a floating-point dtype, got {x.dtype}; {cure}")
     if x.ndim < 2 or math.prod(x.shape[1:]) == 0:
         raise ValueError(
             f"expected {name} of shape [B, ...], a batch of non-empty examples, got {x.shape}; "
-            f"a single example becomes a batch of one by {name}[None]"
+            f"make a single example a batch of one with {name}[None]"
         )
 
 
 def perturbation(r: Any, x: Any, name: str = "r") -> Any:
-    """Check perturbations of x, a method's or a user's, without moving them to the device.
+    """Check perturbations of x, from a method or a user, without moving them to the device.
 
     Raises:
       TypeError: if it isn't a floating-point array.
@@ -138,11 +138,11 @@ def labels(y: Any, n: int) -> jax.Array:
     """
     y = native(y)
     if y.shape == (n, 1):  # its argmax would be class 0 for every row
-        cure = "a column of labels becomes [B] by y[:, 0]"
+        cure = "turn a column of labels into [B] with y[:, 0]"
     elif y.ndim == 1:
-        cure = "class numbers are cast by y.astype(int); names become numbers by np.unique"
+        cure = "cast class numbers with y.astype(int); turn names into numbers with np.unique"
     else:
-        cure = "one-hot or soft labels become integers by jnp.argmax(y, axis=-1)"
+        cure = "turn one-hot or soft labels into integers with jnp.argmax(y, axis=-1)"
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(f"expected integer labels [B], got {y.dtype} of shape {y.shape}; {cure}")
     if y.ndim != 1:
@@ -150,13 +150,13 @@ def labels(y: Any, n: int) -> jax.Array:
     if y.shape[0] != n:
         raise ValueError(
             f"expected as many labels as examples, got {y.shape[0]} labels for {n} examples; "
-            "pass the labels of this very batch"
+            "pass the labels of this batch"
         )
     return jnp.asarray(_as_classes(y)).astype(jnp.int32)
 
 
 def paired(x: jax.Array, y: Any) -> jax.Array:
-    """Check that there is one label, of any kind (also soft), for each example.
+    """Check that there is one label for each example, of any kind, for instance soft labels.
 
     Raises:
       ValueError: if there is not.
@@ -165,34 +165,33 @@ def paired(x: jax.Array, y: Any) -> jax.Array:
     if y.shape[:1] != x.shape[:1]:
         raise ValueError(
             f"expected as many labels as examples, got y of shape {y.shape} for {x.shape[0]} "
-            "examples; pass the labels of this very batch"
+            "examples; pass the labels of this batch"
         )
     return jnp.asarray(_as_classes(y) if jnp.issubdtype(y.dtype, jnp.integer) else y)
 
 
 def _as_classes(y: Any) -> Any:
-    """Clip wide integers to the range of int32, so that invalid labels stay invalid."""
-    # A cast to int32 would turn the invalid label 2^32 into class 0.
+    """Clip wide integers to the range of int32: a cast would turn the label 2^32 into class 0."""
     return y.clip(-1, 2**31 - 1) if y.dtype.itemsize > 4 else y
 
 
 def called(apply_fn: Any, params: Params, x: Any, *key: Any) -> Any:
-    """Call a net; add a note with the shape and dtype of x, and a likely fix, to what it raises."""
+    """Call a net; add a note to its errors with the shape and dtype of x and a likely fix."""
     try:
         return apply_fn(params, x, *key)
     except Exception as error:
         with_key = ", key" if key else ""
         error.add_note(
             f"raised by apply_fn(params, x{with_key}) for x of shape {x.shape} and dtype {x.dtype}."
-            " If the net takes other inputs, pass a function that converts x. One that draws random"
-            " numbers, (params, x, key), is attacked by attack.pgd or attack.apgd with samples=1 or"
-            " more, and any other with samples=0."
+            " If the net takes other inputs, pass a function that converts x. A net that draws"
+            " random numbers, (params, x, key), needs attack.pgd or attack.apgd with samples=1 or"
+            " more; any other net needs samples=0."
         )
         raise
 
 
 def apply(apply_fn: Any, params: Params, x: jax.Array, *key: jax.Array) -> jax.Array:
-    """Call a classifier and check its logits, see `logits_of`."""
+    """Call a classifier and check its logits with `logits_of`."""
     return logits_of(called(apply_fn, params, x, *key), x.shape[0])
 
 
@@ -221,8 +220,8 @@ def logits_of(logits: Any, n: int) -> jax.Array:
         )
     if logits.shape[1] < 2:
         raise ValueError(
-            f"expected logits of at least 2 classes, got shape {logits.shape}; a binary "
-            "net of one logit becomes one of two by jaxadv.nets.two_logits(apply_fn)"
+            f"expected logits of at least 2 classes, got shape {logits.shape}; wrap a binary net "
+            "that has one logit with jaxadv.nets.two_logits(apply_fn)"
         )
     return jnp.asarray(logits)
 
@@ -244,14 +243,14 @@ def losses_of(losses: jax.Array, n: int) -> jax.Array:
 def finite(x: jax.Array, logits: jax.Array, eps: jax.Array | None = None) -> jax.Array:
     """Return which rows are sound, `[B]`: x is finite, and no logit is NaN or +inf.
 
-    If `eps` is given, a traced value, it must be finite, too.
+    If `eps` is given (it may be traced), it must be finite too.
     """
     sound = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) & jnp.all(logits < jnp.inf, 1)
     return sound if eps is None else sound & jnp.isfinite(eps)
 
 
 def is_correct(logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Return which rows are classified correctly, `[B]`; they must be sound, and not all masked."""
+    """Return which rows are sound, not wholly masked, and classified correctly, `[B]`."""
     masked = jnp.all(jnp.isneginf(logits), axis=1)  # argmax would return class 0
     return (jnp.argmax(logits, axis=1) == y) & finite(x, logits) & ~masked
 
@@ -280,7 +279,7 @@ def radius(eps: Eps, x: Any) -> jax.Array:
     if isinstance(eps, int | float | np.ndarray | np.generic):
         if not np.all(np.isfinite(eps)) or np.any(np.less(eps, 0)):
             raise ValueError(
-                f"expected a finite eps >= 0, got {eps}; eps is a size, its sign is the method's"
+                f"expected a finite eps >= 0, got {eps}; eps is a size, not a signed step"
             )
     elif not isinstance(eps, jax.Array):
         raise TypeError(
@@ -297,7 +296,7 @@ def radius(eps: Eps, x: Any) -> jax.Array:
 
 
 def box(bounds: Bounds, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Broadcast `bounds` to x's shape: rounded to x's dtype, but stored in the dtype of norms.
+    """Broadcast `bounds` to x's shape, rounded to x's dtype but stored in the dtype of norms.
 
     Raises:
       ValueError: if `bounds` is not a pair, if Python or NumPy bounds are not lo <= hi, or if they
@@ -328,7 +327,7 @@ def keys(key: jax.Array | None, n: int, name: str) -> jax.Array:
     """Return one key per example, `[n]`: the keys given, or one key split.
 
     Raises:
-      TypeError: if `key` isn't a key (but a seed, for example).
+      TypeError: if `key` isn't a key (but for example a seed).
       ValueError: if `key` is None, or neither one key nor `n` keys.
     """
     if key is None:

@@ -1,13 +1,13 @@
 r"""Per-example derivatives of the softmax output, exact at any confidence.
 
-The paper linearises the net's output :math:`\alpha = \mathrm{softmax}(z(x))` by its Jacobian
+The paper linearises the net's output :math:`\alpha = \mathrm{softmax}(z(x))` with its Jacobian
 :math:`T = \partial\alpha / \partial x`, `[K, D]` (printed as a derivative in w; it is in x), and
 moves along differences of its rows, :math:`d_j = T_j - T_y`. `softmax_jacobian` is T itself.
 
 In float32 the T of a confident net is rounding noise, and then exactly zero: a probability of
-1 - 1e-8 is 1. What Adv_Alpha needs of it is only the direction of each :math:`d_j` and its size
-relative to the others, and those are never lost if the factor that vanishes is taken out first.
-`class_differences` does that. Row j of :math:`V = \partial(\alpha_j - \alpha_y) / \partial z` is
+1 - 1e-8 is 1. But Adv_Alpha needs only the direction of each :math:`d_j` and its size relative to
+the others, which survive if the vanishing factor is factored out first. `class_differences` does
+that. Row j of :math:`V = \partial(\alpha_j - \alpha_y) / \partial z` is
 
 .. math::
     v_{jj} = \alpha_j (1 - \alpha_j + \alpha_y), \quad
@@ -16,16 +16,16 @@ relative to the others, and those are never lost if the factor that vanishes is 
 
 and sums to 0. It is computed as :math:`V_j e^{-c_j}` with :math:`c_j = \max(\log v_{jj}, \log
 |v_{jy}|)`, from the log-softmax and without the logarithm of a difference, and then pulled back
-through the net: :math:`d_j e^{-c_j}`, one backward pass for each class but y.
+through the net: :math:`d_j e^{-c_j}`, one backward pass for each class except y.
 
-What remains is the rounding of the pull-back itself, the net's own backward pass. Where y and the
-top wrong class have the same gradient, these two cancel, and entries of other classes below
-rounding would leave noise: they are 0. Where all entries are, `perturb` looks again without the top
-wrong class.
+The remaining error comes from the net's own backward pass. Where y and the top wrong class have the
+same gradient, the two cancel, and entries of other classes smaller than rounding error would leave
+noise, so they are set to 0. Where all entries are 0, `perturb` tries again without the top wrong
+class.
 
 `nearest` finds each example's nearest class, backpropagating a few classes at a time.
 
-Next: `perturb` makes Algorithm 1 of these; `attack.deepfool` repeats it on logits.
+Next: `perturb` builds Algorithm 1 on these; `attack.deepfool` iterates it on logits.
 
 References:
   Huang et al., "Learning with a Strong Adversary", 2015, Sections 2 and 6.1.
@@ -52,11 +52,11 @@ __all__ = [
     "softmax_jacobian",
 ]
 
-_CACHED = 20_000_000  # bytes that a backward pass may compute and stay fast on CPU
+_CACHED = 20_000_000  # bytes that a backward pass may produce before it becomes slow on CPU
 
 
 class Rows(NamedTuple):
-    r"""The scaled rows of one batch: :math:`T_j - T_y = e^{c_j} d_j`, for J classes j but y.
+    r"""The scaled rows of one batch: :math:`T_j - T_y = e^{c_j} d_j`, for J classes j except y.
 
     Attributes:
       logits: the net's output, `[B, K]`, in float32 at least.
@@ -74,13 +74,13 @@ class Rows(NamedTuple):
 
 
 class Nearest(NamedTuple):
-    """For each example, how far it is to J classes, or to the nearest of them: then without J.
+    """Each example's distances to J classes, or to the nearest of them (then without axis J).
 
     Attributes:
-      rank_by: the least is taken, `[B, J]`.
-      distance: how far it is, or the logarithm of that, `[B, J]`.
+      rank_by: the nearest class has the smallest value, `[B, J]`.
+      distance: the distance or its logarithm, `[B, J]`.
       d: the gradient of the class's lead over y, up to a positive factor, `[B, J, ...]`.
-      reachable: whether there is a way to it, `[B, J]`.
+      reachable: whether the class can be reached, `[B, J]`.
     """
 
     rank_by: jax.Array
@@ -94,8 +94,8 @@ def softmax_jacobian(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Arr
 
     .. math:: T = \partial\, \mathrm{softmax}(z(x)) / \partial x
 
-    Each example goes through the net alone (a batch of one under `jax.vmap`). For a confident net
-    its entries underflow; `class_differences` doesn't.
+    Each example goes through the net by itself (a batch of one under `jax.vmap`). For a confident
+    net the entries underflow; those of `class_differences` don't.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`.
@@ -131,11 +131,11 @@ def softmax_jacobian(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Arr
 def pullback(
     apply_fn: ApplyFn, params: Params, x: jax.Array
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """One forward pass, and the function that takes rows of `[B, K]` back to the input.
+    """One forward pass, and the function that pulls cotangents `[B, K]` back to the input.
 
-    This is what `jax.jacrev` is made of, over the whole batch at once: since rows don't interact,
-    the cotangents of all examples are pulled back together, and `jax.vmap` over several cotangents
-    shares the forward pass.
+    Like `jax.jacrev`, but for the whole batch at once: since rows don't interact, the cotangents of
+    all examples are pulled back together, and `jax.vmap` over several cotangents shares the forward
+    pass.
 
     Args:
       apply_fn: `(params, x) -> logits`.
@@ -174,11 +174,11 @@ def class_differences(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Ar
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
-      y: integer labels, `[B]`. A label outside 0..K-1 is clipped into it.
+      y: integer labels, `[B]`. A label outside 0..K-1 is clipped to that range.
 
     Returns:
-      `Rows`. Costs one forward and K - 1 backward passes. Memory: K - 1 times x; to hold fewer of
-      them at once, see `class_pullback`.
+      `Rows`. The cost is one forward and K - 1 backward passes, and memory for K - 1 copies of x;
+      `class_pullback` can do a few classes at a time.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -203,18 +203,18 @@ def class_differences(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Ar
 def class_pullback(
     apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array
 ) -> tuple[jax.Array, Callable[..., Rows]]:
-    r"""One forward pass, and the function that makes `Rows` of some classes.
+    r"""One forward pass, and the function that computes `Rows` for some classes.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
-      y: integer labels, `[B]`. A label outside 0..K-1 is clipped into it.
+      y: integer labels, `[B]`. A label outside 0..K-1 is clipped to that range.
 
     Returns:
       The logits `[B, K]` in float32 at least, and a function from classes j, integers `[B, J]` in
-      0..K-1 and none of them y, to `Rows` of these; it costs J backward passes. Its second
-      argument, bool `[B, K]`, masks classes that the rows are to do without.
+      0..K-1 other than y, to their `Rows`; it costs J backward passes. An optional second argument,
+      bool `[B, K]`, masks classes as a logit of -inf does.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -262,13 +262,13 @@ def nearest(
 
     Args:
       distances: from classes `[B, J]` to their distances, by J backward passes.
-      x: `[B, ...]`, which the gradients are taken in.
+      x: the input that gradients are taken with respect to, `[B, ...]`.
       classes: `[B, J]`.
       chunk: number of classes per backward pass. None: all; on CPU as many as fit in the cache.
     """
     n_chunks = math.ceil(classes.shape[1] / (chunk or _at_once(distances, classes)))
     size = math.ceil(classes.shape[1] / n_chunks)
-    # The last chunk is filled up with its last class.
+    # The last chunk is padded with its last class.
     classes = jnp.pad(classes, ((0, 0), (0, n_chunks * size - classes.shape[1])), mode="edge")
     chunks = classes.reshape(classes.shape[0], n_chunks, size).swapaxes(0, 1)
 
@@ -287,10 +287,10 @@ def nearest(
     if n_chunks == 1:
         return nearest_of(classes)
     of_one = jax.eval_shape(nearest_of, chunks[0])
-    # Like x, or in a `shard_map` the loop's carry would differ from what it becomes.
+    # Like x: in a `shard_map`, the scan's carry has to vary over the same mesh axes throughout.
     none = jax.tree.map(lambda leaf: jnp.zeros_like(x, leaf.dtype, leaf.shape), of_one)
     none = none._replace(rank_by=jnp.full_like(none.rank_by, jnp.inf))
-    # All of them in the loop, where the pass back is compiled once.
+    # Also the first chunk is in the loop, so that the backward pass is compiled once.
     best, _ = lax.scan(_cpu.fast_convolutions(nearer), none, chunks)
     return best
 
@@ -305,12 +305,12 @@ def _at_once(backpropagate: Callable[[jax.Array], Nearest], classes: jax.Array) 
 
 
 def wrong_classes(logits: jax.Array, y: jax.Array, n: int | None = None) -> jax.Array:
-    """Return the classes but y, ascending, `[B, J]`: all K - 1, or the n of largest logit.
+    """Return the classes except y, ascending, `[B, J]`: all K - 1, or the n of largest logit.
 
     Args:
       logits: `[B, K]`.
-      y: integer labels, `[B]`; clipped into 0..K-1.
-      n: how many; None, or K - 1 and more, for all.
+      y: integer labels, `[B]`; clipped to 0..K-1.
+      n: how many; None, or K - 1 or more, for all.
     """
     n_classes = logits.shape[1]
     y = jnp.clip(y, 0, n_classes - 1)
@@ -331,8 +331,8 @@ def _softmax_rows(
 
     log_z = jax.nn.logsumexp(z, axis=1, keepdims=True)
     log_a = z - log_z  # log alpha
-    # log(1 - alpha): only the likeliest class can have an alpha near 1, where 1 - alpha would be
-    # lost; its complement is the sum of the others.
+    # log(1 - alpha): only the top class can have an alpha near 1, where 1 - alpha would lose all
+    # digits. There 1 - alpha is computed as the sum of the other classes.
     is_top = jax.nn.one_hot(jnp.argmax(z, axis=1), n_classes, dtype=bool)
     rest_of_top = (
         jax.nn.logsumexp(jnp.where(is_top, losses.MASKED, z), axis=1, keepdims=True) - log_z
@@ -356,7 +356,7 @@ def _softmax_rows(
 
     is_j, is_y = (jax.nn.one_hot(index, n_classes, dtype=bool) for index in (j, y))
     log_off = log_a[:, None] + (log_larger - log_scale)[..., None]
-    # Double where: at k = y this exponential overflows, and is not wanted.
+    # Double where: at k = y this exponential overflows, and isn't used.
     off = gap[..., None] * jnp.exp(jnp.where(is_j | is_y, 0, log_off))
     rows = jnp.where(is_j, jnp.exp(log_vjj - log_scale)[..., None], jnp.where(is_y, 0, off))
     rows = without_rounding(rows)
@@ -368,15 +368,15 @@ def _softmax_rows(
 
 
 def without_rounding(rows: jax.Array) -> jax.Array:
-    """Zero the entries that rounding hides beside a largest entry of 1."""
+    """Zero the entries below rounding error, for rows whose largest entry is about 1."""
     return jnp.where(jnp.abs(rows) < jnp.finfo(rows.dtype).epsneg, 0, rows)
 
 
 def headroom(logits: jax.Array) -> jax.Array:
     """Return a factor for cotangents, `[B, 1]`: 1, or small where logits are near overflow.
 
-    The gradients of such logits are as large, and their sum over classes, which a backward pass
-    takes first, would be infinite. A power of 2, so that it changes no direction.
+    The gradients of such logits may be as large, and their sum over classes, which a backward pass
+    computes first, would overflow. The factor is a power of 2, so that it changes no direction.
     """
     largest = jnp.max(jnp.where(jnp.isfinite(logits), jnp.abs(logits), 0), axis=1, keepdims=True)
     near = largest > jnp.finfo(logits.dtype).max / 2**10

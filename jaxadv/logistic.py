@@ -7,10 +7,11 @@ exact:
 .. math:: \max_{\|r\| \le \epsilon} \ell(y\, w^\top (x + r)) = \ell(y\, w^\top x - \epsilon \|w\|_*)
 
 at :math:`r = -\epsilon\, y\, \arg\max_{\|u\| \le 1} \langle w, u \rangle`. The right side is convex
-in w (Proposition B). `loss` and `adversary` are these two; `fit` minimises the mean of the first.
+in w (Proposition B). `loss` is the maximum, `adversary` the maximiser; `fit` minimises the mean of
+`loss`.
 
-There is no bias: hyperplanes go through 0, as in the paper. `logits` gives the same model the form
-of an `ApplyFn` with two classes, for the general methods of `perturb` and `attack`, which must meet
+There is no bias: hyperplanes go through 0, as in the paper. `logits` is the same model as an
+`ApplyFn` with two classes, for the general methods of `perturb` and `attack`, which must agree with
 this closed form.
 
 References:
@@ -35,7 +36,7 @@ __all__ = ["adversary", "fit", "logits", "loss", "objective"]
 
 
 def logits(w: jax.Array, x: jax.Array) -> jax.Array:
-    r"""The model as a classifier of two classes, 0 for y = -1 and 1 for y = +1.
+    r"""The model as a classifier with two classes, 0 for y = -1 and 1 for y = +1.
 
     Args:
       w: weights, `[D]`.
@@ -69,12 +70,12 @@ def _data(w: jax.Array, x: jax.Array, y: jax.Array) -> _Data:
     if x.ndim != 2 or w.shape != x.shape[1:] or y.shape != x.shape[:1]:
         raise ValueError(
             f"expected w [D], x [B, D] and y [B], got {w.shape}, {x.shape} and {y.shape}; "
-            "flatten images by x.reshape(len(x), -1)"
+            "flatten images with x.reshape(len(x), -1)"
         )
     inputs.are_examples(w[None], "w")
     if not isinstance(y, jax.core.Tracer) and np.any(np.abs(np.asarray(y)) != 1):
         raise ValueError(
-            "expected labels -1 and +1, got other values; labels 0 and 1 become these by 2 * y - 1"
+            "expected labels -1 and +1, got other values; convert labels 0 and 1 with 2 * y - 1"
         )
     wide = inputs.accum_dtype(jnp.result_type(x, w))
     margins = y.astype(wide) * (x.astype(wide) @ w.astype(wide))
@@ -82,7 +83,7 @@ def _data(w: jax.Array, x: jax.Array, y: jax.Array) -> _Data:
 
 
 def adversary(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> jax.Array:
-    r"""The exact maximiser of the logistic loss in a ball.
+    r"""The exact maximiser of the logistic loss over a ball.
 
     .. math:: r = -\epsilon\, y\, \arg\max_{\|u\| \le 1} \langle w, u \rangle
 
@@ -117,7 +118,7 @@ def adversary(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm)
 
 
 def loss(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> jax.Array:
-    r"""The logistic loss at the worst point of the ball, in closed form.
+    r"""The maximum of the logistic loss over a ball, in closed form.
 
     .. math:: \log(1 + e^{-y w^\top x + \epsilon \|w\|_*})
 
@@ -144,7 +145,7 @@ def loss(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> j
       0.6931
 
     References:
-      Huang et al., 2015, Appendix A, Proposition B (with the loss's sign put right).
+      Huang et al., 2015, Appendix A, Proposition B (with the sign of the loss corrected).
     """
     w, x, _, margins = _data(w, x, y)
     size = norms.norm(w[None], norms.dual(norm))  # [1]
@@ -152,7 +153,7 @@ def loss(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> j
 
 
 def objective(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> jax.Array:
-    r"""The min-max objective of Equation 6 as a mean over examples: convex in w (Proposition B).
+    r"""The min-max objective of Equation 6, as a mean over examples; convex in w (Proposition B).
 
     Args:
       w: weights, `[D]`.
@@ -191,11 +192,11 @@ def fit(
     tx: optax.GradientTransformation | None = None,
     steps: int = 200,
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Minimise `objective` from w by an optax transformation, on the whole data at once.
+    r"""Minimise `objective` from an initial w with optax, on the full batch.
 
-    The solution is bounded if the data's margin, the gap between the classes in the adversary's
-    norm for a hyperplane through 0, is less than 2 eps; if it is more, the loss tends to 0 as w
-    grows without bound (Proposition D).
+    The solution is bounded if the margin, the largest gap between the classes around a hyperplane
+    through 0, measured in the adversary's norm, is less than 2 eps. If it is more, the loss tends
+    to 0 as w grows without bound (Proposition D).
 
     Args:
       w: initial weights, `[D]`.
@@ -203,8 +204,9 @@ def fit(
       y: labels -1 and +1, `[B]`.
       eps: the ball's radius, a scalar or `[B]`.
       norm: the ball's norm.
-      tx: an optax transformation, `optax.lbfgs()` by default, which suits l2, where the objective
-        is smooth but at 0. For l1 and linf it has kinks: a subgradient method with a decaying step.
+      tx: an optax transformation. The default, `optax.lbfgs()`, suits l2, where the objective is
+        smooth except at w = 0. For l1 and linf it has kinks: pass a subgradient method, `optax.sgd`
+        with a decaying step.
       steps: number of updates, at least 1.
 
     Returns:

@@ -1,16 +1,15 @@
-r"""Losses that attacks raise: functions `(logits, labels) -> [B]`, as `types.LossFn` has them.
+r"""Losses that attacks maximise: functions `(logits, labels) -> [B]`, see `types.LossFn`.
 
-- `margin`: cross-entropy's margin form. It orders points and directs steps as cross-entropy does,
-  and its gradient doesn't vanish where the net is confident.
-- `logit_margin`: by how much the top wrong class leads y, positive exactly where an example is
-  misclassified.
+- `margin`: cross-entropy's margin form. It ranks points as cross-entropy does and its gradient has
+  the same direction, but doesn't vanish where the net is confident.
+- `logit_margin`: the top wrong class's lead over y, positive where an example is misclassified.
 - `dlr` and `targeted_dlr`: the difference of logits ratio, which doesn't change when the logits are
   scaled.
 
-All of them are in float32 at least, and take a logit of -inf as a class that is masked. Any other
-loss per example serves as well, optax's with integer labels for instance.
+All are computed in float32 or wider, and treat a logit of -inf as a masked class. Any other loss
+per example can be used as well, for instance optax's with integer labels.
 
-Next: `perturb` takes one step along the gradient of `margin`; `attack` takes many, along any.
+Next: `perturb` takes one step along the gradient of `margin`; `attack` takes many, on any loss.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from jaxadv import inputs
 
 __all__ = ["dlr", "logit_margin", "margin", "targeted_dlr"]
 
-# Stands for a logit of -inf, or further than this below the largest: far enough that its
-# probability is 0 in any dtype, and finite, so that no derivative meets infinity minus infinity;
-# near enough that its reciprocal, in a ratio of logits, is still a float32.
+# Replaces logits of -inf, and those further than this below the largest. Its probability is 0 in
+# every dtype; it is finite, so that no derivative is infinity minus infinity; and its reciprocal,
+# needed in ratios of logits, doesn't underflow in float32.
 MASKED = -1e30
 
 
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    r"""Cross-entropy's margin form: it grows with the loss and its gradient never vanishes.
+    r"""Cross-entropy's margin form: it increases with the loss, and its gradient never vanishes.
 
     .. math:: m = \mathrm{logsumexp}_{k \ne y} z_k - z_y, \qquad \mathrm{CE} = \log(1 + e^m)
 
@@ -39,7 +38,7 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
       labels: integers, `[B]`, in 0..K-1.
 
     Returns:
-      `[B]`, in float32 at least; -inf where no class but y is left.
+      `[B]`, in float32 at least; -inf where all classes except y are masked.
 
     Raises:
       TypeError: if `labels` are not integers.
@@ -96,8 +95,8 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
     .. math:: -\frac{z_y - \max_{k \ne y} z_k}{z_{\pi_1} - z_{\pi_3}}
 
     with :math:`z_{\pi_1} \ge z_{\pi_2} \ge z_{\pi_3}` the three largest logits. It doesn't change
-    when the logits are shifted or scaled. Its gradient is 0 where y is the third. With two classes
-    there is no third, and it is the numerator, `logit_margin`.
+    when the logits are shifted or scaled. Its gradient is 0 where y has the third largest logit.
+    With two classes there is no third logit, and the loss is the numerator, `logit_margin`.
 
     Args:
       logits: `[B, K]`, floating point.
@@ -132,8 +131,8 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> 
 
     .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
 
-    With three classes the denominator is :math:`z_{\pi_1} - z_{\pi_3}`, as in `dlr`; with two there
-    is none.
+    With three classes the denominator is :math:`z_{\pi_1} - z_{\pi_3}`, as in `dlr`; with two
+    classes there is no denominator.
 
     Args:
       logits: `[B, K]`, floating point.
@@ -180,11 +179,11 @@ def _ratio(above: jax.Array, below: jax.Array) -> jax.Array:
 def shift_logits(logits: jax.Array) -> jax.Array:
     """Shift logits `[B, K]` so that the largest is 0, and replace -inf by `MASKED`.
 
-    The softmax and every difference of logits stay the same; no difference of two entries overflows
-    or is NaN. A row of -inf throughout becomes finite as well.
+    The softmax and all differences of logits stay the same, and no difference of two entries
+    overflows or is NaN. A row of logits that are all -inf becomes finite as well.
     """
     largest = lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
-    # A shift changes no softmax, so it is a constant for derivatives.
+    # The softmax doesn't depend on the shift, so the shift is a constant for derivatives.
     return jnp.maximum(logits - jnp.where(jnp.isneginf(largest), 0, largest), MASKED)
 
 

@@ -1,14 +1,14 @@
 """Arrays on meshes of Explicit axes, which `jax.make_mesh` makes by default.
 
-On such a mesh an array's sharding is part of its type, and each operation must say how its result
-is sharded. Neither the arithmetic of this library nor most nets do. So the public functions run
-with Auto axes, where the compiler decides: `auto_axes` converts the arguments to Auto axes, which
-moves no data, and the results back to Explicit ones. Arrays on meshes of Auto axes, or on no mesh,
-pass through.
+On such a mesh an array's sharding is part of its type, and an operation whose result could be
+sharded in several ways must name one. Neither the arithmetic of this library nor most nets do so.
+Therefore the public functions run with Auto axes, where the compiler decides: `auto_axes` converts
+the arguments to Auto axes, which moves no data, and the results back to Explicit ones. Arrays on
+meshes of Auto axes, or on no mesh, pass through.
 
-The net runs with Auto axes, too. If it names shardings itself (`out_sharding`,
+The net runs with Auto axes too. If it names shardings itself (`out_sharding`,
 `jax.sharding.reshard`), or uses arrays on the mesh that aren't among its parameters, wrap it in
-`jax.sharding.explicit_axes`, which restores Explicit axes for it.
+`jax.sharding.explicit_axes`, which restores Explicit axes inside it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def auto_axes(results: Callable[..., Any] | None = None) -> Callable[[F], F]:
     """Decorate a function to compute with Auto axes where its caller's arrays have Explicit ones.
 
     Args:
-      results: function from the arguments to the `PartitionSpec` of the results, or to a prefix of
-        their tree; None for results on the host.
+      results: function from the arguments to the `PartitionSpec`s of the results, as a tree prefix;
+        None for results on the host.
     """
 
     def decorate(function: F) -> F:
@@ -67,7 +67,7 @@ def as_x(apply_fn: Any, params: Any, x: Any, *others: Any, **named: Any) -> P:
 
 
 def of_rows(apply_fn: Any, params: Any, x: Any, *others: Any, **named: Any) -> P:
-    """Shard one number per example, `[B]`, as the examples."""
+    """Shard one number per example, `[B]`, as the examples are."""
     return P(*_spec(x)[:1])
 
 
@@ -94,9 +94,9 @@ def _auto(mesh: AbstractMesh) -> AbstractMesh:
 
 
 def _to_auto(argument: Any) -> Any:
-    """Convert an argument's arrays to Auto axes; return one without Explicit axes as it is.
+    """Convert an argument's arrays to Auto axes; return it unchanged if it has no Explicit axes.
 
-    Rebuilding it would sort a dict, and attacks run in the order of theirs.
+    Rebuilding a dict would sort it, and a dict of attacks is run in its own order.
     """
     if not any(map(_is_explicit, jax.tree.leaves(argument))):
         return argument

@@ -1,7 +1,7 @@
-"""Nets of other kinds as `types.ApplyFn`, the form that attacks and evaluation take.
+"""Wrappers that turn other kinds of nets into a `types.ApplyFn`, as attacks and evaluation need.
 
-- `two_logits`: a binary net that has a single logit.
-- `mean_of_draws`: a net that draws random numbers, deciding by the mean of many draws.
+- `two_logits`: for a binary net with a single logit.
+- `mean_of_draws`: for a net that draws random numbers; it predicts by the mean of many draws.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class _TwoLogits:
         z = self.apply_fn(params, x)
         if z.size != len(x):
             raise ValueError(
-                f"expected one logit for each of {len(x)} examples, got shape {z.shape}; a net of "
-                "two logits or more can be passed as it is"
+                f"expected one logit for each of {len(x)} examples, got shape {z.shape}; pass a "
+                "net with two or more logits as it is"
             )
         z = z.reshape(len(x))
         return jnp.stack([jnp.zeros_like(z), z], axis=1)
 
 
 def two_logits(apply_fn: Callable[[Params, jax.Array], jax.Array]) -> ApplyFn:
-    r"""Make a net of two logits of a binary net that has one, z.
+    r"""Turn a binary net with one logit z into a net with two logits.
 
     .. math:: z \mapsto (0, z), \qquad \mathrm{softmax}(0, z)_1 = \mathrm{sigmoid}(z)
 
@@ -46,7 +46,7 @@ def two_logits(apply_fn: Callable[[Params, jax.Array], jax.Array]) -> ApplyFn:
       apply_fn: `(params, x) -> z`, `[B, ...]` to `[B]` or `[B, 1]`; class 1 where z > 0.
 
     Returns:
-      A net of logits `[B, 2]`. It raises a ValueError if there is more than one logit.
+      A net with logits `[B, 2]`. It raises a ValueError if `apply_fn` returns more than one logit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,20 +60,20 @@ def two_logits(apply_fn: Callable[[Params, jax.Array], jax.Array]) -> ApplyFn:
 
 
 def mean_of_draws(apply_fn: StochasticFn, key: jax.Array, draws: int = 100) -> ApplyFn:
-    r"""Make a deterministic net of one that draws random numbers, by its mean prediction.
+    r"""Turn a net that draws random numbers into a deterministic one, its mean prediction.
 
     .. math:: z = \log \frac{1}{n} \sum_{i=1}^{n} \mathrm{softmax}(f(x, \mathrm{key}_i))
 
-    Accuracy is measured on it, while attacks average over draws of their own. Each example goes
-    through the net by itself, with the same keys, so its logits don't depend on the batch.
+    Use it to measure accuracy; attacks average over draws of their own. Each example goes through
+    the net by itself, with the same keys, so its logits don't depend on the batch.
 
     Args:
       apply_fn: `(params, x, key) -> logits`, `[B, ...]` to `[B, K]`.
       key: one key.
-      draws: their number n, at least 1.
+      draws: number of draws n, at least 1.
 
     Returns:
-      A net of logits `[B, K]`. Make it once and pass it again: it is compiled once each.
+      A net with logits `[B, K]`. Make it once and reuse it: each new one is compiled again.
 
     Raises:
       TypeError: if `key` isn't a key.

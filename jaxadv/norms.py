@@ -9,7 +9,7 @@ norm of g.
 Arithmetic is in float32 or wider. Each example is first divided by its largest magnitude, so that
 784 entries of 1e-23, or of 1e20, have a norm and a direction. A zero example has norm 0 and
 direction 0, both with derivative 0. A gradient that is 0 or not finite is unusable: `steepest` and
-`rescale`, from which every method gets its direction, return exactly 0 for it.
+`rescale`, which give every method its direction, return exactly 0 for it.
 
 Next: `jacobian` computes the vectors to measure, `perturb` turns directions into perturbations.
 """
@@ -90,7 +90,8 @@ def _l1_project(v: jax.Array, eps: jax.Array) -> jax.Array:
     largest = jnp.max(magnitude, axis=1, keepdims=True)
     lowered = jnp.maximum(magnitude - largest + eps[:, None], 0)
     v = jnp.where(largest > eps[:, None], jnp.sign(v) * lowered, v)
-    # From outside, the ball's nearest point is the sphere's. optax widens it in 64-bit mode.
+    # From outside, the nearest point of the ball is on the sphere. In 64-bit mode optax returns a
+    # wider dtype.
     to_sphere = jax.vmap(optax.projections.projection_l1_sphere)
     nearest = to_sphere(v, jnp.where(positive, eps, 1)).astype(v.dtype)
     # optax subtracts one rounded threshold from every entry: the errors add up in the norm.
@@ -141,8 +142,8 @@ def _scaled_if_finite(v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return `v / m`, `m`, and which rows are finite, from one pass over v."""
     largest = jnp.max(jnp.abs(v), axis=1)  # NaN where an entry is
     finite = jnp.isfinite(largest)
-    # A constant for derivatives: norms and directions are homogeneous in v, so that the terms
-    # through m cancel.
+    # A constant for derivatives: norms and directions are homogeneous in v, so the terms through m
+    # cancel.
     m = lax.stop_gradient(jnp.where((largest > 0) & finite, largest, 1))
     # A compiler may multiply by 1 / m instead, which underflows to 0 for m close to overflow.
     m = jnp.minimum(m, jnp.finfo(m.dtype).max / 8)
@@ -180,7 +181,7 @@ def norm(v: jax.Array, norm: Norm) -> jax.Array:
 
 
 def log_norm(v: jax.Array, norm: Norm) -> jax.Array:
-    r"""The logarithm of each example's norm, which is finite even where the norm overflows.
+    r"""The logarithm of each example's norm, finite even where the norm overflows.
 
     Args:
       v: `[B, ...]`, floating point.
@@ -291,7 +292,7 @@ def rescale(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
     Args:
       v: `[B, ...]`, floating point.
       eps: the size, a scalar or `[B]`; a negative traced value counts as 0.
-      norm: the norm of the size.
+      norm: the norm that the size is measured in.
 
     Returns:
       Of v's shape and dtype; exactly zero for an example that is zero or not finite.
@@ -401,7 +402,7 @@ def clip_to_box(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
 
     Args:
       x: `[B, ...]`, floating point, inside the box.
-      r: of x's shape; of x's dtype or a wider one (it is rounded to x's dtype toward 0).
+      r: of x's shape, in x's dtype or a wider one (then rounded toward 0 to x's dtype).
       bounds: `(lo, hi)`, numbers or arrays that broadcast to x; None for no box.
 
     Returns:
@@ -434,11 +435,11 @@ def clip_to_box(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
 
 
 def _rounded_toward_zero(r: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Round r toward 0 to values of `dtype`, kept in r's dtype; what overflows is infinite."""
+    """Round r toward 0 to values of `dtype`, kept in r's dtype; overflow becomes infinite."""
     if r.dtype == dtype:
         return r
     kind = jnp.finfo(dtype)
-    # reduce_precision, since a compiler may drop a cast down and up again.
+    # reduce_precision, since a compiler may remove a cast to a narrower dtype and back.
     rounded = lax.reduce_precision(r, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
     longer = (jnp.abs(rounded) > jnp.abs(r)) & jnp.isfinite(rounded)
     return _toward_zero(rounded, longer, dtype)

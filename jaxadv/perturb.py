@@ -1,23 +1,23 @@
 r"""The paper's perturbations: the most harmful r for a net, a batch and its labels.
 
-Each is one linearised step, made of exact derivatives (see `jacobian`), with the best perturbation
-of the linearised net in closed form (see `norms`):
+Each takes one step on the linearised net: derivatives are exact (see `jacobian`), and the best
+perturbation of the linearised net is known in closed form (see `norms`):
 
 - `alpha` (Adv_Alpha, Algorithm 1): toward the class that the linearised softmax reaches with
-  the least perturbation. K - 1 backward passes.
-- `loss` (Adv_Loss, Section 6.1.1): against the probability of the true class; one backward pass.
+  the smallest perturbation. K - 1 backward passes.
+- `loss` (Adv_Loss, Section 6.1.1): lowers the probability of the true class; one backward pass.
   With the linf norm this is the fast gradient sign method (Goodfellow et al., 2014).
-- `loss_sign` (Adv_Loss_Sign): the sign direction of the latter, rescaled to an l2 size.
-- `vat` (Miyato et al., 2015): away from the net's own output, labels unused.
+- `loss_sign` (Adv_Loss_Sign): the sign of the direction of `loss`, rescaled to an l2 size.
+- `vat` (Miyato et al., 2015): away from the net's own output; needs no labels.
 
 All are pure functions, un-jitted, with one signature (`types.PerturbFn`), and return r, never
-x + r. Set a method's own arguments by `functools.partial(perturb.alpha, norm="linf")`.
+x + r. Set a method's own arguments with `functools.partial(perturb.alpha, norm="linf")`.
 
-For every one of them: r is exactly 0, with finite derivatives, where eps is 0, where there is no
-usable gradient (it is 0, or has a NaN or infinite entry), where the label is outside 0..K-1, where
-its own logit is -inf, and where no other class has a finite logit. A row with NaN or infinity in x,
-with NaN or +inf in its logits, or whose traced eps is NaN or infinite, gives NaN in that row and
-changes no other. `evaluate` counts all of these.
+All of them return an r that is exactly 0, with finite derivatives, where eps is 0, where there is
+no usable gradient (it is 0, or has a NaN or infinite entry), where the label is outside 0..K-1 or
+its logit is -inf, and where no other class has a finite logit. A row with NaN or infinity in x,
+with NaN or +inf in its logits, or with a traced eps that is NaN or infinite, becomes NaN; other
+rows don't change. `evaluate` counts all of these.
 
 Iterated methods with the same signature are in `attack`; `objectives` trains against any of them.
 """
@@ -36,7 +36,7 @@ from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["alpha", "loss", "loss_sign", "vat"]
 
-_MANY = 100  # classes, for which Adv_Alpha takes that many backward passes without a word
+_MANY = 100  # backward passes that Adv_Alpha makes without a warning
 
 
 @meshes.auto_axes(meshes.as_x)
@@ -54,41 +54,41 @@ def alpha(
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> jax.Array:
-    r"""Adv_Alpha: the least perturbation that makes the linearised net err (Algorithm 1).
+    r"""Adv_Alpha: the smallest perturbation that fools the linearised net (Algorithm 1).
 
-    For each class j but y, with :math:`d_j = T_j - T_y` of the softmax Jacobian, the problem
+    For each class j except y, with :math:`d_j = T_j - T_y` from the softmax Jacobian, the problem
 
     .. math:: \min_r \|r\| \quad \text{s.t.} \quad \langle d_j, r \rangle \ge \alpha_y - \alpha_j
 
-    has the value :math:`\max(0, \alpha_y - \alpha_j) / \|d_j\|_*` (Equation 1 and Proposition 3,
-    the printed inequality put right). r is the solution for the class I of least value
-    (Proposition 4). Sizes are compared as logarithms, so that the choice holds at any confidence.
+    has the value :math:`\max(0, \alpha_y - \alpha_j) / \|d_j\|_*` (Equation 1, with the printed
+    inequality corrected, and Proposition 3). r is the solution for the class I of smallest value
+    (Proposition 4). Sizes are compared as logarithms, so the choice is right at any confidence.
 
-    With `eps`, the direction of that solution at size eps (Section 6.1.2).
+    With `eps`, r has the direction of that solution and size eps (Section 6.1.2).
 
-    Where x is already misclassified, or on a tie, the least perturbation is exactly 0; with `eps`
-    the step goes along :math:`+d_I` for the class I of the largest logit but y's, away from y.
+    Where x is already misclassified, or on a tie, the smallest perturbation is exactly 0. With
+    `eps` the step there goes along :math:`+d_I`, away from y, where I is the top wrong class.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: integer labels, `[B]`.
-      norm: the norm that is minimal, or of size eps: `"l1"`, `"l2"` or `"linf"`.
-      eps: None for the least perturbation of the linearised net, else a size, a scalar or `[B]`;
+      norm: the norm to minimise, or to set to eps: `"l1"`, `"l2"` or `"linf"`.
+      eps: None for the smallest perturbation of the linearised net, else a size, a scalar or `[B]`;
         a negative traced value counts as 0.
-      candidates: consider only this many wrong classes, the likeliest; one backward pass each.
-        r may then be larger than the least. None: all K - 1, as in the paper, with a warning where
-        these are over a hundred and `chunk` is None.
+      candidates: number of wrong classes to consider, those with the largest logits; one backward
+        pass each. r may then be larger than necessary. None: all K - 1, as in the paper, with a
+        warning if these are over a hundred and `chunk` is None.
       chunk: number of classes per backward pass; memory grows with it, the result doesn't change.
         None: all at once; on CPU as many as fit in the cache.
-      key: ignored; this method draws nothing.
-      bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
+      key: ignored; this method is deterministic.
+      bounds: `(lo, hi)`; r is clipped entry by entry so that x + r lies in it. None: no box.
 
     Returns:
-      r, of x's shape and dtype. The least perturbation of a confident net may be huge (for two
-      classes at logit distance a it is sinh(a) over the gradient's norm); where it overflows it is
-      infinite, and exactly 0 where its direction is 0.
+      r, of x's shape and dtype. The smallest perturbation of a confident net may be huge (for two
+      classes whose logits differ by a, its size is sinh(a) over the norm of the gradient of that
+      difference). Where it overflows, entries are infinite, or exactly 0 if the direction is 0.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -110,7 +110,7 @@ def alpha(
     """
     for name, value in (("candidates", candidates), ("chunk", chunk)):
         if value is not None:
-            inputs.at_least(1, name, value, "None is for all classes")
+            inputs.at_least(1, name, value, "None means all classes")
     problem = Problem.of(apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True)
     x, y = problem.x, problem.y
     logits, rows_of = jacobian.class_pullback(apply_fn, params, x, y)
@@ -143,7 +143,7 @@ def alpha(
     best = jacobian.nearest(distances, x, classes, chunk)  # I
 
     def past_top_wrong() -> jacobian.Nearest:
-        """Return the class after the top wrong one, where no class could be reached."""
+        """Return the class ranked after the top wrong one, where no class could be reached."""
         top, after = losses.top_wrong(logits, is_y)
         found = distances(jnp.argmax(after, axis=1)[:, None], top)
         found = jax.tree.map(lambda leaf: leaf[:, 0], found)
@@ -153,7 +153,7 @@ def alpha(
             lambda new, old: jnp.where(inputs.expand_like(better, old), new, old), found, best
         )
 
-    # Where y and the top wrong class have the same gradient, it hides all others.
+    # Where y and the top wrong class have the same gradient, it hides those of all others.
     if classes.shape[1] > 1:
         best = lax.cond(jnp.all(best.reachable), lambda: best, past_top_wrong)
     direction = norms.steepest(best.d.astype(inputs.accum_dtype(x.dtype)), norm)
@@ -168,8 +168,8 @@ def alpha(
 
 def _warn_of_many_passes(n: int) -> None:
     warnings.warn(
-        f"perturb.alpha takes {n} backward passes, one for each class but y; candidates=10 takes "
-        f"10, for the likeliest classes, and candidates={n} all of them without this warning",
+        f"perturb.alpha makes {n} backward passes, one for each wrong class; candidates=10 makes "
+        f"10, for the classes with the largest logits; candidates={n} makes all without a warning",
         stacklevel=4,  # past alpha and its decorator
     )
 
@@ -187,14 +187,14 @@ def loss(
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> jax.Array:
-    r"""Adv_Loss: the perturbation that lowers the true class's linearised probability most.
+    r"""Adv_Loss: the perturbation that most lowers the linearised probability of the true class.
 
     .. math:: \arg\min_{\|r\| \le \epsilon} \langle T_y, r \rangle
 
     l2: :math:`-\epsilon T_y / \|T_y\|_2`. linf: :math:`-\epsilon\, \mathrm{sign}(T_y)`, the fast
     gradient sign method. l1: :math:`-\epsilon\, \mathrm{sign}((T_y)_k) e_k` at the largest
-    :math:`|(T_y)_k|`. (The minus is missing in print.) The direction of :math:`-T_y` is taken from
-    the gradient of `losses.margin`, which is a positive multiple of it and doesn't vanish.
+    :math:`|(T_y)_k|`. (The minus is missing in print.) The direction of :math:`-T_y` comes from the
+    gradient of `losses.margin`, which is a positive multiple of it and doesn't vanish.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
@@ -203,11 +203,11 @@ def loss(
       y: integer labels, `[B]`.
       eps: the size, a scalar or `[B]`; a negative traced value counts as 0.
       norm: the norm of that size: `"l1"`, `"l2"` or `"linf"`.
-      key: ignored; this method draws nothing.
-      bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
+      key: ignored; this method is deterministic.
+      bounds: `(lo, hi)`; r is clipped entry by entry so that x + r lies in it. None: no box.
 
     Returns:
-      r, of x's shape and dtype, of size eps (less where `bounds` shorten it).
+      r, of x's shape and dtype, of size eps (less where `bounds` clip it).
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -248,9 +248,9 @@ def loss_sign(
 
     .. math:: r = -\epsilon\, \mathrm{sign}(T_y) / \|\mathrm{sign}(T_y)\|_2
 
-    Each entry with a gradient moves by :math:`\epsilon / \sqrt{n}`, n being the number of such
-    entries. This is the column of the paper's tables, compared at the same l2 size; the method for
-    an linf ball is `loss` with `norm="linf"`.
+    Each entry with a nonzero gradient moves by :math:`\epsilon / \sqrt{n}`, where n is the number
+    of such entries. The paper's tables use it to compare methods at the same l2 size; for an linf
+    ball, use `loss` with `norm="linf"`.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
@@ -258,11 +258,11 @@ def loss_sign(
       x: `[B, ...]`, floating point.
       y: integer labels, `[B]`.
       eps: the l2 size, a scalar or `[B]`; a negative traced value counts as 0.
-      key: ignored; this method draws nothing.
-      bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
+      key: ignored; this method is deterministic.
+      bounds: `(lo, hi)`; r is clipped entry by entry so that x + r lies in it. None: no box.
 
     Returns:
-      r, of x's shape and dtype, of l2 size eps (less where `bounds` shorten it).
+      r, of x's shape and dtype, of l2 size eps (less where `bounds` clip it).
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -300,32 +300,33 @@ def vat(
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> jax.Array:
-    r"""Miyato's virtual adversary: the perturbation that changes the net's own output most.
+    r"""Miyato's virtual adversary: the perturbation that most changes the net's own output.
 
     .. math:: \arg\max_{\|r\| \le \epsilon} D_{KL}(p(x) \,\|\, p(x + r))
               \approx \arg\max_{\|r\| \le \epsilon} r^\top H r, \qquad
               H = J^\top (\mathrm{diag}(p) - p p^\top) J
 
-    with J the logits' Jacobian. From a random direction, `steps` power iterations on H, each an
-    exact product (push forward, multiply by diag(p) - pp^T, pull back) rather than a finite
-    difference, with the factor by which a confident p vanishes taken out. The last product is taken
-    to the norm's steepest direction.
+    with J the Jacobian of the logits. Starting from a random direction, it makes `steps` power
+    iterations on H. Each is an exact product (push forward, multiply by diag(p) - pp^T, pull back)
+    rather than a finite difference, with the factor that vanishes for a confident p factored out. r
+    is the norm's steepest direction for the last product, at size eps.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`; differentiable in both modes. A
         logit of -inf masks its class.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
-      y: unused, may be None; checked as integer labels `[B]` if given.
+      y: integer labels, `[B]`, or None. They don't change the direction; where one is invalid, or
+        its logit is -inf, r is 0.
       eps: the size, a scalar or `[B]`; a negative traced value counts as 0.
       norm: the norm of that size: `"l1"`, `"l2"` or `"linf"`.
       steps: power iterations, at least 1, each a forward and a backward pass.
       key: one key, or one per example, `[B]`; for the random direction.
-      bounds: `(lo, hi)`; r is shortened entry by entry until x + r lies in it. None: no box.
+      bounds: `(lo, hi)`; r is clipped entry by entry so that x + r lies in it. None: no box.
 
     Returns:
-      r, of x's shape and dtype, of size eps (less where `bounds` shorten it). Its sign is random:
-      to second order, both are equally harmful.
+      r, of x's shape and dtype, of size eps (less where `bounds` clip it). Its sign is random:
+      to second order, both signs are equally harmful.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -346,7 +347,7 @@ def vat(
     References:
       Miyato et al., "Distributional Smoothing with Virtual Adversarial Training", 2015, Section 3.
     """
-    inputs.at_least(1, "steps", steps, "one power iteration is the usual")
+    inputs.at_least(1, "steps", steps, "one power iteration is usual")
     problem = Problem.of(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, key=key, drawn_by="perturb.vat"
     )
@@ -368,9 +369,9 @@ def vat(
 def _margin_gradient(problem: Problem) -> tuple[Problem, jax.Array]:
     """Return the problem with its logits, and the gradient of logsumexp_{k != y} z_k - z_y.
 
-    The gradient, up to a positive factor, is in float32 at least: a direction rounded before it is
-    scaled has another size. Where it is 0, and so says nothing of the other classes, it is the
-    gradient without the top wrong class.
+    The gradient, up to a positive factor, is in float32 at least: rounding a direction before it is
+    scaled would change its size. Where the gradient is 0, and so tells nothing about the other
+    classes, it is computed without the top wrong class.
     """
     logits, pull = jacobian.pullback(problem.apply_fn, problem.params, problem.x)
     is_y = jax.nn.one_hot(problem.y, logits.shape[1], dtype=bool)
@@ -393,16 +394,16 @@ def _margin_gradient(problem: Problem) -> tuple[Problem, jax.Array]:
 
 
 def _scaled_fisher(logits: jax.Array, u: jax.Array) -> jax.Array:
-    """Return `(diag(p) - p p^T) u` of each row, over the largest probability but the likeliest's.
+    """Return `(diag(p) - p p^T) u` of each row, divided by the second largest probability.
 
-    With u relative to the likeliest class's entry, no term is the difference of nearly equal
-    numbers, however close to 1 that class's probability is.
+    With u taken relative to its entry at the top class, no term is the difference of nearly equal
+    numbers, however close to 1 the top probability is.
     """
     z = losses.shift_logits(logits.astype(u.dtype))
     log_p = jax.nn.log_softmax(z, axis=1)
     is_top = jax.nn.one_hot(jnp.argmax(z, axis=1), z.shape[1], dtype=bool)
     log_second = jnp.max(jnp.where(is_top, -jnp.inf, log_p), axis=1, keepdims=True)
-    # p / p_second, but for the likeliest class, where it overflows: double where.
+    # p / p_second, except for the top class, where it may overflow: double where.
     w = jnp.where(is_top, 0, jnp.exp(jnp.where(is_top, 0, log_p - log_second)))
     u = u - jnp.sum(jnp.where(is_top, u, 0), axis=1, keepdims=True)
     mean = jnp.sum(w * u, axis=1, keepdims=True)  # <p, u> / p_second

@@ -1,18 +1,18 @@
-r"""The problem that every attack solves, and what all of them do with it.
+r"""The problem that every attack solves, and the tools that attacks share.
 
-A `Problem` is what an attack is given: the net, the examples, and the threat model (norm, radius,
-box). It checks these once; it judges a perturbation, the same way for every attack (`value`,
-`gradient`); and it settles the rows that no attack can do anything about (`answer`). What an attack
-adds to it is its algorithm. The one-step methods of `perturb` use it as well, without `start`.
+A `Problem` holds an attack's arguments: the net, the examples, and the threat model (norm, radius,
+box). It checks them once; it evaluates perturbations, the same way for every attack (`value`,
+`gradient`); and it sets the result of rows that can't be attacked (`answer`). An attack adds its
+algorithm. The one-step methods of `perturb` use it as well, without `start`.
 
 An attack keeps its best perturbation of each example in one of two records:
 
-- `Best`, if it searches a ball: the point of highest loss, misclassified ones first.
-- `Least`, if it searches for the smallest perturbation: the smallest that is misclassified.
+- `Best`, if it searches a ball: misclassified points first, then the highest loss.
+- `Least`, if it searches for the smallest perturbation that is misclassified.
 
 `iterate` is every attack's loop, `run_restarts` repeats an attack from other points, and
-`bisect_to_boundary` shortens what an attack has found. `attack` is written with these; the
-documentation has a page that writes a new attack.
+`bisect_to_boundary` scales an attack's result down to the boundary. All of `attack` is written with
+these; a page of the documentation shows how to write a new attack.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ __all__ = [
 
 State = TypeVar("State")
 
-CROSSING = 1e-4  # how far past the boundary, relative to the way there, is past it for certain
+CROSSING = 1e-4  # this far past the boundary, relative to the way there, is beyond rounding error
 
 
 Gradient: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
-"""Whether each example is where the attack wants it, its loss, both `[B]`, and the gradient."""
+"""Whether the attack succeeds on each example, its loss, both `[B]`, and the gradient."""
 
 _STATIC = {"static": True}
 
@@ -57,29 +57,30 @@ _STATIC = {"static": True}
 class Problem:
     """Perturb x, within a threat model, so that a loss of the net rises.
 
-    Make one by `Problem.of`, which checks the arguments. It is a pytree: the functions, the norm
-    and the two settings are static, the arrays are traced.
+    Make one with `Problem.of`, which checks the arguments. It is a pytree: the functions, the norm,
+    `targeted`, `samples` and `shape` are static, the rest is traced.
 
-    With `samples`, the net draws random numbers, `apply_fn(params, x, key)`: each evaluation draws
-    that many for each example by the example's own key, and averages losses and logits (expectation
+    With `samples`, the net is random, `apply_fn(params, x, key)`: each evaluation makes that many
+    draws for each example, with the example's own key, and averages losses and logits (expectation
     over transformation, Athalye et al., 2018). Examples then go through the net one by one, so that
-    what is drawn for one doesn't depend on its batch.
+    an example's draws don't depend on its batch.
 
     Attributes:
       apply_fn: `(params, x) -> logits`.
-      loss_fn: `(logits, labels) -> [B]`, to be raised, or lowered if `targeted`.
+      loss_fn: `(logits, labels) -> [B]`, to maximise, or to minimise if `targeted`.
       norm: the norm of the perturbation.
-      targeted: y are the classes to reach instead of those to leave.
-      samples: how many draws of a random net are averaged; 0 for a deterministic net.
+      targeted: y has target classes instead of true labels.
+      samples: number of draws of a random net to average; 0 for a deterministic net.
       params: the first argument of `apply_fn`.
-      x: `[B, ...]`; from `start` on `[B, D]`.
+      x: `[B, ...]`; after `start` flattened to `[B, D]`.
       y: labels, integers `[B]`, or whatever `loss_fn` takes; None for a loss without labels.
-      eps: the radius of the ball, `[B]`, in the dtype of norms; None for the least perturbation.
+      eps: the radius of the ball, `[B]`, in the dtype of norms; None for minimal perturbations.
       bounds: the box that x + r stays in, or None.
       keys: one key per example, `[B]`, or None.
-      shape: x's, before `start` made rows of the examples; None before that.
-      logits: the net's output at x, or where `start_at` starts, `[B, K]`; None before `start`.
-      attackable: which rows have a class to leave and one to reach, bool `[B]`; None before
+      shape: the shape of x before `start` flattened it; None before that.
+      logits: the net's output at x, or at the starting point of `start_at`, `[B, K]`; None before
+        `start`.
+      attackable: which rows can be attacked, see `inputs.attackable`, bool `[B]`; None before
         `start`.
     """
 
@@ -117,7 +118,7 @@ class Problem:
         key: jax.Array | None = None,
         drawn_by: str | None = None,
     ) -> Problem:
-        """Check an attack's arguments, and return the problem that they pose.
+        """Check an attack's arguments, and return them as a problem.
 
         Args:
           apply_fn: the net.
@@ -127,14 +128,14 @@ class Problem:
           norm: `"l1"`, `"l2"` or `"linf"`.
           eps: the radius, a scalar or `[B]`.
           bounds: `(lo, hi)`, or None.
-          loss_fn: the loss to be raised.
-          minimal: the least perturbation is sought: eps may be None.
-          any_labels: y may be whatever `loss_fn` takes, soft labels for instance.
-          targeted: y are the classes to reach.
-          samples: how many draws of a random net are averaged.
+          loss_fn: the loss to maximise.
+          minimal: the attack can search for minimal perturbations, so eps may be None.
+          any_labels: y may be whatever `loss_fn` takes, for instance soft labels.
+          targeted: y has target classes instead of true labels.
+          samples: number of draws of a random net to average.
           key: one key, or one per example, `[B]`.
-          drawn_by: what draws random numbers, for the message where the key is missing; None if
-            nothing does.
+          drawn_by: what needs the random numbers, for the error if the key is missing; None if the
+            attack is deterministic.
 
         Raises:
           TypeError: if `x` isn't floating point, `y` not integers, `eps` not a number, or `key`
@@ -142,15 +143,15 @@ class Problem:
           ValueError: if shapes don't match, the norm is unknown, a Python `eps` is negative,
             `samples` < 0, `bounds` isn't a pair, or a key is missing.
         """
-        norms.dual(norm)  # known?
-        inputs.at_least(0, "samples", samples, "0 is for a net that draws no random numbers")
+        norms.dual(norm)  # raises if the norm is unknown
+        inputs.at_least(0, "samples", samples, "0 is for a deterministic net")
         x = inputs.examples(x)
         if y is not None:
             y = inputs.paired(x, y) if any_labels else inputs.labels(y, x.shape[0])
         if not minimal or eps is not None:
             eps = inputs.radius(cast(Eps, eps), x)
         if bounds is not None:
-            inputs.box(bounds, x)  # now, while they are numbers
+            inputs.box(bounds, x)  # checked here, where numbers aren't traced yet
         drawn_by = "the net" if samples else drawn_by
         keys = None if drawn_by is None else inputs.keys(key, x.shape[0], drawn_by)
         return cls(
@@ -158,25 +159,25 @@ class Problem:
         )  # fmt: skip
 
     def keyed(self) -> Problem:
-        """Return the problem as an argument of a compiled attack.
+        """Return the problem as an argument for a compiled attack.
 
-        Arrays that `apply_fn` has captured are then part of the compiled program's key.
+        It is recompiled if arrays that `apply_fn` has captured change.
         """
         return replace(self, apply_fn=closures.keyed(self.apply_fn, self.params, self.x))
 
     def start(self) -> Problem:
-        """Return the problem with a row for each example, and with the net's logits at x.
+        """Return the problem with examples flattened to rows, and with the net's logits at x.
 
-        An attack works on rows, x and r of shape `[B, D]`, whatever the shape of an example. (Where
-        the net flattens its input, XLA's CPU code adds rows three times as fast as images.)
+        Attacks work on x and r of shape `[B, D]`, whatever the shape of an example. (If the net
+        flattens its input, XLA's CPU code adds rows three times as fast as images.)
         """
         problem = self._on_rows()
         return problem.with_logits(jnp.mean(problem._draws(problem.x, 0), axis=0))
 
     def start_at(self, r: jax.Array) -> tuple[Problem, Gradient]:
-        """Return what `start` and `gradient` do, by one pass through the net, not two.
+        """Return the results of `start` and `gradient`, with one pass through the net, not two.
 
-        The logits, and so which rows can be attacked, are those at x + r instead of those at x.
+        The logits, and so the rows that can be attacked, are those at x + r instead of at x.
 
         Args:
           r: of x's shape and dtype, in the ball and the box.
@@ -267,33 +268,33 @@ class Problem:
         return jnp.where(top & where[:, None], -jnp.inf, logits)
 
     def succeeds(self, logits: jax.Array) -> jax.Array:
-        """Tell for which rows of logits `[B, K]` the attack has its way, bool `[B]`."""
+        """Return for which rows of logits `[B, K]` the attack succeeds, bool `[B]`."""
         if not self._has_classes:
             return jnp.zeros(self.x.shape[0], bool)
         hit = (jnp.argmax(logits, axis=1) == self.y) == self.targeted
-        return hit & jnp.all(logits < jnp.inf, axis=1)  # NaN and +inf are no answer
+        return hit & jnp.all(logits < jnp.inf, axis=1)  # NaN or +inf is no prediction
 
     def value(self, r: jax.Array, step: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
-        """Return whether each example is where the attack wants it, and its loss, both `[B]`."""
+        """Return whether the attack succeeds on each example, and its loss, both `[B]`."""
         _, (loss, logits, _) = self._losses(r, step)
         return self.succeeds(logits), loss
 
     def gradient(
         self, r: jax.Array, step: jax.Array | int = 0, without_top: jax.Array | None = None
     ) -> Gradient:
-        """Return the same, and the loss's gradient in r, in the dtype of norms.
+        """Return `value` and the gradient of the loss with respect to r, in the dtype of norms.
 
         Args:
           r: perturbations, `[B, ...]`.
           step: the number of the step, for a net that draws random numbers.
-          without_top: bool `[B]`, whose gradients are taken without the top wrong class. Where that
-            class has y's own gradient, it hides those of all others.
+          without_top: the examples whose gradients leave out the top wrong class, bool `[B]`. Where
+            this class and y have the same gradient, it hides those of all others.
         """
         (_, (loss, logits, _)), g = self._derivative(r, step, without_top)
         return self.succeeds(logits), loss, g
 
     def clip_to_box(self, r: jax.Array) -> jax.Array:
-        """Return r rounded to x's dtype, and shortened until x + r lies in the box."""
+        """Return r rounded to x's dtype, and clipped so that x + r lies in the box."""
         return norms.clip_to_box(self.x, r, self.bounds)
 
     def clip_to_ball(self, r: jax.Array) -> jax.Array:
@@ -304,20 +305,20 @@ class Problem:
         return norms.clip_to_box(r, nearest, None)
 
     def project(self, r: jax.Array) -> jax.Array:
-        """Return the point of the ball and the box nearest to r, `[B, ...]`, rounded to x's dtype.
+        """Return r projected onto the ball and the box, `[B, ...]`, rounded to x's dtype.
 
-        In l2 it is the nearest point of the ball, clipped to the box.
+        In l2 this is the nearest point of the ball, clipped to the box.
         """
         return boxes.project_ball_and_box(r, self.x, self.eps, self.norm, self.bounds)
 
     def answer(self, r: jax.Array) -> jax.Array:
-        """Return r, 0 in rows that can't be attacked, NaN where x, its logits or eps are unsound.
+        """Return r, but 0 where a row can't be attacked, NaN where x, logits or eps are unsound.
 
         Args:
           r: of x's shape and dtype, in the box.
 
         Returns:
-          Of the shape that x had before `start`.
+          r in the shape that x had before `start`.
         """
         r = jnp.where(inputs.expand_like(self.attackable, r), r, 0)
         sound = inputs.finite(self.x, self.logits, self.eps)
@@ -336,7 +337,7 @@ def _apply_to_rows(
 
 
 class Best(NamedTuple):
-    """Each example's most harmful perturbation so far, by (success, loss).
+    """Each example's most harmful perturbation so far, ranked by success, then by loss.
 
     Attributes:
       r: `[B, ...]`.
@@ -350,18 +351,18 @@ class Best(NamedTuple):
 
     @classmethod
     def empty(cls, x: jax.Array) -> Best:
-        """Return r = 0 with a loss that any point exceeds."""
+        """Return r = 0 with loss -inf, which any point exceeds."""
         n = x.shape[0]
         loss = jnp.full(n, -jnp.inf, inputs.accum_dtype(x.dtype))
         return cls(jnp.zeros_like(x), jnp.zeros(n, bool), loss)
 
     def with_point(self, r: jax.Array, success: jax.Array, loss: jax.Array) -> Best:
-        """Return the better of these and another point, for each example."""
+        """Return the better of this point and another, for each example."""
         better = jnp.where(success == self.success, loss > self.loss, success)
         return self._choose(better, Best(r, success, loss))
 
     def unless_done(self, other: Best) -> Best:
-        """Return these where they succeed already, and the better of both elsewhere."""
+        """Return this point where it succeeds already, and the better of both elsewhere."""
         return self._choose(~self.success & (other.success | (other.loss > self.loss)), other)
 
     def _choose(self, better: jax.Array, other: Best) -> Best:
@@ -373,7 +374,7 @@ class Best(NamedTuple):
 
 
 class Least(NamedTuple):
-    """Each example's smallest perturbation that succeeds so far.
+    """Each example's smallest successful perturbation so far.
 
     Attributes:
       r: `[B, ...]`; 0 before one is found.
@@ -385,17 +386,17 @@ class Least(NamedTuple):
 
     @classmethod
     def empty(cls, x: jax.Array) -> Least:
-        """Return r = 0 of infinite size, before anything is found."""
+        """Return r = 0 with size inf, for the time before anything is found."""
         size = jnp.full(x.shape[0], jnp.inf, inputs.accum_dtype(x.dtype))
         return cls(jnp.zeros_like(x), size)
 
     @property
     def found(self) -> jax.Array:
-        """Whether there is one, bool `[B]`."""
+        """Whether a perturbation was found, bool `[B]`."""
         return jnp.isfinite(self.size)
 
     def with_point(self, r: jax.Array, size: jax.Array, success: jax.Array) -> Least:
-        """Return the smaller of these and another point, for each example that it succeeds on."""
+        """Return the smaller of this point and another, where the other succeeds."""
         less = success & (size < self.size)
         return Least(
             jnp.where(inputs.expand_like(less, r), r, self.r), jnp.where(less, size, self.size)
@@ -403,7 +404,7 @@ class Least(NamedTuple):
 
 
 def fold(keys: jax.Array, data: jax.Array | int) -> jax.Array:
-    """Derive a key of each example for one more purpose, or one more run.
+    """Derive new keys, one per example, for another purpose or another run.
 
     Args:
       keys: `[B]`.
@@ -434,9 +435,9 @@ def iterate(
     Args:
       step: from the number of the step and the state to the next state.
       state: a pytree of arrays.
-      steps: how many, at the most.
-      while_any: from a state to bool `[B]`, the examples that need another step; no step is made
-        once none does. None: all steps are made, and reverse-mode derivatives are available.
+      steps: number of steps, at most.
+      while_any: from a state to bool `[B]`, the examples that need another step; the loop ends when
+        none does. None: all steps are made, and reverse-mode derivatives are available.
 
     Returns:
       The last state.
@@ -461,15 +462,15 @@ def iterate(
 def run_restarts(
     run: Callable[[jax.Array | int], Best], restarts: int, x: jax.Array
 ) -> tuple[Best, jax.Array]:
-    """Repeat an attack; an example that has been fooled is left as it is.
+    """Repeat an attack; once an example is misclassified, its perturbation is kept.
 
     Args:
-      run: from the number of the run to the best of it.
-      restarts: how many runs, at most: none is made once all examples are fooled.
+      run: from the number of the run to its best perturbations.
+      restarts: number of runs, at most: they end when all examples are misclassified.
       x: `[B, ...]`.
 
     Returns:
-      The best of all runs, and how many of them each example needed, `[B]`.
+      The best of all runs, and the number of runs that each example needed, `[B]`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -495,15 +496,15 @@ def run_restarts(
 def beyond_rounding(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return a predicate that accepts a success only if its logit margin exceeds rounding error.
 
-    A least perturbation ends on the decision boundary, which one program may round to one side and
-    the next to the other. Past it by `CROSSING` of the way there, and by some ulps of the largest
-    logit, r is on the far side in both.
+    A minimal perturbation ends on the decision boundary, where two programs may round differently
+    and so disagree about its side. If r passes the boundary by `CROSSING` of the way there, and by
+    a few ulps of the largest logit, both see it on the far side.
 
     Args:
       problem: with the logits at x (`Problem.start`).
 
     Returns:
-      A function from what `Problem.value` returns, success and loss, to bool `[B]`.
+      A function from the results of `Problem.value`, success and loss, to bool `[B]`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -526,21 +527,21 @@ def beyond_rounding(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Ar
     return clear
 
 
-_Bisection = tuple[jax.Array, jax.Array, jax.Array]  # low and high ends, and how often tried, [B]
+_Bisection = tuple[jax.Array, jax.Array, jax.Array]  # low end, high end, number of tries, all [B]
 
 
 def bisect_to_boundary(
     succeeds: Callable[[jax.Array], jax.Array], r: jax.Array, found: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Scale each r down as far as a bisection between 0 and r still finds success.
+    """Scale each r down to the decision boundary, by bisection between 0 and r.
 
     Args:
       succeeds: from perturbations to bool `[B]`.
       r: perturbations `[B, ...]`.
-      found: which of them succeed; the others come back as they are.
+      found: which of them succeed, bool `[B]`; the others are returned unchanged.
 
     Returns:
-      The perturbations, and how often each was tried, `[B]`.
+      The perturbations, and the number of tries for each, `[B]`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -564,12 +565,12 @@ def bisect_to_boundary(
         low, high, tries = carry
         middle = (low + high) / 2
         hit = succeeds(scaled(middle))
-        # An example that is done stays as it is, however long the others take.
+        # A finished example doesn't change, however long the others take.
         going = coarse(carry)
         low = jnp.where(going & ~hit, middle, low)
         return low, jnp.where(going & hit, middle, high), tries + going.astype(jnp.int32)
 
-    # Between 0 and 0 there is nothing to search.
+    # If r is 0, there is nothing to search.
     high = (found & (norms.norm(r, "linf") > 0)).astype(dtype)
     none = jnp.zeros(found.shape, jnp.int32)
     ends = jnp.zeros_like(high), high, none

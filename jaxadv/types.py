@@ -124,5 +124,5 @@ class Objective(Protocol):
         key: jax.Array,
         step: jax.Array,
     ) -> tuple[jax.Array, tuple[Any, Any]]:
-        """Return `(loss, (model_state, aux))` for one batch, `(x, y)` or what else it takes."""
+        """Return `(loss, (model_state, aux))` for one batch, usually `(x, y)`."""
         ...

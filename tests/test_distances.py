@@ -122,7 +122,7 @@ def test_examples_may_lie_on_a_mesh():
         ({"budget": None}, ValueError, "a budget or attacks, got neither"),
         ({"budget": 50}, ValueError, "budget >= "),
         ({"norm": "l3"}, ValueError, "norm to be one of"),
-        ({"attacks": {"mine": lambda *a, **k: a[2]}}, TypeError, "others don't count"),
+        ({"attacks": {"mine": lambda *a, **k: a[2]}}, TypeError, "others don't count their"),
         ({"attacks": {"ddn": attack.ddn}, "bounds": (0.0, 1.0)}, ValueError, "x within bounds"),
     ],
 )

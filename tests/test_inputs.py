@@ -40,7 +40,7 @@ def keys_of(key):
 
 # What is called, the error, and of its message: expected, got, cure.
 ONE_ROW, COLUMN, ARGMAX = "one row of K", "y[:, 0]", "jnp.argmax(y, axis=-1)"
-FLOATS, CAST = "x of a floating-point dtype", "y.astype(int); names become numbers by np.unique"
+FLOATS, CAST = "x of a floating-point dtype", "y.astype(int); turn names into numbers with np.uni"
 WRONG = [
     (lambda: inputs.examples(X.astype(np.uint8)), TypeError, FLOATS, "uint8", "jnp.float32) / 255"),
     (lambda: inputs.examples(X > 0), TypeError, FLOATS, "bool", "tokens have no gradient"),
@@ -58,7 +58,7 @@ WRONG = [
     (lambda: inputs.labels(1.0 * Y, B), TypeError, "integer labels", "float64 of shape (4,)", CAST),
     (lambda: inputs.labels(Y == 1, B), TypeError, "integer labels", "bool of shape (4,)", CAST),
     (lambda: inputs.labels(list("abca"), B), TypeError, "integer labels", "<U1 of shape", CAST),
-    (lambda: inputs.labels(Y[:3], B), ValueError, "as many labels", "3 labels for 4", "this very"),
+    (lambda: inputs.labels(Y[:3], B), ValueError, "as many labels", "3 labels for 4", "this batch"),
     (lambda: inputs.paired(X, SOFT[:3]), ValueError, "as many labels", "y of shape (3, 3)", "this"),
     (lambda: inputs.logits_of((Z, Z), B), TypeError, "to return logits", "tuple", "(params, x)[0]"),
     (lambda: inputs.logits_of({"logits": Z}, B), TypeError, "logits", "dict; wrap", '["logits"]'),

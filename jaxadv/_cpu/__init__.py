@@ -6,8 +6,8 @@ loops. The gradients of a convolution have other layouts, so the gradient of a p
 `flax.linen.Conv` is up to fifty times slower in a `lax.scan`, `fori_loop` or `while_loop` than
 outside. Epochs and iterated attacks are such loops.
 
-`fast_convolutions` rewrites a function before XLA sees it. `_interpreter` finds the convolutions,
-`_convolutions` replaces each. Every loop of this library that evaluates a net uses it, and so does
+`fast_convolutions` rewrites a function before XLA sees it: `_interpreter` finds the convolutions,
+and `_convolutions` replaces them. All loops of this library that evaluate a net use it, and so does
 `train.make_step`.
 """
 
@@ -28,7 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def fast_convolutions(function: F) -> F:
-    """Return a function whose convolutions are fast on CPU, also in the body of a loop.
+    """Return a function whose convolutions are fast on CPU, even in the body of a loop.
 
     The function is traced, and each convolution in it, including those of gradients, is replaced by
     a faster one. Results differ by rounding only. On other backends the function runs unchanged, as
@@ -71,7 +71,7 @@ def fast_convolutions(function: F) -> F:
                 f"jaxadv cannot read functions traced by jax {jax.__version__} "
                 f"({type(error).__name__}: {error}), and leaves them unchanged: results are right, "
                 "but convolutions in loops may be slow on CPU. Update jaxadv, or install a version "
-                "of jax that it is tested with.",
+                "of jax that it was tested with.",
                 RuntimeWarning,
                 stacklevel=1,
             )

@@ -1,7 +1,7 @@
 """Evaluate a jaxpr with its convolutions replaced, including those in nested jaxprs.
 
 Jaxprs are recognised by their attributes, not by their classes, which differ between versions of
-JAX: before jax 0.12 an open jaxpr has no `consts`, since then every jaxpr is closed.
+JAX: before jax 0.12 an open jaxpr has no `consts`; since then every jaxpr is closed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _rewrite(param: Any) -> Any:
 
 
 def _convolves(param: Any) -> bool:
-    """Return whether a parameter is a jaxpr with a convolution at any depth, or a tuple of such."""
+    """Return whether a parameter is, or as a tuple has, a jaxpr with a convolution at any depth."""
     if isinstance(param, tuple):
         return any(map(_convolves, param))
     return any(
@@ -68,6 +68,6 @@ def _convolves(param: Any) -> bool:
 
 
 def _is_convolution(eqn: Any) -> bool:
-    """Return whether an equation is a convolution to replace: those of empty arrays stay."""
+    """Return whether an equation is a convolution to replace; those of empty arrays aren't."""
     is_one = eqn.primitive is lax.conv_general_dilated_p and _convolutions.FAST_LAYOUT
     return is_one and all(atom.aval.size for atom in (*eqn.invars, *eqn.outvars))

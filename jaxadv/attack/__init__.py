@@ -1,27 +1,26 @@
 """Iterated attacks, with the signature of the one-step methods in `perturb` (`types.PerturbFn`).
 
-They compile their own loop: `apply_fn`, the norm and the number of steps are static, so that there
-is one compilation for each `apply_fn` object (pass the same object again, and the weights as its
-params: arrays that it has captured are looked at in each call, and each change is another
-compilation), and under a caller's `jax.jit` the loop is inlined. Their r is meant as a constant, as
-`objectives` take it: reverse-mode derivatives of r don't pass through loops whose end isn't known
-beforehand.
+They compile their own loop: `apply_fn`, the norm and the number of steps are static, so there is
+one compilation for each `apply_fn` object. Pass the same object again, with the weights as its
+params: each call checks the arrays that `apply_fn` has captured, and a change means recompilation.
+Under a caller's `jax.jit` the loop is inlined. r is meant to be used as a constant, as in
+`objectives`: attacks that stop early (`while_loop`) support no reverse-mode derivatives.
 
 In a ball of radius eps:
 
-- `pgd`: projected gradient steps in an l1, l2 or linf ball. `pgd_kl`: the same away from the net's
+- `pgd`: projected gradient steps in an l1, l2 or linf ball. `pgd_kl`: the same, away from the net's
   own output, for TRADES.
-- `apgd`, `apgd_multitargeted`: the same with momentum and step sizes that adapt themselves;
-  without eps they search for the least ball.
+- `apgd`, `apgd_multitargeted`: projected gradient steps with momentum and adaptive step sizes;
+  without eps they search for the smallest ball in which they succeed.
 
-The least perturbation that changes the answer (with eps: cut to that size):
+The smallest perturbation that changes the prediction (if eps is given, projected to that size):
 
-- `deepfool`: least steps over the nearest linearised boundary, on logits or on probabilities.
-- `fmn`: gradient steps in a ball that shrinks onto the boundary.
-- `ddn`: the same on a sphere that shrinks and grows, l2 only.
-- `fab`: projections onto linearised boundaries inside the box, biased towards x.
+- `deepfool`: smallest steps across the nearest linearised boundary, of logits or probabilities.
+- `fmn`: gradient steps in a ball whose radius adapts to the boundary.
+- `ddn`: gradient steps on a sphere whose radius adapts to the boundary, l2 only.
+- `fab`: projections onto linearised boundaries within the box, biased toward x.
 
-Without gradients: `square`, random search by square windows of an image.
+Without gradients: `square`, a random search over square windows of an image.
 
 AutoAttack, the standard ensemble of four of them, loops on the host: `evaluate.attack_and_score`.
 """

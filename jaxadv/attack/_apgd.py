@@ -1,17 +1,17 @@
 r"""Auto-PGD: projected gradient ascent with momentum that chooses its own step sizes.
 
-PGD depends on a step size that somebody has to choose. Auto-PGD starts with steps as long as the
-ball is wide. At fixed checkpoints it halves the step size of each example whose loss has risen too
-seldom since the last one, or hasn't reached a new maximum, and continues from that example's best
-point (Croce and Hein, 2020). In an l1 ball, where dense steps are useless, steps are sparse; their
-sparsity is adapted in the same way, in three balls that shrink to the ball of radius eps (Croce and
-Hein, 2021).
+PGD needs a step size that the user has to choose. Auto-PGD starts with a step size equal to the
+diameter of the ball. At fixed checkpoints it halves the step size of each example whose loss has
+risen in too few steps since the last checkpoint, or has reached no new maximum, and continues from
+the example's best point (Croce and Hein, 2020). In an l1 ball, where dense steps are ineffective,
+steps are sparse. Their sparsity is adapted at checkpoints too, in three balls that shrink to the
+ball of radius eps (Croce and Hein, 2021).
 
-Without a radius both attacks search for the least ball in which they succeed, by bisection.
+Without eps both attacks search for the smallest ball in which they succeed, by bisection.
 
-Losses: the margin form of cross-entropy (it orders points and directs steps as cross-entropy does,
-and its gradient doesn't die), `dlr`, which doesn't change when the logits are scaled, and in
-`apgd_multitargeted` the latter's targeted form, for one class after another.
+Losses: the margin form of cross-entropy (it ranks points as cross-entropy does and its gradient has
+the same direction, but doesn't vanish); `dlr`, which doesn't change when the logits are scaled; and
+in `apgd_multitargeted` the targeted form of `dlr`, for one class after another.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticF
 __all__ = ["apgd", "apgd_multitargeted"]
 
 _ORDERS = "logit", "distance", "alpha"
-_RANKED = 100  # how many classes are ranked by distance, those of largest logit
-_ROUNDS = 20  # how many balls a search for the least one tries
-_REFUTED = 0.9  # of a size found, below it: where the lower end goes that it refutes
-_RISES = 0.75  # the share of steps that have to raise the loss for the step size to be kept
+_RANKED = 100  # number of classes to rank by distance, those with the largest logits
+_ROUNDS = 20  # number of balls in a search for the smallest one
+_REFUTED = 0.9  # a success of size s lowers the lower end of the search to this multiple of s
+_RISES = 0.75  # fraction of steps that have to raise the loss for the step size to be kept
 
 
 @reports
@@ -76,45 +76,48 @@ def apgd(
               r_{t+1} &= \Pi\bigl(r_t + 0.75 (z_{t+1} - r_t) + 0.25 (r_t - r_{t-1})\bigr)
 
     from a random point, with :math:`s_0 = 2 \epsilon` and :math:`\Pi` the projection onto the ball
-    (and the box). For l1: sparse steps without momentum, see the module.
+    (and the box). For l1, steps are sparse and without momentum, see the module.
 
-    The point that is returned is the best of all iterates: one that is misclassified before one
-    that isn't, then by loss. Restarts skip the examples that have been fooled.
+    Each example's best iterate is returned: misclassified points rank first, then those of higher
+    loss. Restarts skip examples that are already misclassified.
 
-    With `eps=None` the answer is the least r that a search over eps finds, of each example on its
-    own: 20 balls, each with all `steps` and `restarts`. The first ball reaches the boundary of the
-    linearised net; the next is twice as large until a run succeeds, and then halfway between the
-    largest failure and the smallest success. What a run finds is scaled down to the boundary.
+    With `eps=None`, r is the smallest that a search over eps finds, separately for each example. It
+    tries 20 balls, each with all `steps` and `restarts`. The first reaches the decision boundary of
+    the linearised net. The radius is doubled until a run succeeds; from then on it is halfway
+    between the largest failure and the smallest success. Each success is scaled down to the
+    boundary.
 
     Args:
-      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable; compiled once per object.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
-      y: labels, handed to `loss_fn` unchanged; integers `[B]` for the default loss. For other
+      y: labels, passed to `loss_fn` unchanged; integers `[B]` for the default loss. For other
         labels (soft targets) the best point is the one of highest loss.
       eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0. None for the
-        least r.
+        smallest r.
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
       steps: number of steps in each ball, at least 1 (in l1 at least 3 are made, one in each of
         three balls); each a forward and a backward pass.
-      loss_fn: `(logits, labels) -> [B]`, which is raised (lowered if `targeted`): the default,
-        `losses.margin`, is cross-entropy's margin form; `dlr` is the other published one.
-      targeted: y are the classes to reach instead of those to leave.
-      restarts: how many random starts, at least 1.
+      loss_fn: `(logits, labels) -> [B]`, to maximise (to minimise if `targeted`). The default,
+        `losses.margin`, is cross-entropy's margin form; the paper's other loss is `losses.dlr`.
+      targeted: y has target classes instead of true labels.
+      restarts: number of random starts, at least 1.
       samples: 0 for a deterministic net. For one that draws random numbers, `apply_fn(params, x,
-        key)`: how many draws the loss and its gradient are averaged over, new ones at each step.
+        key)`: number of draws that the loss and its gradient are averaged over, new ones at each
+        step.
       key: one key, or one per example, `[B]`.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype, of a size of at most eps. Without eps it is exactly 0 where x is
-      misclassified already, and where nothing was found. Rows are 0 or NaN as in `perturb`.
+      r, of x's shape and dtype, of size at most eps. Without eps it is exactly 0 where x is already
+      misclassified, and where nothing was found. Rows are 0 or NaN as in `perturb`.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays; if `y` are not integers, for
         the default loss or without eps.
       ValueError: if shapes don't match, if the norm is unknown, if a Python `eps` is negative, if
-        `steps` or `restarts` < 1, if `samples` < 0, if `bounds` is not a pair, or without a key.
+        `steps` or `restarts` < 1, if `samples` < 0, if `bounds` is not a pair, or if the key is
+        missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -156,41 +159,42 @@ def apgd_multitargeted(
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> Found:
-    r"""Auto-PGD towards one wrong class after another, by the targeted DLR loss.
+    r"""Auto-PGD toward one wrong class after another, on the targeted DLR loss.
 
     .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
 
-    for t the first class of the order, the next, and so on. Examples that have been fooled are
-    skipped. (`losses.targeted_dlr` says what it is with two or three classes.) With `eps=None` for
-    the least r, by the search of `apgd`: 20 balls, in each the targets in turn until one succeeds.
+    for t the first class of the order, the next, and so on (see `losses.targeted_dlr` for nets with
+    two or three classes). Examples that are already misclassified are skipped. With `eps=None`, r
+    is the smallest found by the search of `apgd`, where each of the 20 balls tries the targets in
+    turn until one succeeds.
 
     Args:
-      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable; compiled once per object.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: integer labels, `[B]`.
       eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0. None for the
-        least r.
+        smallest r.
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
       steps: number of steps for each target in each ball, at least 1.
-      n_targets: how many targets, at least 1; K - 1 where that is less.
-      order: which targets come first: `"logit"`, the largest logits at x (published);
-        `"distance"`, the nearest linearised boundaries, entries blocked by the box left out (MALT);
-        `"alpha"`, the same with the softmax linearised, ignoring the box. The last two cost a
-        forward pass and a backward pass for each ranked class: the 100 of largest logit, or
-        `n_targets` if that is more.
+      n_targets: number of targets, at least 1; at most K - 1 are used.
+      order: the order of the targets: `"logit"`, by logit at x, largest first (as published);
+        `"distance"`, by distance to the linearised boundary, nearest first, without the entries
+        that the box blocks (MALT); `"alpha"`, the same with the softmax linearised, ignoring the
+        box. The last two cost a forward pass, and a backward pass for each ranked class: the 100
+        with the largest logits, or `n_targets` if that is more.
       key: one key, or one per example, `[B]`.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype, of a size of at most eps. Without eps it is exactly 0 where x is
-      misclassified already, and where nothing was found. Rows are 0 or NaN as in `perturb`.
+      r, of x's shape and dtype, of size at most eps. Without eps it is exactly 0 where x is already
+      misclassified, and where nothing was found. Rows are 0 or NaN as in `perturb`.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
       ValueError: if shapes don't match, if the norm is unknown, if a Python `eps` is negative, if
-        `steps` or `n_targets` < 1, if the order is unknown, if `bounds` is not a pair, or without a
-        key.
+        `steps` or `n_targets` < 1, if the order is unknown, if `bounds` is not a pair, or if the
+        key is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -208,7 +212,7 @@ def apgd_multitargeted(
     if order not in _ORDERS:
         raise ValueError(
             f"expected order to be one of {', '.join(map(repr, _ORDERS))}, got {order!r}; choose "
-            "which targets come first"
+            "one of these"
         )
     problem = Problem.of(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True, key=key,
@@ -224,7 +228,7 @@ def _run(problem: Problem, *, steps: int, restarts: int) -> Answer:
     keys = fold(problem.keys, 0)
     draws = max(problem.samples, 1)
     passes = draws * sum(n + 1 for _, n in _phases(problem.norm, steps))
-    # Numbers of steps, by which a random net's draws differ.
+    # Each run gets its own range of step numbers, from which a random net's draws derive.
     stride = len(_PHASES[problem.norm]) * (steps + 1)
 
     def in_ball(problem: Problem, first: jax.Array | int) -> tuple[Best, jax.Array]:
@@ -271,17 +275,17 @@ def _run_targets(problem: Problem, *, steps: int, n_targets: int, order: str) ->
 
 
 def _by_logit(problem: Problem, n: int) -> jax.Array:
-    """Return the n wrong classes of largest logit (or all), `[B, n]`, the largest first."""
+    """Return the n wrong classes with the largest logits (or all), `[B, n]`, largest first."""
     logits = problem.logits
     is_y = jax.nn.one_hot(problem.y, logits.shape[1], dtype=bool)
     n = min(n, logits.shape[1] - 1)
     largest, classes = lax.top_k(jnp.where(is_y, -jnp.inf, logits), n)
-    # A masked class is out of reach: the top wrong class is tried once more instead.
+    # A masked class can't be reached: the top wrong class is tried once more instead.
     return jnp.where(jnp.isneginf(largest), classes[:, :1], classes)
 
 
 def _by_distance(problem: Problem, classes: jax.Array, order: str) -> jax.Array:
-    """Return classes `[B, J]` with the one whose linearised boundary is nearest first."""
+    """Return the classes `[B, J]` sorted by distance to their linearised boundary."""
     if order == "alpha":
         _, rows_of = jacobian.class_pullback(
             problem.apply_fn, problem.params, problem.x, problem.y
@@ -302,24 +306,24 @@ def _by_distance(problem: Problem, classes: jax.Array, order: str) -> jax.Array:
 
 class _Searched(NamedTuple):
     closest: Closest
-    eps: jax.Array  # [B], of the next ball
-    low: jax.Array  # [B], of the largest ball in which nothing was found
-    runs: jax.Array  # [B], how many runs were made
-    tries: jax.Array  # [B], how many forward passes beside
+    eps: jax.Array  # [B], radius of the next ball
+    low: jax.Array  # [B], radius of the largest ball in which nothing was found
+    runs: jax.Array  # [B], number of runs made
+    tries: jax.Array  # [B], number of other forward passes
 
 
 def _search(
     problem: Problem, in_ball: Callable[[Problem, jax.Array], tuple[Best, jax.Array]]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Search for the least ball in which an attack succeeds.
+    """Search for the smallest ball in which an attack succeeds.
 
     Args:
       problem: with the logits at x, without eps.
-      in_ball: attacks in a ball, from the problem with its eps and the number of the round; returns
-        the best point, and how many runs it took.
+      in_ball: attacks in a ball, given the problem with its eps and the number of the round;
+        returns the best point and the number of runs.
 
     Returns:
-      r; how many runs, `[B]`; how many forward passes beside, `[B]`.
+      r; the number of runs, `[B]`; the number of other forward passes, `[B]`.
     """
     x, norm = problem.x, problem.norm
     judge = replace(problem, loss_fn=losses.logit_margin)
@@ -339,7 +343,7 @@ def _search(
         r, tries = bisect_to_boundary(misleads, best.r, hit)
         closest = state.closest.with_point(r, norms.norm(r, norm), best.success, hit)
         size = closest.clearly.size
-        # What succeeds within a ball shows that an earlier failure there was wrong.
+        # A success within a ball refutes an earlier failure there.
         low = jnp.where(hit, jnp.minimum(state.low, _REFUTED * size), state.eps)
         wider = jnp.minimum(2 * state.eps, largest)
         eps = jnp.where(jnp.isfinite(size), (low + size) / 2, wider)
@@ -349,16 +353,16 @@ def _search(
     _, loss, g = judge.gradient(jnp.zeros_like(x))
     slope = norms.norm(g, norms.dual(norm))
     flat = ~((slope > 0) & jnp.isfinite(slope))
-    # At first the distance to the boundary of the linearised net.
+    # Start with the distance to the boundary of the linearised net.
     eps = jnp.minimum(jnp.where(flat, 1, jnp.abs(loss) / jnp.where(flat, 1, slope)), largest)
-    eps = jnp.where(closest.clearly.found, 0, eps)  # x is misclassified
+    eps = jnp.where(closest.clearly.found, 0, eps)  # where x itself succeeds
     none = jnp.zeros(x.shape[0], jnp.int32)
     state = _Searched(closest, eps, jnp.zeros_like(eps), none, none)
     state = iterate(narrow, state, _ROUNDS)
     return state.closest.r, state.runs, state.tries + 3
 
 
-# The radius of the ball, in eps, and the share of the steps that are made in it.
+# The radius of each ball, in units of eps, and the fraction of the steps made in it.
 _PHASES: dict[Norm, tuple[tuple[float, float], ...]] = {
     "l1": ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4)),
     "l2": ((1.0, 1.0),),
@@ -367,7 +371,7 @@ _PHASES: dict[Norm, tuple[tuple[float, float], ...]] = {
 
 
 def _phases(norm: Norm, steps: int) -> list[tuple[float, int]]:
-    """Return the balls that an ascent goes through: their radius in eps, their number of steps."""
+    """Return the balls of an ascent: each one's radius in units of eps and number of steps."""
     factors, shares = zip(*_PHASES[norm], strict=True)
     counts = [max(1, round(share * steps)) for share in shares[:-1]]
     counts.append(max(1, steps - sum(counts)))
@@ -375,10 +379,10 @@ def _phases(norm: Norm, steps: int) -> list[tuple[float, int]]:
 
 
 def _ascend(problem: Problem, keys: jax.Array, steps: int, first: jax.Array | int) -> Best:
-    """Run once from a random point; return the best of the ball of radius eps."""
+    """Run once from a random point; return the best point in the ball of radius eps."""
     x, eps, norm = problem.x, problem.eps, problem.norm
     phases = _phases(norm, steps)
-    if norm == "l1":  # whose ball is all corners: of the nearest point most entries are 0
+    if norm == "l1":  # projected below, which leaves few nonzero entries
         r = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], eps.dtype))(keys)
     else:
         r = norms.sample(keys, x, phases[0][0] * eps, norm)
@@ -394,17 +398,17 @@ class _Climb(NamedTuple):
     """The state of each example's ascent; every leaf has B rows."""
 
     r: jax.Array
-    g: jax.Array  # the gradient there
+    g: jax.Array  # the gradient at r
     previous: jax.Array  # the r before
-    loss: jax.Array  # where the last step led, whether or not that point was kept
-    highest: jax.Array
+    loss: jax.Array  # after the last step, whether or not its point was kept
+    highest: jax.Array  # the highest loss so far
     highest_r: jax.Array
     highest_g: jax.Array
     step_size: jax.Array
-    best: Best  # by success first, which `highest` isn't
+    best: Best  # ranked by success first, unlike `highest`
 
     def from_highest(self, where: jax.Array) -> _Climb:
-        """Return to the highest point, in some rows."""
+        """Return the state moved to the highest point, in some rows."""
         rows = inputs.expand_like(where, self.r)
         return self._replace(
             r=jnp.where(rows, self.highest_r, self.r), g=jnp.where(rows, self.highest_g, self.g)
@@ -418,7 +422,7 @@ def _begin(problem: Problem, r: jax.Array, step_size: jax.Array, first: jax.Arra
 
 
 def _move(problem: Problem, state: _Climb, r: jax.Array, step: jax.Array | int) -> _Climb:
-    """Step to r, and record its loss and gradient."""
+    """Move to r, and record its loss and gradient."""
     success, loss, g = problem.gradient(r, step)
     higher = loss > state.highest
     rows = inputs.expand_like(higher, r)
@@ -435,7 +439,7 @@ def _move(problem: Problem, state: _Climb, r: jax.Array, step: jax.Array | int) 
 
 
 def _windows(steps: int) -> np.ndarray:
-    """Return, for each step, how many steps it completes since the last checkpoint; 0 if none."""
+    """Return, for each step, the steps since the last checkpoint if it ends at one, else 0."""
     length, shorter, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     windows = np.zeros(steps, np.int32)
     at = length
@@ -446,14 +450,15 @@ def _windows(steps: int) -> np.ndarray:
     return windows
 
 
-# An ascent; how often it rose since the checkpoint before, whether it was stuck there, how high.
+# The ascent, and of the last checkpoint: the rises since then, whether it was stuck, the highest
+# loss then.
 _Watched = tuple[_Climb, jax.Array, jax.Array, jax.Array]
 
 
 def _climb(
     problem: Problem, r: jax.Array, steps: int, first: jax.Array | int
 ) -> tuple[jax.Array, Best]:
-    """Ascend with momentum; return the highest point and the best."""
+    """Ascend with momentum; return the point of highest loss, and the best."""
     eps, inside = problem.eps, problem.project
     windows = jnp.asarray(_windows(steps), eps.dtype)
 
@@ -469,7 +474,8 @@ def _climb(
             first + 1 + i,
         )  # fmt: skip
         rises = rises + (moved.loss > state.loss).astype(rises.dtype)
-        # Checkpoint: too few steps went up, or (at the second in a row) none to a new height.
+        # At a checkpoint: too few steps raised the loss; or there was no new maximum, and the step
+        # size wasn't halved at the last checkpoint.
         stuck = (rises <= _RISES * windows[i]) | (~halved & (before >= moved.highest))
         due = windows[i] > 0
         stuck &= due
@@ -491,10 +497,10 @@ def _climb(
 def _climb_l1(
     problem: Problem, r: jax.Array, steps: int, first: jax.Array | int
 ) -> tuple[jax.Array, Best]:
-    """Ascend by sparse steps; return the highest point and the best.
+    """Ascend by sparse steps; return the point of highest loss, and the best.
 
-    Unlike the published attack's, a step leaves out the entries that the box blocks, and so does
-    the next step's sparsity: on images with many saturated pixels they would dominate.
+    Unlike in the published attack, steps exclude the entries that the box blocks, and so does the
+    choice of their sparsity: on images with many saturated pixels these entries would dominate.
     """
     eps, inside = problem.eps, problem.project
     size = math.prod(r.shape[1:])
@@ -512,7 +518,7 @@ def _climb_l1(
         state, share, support = carry
         g = free(state.g, state.r).reshape(-1, size)
         magnitude = jnp.abs(g)
-        # Rounded: rounding up, a support of two would never become one.
+        # Rounded to nearest: rounded up, a support of two would never become one.
         rank = size - jnp.clip(jnp.round(share * size), 1, size).astype(jnp.int32)
         least = jnp.take_along_axis(jnp.sort(magnitude, axis=1), rank[:, None], axis=1)
         sparse = jnp.where(magnitude >= least, jnp.sign(g), 0)

@@ -1,6 +1,6 @@
-"""The smallest perturbation of each example, kept along the way and shortened at its end.
+"""Each example's smallest perturbation, recorded by an attack and scaled down at its end.
 
-What attacks that walk to the boundary and across it have in common: `fmn` and `ddn`.
+Used by attacks whose iterates cross the decision boundary: `fmn`, `ddn`, and the search of `apgd`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["Closest"]
 
 
 class Closest(NamedTuple):
-    """Each example's smallest perturbation so far; by more than rounding comes before barely.
+    """Each example's smallest perturbation so far; clear successes take precedence over bare ones.
 
     Attributes:
-      clearly: those that succeed by more than rounding (`problem.beyond_rounding`).
+      clearly: those that succeed by more than rounding error (`problem.beyond_rounding`).
       barely: those that succeed at all.
     """
 
@@ -30,7 +30,7 @@ class Closest(NamedTuple):
 
     @classmethod
     def at_x(cls, problem: Problem, clear: Callable[..., jax.Array]) -> Closest:
-        """Return r = 0, of size 0 where x is where it should be, however later programs round."""
+        """Return r = 0, with size 0 where x itself clearly succeeds, and else inf."""
         none = Least.empty(problem.x)
         there = clear(*problem.value(none.r))
         return cls(none._replace(size=jnp.where(there, 0, none.size)), none)
@@ -38,7 +38,7 @@ class Closest(NamedTuple):
     def with_point(
         self, r: jax.Array, size: jax.Array, success: jax.Array, clearly: jax.Array
     ) -> Closest:
-        """Return the smaller of these and another point, for each example that it succeeds on."""
+        """Return the smaller of this point and another, where the other succeeds."""
         return Closest(
             self.clearly.with_point(r, size, clearly), self.barely.with_point(r, size, success)
         )
@@ -52,7 +52,7 @@ class Closest(NamedTuple):
     def shortened(
         self, problem: Problem, clear: Callable[..., jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """Return r scaled down to the boundary, cut to eps if given; how often each was tried."""
+        """Return r scaled down to the boundary and clipped to eps if given; number of tries."""
         clearly, barely = self.clearly.found, self.barely.found
 
         def misleads(r: jax.Array) -> jax.Array:

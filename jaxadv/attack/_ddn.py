@@ -1,10 +1,10 @@
-r"""Decoupled direction and norm: the loss gives the direction, success or failure gives the size.
+r"""Decoupled direction and norm: the loss sets the direction, success or failure sets the size.
 
-An attack that weighs the size of r against the loss has to find the weight. This one decouples the
-two (Rony et al., 2019): a step along the loss's gradient turns r, which is then rescaled to a size
-that shrinks by a fixed share after a success and grows by it after a failure. So the iterates cross
-the boundary again and again while the steps, whose length falls by a cosine, turn r toward the
-nearest point of it. The smallest perturbation found is then scaled down to the boundary.
+An attack that trades off the size of r against the loss has to find the weight. This one decouples
+the two (Rony et al., 2019): a step along the loss's gradient turns r, which is then rescaled to a
+size that shrinks by a fixed fraction after a success and grows by it after a failure. So the
+iterates cross the boundary again and again while the steps, whose length decays by a cosine, turn r
+toward its nearest point. The smallest perturbation found is then scaled down to the boundary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LAST = 0.01  # the length of the last step, relative to the first
 
 class _State(NamedTuple):
     r: jax.Array
-    size: jax.Array  # that r was rescaled to, before the box
+    size: jax.Array  # the size that r was rescaled to, before clipping to the box
     closest: Closest
 
 
@@ -50,41 +50,41 @@ def ddn(
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> Found:
-    r"""Decoupled direction and norm: the least l2 perturbation that changes the net's answer.
+    r"""Decoupled direction and norm: the smallest l2 perturbation that changes the prediction.
 
     .. math:: r \leftarrow \sigma_{t+1} \frac{r + s_t u}{\|r + s_t u\|_2}, \qquad
               u = \frac{\nabla \ell}{\|\nabla \ell\|_2}, \qquad
               \sigma_{t+1} = (1 \mp \gamma) \sigma_t
 
-    with the minus where x + r is misclassified, :math:`s_t` falling from :math:`s_0` to
-    :math:`s_0 / 100` by a cosine, and :math:`\sigma_0 = s_0`. The loss is cross-entropy, by its
-    margin form, whose gradient doesn't vanish where the net is confident. Unlike the published
-    attack it doesn't round pixels to 256 levels, and r is scaled down to the boundary at the end.
+    with the minus where x + r is misclassified, :math:`s_t` decaying from :math:`s_0` to
+    :math:`s_0 / 100` by a cosine, and :math:`\sigma_0 = s_0`. The loss is cross-entropy in its
+    margin form, whose gradient doesn't vanish where the net is confident. Unlike in the published
+    attack, pixels aren't rounded to 256 levels, and r is scaled down to the boundary at the end.
 
     Args:
-      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable; compiled once per object.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: integer labels, `[B]`.
-      eps: None for the least r. With a size, a scalar or `[B]`: where the least r is larger, the
-        nearest point of the ball of that radius, so that sizes never exceed eps.
+      eps: None for the smallest r found, whatever its size. With a size, a scalar or `[B]`, a
+        larger r is projected onto the ball of that radius.
       steps: number of steps, at least 1; each a forward and a backward pass.
-      gamma: the share by which the size changes from step to step, in 0..1.
+      gamma: the fraction by which the size changes from step to step, in (0, 1).
       step_size: :math:`s_0`, the length of the first step and the first size of r, in units of x.
         The published 1 suits images in [0, 1].
-      targeted: y are the classes to reach instead of those to leave.
-      key: ignored; this method draws nothing. (Where a gradient is 0, the published attack steps
-        at random and this one stays.)
+      targeted: y has target classes instead of true labels.
+      key: ignored; this method is deterministic. (Where a gradient is 0, the published attack makes
+        a random step and this one makes none.)
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype: exactly 0 where x is misclassified already, and where nothing that
-      misleads the net was found. Rows are 0 or NaN as in `perturb`.
+      r, of x's shape and dtype. It is exactly 0 where x is already misclassified, and where nothing
+      was found. Rows are 0 or NaN as in `perturb`.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
       ValueError: if shapes don't match, if a Python `eps` is negative, if `steps` < 1, if `gamma`
-        is not in 0..1, if `step_size` <= 0, or if `bounds` is not a pair.
+        is not in (0, 1), if `step_size` <= 0, or if `bounds` is not a pair.
 
     Example:
       >>> import jax.numpy as jnp
@@ -101,7 +101,7 @@ def ddn(
     """
     inputs.at_least(1, "steps", steps, "100 is usual, 1000 thorough")
     if not 0 < gamma < 1:
-        raise ValueError(f"expected 0 < gamma < 1, got {gamma}; 0.05 is the published one")
+        raise ValueError(f"expected 0 < gamma < 1, got {gamma}; 0.05 is the published value")
     if not step_size > 0:
         raise ValueError(f"expected step_size > 0, got {step_size}; 1 suits images in [0, 1]")
     problem = Problem.of(
@@ -112,7 +112,7 @@ def ddn(
 
 
 def _by_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the logit margin, by which success is judged, with cross-entropy's direction."""
+    """Return the logit margin, on which success depends, with the gradient of `losses.margin`."""
     loss = losses.margin(logits, labels)
     return lax.stop_gradient(losses.logit_margin(logits, labels)) + (loss - lax.stop_gradient(loss))
 
@@ -125,7 +125,7 @@ def _run(problem: Problem, gamma: float, step_size: float, *, steps: int) -> Ans
     closest = Closest.at_x(problem, clear)
     dtype = closest.clearly.size.dtype
     largest = jnp.full(x.shape[0], jnp.inf, dtype)
-    if problem.bounds is not None:  # a corner of the box
+    if problem.bounds is not None:  # the distance to the farthest corner of the box
         lower, upper = box_limits(x, problem.bounds)
         largest = norms.norm(jnp.maximum(jnp.abs(lower), jnp.abs(upper)), "l2")
 

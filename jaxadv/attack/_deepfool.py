@@ -1,10 +1,10 @@
-r"""DeepFool: least steps over the nearest linearised boundary, until it is crossed.
+r"""DeepFool: smallest steps across the nearest linearised boundary, until the prediction changes.
 
-One step is `perturb.alpha` without a size, on logits instead of probabilities: for each wrong class
-j the distance to the linearised boundary is :math:`|z_y - z_j| / \|\nabla (z_j - z_y)\|_*`, and
-the nearest class is taken. On probabilities it *is* Adv_Alpha, repeated (Huang et al., 2015,
-Algorithm 1). The softmax of a confident net is flat, so that these steps are far too long, and it
-is the final bisection that makes r small.
+One step is `perturb.alpha` without eps, on logits instead of probabilities: for each wrong class j
+the distance to the linearised boundary is :math:`|z_y - z_j| / \|\nabla (z_j - z_y)\|_*`, and the
+step goes to the nearest class. On probabilities it is Adv_Alpha itself, iterated (Huang et al.,
+2015, Algorithm 1). The softmax of a confident net is flat, so these steps are far too long, and r
+becomes small only in the final bisection.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 __all__ = ["deepfool"]
 
 _OUTPUTS = "logits", "probabilities"
-_OVERSHOOT = 2 * CROSSING  # at least
+_OVERSHOOT = 2 * CROSSING  # the smallest overshoot
 
 
 @reports
@@ -44,38 +44,40 @@ def deepfool(
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> Found:
-    r"""DeepFool: repeated least steps over the nearest linearised decision boundary.
+    r"""DeepFool: repeated smallest steps across the nearest linearised decision boundary.
 
     .. math:: r \leftarrow r + \frac{|z_y - z_I|}{\|d_I\|_*} \arg\max_{\|u\| \le 1} \langle d_I, u
               \rangle, \qquad d_j = \nabla_x (z_j - z_y)(x + r), \quad
               I = \arg\min_j \frac{|z_y - z_j|}{\|d_j\|_*}
 
-    until :math:`(1 + \text{overshoot}) r` changes the answer; then a bisection between 0 and there.
+    until :math:`(1 + \text{overshoot}) r` changes the prediction, followed by a bisection between 0
+    and that point.
 
     In a box, l2 and linf steps include the entries that the box blocks. Such a step falls short of
     the boundary, and many short steps end at a smaller r than a few long ones. After half of the
-    steps blocked entries are excluded, so that the boundary is reached.
+    steps, blocked entries are excluded, so that the boundary is reached.
 
     Args:
-      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable; compiled once per object.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: integer labels, `[B]`.
-      eps: None for the least r found. With a size, a scalar or `[B]`: where that r is larger, the
-        nearest point of the ball of that radius, so that sizes never exceed eps.
-      norm: the norm that is minimal: `"l1"`, `"l2"` or `"linf"`.
-      steps: number of steps at most, at least 1; each three forward and K - 1 backward passes.
-      overshoot: by how much r is lengthened to cross the boundary, at least 0; below 2e-4 it is
-        that, or rounding would decide whether r has crossed.
-      output: what to linearise: `"logits"`, or `"probabilities"` for Adv_Alpha repeated. Its steps
-        ignore the box, and for a confident net they are so long that they end in a corner of it;
-        where the answer there is still y, it finds nothing.
-      key: ignored; this method draws nothing.
+      eps: None for the smallest r found, whatever its size. With a size, a scalar or `[B]`, a
+        larger r is projected onto the ball of that radius.
+      norm: the norm to minimise: `"l1"`, `"l2"` or `"linf"`.
+      steps: maximum number of steps, at least 1; each takes three forward and K - 1 backward
+        passes, on probabilities four and 2 (K - 1).
+      overshoot: relative amount by which r is lengthened to cross the boundary, at least 0. Values
+        below 2e-4 count as 2e-4, or rounding would decide whether r has crossed.
+      output: what to linearise: `"logits"`, or `"probabilities"` to iterate Adv_Alpha. The latter's
+        steps ignore the box, and for a confident net they are so long that they end in a corner of
+        it; where the prediction there is still y, nothing is found.
+      key: ignored; this method is deterministic.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype: exactly 0 where x is misclassified already, and where no r that
-      changes the answer was found. Rows are 0 or NaN as in `perturb`.
+      r, of x's shape and dtype. It is exactly 0 where x is already misclassified, and where nothing
+      was found. Rows are 0 or NaN as in `perturb`.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -95,13 +97,13 @@ def deepfool(
       Moosavi-Dezfooli, Fawzi and Frossard, "DeepFool: a simple and accurate method to fool deep
       neural networks", 2015.
     """
-    inputs.at_least(1, "steps", steps, "one step is perturb.alpha's")
+    inputs.at_least(1, "steps", steps, "perturb.alpha takes one step")
     if not overshoot >= 0:
         raise ValueError(f"expected overshoot >= 0, got {overshoot}; 0.02 is the published number")
     if output not in _OUTPUTS:
         raise ValueError(
             f"expected output to be one of {', '.join(map(repr, _OUTPUTS))}, got {output!r}; "
-            "choose what to linearise"
+            "choose one of these"
         )
     problem = Problem.of(apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True)
     overshoot = max(overshoot, _OVERSHOOT)
@@ -115,24 +117,24 @@ def boundary_step(
     *,
     unblocked: jax.Array | bool = True,
 ) -> jax.Array:
-    r"""Return the least step from x + r onto the nearest linearised boundary between two logits.
+    r"""Return the smallest step from x + r to the nearest linearised boundary between two logits.
 
     .. math:: \min_{d, j \ne y} \|d\| \quad \text{s.t.} \quad
               \langle \nabla (z_j - z_y), d \rangle = z_y - z_j
 
-    In l1, whose step has one entry that the box may stop halfway, it is the least step inside the
-    box to a thousandth beyond the boundary.
+    An l1 step has one entry, which the box may stop halfway. Therefore in l1 it is the smallest
+    step within the box to a thousandth beyond the boundary.
 
     Args:
-      problem: of integer labels.
+      problem: a problem with integer labels.
       r: perturbations, `[B, D]`, of x's dtype.
-      candidates: how many wrong classes to consider, those of largest logit; None for all.
+      candidates: number of wrong classes to consider, those with the largest logits; None for all.
         Each costs a backward pass.
-      unblocked: whether distances count only the entries that the box doesn't block, a bool or a
-        traced one.
+      unblocked: whether distances count only the entries that the box doesn't block, a bool, which
+        may be traced.
 
     Returns:
-      The step, of x's shape, in the dtype of norms; 0 where no boundary can be seen.
+      The step, of x's shape, in the dtype of norms; 0 where no boundary can be reached.
     """
     norm, bounds = problem.norm, problem.bounds
     z, distances = class_distances(problem, r, unblocked=unblocked)
@@ -141,7 +143,7 @@ def boundary_step(
     size = jnp.where(best.reachable, best.distance, 0)
     d = best.d.astype(size.dtype)
     if norm == "l1" and bounds is not None:
-        # A thousandth past it: to lengthen the step moves none of its entries that are at a bound.
+        # A thousandth beyond, since the overshoot can't move entries that are at a bound.
         gap = 1.001 * size * norms.norm(d, norms.dual(norm))
         return project_hyperplane_in_box(d, gap, *box_limits(problem.x + r, bounds), norm)
     return size[:, None] * norms.steepest(d, norm)
@@ -150,19 +152,19 @@ def boundary_step(
 def class_distances(
     problem: Problem, r: jax.Array, *, unblocked: jax.Array | bool = True
 ) -> tuple[jax.Array, Callable[[jax.Array], jacobian.Nearest]]:
-    r"""Return how far it is from x + r to the linearised boundary with each wrong class.
+    r"""Return the distances from x + r to the linearised boundary with each wrong class.
 
     .. math:: |z_y - z_j| \,/\, \|\nabla (z_j - z_y)\|_*
 
     Args:
-      problem: of integer labels.
+      problem: a problem with integer labels.
       r: perturbations, `[B, D]`, of x's dtype.
-      unblocked: whether distances count only the entries that the box doesn't block, a bool or a
-        traced one.
+      unblocked: whether distances count only the entries that the box doesn't block, a bool, which
+        may be traced.
 
     Returns:
-      The logits, `[B, K]`, shifted; and a function from classes `[B, J]` to their distances, by J
-      backward passes.
+      The shifted logits, `[B, K]`; and a function from classes `[B, J]` to their distances, which
+      makes J backward passes.
     """
     x, norm = problem.x + r, problem.norm
     logits, pull = jacobian.pullback(problem.apply_fn, problem.params, x)
@@ -190,23 +192,23 @@ def class_distances(
 
 
 def _probability_step(problem: Problem, r: jax.Array) -> jax.Array:
-    """Return Adv_Alpha's step, at most 1000 times as long as x is large; it ignores the box."""
+    """Return Adv_Alpha's step, of size at most 1000 (1 + ||x + r||); it ignores the box."""
     x, norm = problem.x + r, problem.norm
     alpha = partial(perturb.alpha, problem.apply_fn, problem.params, x, problem.y, norm=norm)
     step = alpha().astype(inputs.accum_dtype(x.dtype))
     unit = alpha(eps=1.0).astype(step.dtype)
     longest = 1000 * (1 + norms.norm(x, norm))
-    size = norms.norm(jnp.clip(step, -1e37, 1e37), norm)  # of more, 1 / size could flush to 0
+    size = norms.norm(jnp.clip(step, -1e37, 1e37), norm)  # beyond that, 1 / size may flush to 0
     capped = longest[:, None] * unit
     return jnp.where((size <= longest)[:, None], step, capped)
 
 
 class _State(NamedTuple):
     r: jax.Array  # the sum of the steps, in the dtype of norms
-    end: jax.Array  # where the last step led
-    done: jax.Array  # [B]; whether that is misclassified by more than rounding
-    barely: Least  # points that are misclassified at all
-    taken: jax.Array  # [B]; how many steps
+    end: jax.Array  # the point after the last step
+    done: jax.Array  # [B], whether that is misclassified by more than rounding error
+    barely: Least  # the smallest point that is misclassified at all
+    taken: jax.Array  # [B], number of steps
 
 
 @partial(jax.jit, static_argnames=("steps", "output"))
@@ -217,7 +219,7 @@ def _run(problem: Problem, overshoot: float, *, steps: int, output: str) -> Answ
     over = jnp.asarray(1 + overshoot, inputs.accum_dtype(x.dtype))
 
     def crossed(r: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return whether r is on the far side by more than rounding, and whether at all."""
+        """Return whether r is misclassified by more than rounding error, and whether at all."""
         success, loss = problem.value(r)
         return clear(success, loss) | ~problem.attackable, success
 
@@ -231,7 +233,7 @@ def _run(problem: Problem, overshoot: float, *, steps: int, output: str) -> Answ
         moved = at.astype(over.dtype) + ahead
         near, far = problem.clip_to_box(moved), problem.clip_to_box(over * moved)
         (hit_near, barely_near), (hit, barely) = crossed(near), crossed(far)
-        # Where the boundary is curved, further on may be back on this side.
+        # Where the boundary is curved, the far point may be back on the near side.
         point = jnp.where(hit[:, None], far, near)
         past = jnp.where(barely[:, None], far, near)
         stay = state.done[:, None]

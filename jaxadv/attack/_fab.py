@@ -1,18 +1,18 @@
-r"""The fast adaptive boundary attack: how far is the nearest point that is misclassified?
+r"""The fast adaptive boundary attack: how far is the nearest misclassified point?
 
-Where `pgd` searches a ball of a given size, this attack looks for the least perturbation (Croce and
+`pgd` searches a ball of a given radius; this attack looks for the smallest perturbation (Croce and
 Hein, 2020). Take a class t other than y. Near a point x + r the decision boundary between y and t
 is almost a plane, on which the linearised :math:`z_t - z_y` is 0. Each step goes to that plane and
-a little beyond, mostly from the current point, in part from x, which keeps r small; after a
+a little beyond, mostly from the current point but in part from x, which keeps r small; after a
 misclassified point it starts closer to x. So the iterates cross the boundary again and again at
-decreasing distances, and the smallest r that is misclassified is kept. There is no step size to
-choose, and scaling the logits changes nothing.
+decreasing distances, and the smallest misclassified r is kept. There is no step size to choose, and
+scaling the logits changes nothing.
 
-A step costs one forward and one backward pass: the logits that come with the gradient also tell
-whether the point is misclassified. (The published attack spends a second forward pass on this; with
+A step costs one forward and one backward pass: the logits computed for the gradient also show
+whether the point is misclassified. (The published attack makes a second forward pass for this; with
 the same number of steps it finds nothing smaller.)
 
-In a box, the shortest way to a plane is a small optimisation problem, see
+In a box, the smallest step to a plane is a small optimisation problem, see
 `boxes.project_hyperplane_in_box`.
 """
 
@@ -55,47 +55,47 @@ def fab(
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> Found:
-    r"""The targeted fast adaptive boundary attack, FAB-T: the least r that is misclassified.
+    r"""The targeted fast adaptive boundary attack, FAB-T: the smallest r that is misclassified.
 
-    For one class t at a time, with :math:`\delta` and :math:`\delta_0` the least perturbations (in
-    the box) of x + r and of x to the plane on which :math:`z_t - z_y`, linearised at x + r, is 0:
+    For one class t at a time, with :math:`\delta` and :math:`\delta_0` the smallest steps (in the
+    box) from x + r and from x to the plane on which :math:`z_t - z_y`, linearised at x + r, is 0:
 
     .. math:: r \leftarrow (1 - \alpha) (r + \eta \delta) + \alpha \eta \delta_0, \qquad
               \alpha = \min\Bigl(\frac{\|\delta\|}{\|\delta\| + \|\delta_0\|}, \alpha_{max}\Bigr)
 
     Where x + r is misclassified (as any class), r is kept if it is the smallest so far, and the
-    step sets out from :math:`\beta r`. Classes are tried from the likeliest at x down.
+    step starts from :math:`\beta r`. Classes are tried in order of their logits at x.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. A logit of -inf masks its class.
-        Hashable: compiled once each.
+        Hashable; compiled once per object.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: integer labels, `[B]`.
-      eps: None for the least r, whatever its size. Or the radius of a ball, a scalar or `[B]` (a
-        negative traced value counts as 0): an example is then done with the first r found in it,
-        and the attack ends early when all are. What is larger is projected onto the ball.
-      norm: the norm that is minimal: `"l1"`, `"l2"` or `"linf"`.
+      eps: None for the smallest r, whatever its size. Or the radius of a ball, a scalar or `[B]` (a
+        negative traced value counts as 0): an example is then done when the first r in it is found,
+        and the attack ends early when all are done. A larger r is projected onto the ball.
+      norm: the norm to minimise: `"l1"`, `"l2"` or `"linf"`.
       steps: number of steps for each class and start, at least 1.
-      n_targets: how many of the likeliest wrong classes are tried, at least 1; K - 1 at the most.
-      restarts: number of starts for each class, at least 1. The first is x, the others are random
-        points of half the size of eps, or of the smallest r so far where eps is None (x again
-        where there is none yet).
-      alpha_max: the most that a step is pulled back toward x, in 0..1.
-      eta: the length of a step relative to the distance to the plane; at least 1.
-      beta: the factor of r after a misclassified point, in 0..1.
+      n_targets: number of wrong classes to try, at least 1; at most K - 1 are used.
+      restarts: number of starts for each class, at least 1. The first is x; the others are random
+        points of a ball half as large as eps, or as the smallest r so far if eps is None (x again
+        if none was found yet).
+      alpha_max: the largest weight of x in a step, in [0, 1].
+      eta: the length of a step relative to the distance to the plane, at least 1.
+      beta: the factor of r after a misclassified point, in [0, 1].
       key: one key, or one per example, `[B]`; for restarts only.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype. Exactly 0 where x is misclassified already, or nothing was found,
-      or the row poses no problem as in `perturb`; NaN as there. With `eps`, of at most that size.
+      r, of x's shape and dtype, with `eps` of at most that size. It is exactly 0 where x is already
+      misclassified, and where nothing was found. Rows are 0 or NaN as in `perturb`.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
       ValueError: if shapes don't match, if the norm is unknown, if a Python `eps` is negative, if
         `steps`, `n_targets` or `restarts` < 1, if `alpha_max`, `eta` or `beta` is out of range, if
-        `bounds` is not a pair, or if `restarts` > 1 lacks a key.
+        `bounds` is not a pair, or if `restarts` > 1 and the key is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,7 +112,7 @@ def fab(
       robustness with an ensemble of diverse parameter-free attacks", 2020.
     """
     for name, count in (("steps", steps), ("n_targets", n_targets), ("restarts", restarts)):
-        inputs.at_least(1, name, count, "leave it out for the usual one")
+        inputs.at_least(1, name, count, "leave it out for the default")
     for name, value, low, high in (
         ("alpha_max", alpha_max, 0, 1),
         ("eta", eta, 1, math.inf),
@@ -120,7 +120,7 @@ def fab(
     ):
         if not low <= value <= high:
             raise ValueError(
-                f"expected {name} in {low}..{high}, got {value}; leave it out for the published one"
+                f"expected {name} in {low}..{high}, got {value}; the default is the published value"
             )
     drawn_by = "a restart" if restarts > 1 else None
     problem = Problem.of(
@@ -138,12 +138,12 @@ def _class_lead(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> j
 
 
 def _to_plane(problem: Problem, w: jax.Array, c: jax.Array, r: jax.Array) -> jax.Array:
-    """Return the least d with <w, d> = c for which x + r + d is in the box."""
+    """Return the smallest d with <w, d> = c for which x + r + d is in the box."""
     if problem.bounds is not None:
         lower, upper = box_limits(problem.x, problem.bounds)
         return project_hyperplane_in_box(w, c, lower - r, upper - r, problem.norm)
     size = norms.norm(w, norms.dual(problem.norm))
-    far = c / jnp.where(size == 0, jnp.inf, size)  # without a gradient, no way at all
+    far = c / jnp.where(size == 0, jnp.inf, size)  # without a gradient, no step
     return far[:, None] * norms.steepest(w, problem.norm)
 
 
@@ -166,7 +166,7 @@ def _next_point(
       constants: alpha_max, eta and beta.
     """
     alpha_max, eta, beta = (jnp.asarray(c, w.dtype) for c in constants)
-    # On the plane <w, r + d> = <w, r> - gap, for the r that was linearised at.
+    # On the plane <w, r + d> = <w, r> - gap, where r is the point of linearisation.
     r = r.astype(w.dtype)
     along = jnp.sum(w * r, axis=1)
     shrunk = jnp.where(wrong, beta, 1)
@@ -178,18 +178,18 @@ def _next_point(
     alpha = jnp.minimum(size / jnp.where(size > 0, size + size_0, 1), alpha_max)
     alpha = alpha[:, None]
     moved = (1 - alpha) * (r + eta * d) + alpha * eta * d_0
-    usable = jnp.isfinite(gap + size + size_0)  # or there is no plane to go to
+    usable = jnp.isfinite(gap + size + size_0)  # else there is no plane to step to
     return problem.clip_to_box(jnp.where(usable[:, None], moved, r))
 
 
 def _random_start(problem: Problem, i: jax.Array, restarted: jax.Array, least: Least) -> jax.Array:
-    """Return where an attempt starts: x, and in a restart a point half of the radius away or less.
+    """Return the start of an attempt: x, or in a restart a random point within half the radius.
 
     Args:
       problem: the problem.
       i: the number of the attempt.
-      restarted: whether it is of a restart, bool.
-      least: the smallest perturbations so far; the radius is theirs where there is no eps.
+      restarted: whether the attempt belongs to a restart, bool.
+      least: the smallest perturbations so far, whose size is the radius if there is no eps.
     """
     if problem.keys is None:
         return jnp.zeros_like(problem.x)
@@ -199,12 +199,12 @@ def _random_start(problem: Problem, i: jax.Array, restarted: jax.Array, least: L
     return problem.clip_to_box(drawn)
 
 
-_Carry = tuple[jax.Array, Least, jax.Array]  # r, the least, steps taken [B]
+_Carry = tuple[jax.Array, Least, jax.Array]  # r, the smallest, steps taken [B]
 
 
 class _State(NamedTuple):
     least: Least
-    forward: jax.Array  # [B], passes spent
+    forward: jax.Array  # [B], passes made
     backward: jax.Array
 
 
@@ -216,17 +216,17 @@ def _run(problem: Problem, counts: Any, constants: Any) -> Answer:
     n_classes = problem.logits.shape[1]
     right = jnp.argmax(problem.logits, axis=1) == y
     posed = problem.attackable & right & inputs.finite(x, problem.logits, eps)
-    # Likeliest first; y itself is the last.
+    # Largest logit first; y itself is last.
     is_y = jax.nn.one_hot(y, n_classes, dtype=bool)
     z_targets, targets = lax.top_k(jnp.where(is_y, -jnp.inf, problem.logits), n_classes)
     n_targets = jnp.minimum(n_targets, n_classes - 1)
 
     def wanted(least: Least) -> jax.Array:
-        # A row that is done stays as it is, or it would depend on how long the others take.
+        # A finished row doesn't change, or it would depend on how long the others take.
         return posed if eps is None else posed & (least.size > eps) & (eps > 0)
 
     def attempt(i: jax.Array, state: _State) -> _State:
-        """Attack from one start, each example toward its class of one rank."""
+        """Attack from one start, each example toward its class of the same rank."""
         rank = i % n_targets
         toward = partial(_class_lead, target=jnp.take(targets, rank, axis=1))
         targeting = replace(problem, loss_fn=toward)
@@ -256,7 +256,7 @@ def _run(problem: Problem, counts: Any, constants: Any) -> Answer:
         forward = state.forward + taken + at_end.astype(jnp.int32)
         return _State(least, forward, state.backward + taken)
 
-    # Restarts come last, when there is a smallest r of all classes for their size.
+    # Restarts come last, when the smallest r over all classes, which sets their radius, is known.
     none = jnp.zeros(x.shape[0], jnp.int32)
     least, forward, backward = iterate(
         attempt,

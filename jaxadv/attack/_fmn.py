@@ -1,15 +1,15 @@
-r"""Fast minimum-norm attack: gradient steps in a ball that shrinks after a success, else grows.
+r"""Fast minimum-norm attack: gradient steps in a ball whose radius adapts to the boundary.
 
-An attack in a ball answers whether some r of size eps misleads the net; this one asks how small r
-can be, for each example, in one run. Steps climb the logit margin; after each, r is projected onto
-a ball whose radius grows while r doesn't mislead the net and shrinks when it does, by a share that
-anneals (Pintor et al., 2021). For l2 that is close to the decoupled direction and norm attack of
-Rony et al. (2019), `ddn`. A class that is less likely may be nearer: one step of DeepFool from x is
-tried as well. The smallest perturbation found is then scaled down to the boundary.
+An attack in a ball shows whether some r of size eps fools the net; this one finds how small r can
+be, for each example, in one run. Each step increases the logit margin, and then projects r onto a
+ball whose radius shrinks after a success and grows after a failure, by a fraction that is annealed
+(Pintor et al., 2021). For l2 this is close to the decoupled direction and norm attack of Rony et
+al. (2019), `ddn`. Since another class than the top wrong one may be nearer, one DeepFool step from
+x is tried as well. The smallest perturbation found is then scaled down to the boundary.
 
-Where the net's gradients mislead, steps within the ball of the published attack may go round in
-circles. So where a tenth of the steps, and ten at least, have found nothing, r is rescaled to the
-ball's surface, as in `ddn`, until something is found.
+If the net's gradients are misleading, the published attack's steps within the ball may go round in
+circles. So where a tenth of the steps, and at least ten, have found nothing, r is rescaled to the
+surface of the ball, as in `ddn`, until something is found.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["fmn"]
 
-# From the first step to the last, by a cosine: the share by which the radius changes, and the
-# length of a step relative to the first.
+# At the first and at the last step, with a cosine between them: the fraction by which the radius
+# changes, and the length of a step relative to the first.
 _CHANGE = 0.05, 0.001
 _STEP = 1.0, 0.01
-_CLASSES = 10  # of largest logit, toward which one step of DeepFool is tried as well
-_PAST = 1.001  # the length of that step, so that a slightly curved boundary is crossed too
-_PATIENCE = 10  # steps that a slow start may take where gradients do not mislead
+_CLASSES = 10  # number of classes for the DeepFool step, those with the largest logits
+_PAST = 1.001  # the factor of that step, so that a slightly curved boundary is crossed too
+_PATIENCE = 10  # steps that a slow start may need although gradients aren't misleading
 
 
 class _State(NamedTuple):
@@ -61,30 +61,30 @@ def fmn(
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> Found:
-    r"""Fast minimum-norm attack: the least perturbation that changes the net's answer.
+    r"""Fast minimum-norm attack: the smallest perturbation that changes the prediction.
 
     .. math:: \min_r \|r\| \quad \text{s.t.} \quad \max_{k \ne y} z_k(x + r) \ge z_y(x + r)
 
     Args:
-      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable; compiled once per object.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: integer labels, `[B]`.
-      eps: None for the least r. With a size, a scalar or `[B]`: where the least r is larger, the
-        nearest point of the ball of that radius, so that sizes never exceed eps.
-      norm: the norm that is minimal: `"l1"`, `"l2"` or `"linf"`.
-      steps: number of steps, at least 1; each a forward and a backward pass. The step of DeepFool
-        takes ten backward passes more, at most.
-      step_size: the l2 length of the first step, in units of x. None for the published 1, or 10 for
-        linf, which suit images in [0, 1].
-      targeted: y are the classes to reach instead of those to leave.
-      key: ignored; this method draws nothing.
+      eps: None for the smallest r found, whatever its size. With a size, a scalar or `[B]`, a
+        larger r is projected onto the ball of that radius.
+      norm: the norm to minimise: `"l1"`, `"l2"` or `"linf"`.
+      steps: number of steps, at least 1; each a forward and a backward pass. The DeepFool step
+        adds at most ten backward passes.
+      step_size: the l2 length of the first step, in units of x. None for the published values, 1 or
+        for linf 10, which suit images in [0, 1].
+      targeted: y has target classes instead of true labels.
+      key: ignored; this method is deterministic.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype: exactly 0 where x is misclassified already, and where nothing that
-      misleads the net was found. Rows are 0 or NaN as in `perturb`. It ends on the boundary: a net
-      that computes in bfloat16 may round it back in another program, and 1.01 r is on the far side.
+      r, of x's shape and dtype. It is exactly 0 where x is already misclassified, and where nothing
+      was found. Rows are 0 or NaN as in `perturb`. r ends on the boundary: if the net computes in
+      bfloat16, another program may round it to the near side; 1.01 r is on the far side.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -132,11 +132,11 @@ def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
         anneal = (1 + jnp.cos(jnp.pi * i.astype(g.dtype) / steps)) / 2
         change, length = (end + (start - end) * anneal for start, end in (_CHANGE, _STEP))
         slope = norms.norm(g, norms.dual(norm))
-        # Without a usable gradient no way to the boundary is known: any radius will do.
+        # Without a usable gradient the distance to the boundary is unknown: any radius will do.
         flat = ~((slope > 0) & jnp.isfinite(slope))
-        # A little past where the boundary would be if the net were linear, until it has been
-        # crossed once; on it, rounding might never let r cross. And past the last radius, since
-        # the box can keep a step from gaining what the slope promises.
+        # Until the boundary has been crossed once, the radius is a little past the boundary of the
+        # linearised net, since exactly on it rounding might never let r cross. It also exceeds the
+        # last radius, since in a box a step may gain less than the slope promises.
         away = norms.norm(state.r, norm) + jnp.abs(loss) / jnp.where(flat, 1, slope)
         away = jnp.maximum(away, state.radius)
         outward = jnp.where(closest.clearly.found, state.radius, away) * (1 + change)
@@ -154,7 +154,7 @@ def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
     state = _State(zero, jnp.zeros_like(closest.clearly.size), closest)
     r, _, closest = iterate(step, state, steps)
     closest = kept(closest, r, *problem.value(r))
-    if not problem.targeted:  # a less likely class may be nearer
+    if not problem.targeted:  # another class than the top wrong one may be nearer
         r = problem.clip_to_box(_PAST * boundary_step(problem, zero, _CLASSES))
         closest = kept(closest, r, *problem.value(r))
     r, tries = closest.shortened(problem, clear)

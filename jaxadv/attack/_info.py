@@ -1,4 +1,4 @@
-"""What an attack has reached and spent: `with_info` asks it, and `reports` lets it answer."""
+"""The success and the cost of attacks: `with_info` returns them, `reports` makes attacks do so."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["AttackInfo", "Found", "reports", "with_info"]
 P = ParamSpec("P")
 
 Answer: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
-"""r, forward passes and backward passes: what `Found` has beside the problem."""
+"""r, forward passes and backward passes: the fields of `Found` after the problem."""
 
 
 class Found(NamedTuple):
-    """What a function that `reports` decorates returns.
+    """The result of a function that `reports` decorates.
 
     Attributes:
-      problem: the problem that was posed.
-      r: its answer, `[B, ...]`.
-      forward: how many forward passes it took until each example was done, those of gradients
-        included, integers `[B]`.
-      backward: how many backward passes, integers `[B]`.
+      problem: the attack's problem.
+      r: the perturbations, `[B, ...]`.
+      forward: number of forward passes until each example was done, including those of gradients,
+        integers `[B]`.
+      backward: number of backward passes, integers `[B]`.
     """
 
     problem: Problem
@@ -38,14 +38,13 @@ class Found(NamedTuple):
 
 
 class AttackInfo(NamedTuple):
-    """What an attack has reached, and spent, for each example; every leaf is `[B]`.
+    """The success and the cost of an attack on each example; every leaf is `[B]`.
 
     Attributes:
-      success: whether x + r is where the attack wants it.
-      loss: the loss that it raised, at x + r.
-      forward: how many forward passes it took until the example was done, those of gradients
-        included.
-      backward: how many backward passes.
+      success: whether x + r is misclassified, or as the target if the attack is targeted.
+      loss: the attack's loss at x + r.
+      forward: number of forward passes until the example was done, including those of gradients.
+      backward: number of backward passes.
     """
 
     success: jax.Array
@@ -55,15 +54,15 @@ class AttackInfo(NamedTuple):
 
 
 def reports(method: Callable[P, Found]) -> Callable[P, jax.Array]:
-    """Make an attack of a function that returns `Found`: it returns r only.
+    """Turn a function that returns `Found` into an attack that returns r.
 
-    `with_info` tells the rest. Arrays on meshes of Explicit axes are taken.
+    `with_info` returns the rest. The attack also accepts arrays on meshes of Explicit axes.
 
     Args:
-      method: a function of the arguments of `types.PerturbFn`, and others.
+      method: a function with the arguments of `types.PerturbFn`, and optionally others.
 
     Returns:
-      The attack, of the same arguments.
+      The attack, with the same arguments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -102,13 +101,13 @@ def _judge(problem: Problem, r: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def with_info(method: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, AttackInfo]]:
-    """Let an attack return `(r, AttackInfo)`: what it has reached, and what it has spent.
+    """Make an attack return `(r, AttackInfo)`, with its success and its cost.
 
     Args:
-      method: an attack of `jaxadv.attack`, or `functools.partial` of one.
+      method: an attack of `jaxadv.attack` or one made by `reports`, or a `functools.partial` of it.
 
     Returns:
-      The same method, of the same arguments.
+      The same attack, with the same arguments.
 
     Raises:
       TypeError: if it isn't such an attack.
@@ -128,6 +127,6 @@ def with_info(method: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array
     if with_report is None:
         raise TypeError(
             f"expected an attack of jaxadv.attack, or a functools.partial of one, got {method!r}; "
-            "others don't count what they spend: decorate your own with jaxadv.attack.reports"
+            "others don't count their passes: decorate your own with jaxadv.attack.reports"
         )
     return cast(Callable[..., tuple[jax.Array, AttackInfo]], with_report)

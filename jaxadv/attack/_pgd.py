@@ -1,8 +1,8 @@
-r"""Projected gradient descent: the loss's steepest steps, projected back onto the ball.
+r"""Projected gradient descent: steepest steps on the loss, projected back onto the ball.
 
-Where the one-step methods of `perturb` trust one linearisation, PGD follows the loss, and so tells
-how much of a one-step robust accuracy is real (Madry et al., 2018). The default loss is the margin
-form of cross-entropy, whose gradient doesn't vanish where the net is confident.
+The one-step methods of `perturb` rely on a single linearisation. PGD follows the loss, and so shows
+how much of the one-step robust accuracy is real (Madry et al., 2018). The default loss is the
+margin form of cross-entropy, whose gradient doesn't vanish where the net is confident.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticF
 
 __all__ = ["pgd", "pgd_kl"]
 
-# r; whose gradients are taken without the top wrong class; the best points.
+# r; which gradients leave out the top wrong class; the best points.
 _Carry = tuple[jax.Array, jax.Array, Best]
 
 
@@ -53,21 +53,21 @@ def pgd(
     .. math:: r_{t+1} = \Pi_{\|r\| \le \epsilon}\bigl(r_t + s \arg\max_{\|u\| \le 1}
               \langle \nabla_x \ell(x + r_t), u \rangle\bigr)
 
-    The best point of each example is kept over all iterates, the start included: one that is
-    misclassified before one that isn't, then by loss. More steps of the same size never do worse.
-    The first of several starts is x itself: in high dimension a random point of an l2 ball lies
-    near its surface, and PGD started only there is often the weaker attack. Restarts skip examples
-    that are misclassified already. In l1 the direction has one entry: the largest that the box
+    Each example's best iterate is returned, the start included: misclassified points rank first,
+    then those of higher loss. So more steps of the same size never do worse. The first of several
+    starts is x itself: in high dimension a random point of an l2 ball lies near its surface, and
+    PGD started only there is often the weaker attack. Restarts skip examples that are already
+    misclassified. In l1 a step moves one entry: the one with the largest gradient that the box
     doesn't block.
 
-    For training, `keep="last"` returns the point that the steps end at, whatever its loss, so that
-    a step takes one forward and one backward pass.
+    For training, `keep="last"` returns the last iterate, whatever its loss, so that a step costs
+    one forward and one backward pass.
 
     Args:
-      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable; compiled once per object.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
-      y: labels, handed to `loss_fn` unchanged; integers `[B]` for the default loss. For other
+      y: labels, passed to `loss_fn` unchanged; integers `[B]` for the default loss. For other
         labels (soft targets) the best point is the one of highest loss.
       eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
@@ -75,32 +75,32 @@ def pgd(
         entry, in a box at most to its bound: images in [0, 1] need several steps for each unit of
         eps.
       step_size: s, a scalar or `[B]`; None for 2.5 eps / steps.
-      loss_fn: `(logits, labels) -> [B]`, which is raised (lowered if `targeted`). The default is
+      loss_fn: `(logits, labels) -> [B]`, to maximise (to minimise if `targeted`). The default is
         `losses.margin`.
-      targeted: y are the classes to reach instead of those to leave.
-      start: perturbations to start from instead of x, `[B, ...]`, projected into the ball and the
+      targeted: y has target classes instead of true labels.
+      start: perturbations to start from instead of 0, `[B, ...]`, projected onto the ball and the
         box.
-      random_start: start a single run at a random point of the ball instead of at x.
-      restarts: number of starts, at least 1: x or `start` (unless there is only one, at random),
-        then random points of the ball.
-      keep: `"best"`, or `"last"` for the last point, which saves the forward pass that judges it.
+      random_start: whether a single run starts at a random point of the ball instead of at x.
+      restarts: number of starts, at least 1. The first is x or `start` (random with
+        `random_start` and a single run), the others are random points of the ball.
+      keep: `"best"`, or `"last"` for the last iterate, which saves the forward pass to evaluate it.
       samples: 0 for a deterministic net. For one that draws random numbers, `apply_fn(params, x,
-        key)`: how many draws the loss and its gradient are averaged over, new ones at each step
-        (expectation over transformation).
+        key)`: number of draws that the loss and its gradient are averaged over, new ones at each
+        step (expectation over transformation).
       key: one key, or one per example, `[B]`; for random starts and `samples`.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype, of a size of at most eps. Rows are 0 or NaN as in `perturb`, and
-      NaN where `start` has NaN or infinity.
+      r, of x's shape and dtype, of size at most eps. Rows are 0 or NaN as in `perturb`, and NaN
+      where `start` has NaN or infinity.
 
     Raises:
       TypeError: if `x`, `start` or the logits are not floating-point arrays; if `y` are not
         integers, for the default loss.
       ValueError: if shapes don't match, if the norm is unknown, if a Python `eps` or `step_size` is
         negative, if `steps` or `restarts` < 1, if `samples` < 0, if `bounds` is not a pair, if a
-        key is missing, if `start` comes with `random_start`, if `keep` is neither `"best"` nor
-        `"last"`, or if it is `"last"` of several runs.
+        key is missing, if both `start` and `random_start` are given, if `keep` is neither `"best"`
+        nor `"last"`, or if it is `"last"` with several runs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,16 +113,16 @@ def pgd(
 
     References:
       Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018; Athalye
-      et al., "Synthesizing Robust Adversarial Examples", 2018, for the random nets.
+      et al., "Synthesizing Robust Adversarial Examples", 2018, for random nets.
     """
-    inputs.at_least(1, "steps", steps, "one step is perturb.loss")
+    inputs.at_least(1, "steps", steps, "perturb.loss takes one step")
     inputs.at_least(1, "restarts", restarts, "1 is a single run")
     if keep not in ("best", "last"):
         raise ValueError(f"expected keep to be 'best' or 'last', got {keep!r}; choose one")
     if keep == "last" and restarts > 1:
         raise ValueError(
-            f"expected restarts=1 with keep='last', got {restarts}; the last points of several "
-            "runs can't be told apart without their losses: leave out one of the two"
+            f"expected restarts=1 with keep='last', got {restarts}; the best of several runs can't "
+            "be chosen without their losses: leave out one of the two"
         )
     if start is not None and random_start:
         raise ValueError(
@@ -159,17 +159,17 @@ def pgd_kl(
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> Found:
-    r"""`perturb.vat` iterated: PGD away from the net's own output, labels unused.
+    r"""PGD away from the net's own output, without labels: `perturb.vat`, iterated.
 
     .. math:: \max_{\|r\| \le \epsilon} D_{KL}(p(x) \,\|\, p(x + r))
 
     from a random point, since at x the divergence has no gradient. With this adversary
-    `objectives.kl_regularized` is TRADES, its `weight` the paper's :math:`1 / \lambda`. The
-    divergence's gradient, unlike `pgd`'s, vanishes with a confident net's probabilities: use it for
-    training.
+    `objectives.kl_regularized` is TRADES, its `weight` being the paper's :math:`1 / \lambda`.
+    Unlike `pgd`'s default loss, the divergence has a gradient that vanishes if the net is
+    confident: use this attack for training, not for evaluation.
 
     Args:
-      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable; compiled once per object.
       params: the first argument of `apply_fn`.
       x: `[B, ...]`, floating point.
       y: unused, may be None; checked as integer labels `[B]` if given.
@@ -181,8 +181,8 @@ def pgd_kl(
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype, of a size of at most eps: the point of greatest divergence. Rows
-      are 0 or NaN as in `perturb`.
+      r, of x's shape and dtype, of size at most eps: the iterate of largest divergence. Rows are 0
+      or NaN as in `perturb`, whatever the labels.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -202,7 +202,7 @@ def pgd_kl(
       Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", 2019;
       Miyato et al., "Distributional Smoothing with Virtual Adversarial Training", 2015.
     """
-    inputs.at_least(1, "steps", steps, "one step is perturb.vat's")
+    inputs.at_least(1, "steps", steps, "perturb.vat takes one step")
     x = inputs.examples(x)
     if y is not None:
         inputs.labels(y, x.shape[0])
@@ -244,7 +244,7 @@ def _run(
 ) -> Answer:
     first = jnp.zeros_like(problem.x)
     if given is not None:
-        # A row that doesn't start from a finite r gets the answer to an eps that isn't: NaN.
+        # A row whose start isn't finite becomes NaN, as with an eps that isn't finite.
         finite = jnp.isfinite(norms.norm(given, "linf"))
         problem = replace(problem, eps=jnp.where(finite, problem.eps, jnp.nan))
         first = problem.project(given.astype(problem.eps.dtype))
@@ -254,7 +254,7 @@ def _run(
     else:
         problem, known = problem.start_at(first)
     x, eps, norm = problem.x, problem.eps, problem.norm
-    # From step to step r has the dtype of norms: a bfloat16 r would swallow small steps.
+    # Between steps r has the dtype of norms: a bfloat16 r would swallow small steps.
     wide = replace(problem, x=x.astype(eps.dtype))
     first = first.reshape(x.shape).astype(eps.dtype)
     size = step_size[:, None]
@@ -278,7 +278,7 @@ def _run(
             success, loss, g = known or problem.gradient(at, first_step + i, without_top)
             if keep == "best":
                 best = best.with_point(at, success, loss)
-            # After a gradient of 0 the next is without the top wrong class, or with it again.
+            # After a gradient of 0, leave out the top wrong class next, or include it again.
             without_top ^= norms.is_zero(g)
             if norm == "l1":
                 g = boxes.drop_blocked(g, r, wide.x, problem.bounds)

@@ -1,18 +1,17 @@
-r"""Square attack: a random search that asks for logits and never for a gradient.
+r"""Square attack: a random search that needs logits but no gradients.
 
 A net whose gradients are useless (gradient masking) may resist `pgd` without being robust. This
-search needs no gradient (Andriushchenko et al., 2020). Each query repaints one square window of the
+search uses no gradients (Andriushchenko et al., 2020). Each query repaints one square window of the
 best perturbation so far, at a random place, and is kept if the loss improves. The windows shrink as
-the search goes on. The perturbation always uses the whole radius: in linf every entry is plus or
-minus eps; in l2 and l1 a second window is set to 0, and the first gets a bump with the energy of
-both and with what the box has cut off (a sum of squares in l2, of absolute values in l1).
+the search proceeds. The perturbation always uses the whole radius. In linf every entry is plus or
+minus eps. In l2 and l1 a second window is set to 0, and the first gets a bump with the energy of
+both windows and the energy lost to clipping (a sum of squares in l2, of absolute values in l1).
 
-Inputs that aren't images are laid out as one, a vector row by row in a square; a window then is
-some runs of neighbouring entries.
+Inputs that aren't images are reshaped into one: a vector fills a square row by row, and a window is
+then several runs of neighbouring entries.
 
-There are ten sizes of windows at the most, and each has its own branch, whose slices are static.
-The net is outside of the branches and compiled once, so that a query costs a forward pass and
-little more.
+There are at most ten window sizes, each with its own branch, so that slice sizes are static. The
+net is outside the branches and compiled once, so a query costs little more than a forward pass.
 """
 
 from __future__ import annotations
@@ -35,31 +34,31 @@ from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 __all__ = ["square"]
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""The steps, from 0, after which a window's share of the image is halved; the paper's."""
+"""The steps, from 0, after which the area of the windows is halved; as published."""
 
 
 class _Search(NamedTuple):
-    """One norm's way to search; functions of one example, `[H, W, C]`."""
+    """The search for one norm, as functions of one example, `[H, W, C]`."""
 
-    side: Callable[[int], int]  # of the windows, from the one that the schedule asks for
+    side: Callable[[int], int]  # the side of the windows, given the side by the schedule
     start: Callable[..., jax.Array]  # (shape, key, eps) -> r
     move: Callable[..., jax.Array]  # (r, u, eps, side) -> r, with u uniform in [0, 1), [C + 5]
 
 
 class _Walk(NamedTuple):
-    """How far the search has come."""
+    """The state of the search."""
 
-    best: Best  # r as images; `success` also where nothing is to be searched
+    best: Best  # r as images; `success` also where there is nothing to search
     queries: jax.Array  # [B], until each example was done
-    hopeless: jax.Array  # [B], given up
-    before: jax.Array  # [B], the loss when that was last considered
+    hopeless: jax.Array  # [B], examples that were given up
+    before: jax.Array  # [B], the loss at the last check for hopeless examples
 
     @property
     def going(self) -> jax.Array:
         return ~self.best.success & ~self.hopeless
 
     def without_hopeless(self, i: jax.Array, steps: int, patience: int, goal: float) -> _Walk:
-        """Give up, after step i, where the pace of the last queries wouldn't reach the goal."""
+        """Give up, after step i, where the rate of the last queries wouldn't reach the goal."""
         loss = self.best.loss
         due = i % patience == patience - 1
         reach = loss + (loss - self.before) / patience * (steps - 1 - i)
@@ -95,7 +94,7 @@ def _unit(v: jax.Array, p: int) -> jax.Array:
 
 
 def _linf_start(shape: tuple[int, ...], key: jax.Array, eps: jax.Array) -> jax.Array:
-    """Stripes: a sign for each column and channel."""
+    """Make vertical stripes: a sign for each column and channel."""
     sign = _sign(jax.random.uniform(key, (1, *shape[1:]), jnp.float32))
     return jnp.broadcast_to(sign * eps, shape)
 
@@ -108,9 +107,9 @@ def _linf_move(r: jax.Array, u: jax.Array, eps: jax.Array, side: int) -> jax.Arr
 
 
 def _peak(height: int, width: int, p: int) -> np.ndarray:
-    """Pile up concentric squares 1, 3, 5, ... wide to a unit vector.
+    """Stack concentric squares of widths 1, 3, 5, ... into a unit vector.
 
-    They are 1, 1/4, 1/9, ... thick in l2, and the squares of that in l1.
+    Their heights are 1, 1/4, 1/9, ... in l2, and the squares of these in l1.
     """
     middle = max(height, width) // 2
     levels = np.cumsum(1 / np.arange(middle + 1, 0, -1) ** (4 / p))[::-1]
@@ -120,12 +119,12 @@ def _peak(height: int, width: int, p: int) -> np.ndarray:
 
 
 def _bump(side: int, turned: jax.Array, p: int) -> jax.Array:
-    """Return a peak above a trough, or to the left of it where `turned`; a unit vector.
+    """Return a peak above a trough, or to the left of it where `turned`, as a unit vector.
 
     Args:
-      side: of the window.
+      side: the side of the window.
       turned: `[...]`, booleans.
-      p: of the norm, 1 or 2.
+      p: 1 or 2, for l1 or l2.
 
     Returns:
       `[..., side, side]`, in float32.
@@ -155,12 +154,12 @@ def _lp_start(p: int, shape: tuple[int, ...], key: jax.Array, eps: jax.Array) ->
 def _lp_move(p: int, r: jax.Array, u: jax.Array, eps: jax.Array, side: int) -> jax.Array:
     r"""Add a bump to a window, set another to 0, and give the first all the energy available.
 
-    In units of eps, per channel and with C of them, the first window's new energy is
+    In units of eps, the new energy of the first window in each of the C channels is
 
     .. math:: \|r_{\text{both windows}}\|_p^p + (1 - \|r\|_p^p) / C
 
-    The second term is what the box has cut off. It may be negative by an error of rounding, which
-    is thereby undone: after each move the energy of all is 1 again.
+    The second term is the energy lost to clipping. It may be slightly negative by rounding error,
+    which is thereby corrected: after each move the total energy is 1 again.
     """
     channels = r.shape[2]
     here = _corner(u[channels:], r.shape, side)
@@ -204,7 +203,7 @@ def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _side(norm: Norm, p_init: float, halvings: int, height: int, width: int) -> int:
-    """Return the side of a window that covers the share p_init / 2^halvings of an image."""
+    """Return the side of a window that covers the fraction p_init / 2^halvings of an image."""
     side = round(math.sqrt(p_init / 2**halvings * height * width))
     return min(_SEARCHES[norm].side(side), height, width)
 
@@ -231,32 +230,32 @@ def square(
     .. math:: r_{t+1} = \begin{cases} q_t & \ell(x + q_t) < \ell(x + r_t) \\ r_t & \text{otherwise}
               \end{cases}, \qquad \ell = z_y - \max_{k \ne y} z_k
 
-    q_t is r_t with one window repainted. The windows cover the share p_init of the image in the
-    first steps, and half as much after step 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000,
-    however many steps there are. With `targeted` the loss is y's cross-entropy.
+    q_t is r_t with one window repainted. The windows cover the fraction p_init of the image in the
+    first steps. Their area is halved after steps 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000,
+    whatever the number of steps. With `targeted` the loss is the cross-entropy of y.
 
-    An example's search ends when it is fooled, and the whole search with the last of them. One that
-    is misclassified from the start has r = 0. More steps with the same key never do worse. With
-    `patience` it also ends when its recent rate of progress is too low to succeed in the remaining
-    queries. This is a heuristic, and costs some successes.
+    The search ends for each example when it is misclassified; one that is misclassified at x has
+    r = 0. More steps with the same key never do worse. With `patience`, the search for an example
+    also ends when its recent progress is too slow to succeed in the remaining queries. This is a
+    heuristic, and costs some successes.
 
     Args:
-      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable: compiled once each.
+      apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable; compiled once per object.
       params: the first argument of `apply_fn`.
       x: images `[B, H, W, C]` or `[B, H, W]`, or vectors `[B, ...]`, floating point.
       y: integer labels, `[B]`.
       eps: the ball's radius, a scalar or `[B]`; a negative traced value counts as 0.
       norm: the ball's norm: `"l1"`, `"l2"` or `"linf"`.
-      steps: number of queries, at least 1, beyond those of x and of the start.
-      p_init: the first windows' share of the image, in (0, 1].
-      patience: check each example every `patience` queries, and stop it if, at its loss's rate
-        since the last check, the remaining queries wouldn't reach success; None: never.
-      targeted: y are the classes to reach instead of those to leave.
+      steps: number of queries, at least 1, besides those at x and at the start.
+      p_init: fraction of the image that the first windows cover, in (0, 1].
+      patience: every `patience` queries, give up an example whose loss, at its rate since the last
+        check, wouldn't reach success in the remaining queries. None: never.
+      targeted: y has target classes instead of true labels.
       key: one key, or one per example, `[B]`.
       bounds: `(lo, hi)`, the box that x + r stays in. None: no box.
 
     Returns:
-      r, of x's shape and dtype, of a size of at most eps. Rows are 0 or NaN as in `perturb`.
+      r, of x's shape and dtype, of size at most eps. Rows are 0 or NaN as in `perturb`.
 
     Raises:
       TypeError: if `x` or the logits are not floating-point arrays, or `y` not integers.
@@ -281,11 +280,11 @@ def square(
       random search", 2020; for l1 Croce and Hein, "Mind the box: l1-APGD for sparse adversarial
       attacks on image classifiers", 2021.
     """
-    inputs.at_least(1, "steps", steps, "the paper's 5000 are the default")
+    inputs.at_least(1, "steps", steps, "the default is the published 5000")
     if patience is not None:
-        inputs.at_least(1, "patience", patience, "None is for a search to the end")
+        inputs.at_least(1, "patience", patience, "None searches to the end")
     if not 0 < p_init <= 1:
-        raise ValueError(f"expected 0 < p_init <= 1, got {p_init}; pass a share of the image")
+        raise ValueError(f"expected 0 < p_init <= 1, got {p_init}; pass a fraction of the image")
     problem = Problem.of(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, targeted=targeted, key=key,
         loss_fn=losses.margin if targeted else losses.logit_margin, drawn_by="the square attack",
@@ -308,11 +307,11 @@ def _run(problem: Problem, *, steps: int, p_init: float, patience: int | None) -
     def unfolded(v: jax.Array) -> jax.Array:
         return v.reshape(batch, size + padding)[:, :size]
 
-    if bounds is not None or padding:  # which the box leaves no room
+    if bounds is not None or padding:  # the padding's bounds are 0 and 0
         lo, hi = inputs.box((-jnp.inf, jnp.inf) if bounds is None else bounds, problem.x)
         bounds = folded(lo), folded(hi)
     x = folded(problem.x)
-    halvings = [step for step in _HALVINGS if step < steps - 1]  # those that some step comes after
+    halvings = [step for step in _HALVINGS if step < steps - 1]  # those before the last step
     moves = [
         jax.vmap(partial(search.move, side=_side(problem.norm, p_init, n, height, width)))
         for n in range(len(halvings) + 1)
@@ -324,9 +323,9 @@ def _run(problem: Problem, *, steps: int, p_init: float, patience: int | None) -
     def query(walk: _Walk, r: jax.Array) -> _Walk:
         r = norms.clip_to_box(x, r, bounds)
         success, loss = problem.value(unfolded(r))
-        loss = jnp.where(loss < jnp.inf, loss, -jnp.inf)  # a logit that overflows is no gain
+        loss = jnp.where(loss < jnp.inf, loss, -jnp.inf)  # a logit that overflows is no progress
         going = walk.going
-        # Where it is over, nothing is better than what there is.
+        # Finished examples don't change.
         best = walk.best.unless_done(Best(r, success & going, jnp.where(going, loss, -jnp.inf)))
         return walk._replace(best=best, queries=walk.queries + going.astype(jnp.int32))
 
@@ -336,7 +335,7 @@ def _run(problem: Problem, *, steps: int, p_init: float, patience: int | None) -
         walk = query(walk, lax.switch(halved, moves, walk.best.r.astype(eps.dtype), u, eps))
         return walk if patience is None else walk.without_hopeless(i, steps, patience, goal)
 
-    # The targeted loss may be as low as this where the target has the largest logit.
+    # The smallest targeted loss for which the target may have the largest logit.
     goal = -math.log(problem.logits.shape[1] - 1) if problem.targeted else 0
     finite = inputs.finite(problem.x, problem.logits, eps)
     over = problem.succeeds(problem.logits) | ~problem.attackable | ~finite | (eps == 0)

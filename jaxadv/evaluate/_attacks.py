@@ -1,10 +1,10 @@
-"""Ensembles: mappings of attacks by name, which `attack_and_score` runs in turn.
+"""Ensembles: attacks by name, which `attack_and_score` runs in turn.
 
 A single attack may fail for reasons that have nothing to do with robustness. AutoAttack (Croce and
 Hein, 2020) takes the worst case over four attacks that fail for different reasons: `attack.apgd` on
 cross-entropy, `attack.apgd_multitargeted`, `attack.fab`, and `attack.square`, which uses no
-gradients. The fast ensemble is made of the same attacks, most of them run only near the decision
-boundary.
+gradients. The fast ensemble consists of the same attacks, most of which run only on examples near
+the decision boundary.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def autoattack(norm: Norm = "l2", *, samples: int = 0) -> Mapping[str, PerturbFn
     `fab-t`: 100 steps for each of 9 targets. `square`: 5000 queries.
 
     For a net that draws random numbers there are two, `apgd-ce` and `apgd-dlr`, 100 steps each:
-    the published `rand` version. They are run on the random net, and what they find is measured on
-    its mean prediction: `attack_and_score(nets.mean_of_draws(net, key), params, x, y,
+    the published `rand` version. They attack the random net, and their results are scored on its
+    mean prediction: `attack_and_score(nets.mean_of_draws(net, key), params, x, y,
     autoattack(samples=20), source=(net, params), ...)`.
 
     Args:
       norm: `"l1"`, `"l2"` or `"linf"`.
-      samples: 0 for a deterministic net; for a random one how many draws each gradient is averaged
-        over, 20 as published.
+      samples: 0 for a deterministic net; for a random net the number of draws that each gradient is
+        averaged over, 20 as published.
 
     Returns:
       Attacks by name, read-only (`dict` makes a copy to change); each call returns the same
@@ -58,8 +58,8 @@ def autoattack(norm: Norm = "l2", *, samples: int = 0) -> Mapping[str, PerturbFn
       parameter-free attacks", 2020; for l1 "Mind the box: l1-APGD for sparse adversarial attacks on
       image classifiers", 2021.
     """
-    norms.dual(norm)  # known?
-    inputs.at_least(0, "samples", samples, "0 is for a net that draws no random numbers")
+    norms.dual(norm)  # raises if the norm is unknown
+    inputs.at_least(0, "samples", samples, "0 is for a deterministic net")
     return _autoattack(norm, samples)
 
 
@@ -82,16 +82,17 @@ def _autoattack(norm: Norm, samples: int) -> Mapping[str, PerturbFn]:
 
 
 def fast_autoattack(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
-    """A fast ensemble: AutoAttack's attacks, ordered and cut short to a fraction of its passes.
+    """A fast ensemble: AutoAttack's attacks, reordered and shortened to a fraction of its passes.
 
-    A few steps break most of what can be broken. Then the targets whose boundaries are nearest come
-    first (MALT), and only what these leave near the boundary gets many steps toward more of them,
-    and FAB. Square runs on all that is left, for as long as it gains. Audit what you publish:
-    `attack_and_score(..., fast_autoattack("l2"), audit=0.05)` runs AutoAttack as well on a share of
-    the examples.
+    A few steps break most examples that can be broken. Next come the targets with the nearest
+    linearised boundaries (MALT). Longer attacks on more targets, and with FAB, run only on the
+    remaining examples near the decision boundary. Square runs on all remaining examples, for as
+    long as it makes progress. For figures that you publish, request an audit:
+    `attack_and_score(..., fast_autoattack("l2"), audit=0.05)` also runs AutoAttack, on a fraction
+    of the examples.
 
-    The numbers were chosen in l2 and linf, on training images of five nets on record; in l1 they
-    are the same, and untested.
+    The settings were chosen for l2 and linf, on training images and five recorded nets; those for
+    l1 are the same, and untested.
 
     Args:
       norm: `"l1"`, `"l2"` or `"linf"`.
@@ -111,7 +112,7 @@ def fast_autoattack(norm: Norm = "l2") -> Mapping[str, PerturbFn]:
     References:
       Croce and Hein, 2020; Melamed et al., "MALT Powers Up Adversarial Attacks", 2024.
     """
-    norms.dual(norm)  # known?
+    norms.dual(norm)  # raises if the norm is unknown
     return _fast_autoattack(norm)
 
 
@@ -141,15 +142,15 @@ def _fast_autoattack(norm: Norm) -> Mapping[str, PerturbFn]:
 class NearBoundary:
     """An attack that an ensemble runs only on examples near the decision boundary.
 
-    These are the ones whose true class has kept at most a share `within` of its lead over the top
-    wrong class, under the attacks before. There an expensive attack pays off; elsewhere it finds
-    almost nothing, unless gradients mislead. So where it breaks more than a fiftieth of these, it
-    goes on to those within twice the share, and so on. As the first attack it runs on nothing,
-    unless `within` is 1. Called by itself, it is `method`.
+    These are the examples for which an earlier attack has reduced the true class's lead over the
+    top wrong class to at most the fraction `within`. There an expensive attack pays off; elsewhere
+    it finds almost nothing, unless gradients are misleading. So if it breaks more than a fiftieth
+    of these examples, it continues with those within twice the fraction, and so on. As the first
+    attack it runs on nothing, unless `within` is 1. Called directly, it is `method`.
 
     Attributes:
       method: the attack.
-      within: the largest share of the lead to begin with, in (0, 1].
+      within: the largest remaining fraction of the lead to begin with, in (0, 1].
 
     Example:
       >>> from jaxadv import attack, evaluate
@@ -168,7 +169,7 @@ class NearBoundary:
         """
         closures.method("the attack", self.method)
         if not 0 < self.within <= 1:
-            raise ValueError(f"expected 0 < within <= 1, got {self.within}; it is a share of leads")
+            raise ValueError(f"expected 0 < within <= 1, got {self.within}; pass a fraction")
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Attack all examples."""
@@ -180,7 +181,7 @@ class NearBoundary:
 
     @property
     def with_report(self) -> Callable[..., Any] | None:
-        """The attack as it reports what it has spent; None if it doesn't."""
+        """The attack with its report, for `attack.with_info`; None if it makes no report."""
         try:
             return attack.with_info(self.method)
         except TypeError:
@@ -188,7 +189,7 @@ class NearBoundary:
 
 
 def within_of(method: Any) -> float:
-    """Return how much of the lead may be left where an attack is run."""
+    """Return the largest remaining fraction of the lead for which an attack is run."""
     while isinstance(method, partial):
         method = method.func
     return method.within if isinstance(method, NearBoundary) else math.inf
