@@ -7,7 +7,7 @@ perturbation of the linearised net is known in closed form (see `norms`):
   the smallest perturbation. K - 1 backward passes.
 - `loss` (Adv_Loss, Section 6.1.1): lowers the probability of the true class; one backward pass.
   With the linf norm this is the fast gradient sign method (Goodfellow et al., 2014).
-- `loss_sign` (Adv_Loss_Sign): the sign of the direction of `loss`, rescaled to an l2 size.
+- `loss_sign` (Adv_Loss_Sign): the sign of the direction of Adv_Loss, rescaled to an l2 size.
 - `vat` (Miyato et al., 2015): away from the net's own output; needs no labels.
 
 All are pure functions, un-jitted, with one signature (`types.PerturbFn`), and return r, never

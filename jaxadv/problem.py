@@ -55,7 +55,7 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Problem:
-    """Perturb x, within a threat model, so that a loss of the net rises.
+    """An attack's problem: raise a loss of the net by perturbing x within a threat model.
 
     Make one with `Problem.of`, which checks the arguments. It is a pytree: the functions, the norm,
     `targeted`, `samples` and `shape` are static, the rest is traced.
@@ -251,7 +251,7 @@ class Problem:
         loss = climbed = self._loss(draws)
         if without_top is not None and self._has_classes and not self.targeted:
             climbed = self._loss(jax.vmap(self._without_top, (0, None))(draws, without_top))
-        # A sum over examples, so that the gradient of each is its own.
+        # A sum over examples, not a mean, so that each row's gradient is that example's own.
         return jnp.sum(climbed), (loss, jnp.mean(draws, axis=0), logits)
 
     def _derivative(
@@ -462,11 +462,11 @@ def iterate(
 def run_restarts(
     run: Callable[[jax.Array | int], Best], restarts: int, x: jax.Array
 ) -> tuple[Best, jax.Array]:
-    """Repeat an attack; once an example is misclassified, its perturbation is kept.
+    """Repeat an attack; once it succeeds on an example, its perturbation is kept.
 
     Args:
       run: from the number of the run to its best perturbations.
-      restarts: number of runs, at most: they end when all examples are misclassified.
+      restarts: number of runs, at most: they end when all examples are fooled.
       x: `[B, ...]`.
 
     Returns:

@@ -162,9 +162,9 @@ class Robustness(NamedTuple):
         remarks = [f"x + r {'may have any value' if box == 'null' else f'lies within {box}'}."]
         if sigma is not None:
             remarks.append(
-                "Smoothed is another classifier than the net: its most frequent answer under "
-                f"Gaussian noise of standard deviation {sigma:g}. Each certificate is wrong with a "
-                f"probability of at most {_ALPHA:g}. Attacks are run on the net."
+                "Smoothed refers to a different classifier: the net's most frequent prediction "
+                f"under Gaussian noise of standard deviation {sigma:g}. Each certificate is wrong "
+                f"with a probability of at most {_ALPHA:g}. Attacks run on the net itself."
             )
         for count, what in (
             ("zero", "one-step perturbations are exactly 0: no usable gradient"),

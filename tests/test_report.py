@@ -184,9 +184,9 @@ def test_markdown_of_a_small_case():
 | mine | 1 | 0 | not counted |
 
 - x + r lies within [0.0, 1.0].
-- Smoothed is another classifier than the net: its most frequent answer under Gaussian noise of \
-standard deviation 0.25. Each certificate is wrong with a probability of at most 0.001. Attacks \
-are run on the net.
+- Smoothed refers to a different classifier: the net's most frequent prediction under Gaussian \
+noise of standard deviation 0.25. Each certificate is wrong with a probability of at most 0.001. \
+Attacks run on the net itself.
 - 1 of 4 one-step perturbations are exactly 0: no usable gradient.
 - 1 of 4 labels are none of the net's classes, and count as wrong.
 - Flag `budget`, weak attack: it has not converged; raise steps.
