@@ -1,1 +1,1 @@
-"""The runs that reproduce the paper's tables and figures, and the data and networks they share."""
+"""Commands that reproduce the paper's tables and figures, and the data and networks they share."""

@@ -1,14 +1,15 @@
-"""What the paper asserts or leaves open and shows no table of, on MNIST at one width.
+"""Ablations on MNIST: choices that the paper makes or leaves open without showing a table.
 
     python experiments/ablations.py          # all questions, one seed
     python experiments/ablations.py --help   # every setting
 
-Section 5 says that LWA's objective does best among it, Goodfellow's and Miyato's generalised ones;
-Section 7.1 that Adv_Alpha is the stronger adversary but costs K times as much, so that only
-Adv_Loss was trained with; Section 7.2 doesn't give the size c of the training perturbations, and
-calls the place where LWA_Rep splits the net a hyperparameter. Here nets of 500x500 hidden units
-are trained in each of these ways, alike in all else (but LWA_Rep's have half the rate and a size
-that rises, without which training collapses), then attacked and scored as in Table 1.
+Section 5 says that LWA's objective works better than generalisations of Goodfellow's and Miyato's.
+Section 7.1 says that Adv_Alpha is the stronger adversary but costs K times as much, so that only
+Adv_Loss was used in training. Section 7.2 doesn't give the size c of the training perturbations,
+and calls the place where LWA_Rep splits the net a hyperparameter. This command trains nets of
+500x500 hidden units in each of these ways and otherwise alike (except that LWA_Rep's training
+collapses without half the learning rate and a size that rises), then attacks and scores them as in
+Table 1.
 
 Writes results.json, results.md, a figure and each net's weights to --out, and resumes after an
 interruption.
@@ -35,7 +36,7 @@ from experiments.lib.records import TableRow
 WIDTHS = (500, 500)
 Group = Literal["inner adversary of LWA", "objective", "training size of LWA", "split of LWA_Rep"]
 
-# What is compared with what: for each question, the nets by what tells them apart.
+# For each question, the nets that are compared, by their labels in its table.
 GROUPS: dict[Group, dict[str, str]] = {
     "inner adversary of LWA": {
         "Adv_Loss": "lwa",
@@ -70,15 +71,15 @@ class Settings(train_and_score.Settings):
     """Train nets of 500x500 in several ways, attack them, and print tables."""
 
     groups: Several[Group] = tuple(GROUPS)
-    """Which questions."""
+    """Which questions to answer."""
     out: OutputFolder = Path("runs/ablations")
     """Where results, figures, weights and checkpoints go."""
     n_pgd: Count = 5000
-    """How many images, at most, are attacked by PGD, and scored after each epoch."""
+    """Most images attacked by PGD, and scored after each epoch."""
     epochs: Count = 15
     """Passes over the training images."""
     lr: Positive = 0.1
-    """Learning rate at the start; it falls to 0 by a cosine."""
+    """Initial learning rate; it decays to 0 along a cosine."""
 
     def nets(self) -> dict[str, Method]:
         """Return how each net is made, by the name that `GROUPS` uses."""
@@ -95,7 +96,7 @@ class Settings(train_and_score.Settings):
             "mixed_sign": adversarial(eps=1.5, objective="mixed", adversary="loss_sign"),
             "virtual": adversarial(eps=1.5, objective="virtual", adversary="virtual"),
             **{
-                # As for Table 1: half the rate, a relative size that rises, or training collapses.
+                # As in Table 1: training collapses without half the rate and a size that rises.
                 f"rep_{split}": dataclasses.replace(
                     adversarial(eps=0.12, objective="representation", warmup=warmup, split=split),
                     lr=self.lr / 2,
@@ -118,7 +119,7 @@ def run(settings: Settings, console: Console) -> list[TableRow]:
 
 
 def groups_of(name: str) -> dict[str, str]:
-    """Return the questions that a net belongs to, with its name in each."""
+    """Return the questions that a net belongs to, with its label in each."""
     return {
         group: label for group, nets in GROUPS.items() for label, net in nets.items() if net == name
     }
@@ -135,10 +136,11 @@ def main() -> None:
     notes = [
         f"Epochs: {', '.join(str(n) for n in sorted({row.epochs for row in rows}))}. "
         + tables.seeds(rows, {row.method: row.method for row in rows}),
-        f"Fixed is made on a Normal net of seed {settings.fixed_seed}; PGD: {settings.pgd_steps} "
-        f"steps of l2 PGD on the margin loss, from x, on {rows[0].n_pgd:,} of the images. "
-        "Nothing is clipped to the pixel range.",
-        "LWA_Rep: size .12 of ||h||, rising over the first half of the epochs, at half the rate. "
+        f"The Fixed set is made on a Normal net of seed {settings.fixed_seed}; PGD: "
+        f"{settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on {rows[0].n_pgd:,} of "
+        "the images. Nothing is clipped to the pixel range.",
+        "LWA_Rep: size .12 ||h||, reached over the first half of the epochs, and half the learning "
+        "rate. "
         "Miyato: weight 1, one power iteration.",
     ]
     groups = [group for group in GROUPS if any(group in (row.groups or {}) for row in rows)]

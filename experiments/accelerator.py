@@ -1,20 +1,21 @@
-"""What a GPU or TPU makes of jaxadv, put on record by one command.
+"""Test and time jaxadv on a GPU or TPU, and record the results, with one command.
 
     python experiments/accelerator.py                # all parts, under 8 minutes on one GPU
     python experiments/accelerator.py --parts b c    # some of them
-    python experiments/accelerator.py --quick        # a small form, under 3 minutes on 2 CPU cores
+    python experiments/accelerator.py --quick        # a short run, under 3 minutes on 2 CPU cores
 
-    a  the library's tests of exactness, contract and attacks, under exact float32 products
-    b  robust accuracies of recorded nets, image by image beside a CPU's
+    a  the library's tests of exactness, contract and attacks, with exact float32 matrix products
+    b  robust accuracies of recorded nets, compared image by image with a CPU's
     e  LeNet's multi-step net, trained from scratch
-    c  steps and attacks a second, as a share of what large matrix products reach
-    d  training steps by hand in PyTorch beside ours, where it is installed
+    c  training steps and attacks per second, relative to the rate of large matrix products
+    d  training steps next to hand-written ones in PyTorch, where it is installed
 
-Needs no network and, beside JAX, only flax, optax, orbax-checkpoint, rich, safetensors, and for (a)
-pytest, chex, hypothesis and mpmath; jaxadv may run from a checkout. Each part is a process with a
-time-out. It writes PART.json to --out after each figure; interrupted, it keeps those that it has.
-The exit status is the number of parts that failed: of time, of tests, or since (b) differs from the
-CPU's verdicts in results/accelerator/cpu (made by --parts b --timeout 36000).
+Needs no network and, besides JAX, only flax, optax, orbax-checkpoint, rich and safetensors, and for
+(a) pytest, chex, hypothesis and mpmath; jaxadv may run from a checkout. Each part runs in its own
+process, with a time limit. It writes PART.json to --out after each figure, so that an interrupted
+run keeps what it has. The exit status is the number of parts that failed: because they ran out of
+time, because tests failed, or because the verdicts of (b) differ from the CPU's in
+results/accelerator/cpu (made by --parts b --timeout 36000).
 """
 
 from __future__ import annotations
@@ -70,18 +71,18 @@ CPU = RESULTS / "accelerator" / "cpu" / "b.json"
 
 @dataclasses.dataclass(frozen=True)
 class Settings(options.Checked):
-    """What each part is told."""
+    """The settings of each part."""
 
     out: OutputFolder
     """Where its JSON goes."""
     quick: bool = False
-    """Whether it runs in the small form."""
+    """Whether this is a short run."""
     seconds: Positive = 36_000
-    """Its time-out."""
+    """Its time limit."""
 
 
 class Record:
-    """A part's JSON: an interrupted run's figures, if it has any, and what is added to them."""
+    """A part's JSON: the figures of an interrupted run, if there was one, and those added now."""
 
     def __init__(self, part: str, settings: Settings) -> None:
         settings.out.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ class Record:
         self._before = known.seconds if known else 0
 
     def done(self, **identity: Any) -> bool:
-        """Say whether a figure with these entries is there."""
+        """Return whether there is a figure with these entries."""
         return any(identity.items() <= figure.items() for figure in self.figures)
 
     def save(self, *, finished: bool) -> None:
@@ -118,8 +119,8 @@ TESTS = (
 
 
 def tests(settings: Settings, record: Record) -> Iterator[Figure]:
-    """Run files of tests, several at a time where there are cores for it."""
-    end = time.perf_counter() + settings.seconds - 10  # so that none outlives this part
+    """Run test files, several at a time if there are enough cores."""
+    end = time.perf_counter() + settings.seconds - 10  # before this part is killed
     names = ("jacobian",) if settings.quick else TESTS
     with ThreadPoolExecutor(max(records.cores() // 2, 1)) as pool:
         runs = [pool.submit(_tested, name, end) for name in names if not record.done(tests=name)]
@@ -128,12 +129,13 @@ def tests(settings: Settings, record: Record) -> Iterator[Figure]:
 
 
 def _tested(name: str, end: float) -> Figure:
-    """Run a file of tests; return how many passed, and the names of the others."""
+    """Run a test file; return how many tests passed and were skipped, and which failed."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         outcome = Path(folder) / "outcome.xml"
         arguments = ["-q", f"--junitxml={outcome}", f"tests/test_{name}.py"]
-        arguments += ["-o", "addopts=--strict-markers -m 'not slow'"]  # ours take pytest-xdist
+        # Without pytest-xdist, which the project's own options need.
+        arguments += ["-o", "addopts=--strict-markers -m 'not slow'"]
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "pytest", *arguments],
@@ -167,13 +169,13 @@ def _tested(name: str, end: float) -> Figure:
 
 
 class Case(NamedTuple):
-    """A recorded net, as it is attacked."""
+    """A recorded net, and how it is attacked."""
 
     net: str
     eps: float
     bounds: Bounds
     quick: Mapping[str, int]
-    """How many images each attack has in the small form."""
+    """How many images each attack has in a short run."""
 
 
 MNIST, CIFAR10 = (0.0, 1.0), (-117 / 256, 139 / 256)
@@ -188,12 +190,12 @@ ATTACKS: dict[str, Mapping[str, PerturbFn]] = {
     "standard": evaluate.autoattack("l2"),
 }
 ALLOWED = 4 / 1000
-"""The share of verdicts that may differ from a CPU's."""
+"""Largest share of verdicts that may differ from a CPU's."""
 
 
 def verdicts(settings: Settings, record: Record) -> Iterator[Figure]:
-    """Attack recorded nets, and compare with a CPU's verdicts on the same images."""
-    # Exact float32 products first; by default a GPU's may be TF32, a TPU's bfloat16.
+    """Attack recorded nets, and compare the verdicts with a CPU's on the same images."""
+    # Exact float32 products first: the default may be TF32 on a GPU, and is bfloat16 on a TPU.
     on_cpu = jax.default_backend() == "cpu"
     precisions = ("highest",) if on_cpu else ("highest", "default")
     for precision, case, name in itertools.product(precisions, CASES, ATTACKS):
@@ -215,9 +217,9 @@ def verdicts(settings: Settings, record: Record) -> Iterator[Figure]:
 def attacked(
     apply_fn: ApplyFn, params: Params, images: train_and_score.Images, name: str, case: Case
 ) -> Figure:
-    """Attack images; return accuracies, and a verdict for each image."""
+    """Attack images; return the accuracies and a verdict on each image."""
     start = time.perf_counter()
-    keys = jax.random.split(jax.random.key(0), 1000)[: len(images.y)]  # those of a full run
+    keys = jax.random.split(jax.random.key(0), 1000)[: len(images.y)]  # as in a full run
     found = evaluate.attack_and_score(
         apply_fn, params, *images, ATTACKS[name], eps=case.eps, key=keys, bounds=case.bounds
     )
@@ -230,7 +232,7 @@ def attacked(
 
 
 def compared(figure: Figure) -> Figure:
-    """Add the number of verdicts that differ from the CPU's, if the CPU's are known."""
+    """Add the number of verdicts that differ from the CPU's, if those are recorded."""
     identity = {key: figure[key] for key in ("net", "attack", "norm", "eps")}
     known = [other for row in records.load(CPU, PartRow) for other in row.figures]
     same = [other["verdicts"] for other in known if identity.items() <= other.items()]
@@ -242,13 +244,13 @@ def compared(figure: Figure) -> Figure:
     if differ > math.ceil(ALLOWED * n) and figure["precision"] == "highest":
         figure["failure"] = (
             f"expected a CPU's verdicts on {figure['net']} under {figure['attack']}, got {differ} "
-            f"others of {n}"
+            f"of {n} that differ"
         )
     return figure
 
 
 def _test_images(net: str, n: int) -> train_and_score.Images:
-    """Return the first n test images, in the order of evaluate.py."""
+    """Return the first n test images, in the order in which evaluate.py takes them."""
     if net.startswith("cifar10"):
         pixels, labels = data.cifar10_crops()
         scaled = data.CIFAR10_CROPS.inputs(pixels[:n])
@@ -262,7 +264,7 @@ def _test_images(net: str, n: int) -> train_and_score.Images:
 
 
 def trained(settings: Settings, record: Record) -> Iterator[Figure]:
-    """Train a net as the record of LeNet's says, and attack it."""
+    """Train LeNet's multi-step net with the recorded settings, and attack it."""
     case = CASES[1]
     rows = records.load(RESULTS / "mnist_lenet" / "results.json", TableRow)
     made = next(row.settings for row in rows if row.method == "lwa_multi")
@@ -280,7 +282,7 @@ def trained(settings: Settings, record: Record) -> Iterator[Figure]:
         out=settings.out, n_eval=n_test, n_pgd=n_test, batch_size=made["batch_size"]
     )
     task = tasks.mnist(own, "lenet", method, mnist)
-    shutil.rmtree(own.out / "checkpoints", ignore_errors=True)  # a time from scratch is wanted
+    shutil.rmtree(own.out / "checkpoints", ignore_errors=True)  # time it from scratch
     with training.bars(parallel.start()) as progress:
         net = train_and_score.train("lwa_multi", method, 0, own, task, progress)
     for name in ("one-step",) if settings.quick else ATTACKS:
@@ -295,7 +297,7 @@ def trained(settings: Settings, record: Record) -> Iterator[Figure]:
 
 
 def timed(settings: Settings, record: Record) -> Iterator[Figure]:
-    """Time steps and attacks of small nets and a large one."""
+    """Time training steps and attacks of small nets and a large one."""
     return rates.run(quick=settings.quick, done=record.done)
 
 
@@ -303,7 +305,7 @@ def timed(settings: Settings, record: Record) -> Iterator[Figure]:
 
 
 def by_hand(settings: Settings, record: Record) -> Iterator[Figure]:
-    """Time training steps of a batch of 100 in turn with the same written in PyTorch."""
+    """Time training steps on a batch of 100, in turn with the same steps in PyTorch."""
     if importlib.util.find_spec("torch") is None:
         yield {"skipped": "PyTorch isn't installed"}
         return
@@ -313,7 +315,7 @@ def by_hand(settings: Settings, record: Record) -> Iterator[Figure]:
     if device == "cuda" and not torch.cuda.is_available():
         yield {"skipped": f"PyTorch {torch.__version__} has no CUDA device"}
         return
-    torch.set_float32_matmul_precision("high")  # TF32 where there is any, as JAX does
+    torch.set_float32_matmul_precision("high")  # TF32 where available, as in JAX
     rounds, seconds = (1, 0.05) if settings.quick else (5, 0.1)
     epoch_steps = 20
     for name in ("mlp",) if settings.quick else ("mlp", "lenet", "vgg-1"):
@@ -340,7 +342,7 @@ def by_hand(settings: Settings, record: Record) -> Iterator[Figure]:
 
 
 PARTS: dict[str, tuple[Callable[[Settings, Record], Iterator[Figure]], float]] = {
-    # In this order, with their time-outs: 465 s together.
+    # In this order, with their time limits: 465 s in all.
     "a": (tests, 110),
     "b": (verdicts, 125),
     "e": (trained, 90),
@@ -350,8 +352,8 @@ PARTS: dict[str, tuple[Callable[[Settings, Record], Iterator[Figure]], float]] =
 
 
 def run(part: str, settings: Settings) -> None:
-    """Run a part in this process, which ends with an error where a figure says so."""
-    parallel.start()  # what is compiled is kept for the next run
+    """Run a part in this process; exit with an error if one of its figures is a failure."""
+    parallel.start()  # compiled programs are cached for the next run
     record = Record(part, settings)
     for figure in PARTS[part][0](settings, record):
         record.figures.append(figure)
@@ -368,11 +370,11 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--quick", action="store_true", help="a small form")
+    parser.add_argument("--quick", action="store_true", help="a short run")
     parser.add_argument("--out", type=Path, default=Path("runs/accelerator"))
-    parser.add_argument("--timeout", type=float, help="seconds of each part, for its own")
+    parser.add_argument("--timeout", type=float, help="time limit of each part in seconds")
     chosen = parser.parse_args(arguments)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # (a) is several processes
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # (a) runs several processes
     failed = 0
     for part in [name for name in PARTS if name in chosen.parts]:
         seconds = chosen.timeout or PARTS[part][1]
@@ -384,9 +386,9 @@ def main(arguments: list[str] | None = None) -> int:
         if process.is_alive():
             process.kill()
             process.join()
-            ended = f"stopped: expected to be done within {seconds:g} s; --timeout gives it more"
+            ended = f"stopped: expected to finish within {seconds:g} s; raise --timeout"
         else:
-            ended = f"{'failed' if process.exitcode else 'done'}"
+            ended = "failed" if process.exitcode else "done"
         failed += process.exitcode != 0
         print(f"({part}) {time.perf_counter() - start:.0f} s, {ended}", flush=True)
     print(f"The figures are in {chosen.out}.")

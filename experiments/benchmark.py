@@ -1,27 +1,27 @@
-"""Speed of training steps and attacks, next to the machine's limit and to other libraries.
+"""Speed of training steps and attacks, relative to the machine's limit and to other libraries.
 
     python experiments/benchmark.py                  # everything, about half an hour on 2 cores
-    python experiments/benchmark.py --parts steps    # one part; the others' figures stay
+    python experiments/benchmark.py --parts steps    # one part; the other parts' figures are kept
 
-Each part times its calls in turn over several rounds, and quotes medians; a ratio is of times of
-the same round and has its quartiles beside it. A part during which other programs loaded the
-machine is marked as not valid, and the command ends with an error.
+Each part times its calls in turn over several rounds and reports medians. Ratios are taken within
+each round and come with their quartiles. If other programs loaded the machine during a part, the
+part is marked as not valid and the command ends with an error.
 
 - `steps`: a training step, called by itself (`train.make_step`) and within an epoch on the device
-  (`train.make_epoch`), against a floor, about the least that it can take, and against a step
-  written by hand in PyTorch. On CPU also over as many simulated devices as there are cores.
-- `loops`: the library's loops over a net of plain `flax.linen.Conv`, against a Python loop over a
-  jitted step; XLA has a trap there on CPU (see `jaxadv/_cpu`).
-- `attacks`: perturbations of 1,000 test images, against the floor and against other libraries.
-- `growth`: what batch, classes, steps and input size cost, in time and memory.
-- `devices`: a step of one batch over more and more devices; on CPU, simulated ones.
-- `starts`: how long compiling takes, and what the cache of compiled programs saves.
+  (`train.make_epoch`), compared with a floor (roughly the least time it can take) and with a
+  hand-written step in PyTorch. On CPU also on as many simulated devices as there are cores.
+- `loops`: the library's loops over a net of plain `flax.linen.Conv`, compared with a Python loop
+  over a jitted step; XLA is slow at such loops on CPU (see `jaxadv/_cpu`).
+- `attacks`: perturbations of 1,000 test images, compared with the floor and other libraries.
+- `growth`: time and memory as batch, classes, steps and input size grow.
+- `devices`: a training step on one batch spread over more and more devices, simulated on CPU.
+- `starts`: how long compilation takes, and how much of it the compilation cache saves.
 
-The floor is the time of the matrix products that can't be done without. For dense nets each product
-is timed by itself, of the same shape, forward or transposed; convolutions are counted at the rate
-of 2048x2048 products. A step needs, of each layer, one forward product and one for the gradient of
-its weights, and one for the gradient of its input but in the first layer; an adversary one forward
-pass, and one back to the image, or K - 1 of them for Adv_Alpha.
+The floor is the time of the matrix products that are unavoidable. For dense nets each product is
+timed by itself, at its own shape, forward or transposed; convolutions are converted at the rate of
+2048x2048 products. A step needs, for each layer, one forward product, one for the gradient of its
+weights and, except in the first layer, one for the gradient of its input. An adversary needs one
+forward pass, and one backward pass to the image, or K - 1 of them for Adv_Alpha.
 
 Other libraries are timed where they are installed (`pip install -e ".[bench]"`). Writes
 results.json, results.md and figures to --out.
@@ -58,7 +58,7 @@ RUN: Mapping[Part, Callable[[Settings], Figures]] = {
 
 
 def as_markdown(rows: Iterable[BenchmarkRow]) -> str:
-    """Return the figures of each part as a table."""
+    """Return a table of figures for each part."""
     lines = ["# Benchmark", ""]
     for row in rows:
         machine = row.machine
@@ -67,9 +67,9 @@ def as_markdown(rows: Iterable[BenchmarkRow]) -> str:
             "",
             f"On {row.device}, jax {row.versions['jax']}, {machine['gflops_at_start']:.0f} "
             f"GFLOP/s in 2048x2048 products before and {machine['gflops_at_end']:.0f} after; other "
-            f"programs had {machine['cpu_of_others']:.1%} of the cores' time. Medians of "
-            f"{row.settings['rounds']} rounds, a third of it where calls take long; in brackets "
-            "quartiles.",
+            f"programs used {machine['cpu_of_others']:.1%} of the cores' time. Medians of "
+            f"{row.settings['rounds']} rounds (a third as many for slow calls), with quartiles in "
+            "parentheses.",
             "",
             *(f"Not valid: {reason}.\n" for reason in machine["reasons"]),
         ]
@@ -89,7 +89,7 @@ def _cell(value: Any) -> str:
 
 
 def run(settings: Settings, console: Console) -> list[BenchmarkRow]:
-    """Measure the parts that are asked for; return the rows of these and of earlier runs."""
+    """Measure the chosen parts; return the rows of this and of earlier runs."""
     results = settings.out / "results.json"
     settings.out.mkdir(parents=True, exist_ok=True)
     rows = records.load(results, BenchmarkRow)
@@ -124,7 +124,7 @@ def main() -> None:
     invalid = [row.part for row in rows if not row.machine["valid"]]
     if set(invalid) & set(settings.parts):
         sys.exit(
-            f"not valid, since the machine wasn't quiet: {', '.join(invalid)}; end what else runs, "
+            f"not valid, since the machine wasn't quiet: {', '.join(invalid)}; stop other programs "
             f"and measure again with --parts {' '.join(invalid)}"
         )
 

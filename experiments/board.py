@@ -1,16 +1,16 @@
-"""The board: the nets of a record under AutoAttack, next to the optimistic one-step figures.
+"""The board: recorded nets under AutoAttack, next to the (optimistic) one-step figures.
 
     python experiments/board.py mnist_mlp                     # hours on 2 CPU cores
     python experiments/board.py mnist_lenet --methods lwa     # one net
     python experiments/board.py cifar10 --image-folder DIR
     python experiments/board.py --help                        # every setting
 
-Takes the weights in experiments/results/RECORD/METHOD and attacks them in the pixel range, at
-several sizes and norms, by one step (Adv_Loss), by PGD of 100 steps (from x, then from 9 random
-points) and by AutoAttack, as `evaluate.py` does: blocks of images are saved, and the same command
-resumes where it was interrupted. `check` says what there is to doubt.
+Takes the weights in experiments/results/RECORD/METHOD and attacks them within the pixel range, at
+several sizes and norms: by one step (Adv_Loss), by PGD of 100 steps (from x, then from 9 random
+points) and by AutoAttack. As with `evaluate.py`, blocks of images are saved, and the same command
+resumes where it was interrupted. `check` lists reasons to doubt the figures.
 
-Writes results.json and results.md to --out; one such folder can hold all three records.
+Writes results.json and results.md to --out; one folder can hold all three records.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ THREATS: dict[Record, tuple[Threat, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Checked):
-    """Attack the nets of a record in every way, and rank them."""
+    """Attack a record's nets in every way, and rank them."""
 
     record: Annotated[Record, tyro.conf.Positional]
-    """Which record's nets."""
+    """Whose nets to attack."""
     methods: Annotated[tuple[str, ...], distinct] = ()
-    """Which of them; all if none is named."""
+    """Which of its nets; all of them by default."""
     threats: Annotated[tuple[Threat, ...], distinct] = ()
-    """Norms and sizes; l2 at 1.5, 1.0 and 2.0 and linf at 0.3 for MNIST, the sizes of Table 3 for
-    CIFAR-10, if none is named."""
+    """Norms and sizes. By default l2 1.5, 1.0 and 2.0 and linf 0.3 for MNIST, and the sizes of
+    Table 3 for CIFAR-10."""
     n: Count = 1000
     """How many test images."""
     attacks: Several[AttackName] = (*COLUMNS, "check")
@@ -65,7 +65,7 @@ class Settings(Checked):
     """Where results go."""
 
     def __post_init__(self) -> None:
-        """Check that a folder of images is given for CIFAR-10 only.
+        """Check that a folder of images is given only for CIFAR-10.
 
         Raises:
           UsageError: if it is given for another record.
@@ -73,16 +73,16 @@ class Settings(Checked):
         super().__post_init__()
         if self.image_folder is not None and self.record != "cifar10":
             raise options.UsageError(
-                f"expected --image-folder with the record cifar10 only, got {self.record}, whose "
-                "images are here; leave it out"
+                f"expected --image-folder only with the record cifar10, got {self.record}, whose "
+                "images come with the repository; leave the option out"
             )
 
 
 def run(settings: Settings, console: Console) -> list[AttackRow]:
-    """Attack each net in every way; return the rows of these and of earlier runs.
+    """Attack each net in every way; return the rows of this and of earlier runs.
 
     Raises:
-      UsageError: if there are no nets, or if one that is asked for isn't there.
+      UsageError: if there are no nets, or a chosen one doesn't exist.
     """
     record = settings.folder / settings.record
     methods = settings.methods or tuple(
@@ -91,13 +91,13 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
     if not methods:
         raise options.UsageError(
             f"expected nets of --folder as {record}/METHOD/params.safetensors, got none; "
-            "train them first"
+            "train some first"
         )
     missing = [name for name in methods if not (record / name / "params.safetensors").is_file()]
     if missing:
         raise options.UsageError(
-            f"expected --methods to be nets in {record}, got {', '.join(missing)}, which aren't "
-            "there; train them first, or leave them out"
+            f"expected --methods to be nets in {record}, got {', '.join(missing)}, which don't "
+            "exist there; train them first, or leave them out"
         )
     cifar = settings.record == "cifar10"
     rows: list[AttackRow] = []

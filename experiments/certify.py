@@ -1,18 +1,18 @@
-"""Certified beside attacked: a lower and an upper bound for the same smoothed LeNet.
+"""Certified and attacked accuracy: a lower and an upper bound for the same smoothed LeNet.
 
-    python experiments/certify.py                                  # an hour or so on 2 CPU cores
+    python experiments/certify.py                                  # about an hour on 2 CPU cores
     python experiments/certify.py --methods gaussian both          # several ways of training
     python experiments/certify.py --holdout 2000 --every 4         # choose settings on other images
 
 Trains LeNets on MNIST under Gaussian noise: plainly, with the consistency regularizer, against an
-attack on the smoothed net (SmoothAdv), or both. Then, on every fifth test image, it certifies the
-smoothed classifier, and attacks it at the same sizes by APGD averaged over draws. An image counts
-as broken where fresh draws at x + r reject its label. Images that are certified and broken at once
-are listed; at most a share alpha is to be expected.
+attack on the smoothed net (SmoothAdv), or both. Then certifies the smoothed classifier on every
+fifth test image, and attacks it at the same sizes by APGD with gradients averaged over draws. An
+image counts as broken if fresh draws at x + r reject its label. Images both certified and broken
+are listed; expect at most a share alpha of them.
 
-Everything is kept in --out: the same command takes up what was interrupted. Writes results.json,
-results.md, certify.png (both bounds against size), METHOD-SEED.npz (what is known of each image)
-and METHOD-SEED.safetensors.
+Everything is kept in --out, and the same command resumes an interrupted run. Writes results.json,
+results.md, certify.png (both bounds against size), METHOD-SEED.npz (the results for each image) and
+METHOD-SEED.safetensors.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ WAYS: dict[str, str] = {
 BOX = (0.0, 1.0)
 SAMPLER = "Gaussian rounded to multiples of a power of 2, by an alias table; threefry"
 POINTS = 200
-"""Sizes at which the curve is kept."""
+"""Number of sizes at which the curve is recorded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,57 +72,57 @@ class Settings(recipes.Optimiser):
     """Train LeNets under noise, certify and attack them, and print a table."""
 
     methods: Several[Way] = ("both",)
-    """How nets are trained."""
+    """How to train the nets."""
     seeds: Several[Seed] = (0,)
-    """One net for each."""
+    """One net for each seed."""
     sigma: Positive = 0.5
-    """Standard deviation of the noise, in training and after."""
+    """Standard deviation of the noise, in training and afterwards."""
     radii: Several[Positive] = (0.5, 1.0, 1.5)
-    """l2 sizes that are certified and attacked."""
+    """l2 sizes to certify and attack at."""
     copies: Count = 2
-    """Noisy copies of each image in training, but for `gaussian`; draws of its attack."""
+    """Noisy copies of each image in training (except `gaussian`), and draws of its attack."""
     consistency: Size = 1.0
-    """Weight of the divergences, for `both` and `consistency`; alone, its authors have 5."""
+    """Weight of the divergences, for `both` and `consistency`; its authors use 5 by itself."""
     entropy: Size = 0.5
-    """Weight of the mean prediction's entropy, likewise."""
+    """Weight of the mean prediction's entropy, for the same two."""
     train_eps: Positive = 1.25
     """Size of the training perturbations, for `smooth_adv` and `both`."""
     train_steps: Count = 2
     """Steps of their attack."""
     warmup: Whole = 3
-    """Epochs over which their size rises from 0."""
+    """Epochs over which the size of the perturbations rises from 0."""
     widths: Several[Count] = (500,)
     """Sizes of the hidden dense layers."""
     epochs: Count = 36
     """Passes over the training images."""
     lr: Positive = 0.02
-    """Greatest learning rate; it falls to 0 by a cosine. Much greater ones leave dead units."""
+    """Peak learning rate, decayed to 0 along a cosine. Much higher rates leave dead units."""
     lr_warmup: Whole = 1
     """Epochs over which the learning rate rises from 0."""
     average: Share = 0.999
-    """Share of the past in the moving average of the weights that is certified."""
+    """Decay of the moving average of the weights, which is what gets certified."""
     shift: Whole = 0
-    """Pixels by which training images are moved at random, at most."""
+    """Largest random shift of training images, in pixels."""
     batch_size: Count = 100
     """Images per training step."""
     holdout: Whole = 0
-    """Training images held out and certified instead of the test images."""
+    """Training images to hold out, and to certify instead of the test images."""
     every: Count = 5
-    """Certify the first image, and each of this distance after it."""
+    """Certify every image whose index is a multiple of this."""
     alpha: Positive = 0.001
-    """Probability of an error, for each image."""
+    """Probability of a wrong certificate, for each image."""
     n0: Count = 100
     """Draws that choose the class."""
     stages: Several[Count] = certify.STAGES
-    """Numbers of draws at the looks."""
+    """Numbers of further draws at the looks, ascending; see `certify.certify`."""
     attack_steps: Count = 50
     """Steps of APGD."""
     attack_samples: Count = 20
     """Draws that each of its gradients is averaged over."""
     attack_draws: Count = 10_000
-    """Draws that tell whether it has succeeded."""
+    """Draws that decide whether it has succeeded."""
     eval_batch: Count = 500
-    """Noisy images in a pass when nets are certified."""
+    """Noisy images per forward pass in certification."""
     out: OutputFolder = Path("runs/certify")
     """Where results go."""
 
@@ -130,7 +130,7 @@ class Settings(recipes.Optimiser):
 def objective_of(
     way: Way, settings: Settings, apply_fn: ApplyFn, eps: Schedule | float
 ) -> Objective:
-    """Return the objective of a way of training."""
+    """Return the training objective of a way."""
     regularized = way in ("consistency", "both")
     noisy = objectives.noisy(
         apply_fn,
@@ -143,7 +143,7 @@ def objective_of(
         return noisy
     net = certify.smooth(apply_fn, settings.sigma)
 
-    # `objectives.adversarial` would do for `smooth_adv`, as in docs/certify.md, but not for `both`.
+    # `objectives.adversarial` is enough for `smooth_adv` (see docs/certify.md), not for `both`.
     def perturbed(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
     ) -> Any:
@@ -163,7 +163,7 @@ def objective_of(
 def train(
     way: Way, seed: int, settings: Settings, images: tuple[Any, Any], console: Console
 ) -> tuple[ApplyFn, Params, float]:
-    """Return a net, its parameters, and the seconds of their training."""
+    """Train a net; return it, its parameters, and the seconds that training took."""
     method = recipes.Robust(
         settings.widths, settings.epochs, settings.lr, average=settings.average,
         eps=settings.train_eps, warmup=settings.warmup, shift=settings.shift,
@@ -195,7 +195,7 @@ def train(
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    """Return all that a row depends on, but its method and its seed, as JSON has it."""
+    """Return everything that a row depends on except its method and seed, in JSON's types."""
     kept = settings.without("methods", "seeds", "out")
     return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
 
@@ -218,7 +218,8 @@ def measure(
         certify.certify, sigma=sigma, radii=settings.radii, alpha=alpha, n0=settings.n0,
         stages=settings.stages, key=certify_key, batch_size=settings.eval_batch,
     )  # fmt: skip
-    certified(lambda _, x: x.reshape(len(x), -1), None, x[:0])  # what it refuses, before training
+    # On no images: settings that can't be used raise an error before training.
+    certified(lambda _, x: x.reshape(len(x), -1), None, x[:0])
     apply_fn, params, train_seconds = train(way, seed, settings, images, console)
     files.save(settings.out / f"{name}.safetensors", params, interface=data.MNIST)
     start = time.perf_counter()
@@ -249,7 +250,7 @@ def measure(
             apply_fn, params, x + r, sigma=sigma, alpha=alpha, n=settings.attack_draws,
             key=keys.pop(), batch_size=settings.eval_batch, store=folder / f"predict-{size:g}",
         )  # fmt: skip
-        # What is broken within a smaller ball is broken within this one.
+        # Images broken within a smaller ball are broken within this one.
         before = broken[i] = before | ((moved.label != y) & ~moved.abstained)
         columns[f"attacked@{size:g}"] = evaluate.accuracy(~before)
         at_once = before & right & (found.radius >= size)
@@ -276,7 +277,7 @@ def measure(
 
 
 def run(settings: Settings, console: Console) -> list[CertifyRow]:
-    """Measure each net; return these rows and those of earlier runs."""
+    """Measure each net; return the rows of this and of earlier runs."""
     settings.out.mkdir(parents=True, exist_ok=True)
     images = data.mnist()
     train_x, train_y = images.train_images, images.train_labels
@@ -301,7 +302,7 @@ def run(settings: Settings, console: Console) -> list[CertifyRow]:
 
 
 def as_markdown(rows: Sequence[CertifyRow]) -> list[str]:
-    """Return a table of a line for each net."""
+    """Return a table with a line for each net."""
     names = list(dict.fromkeys(name for row in rows for name in row.columns))
     sizes = list(dict.fromkeys(name.partition("@")[2] for name in names if "@" in name))
     bounds = [f"{kind}@{size}" for size in sizes for kind in ("certified", "attacked")]
@@ -317,12 +318,12 @@ def as_markdown(rows: Sequence[CertifyRow]) -> list[str]:
     heading = ("Training", "Sigma", "Seed", "Images", "Clean", *bounds)
     first = rows[0]
     return [
-        "# Certified beside attacked: smoothed LeNets on MNIST",
+        "# Certified and attacked accuracy of smoothed LeNets on MNIST",
         "",
-        "Accuracy of the smoothed classifier: certified, a lower bound, and attacked, an upper "
-        f"one, at the same l2 sizes; alpha {first.alpha:g} for each image. Both: images that are "
-        "certified and broken at once. Draws: mean number for each image. Minutes of training and "
-        "of certifying.",
+        "Accuracy of the smoothed classifier at the same l2 sizes: certified (a lower bound) and "
+        f"attacked (an upper bound), with alpha {first.alpha:g} for each image. Both: number of "
+        "images both certified and broken. Draws: mean number per image. Training and Certifying: "
+        "minutes.",
         "",
         *tables.markdown((*heading, "Both", "Draws", "Training", "Certifying"), cells),
         "",
@@ -330,9 +331,9 @@ def as_markdown(rows: Sequence[CertifyRow]) -> list[str]:
         "",
         "![Certified and attacked accuracy against size](certify.png)",
         "",
-        "What is broken within a size is broken within larger ones, so the band between the bounds "
-        "falls by steps. Draws stop once the sizes of the table are decided: at others the line is "
-        "a bound, too, but more draws would raise it.",
+        "An image broken at one size is broken at every larger one, so the upper bound falls in "
+        "steps. Draws stop once the sizes of the table are decided: elsewhere the line is still a "
+        "lower bound, but more draws would raise it.",
         "",
     ]
 

@@ -1,20 +1,21 @@
-"""Table 3 of the paper: five ways of training a classifier of CIFAR-10, each attacked.
+"""Table 3 of the paper: five ways of training a CIFAR-10 classifier, each attacked.
 
     python experiments/cifar10.py                       # downloads CIFAR-10; hours on 2 CPU cores
     python experiments/cifar10.py --image-folder DIR    # images as DIR/{train,test}/CLASS/*.png
     python experiments/cifar10.py --width 1             # the paper's sizes, for a GPU or TPU
-    python experiments/cifar10.py --quick               # a few minutes, to see it work
+    python experiments/cifar10.py --quick               # a few minutes, to see that it works
     python experiments/cifar10.py --help                # every setting
 
-Trains the net of Section 7.2 (Huang et al., 2015), all its layers' sizes multiplied by --width, by
-Normal, Dropout, Goodfellow's method, LWA and LWA_Rep, on random 28x28 crops and mirror images drawn
-anew in every step, and scores the centre crops of the test images. Pixels are (px - 117) / 256, as
-the paper says. The tables are at l2 size 0.5, which the paper names, and at 0.25, which is what its
-released code calls 0.5: that has (px - 128) / 128. (In pixels of [0, 1] these are .502 and .251.)
+Trains the net of Section 7.2 (Huang et al., 2015), with the size of every layer multiplied by
+--width, by Normal, Dropout, Goodfellow's method, LWA and LWA_Rep, on random 28x28 crops and mirror
+images drawn anew in every step, and scores the centre crops of the test images. Pixels are
+(px - 117) / 256, as the paper says. The tables are at l2 size 0.5, which the paper names, and at
+0.25, which its released code calls 0.5 because it scales pixels as (px - 128) / 128. (With pixels
+in [0, 1] these sizes are .502 and .251.)
 
 Writes results.json, results.md, figures and each net's weights to --out, and resumes after an
 interruption from the checkpoint of the last epoch. With --holdout 5000 the nets are trained on
-45,000 images and scored on the 5,000 held out.
+45,000 images and scored on the other 5,000.
 """
 
 from __future__ import annotations
@@ -57,15 +58,15 @@ class Settings(train_and_score.Settings):
     image_folder: Path | None = None
     """Read images from here, DIR/{train,test}/CLASS/*, instead of downloading them."""
     quick: bool = False
-    """One epoch of a narrow net and 500 test images, into another folder, unless set otherwise."""
+    """Train a narrow net for one epoch, score 500 images, and use another folder by default."""
     width: Positive = 0.25
-    """Times the paper's 128 and 256 channels and the dense layers' widths."""
+    """Factor for the paper's 128 and 256 channels and for the widths of the dense layers."""
     methods: Several[PaperMethod] = ("normal", "dropout", "goodfellow", "lwa", "lwa_rep")
     """Which rows of the table."""
     out: OutputFolder = Path("runs/cifar10")
     """Where results, figures, weights and checkpoints go."""
     n_pgd: Count = 1000
-    """How many images, at most, are attacked by PGD, and scored after each epoch."""
+    """Most images attacked by PGD, and scored after each epoch."""
     eps: Several[Size] = (0.5, 0.25)
     """l2 sizes of the perturbations in the tables."""
     curve: Several[Size] = tuple(np.arange(0, 1.01, 0.1).round(1).tolist())
@@ -75,12 +76,12 @@ class Settings(train_and_score.Settings):
     eval_batch: Count = 250
     """Images perturbed at once when a net is scored."""
     weight_decay: Size = 5e-4
-    """Added to the gradients of the kernels, per unit of weight."""
+    """L2 penalty on the kernels: this times the weights is added to their gradients."""
     lr_warmup: Whole = 1
     """Epochs over which the learning rate rises from 0."""
     normal: Method = Method((2048, 2048), epochs=16, lr=0.02)
     dropout: Method = Method((2048, 2048), epochs=16, lr=0.02, dropout=0.5)
-    # The sign direction at an l2 size, as the authors ran it.
+    # The sign direction rescaled to an l2 size, as in the authors' code.
     goodfellow: Adversarial = Adversarial(
         (2048, 2048),
         epochs=16,
@@ -91,21 +92,21 @@ class Settings(train_and_score.Settings):
         warmup=4,
     )
     lwa: Adversarial = Adversarial((2048, 2048), epochs=40, lr=0.02, eps=0.2, warmup=10)
-    # Of ||h||; Table 1's 0.12 is too large for this net.
+    # Relative to ||h||; Table 1's 0.12 is too large for this net.
     lwa_rep: Adversarial = Adversarial(
         (2048, 2048), epochs=16, lr=0.02, objective="representation", eps=0.03, warmup=10
     )
 
     def nets(self) -> dict[str, Method]:
-        """Return how each net of the table is made, by its name."""
+        """Return how to train each net of the table, by name."""
         return {name: getattr(self, name) for name in self.methods}
 
 
 def crop_and_mirror(key: jax.Array, pixels: jax.Array) -> jax.Array:
-    """Return a random crop of each image, mirrored with probability one half, scaled.
+    """Return a random crop of each image, scaled, and mirrored with probability one half.
 
     Args:
-      key: what is drawn from.
+      key: random key.
       pixels: `[B, H, W, 3]` uint8.
 
     Returns:
@@ -125,15 +126,15 @@ def crop_and_mirror(key: jax.Array, pixels: jax.Array) -> jax.Array:
 
 
 def _scale(pixels: jax.Array) -> jax.Array:
-    """`data.CIFAR10_CROPS` on the device: training images stay uint8, a quarter of the memory."""
+    """Scale as `data.CIFAR10_CROPS` does, on the device, where uint8 images save memory."""
     return (pixels.astype(jnp.float32) - 117) / 256
 
 
 def load(settings: Settings) -> tuple[Images, Images, str, tuple[str, ...]]:
-    """Return images to train on, as pixels, and to score, cropped and scaled; source; classes.
+    """Return training images (as pixels), images to score (cropped, scaled), source and classes.
 
     Raises:
-      ValueError: if a folder's images aren't colour images of the crop's size or more in ten
+      ValueError: if a folder's images aren't colour images, at least as large as the crop, of ten
         classes.
     """
     folder = settings.image_folder
@@ -146,12 +147,12 @@ def load(settings: Settings) -> tuple[Images, Images, str, tuple[str, ...]]:
         )
     if channels != 3:
         raise options.UsageError(
-            f"expected colour images, got grey ones in {folder}; convert them to RGB"
+            f"expected colour images, got greyscale ones in {folder}; convert them to RGB"
         )
     if len(cifar.classes) != 10:
         raise options.UsageError(
-            f"expected the 10 classes of CIFAR-10, got {len(cifar.classes)} in {folder}; train and "
-            "test must each have a folder for each class"
+            f"expected the 10 classes of CIFAR-10, got {len(cifar.classes)} in {folder}; put one "
+            "folder per class into both train and test"
         )
     train, score = train_and_score.parts(settings, cifar)
     chosen = data.order("cifar10", len(score[1]))[: settings.n_eval]
@@ -185,7 +186,7 @@ def make_task(settings: Settings) -> train_and_score.Task:
         interface=data.CIFAR10_CROPS._replace(classes=classes),
         augment=crop_and_mirror,
         box=tuple(_scale(jnp.array([0, 255], jnp.uint8)).tolist()),
-        stored=jnp.float16,  # half as large: 4 MB at a quarter of the width
+        stored=jnp.float16,  # half the size of float32: 4 MB at a quarter of the width
     )
 
 
@@ -211,13 +212,13 @@ def main() -> None:
     which = "images held out of the training set" if settings.holdout else "test images"
     epochs = {row.method: row.epochs for row in rows}
     notes = [
-        f"Times {settings.width:g} the paper's channels and dense widths; epochs: "
+        f"Channels and dense widths are {settings.width:g} times the paper's; epochs: "
         + ", ".join(
             f"{name} {epochs[method]}" for method, name in NAMES.items() if method in epochs
         )
         + f"; images from {rows[0].settings['data']}.",
-        f"Fixed is made on a Normal net of seed {settings.fixed_seed}, which itself scores "
-        f"{tables.fixed_source(rows)} on it at l2 size {rows[0].eps:g}.",
+        f"The Fixed set is made on a Normal net of seed {settings.fixed_seed}, whose own accuracy "
+        f"on it is {tables.fixed_source(rows)} at l2 size {rows[0].eps:g}.",
         tables.pgd_note(rows, settings.pgd_steps),
         tables.seeds(rows, NAMES),
     ]

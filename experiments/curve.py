@@ -1,14 +1,14 @@
-"""Robust accuracy of a net at every size, beside AutoAttack's at some.
+"""Robust accuracy of a net at every size, next to AutoAttack's at a few.
 
     python experiments/curve.py experiments/results/mnist_mlp/lwa/params.safetensors --eps 1 1.5 2
     python experiments/curve.py --help   # every setting; NET and the images are as in evaluate.py
 
-`evaluate.distances` finds the least perturbation of each image, once. From these follow the median
-and the robust accuracy at any size. At the sizes of --eps the attacks of --attacks run as well.
+`evaluate.distances` finds the smallest perturbation of each image, once. These give the median and
+the robust accuracy at any size. The attacks of --attacks also run, at the sizes of --eps.
 
-What is finished is kept in --out: the same command goes on after an interruption. Writes
-results.json, results.md, curve.png, and the sizes of each image, NET-NORM.npz; rows of other nets
-and norms are kept, and drawn beside. The attacks' own rows are in --out/attacks.
+Finished work is kept in --out, and the same command resumes after an interruption. Writes
+results.json, results.md, curve.png, and the size for each image to NET-NORM.npz. Rows of other nets
+and norms are kept, and drawn in the same figure. The attacks' own rows are in --out/attacks.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from experiments.lib.records import CurveRow, RobustRow
 
 @dataclasses.dataclass(frozen=True)
 class Settings(evaluation.Settings):
-    """Find the least perturbation of each image, and the accuracy at every size."""
+    """Find the smallest perturbation of each image, and the accuracy at every size."""
 
     attacks: Several[AttackName] = ("standard",)
-    """What else to run, at the sizes of --eps."""
+    """Attacks to compare with, at the sizes of --eps."""
     budget: Annotated[int, Range(ge=600)] = 2000
-    """Forward plus backward passes that the search may take for each image."""
+    """Most forward plus backward passes that the search may take per image."""
     out: OutputFolder = Path("runs/curve")
     """Where results go."""
 
 
 def run(settings: Settings, console: Console) -> list[CurveRow]:
-    """Measure the net; return its row and those of earlier runs."""
+    """Measure the net; return the rows of this and of earlier runs."""
     of_attacks = {
         field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)
     }
@@ -97,7 +97,7 @@ def _place(row: CurveRow) -> tuple[Any, ...]:
 
 
 def as_markdown(rows: Sequence[CurveRow]) -> list[str]:
-    """Return a table of each net's accuracy by the distances, and by the attacks."""
+    """Return a table of each net's accuracy by the smallest perturbations, and under attacks."""
     cells = []
     for row in rows:
         for eps, accuracy in row.accuracy.items():
@@ -108,14 +108,14 @@ def as_markdown(rows: Sequence[CurveRow]) -> list[str]:
                 for name, robust in others.items()
             ]  # fmt: skip
     headings = (
-        "Net", "Norm", "Images", "Median size", "Size", "By distances", "Attack", "By this",
+        "Net", "Norm", "Images", "Median size", "Size", "Accuracy", "Attack", "Under attack",
         "Difference",
     )  # fmt: skip
     budgets = " or ".join(f"{budget:,}" for budget in sorted({row.budget for row in rows}))
     return [
-        "# Robust accuracy by the least perturbations",
+        "# Robust accuracy from the smallest perturbations",
         "",
-        f"{budgets} passes for each image, all attacks together. {rows[0].device}, "
+        f"{budgets} passes per image, over all attacks of the search. {rows[0].device}, "
         f"jax {rows[0].versions['jax']}.",
         "",
         *tables.markdown(headings, cells),

@@ -1,25 +1,25 @@
-"""Robust accuracy of any net: saved weights or a function of one's own, under any attack.
+"""Robust accuracy of any net, from saved weights or as your own function, under any attack.
 
     python experiments/evaluate.py experiments/results/mnist_mlp/lwa/params.safetensors --eps 1.5
     python experiments/evaluate.py mymodule:apply_fn --weights w.safetensors --data DIR --eps 0.5
     python experiments/evaluate.py --help        # every setting
 
-NET is a file of weights that an experiment of this folder wrote (the net is recognised by their
-shapes), or `module:function` for one's own `(params, x) -> logits`, whose params are the arrays of
---weights, nested by the parts of their names between "/" (None without).
+NET is a file of weights that a command of this folder wrote (the net is recognised by their
+shapes), or `module:function` for your own `(params, x) -> logits`. The function's params are the
+arrays of --weights, nested by the parts of their names between "/" (None without --weights).
 
-A file of weights says which classes its net knows, the size of its images, and how pixels become
-its inputs, if `weights.save` was given them, as train.py and the experiments do. Then images
-are scaled as it says, labels are matched to its logits by the names of the classes, and what
-contradicts it is an error. Otherwise the data's classes are taken to be the net's, in their order.
+A file of weights written by train.py or the experiments also records the net's classes, the size of
+its images, and how pixels are scaled to inputs. Images are then scaled in this way, labels are
+matched to logits by class name, and anything that contradicts the file is an error. For other files
+and functions, the data's classes are taken to be the net's, in the same order.
 
---attacks names what to run: `standard` is AutoAttack's ensemble, whose members have their own names
-too; `check` looks for signs that the figures shouldn't be believed. Images are attacked in blocks;
-each block is saved when it is done, and after an interruption the same command resumes. Writes
-results.json and results.md to --out, and keeps their rows of other nets, sizes and attacks.
+--attacks names what to run: `standard` is AutoAttack's ensemble, whose members also have names of
+their own; `check` looks for signs that the figures can't be trusted. Images are attacked in blocks;
+each block is saved once it is finished, and after an interruption the same command resumes. Writes
+results.json and results.md to --out, and keeps the rows there of other nets, sizes and attacks.
 
---certify SIGMA adds lower bounds at the same l2 sizes: not for the net that is attacked, but for
-the classifier that smoothing by Gaussian noise makes of it, in a line of its own (docs/certify.md).
+--certify SIGMA adds lower bounds at the same l2 sizes. They hold not for the attacked net itself
+but for its smoothing by Gaussian noise, which has its own line in the table (docs/certify.md).
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""The fast ensemble beside AutoAttack: its verdicts, its passes, its time.
+"""The fast ensemble compared with AutoAttack: verdicts, passes and time.
 
     python experiments/fast.py                                    # hours on 2 CPU cores
     python experiments/fast.py --nets mnist_mlp/lwa --norms l2    # minutes
     python experiments/fast.py --image-folder DIR                 # where CIFAR-10 is
-    python experiments/fast.py --published                        # `reference` says how to install
+    python experiments/fast.py --published                        # to install: see reference.py
 
-Attacks the nets on record in the pixel range, by both ensembles and with several seeds. Passes are
-those that the machine has executed, for each image. Seconds are without compilation, and count only
-where the row's `machine` says that it was quiet. With --orders, accuracies after one, two, ...
-targets of APGD say which order of the targets is the best.
+Attacks the recorded nets within the pixel range, by both ensembles and with several seeds. Passes
+are those executed, per image, padding included. Seconds exclude compilation; the table uses only
+rows whose `machine` says that the machine was quiet. With --orders, accuracies after one, two, ...
+targets of APGD show which order of targets is best.
 
-Batches are kept in --out: the same command takes up what was interrupted. Writes results.json,
+Batches are kept in --out, and the same command resumes an interrupted run. Writes results.json,
 results.md, and the verdicts on each image to NET-NORM-SEED.npz.
 """
 
@@ -51,7 +51,7 @@ EPS: Mapping[tuple[str, Norm], float] = {
     ("mnist", "l2"): 1.5,
     ("mnist", "linf"): 0.1,
     ("cifar10", "l2"): 0.5,
-    ("cifar10", "linf"): 2 / 256,  # two levels of a pixel
+    ("cifar10", "linf"): 2 / 256,  # two grey levels
 }
 TARGETS = (1, 2, 3, 5, 9)
 ORDERS = ("logit", "distance", "alpha")
@@ -62,17 +62,17 @@ class Settings(Checked):
     """Compare the fast ensemble with AutoAttack."""
 
     nets: Several[NetName] = NETS
-    """Which nets on record."""
+    """Which recorded nets."""
     norms: Several[Literal["l2", "linf"]] = ("l2", "linf")
     """Which norms: l2 1.5 and linf 0.1 for MNIST, l2 0.5 and linf 2/256 for CIFAR-10."""
     seeds: Several[Seed] = (0, 1, 2)
-    """Seeds of both."""
+    """Random seeds of both ensembles."""
     n: Count = 1000
     """How many test images."""
     published: bool = False
-    """Whether to run the published AutoAttack as well, on the first seed."""
+    """Whether to run the published AutoAttack too, with the first seed."""
     orders: bool = False
-    """Whether to compare the orders of targets as well, on the first seed."""
+    """Whether to compare orders of targets too, with the first seed."""
     image_folder: Path | None = None
     """Read CIFAR-10 from here, DIR/{train,test}/CLASS/*, instead of downloading it."""
     folder: Path = RESULTS
@@ -83,14 +83,14 @@ class Settings(Checked):
 
 @cache
 def in_order(norm: Norm, order: Literal["logit", "distance", "alpha"]) -> dict[str, PerturbFn]:
-    """Return APGD toward more and more targets; the same objects each time."""
+    """Return APGD toward growing numbers of targets; the same objects each time."""
     targeted = partial(attack.apgd_multitargeted, norm=norm, order=order)
     return {str(n): partial(targeted, n_targets=n) for n in TARGETS}
 
 
 @contextmanager
 def compiling() -> Any:
-    """Count the seconds that are spent on lowering and compiling."""
+    """Count the seconds spent on lowering and compiling."""
     spent = [0.0]
 
     def add(event: str, duration_secs: float, **_: Any) -> None:
@@ -107,7 +107,7 @@ def compiling() -> Any:
 def measure(
     net: str, norm: Norm, seed: int, problem: Problem, settings: Settings, console: Console
 ) -> FastRow:
-    """Attack a net by both ensembles."""
+    """Attack a net by both ensembles; return its row."""
     eps = EPS["cifar10" if net.startswith("cifar10") else "mnist", norm]
     name = f"{net.replace('/', '-')}-{norm}-{seed}"
     attack_by = partial(
@@ -156,7 +156,7 @@ def measure(
 
 
 def run_published(problem: Problem, eps: float, norm: Norm, seed: int) -> tuple[float, float]:
-    """Return the seconds of the published AutoAttack, and the accuracy that it leaves."""
+    """Run the published AutoAttack; return its seconds and the robust accuracy."""
     pytorch.need("torch", "autoattack")
     import torch
 
@@ -173,7 +173,7 @@ def run_published(problem: Problem, eps: float, norm: Norm, seed: int) -> tuple[
 
 
 def run(settings: Settings, console: Console) -> list[FastRow]:
-    """Compare both on each net; return the rows of these and of earlier runs."""
+    """Compare both ensembles on each net; return the rows of this and of earlier runs."""
     settings.out.mkdir(parents=True, exist_ok=True)
     results = settings.out / "results.json"
     for net in settings.nets:
@@ -220,18 +220,18 @@ def as_markdown(rows: Sequence[FastRow]) -> list[str]:
                 order_cells.append([net, norm, order, *(f"{robust:.4f}" for robust in left)])
     first = rows[0]
     lines = [
-        "# The fast ensemble beside AutoAttack",
+        "# The fast ensemble compared with AutoAttack",
         "",
-        "Robust accuracy of test images in the pixel range, mean over seeds; passes (forward and "
-        "backward) that the machine executed for each image, padding included; seconds without "
-        "compilation, the median of runs on a quiet machine.",
+        "Robust accuracy on test images perturbed within the pixel range, mean over seeds; forward "
+        "plus backward passes executed per image, padding included; seconds without compilation, "
+        "median of the runs on a quiet machine.",
         "",
         *tables.markdown(headings, cells),
         "",
     ]
     if order_cells:
         lines += [
-            "Accuracy after APGD, 100 steps each, toward the first n targets by each order:",
+            "Accuracy after APGD, 100 steps each, toward the first n targets in each order:",
             "",
             *tables.markdown(("Net", "Norm", "Order", *map(str, TARGETS)), order_cells),
             "",

@@ -1,12 +1,12 @@
-"""The same awkward questions put to several libraries for adversarial examples.
+"""How several libraries of adversarial attacks answer the same awkward questions.
 
     pip install -e ".[bench]"
     pip install "git+https://github.com/fra31/auto-attack@a39220048b3c9f2cca9a4d3a54604793c68eca7e"
     python experiments/features.py
 
-Each question is put to each library on the Normal net of Table 1's record: PGD of 40 steps in l2
-(APGD on the cross-entropy for AutoAttack), in the pixel range. Writes results.json and results.md
-to --out.
+Each question is put to each library's l2 PGD of 40 steps (for AutoAttack, to APGD on the
+cross-entropy) on the Normal net of Table 1's record, within the pixel range. Writes results.json
+and results.md to --out.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ Attack = Callable[[Mapping[str, Any], Any, Any, Any], Images]
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Checked):
-    """Put the questions."""
+    """Put the questions to each library."""
 
     n: Annotated[int, Range(ge=5)] = 50
     """Test images."""
     eps: Size = 1.5
     """l2 size."""
     out: OutputFolder = Path("runs/features")
-    """Where the answers go."""
+    """Where results go."""
 
 
 def by_us(params: Mapping[str, Any], x: Any, y: Any, eps: Any) -> Images:
@@ -83,7 +83,7 @@ ATTACKS: Mapping[str, Attack] = {
 
 
 def asked(question: Callable[[Attack], str], perturb: Attack) -> str:
-    """Return a library's answer, an error included."""
+    """Return a library's answer, or the error that it raises."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
@@ -96,7 +96,7 @@ def asked(question: Callable[[Attack], str], perturb: Attack) -> str:
 def questions(
     params: Mapping[str, Any], x: Images, y: NDArray[Any], eps: float
 ) -> dict[str, Callable[[Attack], str]]:
-    """Return the questions: functions from an attack to its answer."""
+    """Return the questions, as functions from an attack to its answer."""
     net = models.recognised(dict(params), x.shape[1:])
     apply_fn = models.function(net)
 
@@ -143,7 +143,7 @@ def questions(
 
 
 def flagged(problem: problems.Problem) -> dict[str, str]:
-    """Return whether each library's checks flag a net that returns probabilities."""
+    """Return, for each library, whether its checks flag a net that returns probabilities."""
     import torch
 
     def probabilities(params: Any, x: jax.Array, /) -> jax.Array:
@@ -184,7 +184,7 @@ def as_markdown(row: FeaturesRow) -> list[str]:
 
 
 def run(settings: Settings, console: Console) -> FeaturesRow:
-    """Ask everything; return the answers.
+    """Put every question to every library; return the answers.
 
     Raises:
       ModuleNotFoundError: if one of the libraries isn't installed.

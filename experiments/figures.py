@@ -1,7 +1,7 @@
 """Every figure of the results, drawn from nothing but their JSON files.
 
-python experiments/figures.py               # all records in experiments/results
-python experiments/figures.py runs/mnist_mlp    # those of a run
+python experiments/figures.py                   # all records in experiments/results
+python experiments/figures.py runs/mnist_mlp    # one run
 """
 
 from __future__ import annotations

@@ -3,15 +3,15 @@
     python experiments/gallery.py                # all pictures, a few minutes
     python experiments/gallery.py --pictures boundaries
 
-Made from the nets recorded in experiments/results and a few small ones trained on the spot:
+Uses the nets recorded in experiments/results and a few small ones trained on the spot:
 
-- `robust`: four digits that PGD makes the Normal net mistake, and what it does to LWA.
-- `digits`: one net's adversarial digits by each method, with the perturbations.
-- `gradients`: the direction that hurts a net most, without and with LWA.
-- `boundaries`: two classes of points in the plane, and where nets divide them.
-- `accuracy`: robust accuracy against size: one step, PGD, and AutoAttack's points from the board.
-- `surface`: the margin around an image, of a net that misleads one step and of one that doesn't.
-- `saturation`: how the gradients of a softmax die in float32, and what is done about it here.
+- `robust`: four digits on which PGD fools the Normal net, and what PGD does to the LWA net.
+- `digits`: adversarial digits for one net, by each method, with their perturbations.
+- `gradients`: the direction of steepest loss for nets trained without and with LWA.
+- `boundaries`: the decision boundaries of nets between two classes of points in the plane.
+- `accuracy`: robust accuracy against size, for one step, PGD, and AutoAttack (from the board).
+- `surface`: the margin around an image, for a net that masks its gradients and one that doesn't.
+- `saturation`: how a softmax's gradients vanish in float32, and how this library avoids it.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Settings(Checked):
     """Draw the gallery."""
 
     pictures: Several[Picture] = PICTURES
-    """Which of them."""
+    """Which pictures to draw."""
     n: Count = 1000
-    """Test images, where a picture counts."""
+    """Test images for pictures that show rates."""
     eps: Size = 1.5
     """l2 size of the perturbations shown."""
     seed: Seed = 0
@@ -76,7 +76,7 @@ def method_of(net: str) -> str:
 
 
 def robust(settings: Settings) -> Figure:
-    """Draw digits that PGD makes the Normal net mistake, and what PGD does to the LWA net."""
+    """Draw digits on which PGD fools the Normal net, and what PGD does to the LWA net."""
     pgd = partial(attack.pgd, eps=settings.eps, bounds=BOX)
     perturbed = {}
     for method in ("normal", "lwa"):
@@ -88,20 +88,20 @@ def robust(settings: Settings) -> Figure:
     normal = perturbed["normal"]
     fooled = np.flatnonzero((normal.before == labels) & (normal.after != labels))
     _, first = np.unique(labels[fooled], return_index=True)
-    chosen = fooled[np.sort(first)[:4]]  # of four classes
+    chosen = fooled[np.sort(first)[:4]]  # from four classes
     shown = {
         method: figures.Digits(*(values[chosen] for values in found))
         for method, found in perturbed.items()
     }
     figure = _draw_digits(settings.out / "robust.json", x[chosen], labels[chosen], shown)
-    figure.set_size_inches(5.2, 6.9)  # on a phone, less than half of that: hence large letters
+    figure.set_size_inches(5.2, 6.9)  # shown at less than half this size on a phone
     for text in figure.findobj(Text):
         text.set_fontsize(13)
     return figure
 
 
 def digits(settings: Settings) -> Figure:
-    """Draw digits that the recorded Normal net takes for others, by each method."""
+    """Draw adversarial digits for the recorded Normal net, by each method."""
     problem = problems.recorded("mnist_mlp/normal", 8)
     x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
     key = jax.random.key(settings.seed)
@@ -158,7 +158,7 @@ def gradients(settings: Settings) -> Figure:
 
 
 def moons(rng: np.random.Generator, n: int) -> tuple[jax.Array, jax.Array]:
-    """Return points `[n, 2]` of two crescents that reach into each other, and their labels."""
+    """Return points `[n, 2]` of two interleaved crescents, and their labels."""
     y = rng.integers(0, 2, n)
     angle = np.pi * rng.random(n) + np.pi * y
     centre = np.stack([y * 1.0, y * 0.5], axis=1)
@@ -168,7 +168,7 @@ def moons(rng: np.random.Generator, n: int) -> tuple[jax.Array, jax.Array]:
 
 
 def boundaries(settings: Settings) -> Figure:
-    """Train nets in the plane and draw where they divide it."""
+    """Train nets on points in the plane, and draw their decision boundaries."""
     rng = np.random.default_rng(settings.seed)
     x, y = moons(rng, 300)
     net = models.Classifier((100, 100), classes=2)
@@ -229,7 +229,7 @@ def accuracy(settings: Settings) -> Figure:
                 r = perturbed(problem.params, x, y, eps=eps)
                 left.append(float((clean & problem.correct(x + r)).mean()))
             panel.plot(sizes, left, style, color=COLOURS[index], label=f"{method_of(net)}: {name}")
-        ensemble = net, "l2", "standard", settings.n  # of the same images
+        ensemble = net, "l2", "standard", settings.n  # on the same images
         points = {
             row.eps: row.columns["robust"]
             for row in attacked
@@ -251,7 +251,7 @@ def accuracy(settings: Settings) -> Figure:
 
 
 def surface(settings: Settings) -> Figure:
-    """Draw the margin around an image that one step doesn't find the way out of, and PGD does."""
+    """Draw the margin around an image on which one step fails and PGD succeeds."""
     nets = ("mnist_lenet/lwa", "mnist_lenet/lwa_multi")
     figure, panels = plt.subplots(
         1, len(nets), figsize=(5.4 * len(nets), 4.6), layout="constrained"
@@ -265,7 +265,7 @@ def surface(settings: Settings) -> Figure:
         missed = np.flatnonzero(problem.correct(x + one) & ~problem.correct(x + many))
         if not missed.size:
             raise ValueError(
-                f"expected an image that one step misses and PGD doesn't, got none of "
+                f"expected an image on which one step fails and PGD succeeds, got none among "
                 f"{settings.n} for {net}; raise --n"
             )
         i = int(missed[0])
@@ -304,7 +304,7 @@ def surface(settings: Settings) -> Figure:
 
 
 def exact_direction(problem: problems.Problem, scale: float) -> NDArray[np.float64]:
-    """Return the unit gradient of a dense net's margin in float64, `[n, 784]`, logits scaled."""
+    """Return a dense net's unit margin gradients `[n, 784]`, in float64, with scaled logits."""
     layers = problem.params["params"]
     names = [*sorted(name for name in layers if name != "logits"), "logits"]
     weights = [np.asarray(layers[name]["kernel"], np.float64) for name in names]
@@ -324,7 +324,7 @@ def exact_direction(problem: problems.Problem, scale: float) -> NDArray[np.float
 
 
 def saturation(settings: Settings) -> Figure:
-    """Draw how much of the gradient's direction is left as a net grows confident."""
+    """Draw how well the gradient's direction survives as a net's confidence grows."""
     problem = problems.recorded("mnist_mlp/normal", settings.n)
     x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
     scales = np.geomspace(0.1, 1000, 17)
@@ -380,7 +380,7 @@ DRAW: Mapping[Picture, Callable[[Settings], Figure]] = {
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Draw the pictures that are asked for."""
+    """Draw the chosen pictures."""
     settings.out.mkdir(parents=True, exist_ok=True)
     for name in settings.pictures:
         path = settings.out / f"{name}.png"

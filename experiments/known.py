@@ -1,11 +1,11 @@
-"""Least perturbations of two nets with published figures: an independent check.
+"""The smallest perturbations of two nets with published figures: an independent check.
 
     pip install -e ".[bench]"
     git clone https://github.com/BorealisAI/advertorch
     python experiments/known.py advertorch/advertorch_examples/trained_models
 
 advertorch ships two LeNets for MNIST, one trained normally and one adversarially, by PGD in linf.
-For each it prints the median l2 size of DDN's and of FAB's perturbations: 1.388 and 1.423 for the
+For each it publishes the median l2 sizes of DDN's and FAB's perturbations: 1.388 and 1.423 for the
 first net, 1.872 and 3.04 for the second. The second net masks its gradients, hence the gap between
 the two attacks; `evaluate.check` should report it.
 
@@ -41,7 +41,7 @@ BOX = (0.0, 1.0)
 
 
 class Published(NamedTuple):
-    """What advertorch's benchmarks print of a net: accuracy, and median l2 sizes of two attacks."""
+    """A net's accuracy and the median l2 sizes of two attacks in advertorch's benchmarks."""
 
     clean: float
     ddn: float
@@ -56,14 +56,14 @@ NETS: Mapping[str, Published] = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Checked):
-    """Find least perturbations of advertorch's nets."""
+    """Find the smallest perturbations of advertorch's nets."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Where the two files of weights are."""
+    """Folder of the two files of weights."""
     n: Count = 1000
-    """Images attacked: the first ones that the net classifies correctly."""
+    """Images attacked: the first n that the net classifies correctly."""
     steps: Count = 1000
-    """Steps of DDN and FMN, as many as the published DDN's."""
+    """Steps of DDN and FMN; the default is that of the published DDN."""
     check_eps: Size = 1.5
     """l2 size for `evaluate.check`."""
     n_check: Count = 300
@@ -75,7 +75,7 @@ class Settings(Checked):
 
 
 def load(path: Path) -> Params:
-    """Return a LeNet5 of advertorch as the parameters of a net of `models`.
+    """Return the parameters of an advertorch LeNet5, for a net of `models`.
 
     Raises:
       ModuleNotFoundError: if PyTorch isn't installed.
@@ -84,8 +84,8 @@ def load(path: Path) -> Params:
     pytorch.need("torch")
     if not path.is_file():
         raise options.UsageError(
-            f"expected advertorch's weights, got no {path}; the first lines of --help say where "
-            "they are from"
+            f"expected advertorch's weights, got no {path}; the first lines of --help show where "
+            "to get them"
         )
     import torch
 
@@ -95,7 +95,7 @@ def load(path: Path) -> Params:
 
 @cache
 def minimal(steps: int) -> Mapping[str, PerturbFn]:
-    """Return the attacks; the same objects each time, so that they are compiled once."""
+    """Return the attacks; the same objects each time, so that they compile once."""
     return {
         "DDN": partial(attack.ddn, steps=steps),
         "FMN": partial(attack.fmn, steps=steps),
@@ -105,7 +105,7 @@ def minimal(steps: int) -> Mapping[str, PerturbFn]:
 
 
 def measure(name: str, params: Params, settings: Settings, console: Console) -> KnownRow:
-    """Attack and check a net of advertorch."""
+    """Attack and check a net of advertorch; return its row."""
     mnist = data.mnist()
     pixels = np.asarray(mnist.test_images, np.float32) / 255
     labels = np.asarray(mnist.test_labels)
@@ -118,7 +118,7 @@ def measure(name: str, params: Params, settings: Settings, console: Console) -> 
     least = np.full(len(y), np.inf)
     for attack_name, method in minimal(settings.steps).items():
         start = time.perf_counter()
-        # No eps: with one, FAB stops at the first r of that size.
+        # No eps: given one, FAB stops at the first r of that size.
         outcome = evaluate.attack_and_score(
             apply_fn, params, x, y, method, eps=None, bounds=BOX
         ).outcome
@@ -174,10 +174,10 @@ def as_markdown(rows: Sequence[KnownRow]) -> list[str]:
             *medians,
         ])  # fmt: skip
     return [
-        "# Least perturbations of advertorch's nets",
+        "# Smallest perturbations of advertorch's nets",
         "",
-        "Accuracy on the 10,000 test images, and the l2 size that misleads the net about half of "
-        f"{first.n:,} images that it has right, by each attack and by the best.",
+        "Accuracy on the 10,000 test images, and the median l2 size of the perturbations of "
+        f"{first.n:,} correctly classified images, by each attack and by the best for each image.",
         "",
         *tables.markdown(headings, cells),
         "",

@@ -1,11 +1,11 @@
-"""Appendix A of the paper on two digits of MNIST: what its propositions say, measured.
+"""Appendix A of the paper, measured on two digits of MNIST.
 
     python experiments/logistic.py          # about a minute on 2 CPU cores
     python experiments/logistic.py --help   # every setting
 
-Logistic regression without a bias, against the adversary whose best move has a closed form
-(`jaxadv.logistic`). Each proposition, in the form that is true (the print has slips, named below),
-gives numbers that must lie within stated bounds, and a figure. The run fails if one doesn't.
+Logistic regression without a bias has an optimal adversary in closed form (`jaxadv.logistic`). For
+each proposition, in corrected form (errors in the paper are noted below), the command measures
+numbers that must lie within stated bounds, and draws a figure. It fails if a bound is violated.
 
 Writes results.json, results.md and figures to --out.
 """
@@ -41,20 +41,20 @@ Digit = Annotated[int, Range(ge=0, le=9)]
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Checked):
-    """Measure Appendix A on two digits."""
+    """Measure the propositions of Appendix A on two digits."""
 
     digits: Annotated[tuple[Digit, Digit], distinct] = (3, 8)
     """The two classes, labelled -1 and +1."""
     n: Annotated[int, Range(ge=2)] = 400
-    """Images, the first of them in the training set, half of each class."""
+    """Number of images, half of each class: the first ones of the training set."""
     seed: Seed = 0
-    """What weights and segments are drawn from."""
+    """Random seed of weights and segments."""
     out: OutputFolder = Path("runs/logistic")
     """Where results and figures go."""
 
 
 class Claim(NamedTuple):
-    """A number and the bound that it must keep."""
+    """A number, and the bound that it must satisfy."""
 
     what: str
     value: float
@@ -63,13 +63,13 @@ class Claim(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether it keeps it."""
+        """Whether the number satisfies the bound."""
         relations = {"<=": operator.le, ">=": operator.ge, ">": operator.gt}
         return bool(relations[self.relation](self.value, self.bound))
 
 
 class Finding(NamedTuple):
-    """A proposition, what was measured, and the numbers its figure is drawn from."""
+    """A proposition, its claims, and the data of its figure."""
 
     proposition: str
     statement: str
@@ -89,10 +89,11 @@ def load(settings: Settings) -> tuple[jax.Array, jax.Array]:
 
 
 def margin(x: jax.Array, y: jax.Array) -> float:
-    r"""Return the gap between the classes, in l2, of the widest slab about a hyperplane through 0.
+    r"""Return the l2 width of the widest gap between the classes about a hyperplane through 0.
 
-    That is :math:`2 \max_w \min_i y_i w^\top x_i / \|w\|_2`, by the dual of the hard-margin support
-    vector machine: it is the distance from 0 of the hull of all :math:`y_i x_i`, doubled.
+    That is :math:`2 \max_w \min_i y_i w^\top x_i / \|w\|_2`. It is computed by the dual of the
+    hard-margin support vector machine, as twice the distance from 0 to the convex hull of all
+    :math:`y_i x_i`.
     """
     z = np.asarray(y[:, None] * x)
     gram = z @ z.T
@@ -111,7 +112,7 @@ def margin(x: jax.Array, y: jax.Array) -> float:
 
 
 def equation_6(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Finding:
-    """The closed form of the inner maximum, and Proposition 6 (Danskin) on it."""
+    """Check the closed form of the inner maximum, and Proposition 6 (Danskin) on it."""
     eps = 0.5
     gap, danskin = 0.0, 0.0
     for norm in NORMS:
@@ -132,9 +133,9 @@ def equation_6(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Finding:
         danskin = max(danskin, abs(float(gradient @ direction) / difference - 1))
     return Finding(
         "Equation 6, Proposition 6",
-        "max over ||r|| <= c of log(1 + exp(-y w.(x + r))) is log(1 + exp(-y w.x + c ||w||_*)) "
-        "(printed with the sign of the logarithm reversed), in l1, l2 and linf; and the gradient "
-        "of the maximum is the gradient at the maximiser, held constant.",
+        "The maximum over ||r|| <= c of log(1 + exp(-y w.(x + r))) is log(1 + exp(-y w.x + "
+        "c ||w||_*)) in l1, l2 and linf (the paper prints the logarithm with the opposite sign), "
+        "and its gradient is the gradient at the maximiser, held constant.",
         [
             Claim("loss at the adversary's point less the closed form", gap, "<=", 1e-12),
             Claim("gradient at the maximiser against a central difference, relative", danskin,
@@ -145,7 +146,7 @@ def equation_6(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Finding:
 
 
 def proposition_b(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Finding:
-    """Convexity along segments."""
+    """Check convexity along random segments."""
     t = jnp.linspace(0, 1, 41)
     worst = -np.inf
     lines: dict[str, list[float]] = {}
@@ -154,10 +155,10 @@ def proposition_b(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Findi
             jax.vmap(lambda w, norm=norm: logistic.objective(w, x, y, eps=0.3, norm=norm))
         )
         for draw in range(50):
-            scale = 0.1 if draw == 0 else 10.0 ** rng.uniform(-3, 0)  # the first one is drawn
+            scale = 0.1 if draw == 0 else 10.0 ** rng.uniform(-3, 0)  # the first one is plotted
             ends = jnp.asarray(rng.normal(size=(2, x.shape[1]))) * scale
             along = values(ends[:1] + jnp.outer(t, ends[1] - ends[0]))
-            # On an even grid, a convex function lies under the mean of its neighbours.
+            # On an even grid, a convex function is at most the mean of its neighbours.
             excess = (along[1:-1] - (along[:-2] + along[2:]) / 2) / along.max()
             worst = max(worst, float(excess.max()))
             if draw == 0:
@@ -172,7 +173,7 @@ def proposition_b(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Findi
 
 
 def proposition_c() -> Finding:
-    """The induced regulariser of the paper's example isn't convex."""
+    """Check that the induced regulariser of the paper's example isn't convex."""
     c = 0.5
     w = jnp.linspace(-8, 8, 161)
 
@@ -188,8 +189,8 @@ def proposition_c() -> Finding:
     return Finding(
         "C",
         "R(w) = log(1 + exp(-(w - c|w|))) - log(1 + exp(-w)), for x = y = 1 and c = .5, isn't "
-        "convex. (The print has exp(-.5 w), which is that for w >= 0 only; for w < 0 it is "
-        "negative, which R never is.)",
+        "convex. (The paper prints exp(-.5 w), which is right only for w >= 0; for w < 0 it makes "
+        "R negative, which R never is.)",
         [
             Claim("R(4) - (R(0) + R(8)) / 2", ends[1] - (ends[0] + ends[2]) / 2, ">", 0.05),
             Claim("least R(w)", float(r.min()), ">=", 0.0),
@@ -202,7 +203,7 @@ def proposition_c() -> Finding:
 
 
 def proposition_d(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Finding:
-    """Bounded and unique solutions where the margin is less than 2c; none where it is greater."""
+    """Check that there is a unique, bounded solution if the margin is below 2c, and else none."""
     half = margin(x, y) / 2
 
     @partial(jax.jit, static_argnames="steps")  # compiled once for all sizes
@@ -237,12 +238,13 @@ def proposition_d(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Findi
     sizes = norms.norm(x, "l2")
     return Finding(
         "D",
-        "Of data that a hyperplane through 0 separates, let the margin be the gap between the "
-        "classes, twice the least distance to that hyperplane, in the adversary's norm. If it is "
-        "less than 2c, solutions are bounded; if it is greater, the infimum 0 isn't attained and "
-        "w grows without end. In l2 the bounded solution is unique: with Q_i = -y_i w.x_i + "
-        "c ||w||_* (c is missing in print) and s = logistic(Q_i), the Hessian is the sum of "
-        "s(1 - s) dQ dQ' + s d2Q (the print has s(1 - s) in both), positive definite at w != 0.",
+        "For data that a hyperplane through 0 separates, let the margin be the gap between the "
+        "classes: twice the smallest distance to that hyperplane, in the adversary's norm. If the "
+        "margin is less than 2c, solutions are bounded; if it is greater, the infimum 0 isn't "
+        "attained and w grows without bound. In l2 the bounded solution is unique: with Q_i = "
+        "-y_i w.x_i + c ||w||_* (the paper omits c) and s = logistic(Q_i), the Hessian is the sum "
+        "of s(1 - s) dQ dQ' + s d2Q (the paper has s(1 - s) in both terms), which is positive "
+        "definite at w != 0.",
         [
             Claim("margin of the data, l2", 2 * half, ">", 0.0),
             Claim("mean ||x||, for comparison", float(sizes.mean()), ">", 2 * half),
@@ -264,7 +266,7 @@ def proposition_d(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Findi
 
 
 def as_markdown(rows: Sequence[PropositionRow]) -> list[str]:
-    """Return a table of claims for each proposition."""
+    """Return a table of its claims for each proposition."""
     first, last = rows[0].settings["digits"]
     lines = [f"# Appendix A on the digits {first} and {last}", ""]
     for row in rows:
@@ -279,7 +281,7 @@ def as_markdown(rows: Sequence[PropositionRow]) -> list[str]:
 
 
 def run(settings: Settings, console: Console) -> list[PropositionRow]:
-    """Measure everything; write it; fail if a claim does."""
+    """Measure everything and write it; raise an error if a claim fails."""
     x, y = load(settings)
     rng = np.random.default_rng(settings.seed)
     findings = [

@@ -1,23 +1,24 @@
-"""Tables 1 and 2 of the paper: five ways of training a classifier of MNIST, each attacked.
+"""Tables 1 and 2 of the paper: five ways of training an MNIST classifier, each attacked.
 
     python experiments/mnist.py                    # Table 1, a few minutes on 2 CPU cores
     python experiments/mnist.py --network lenet    # Table 2 and Figures 1 and 2, a few hours
-    python experiments/mnist.py --quick            # the same code in about a minute, to see it work
+    python experiments/mnist.py --quick            # about a minute, to see that it works
     python experiments/mnist.py --help             # every setting
 
 Trains the nets of Section 7.2 (Huang et al., 2015) by Normal, Dropout, Goodfellow's method, LWA and
-LWA_Rep, perturbs the test images at l2 size 1.5 and prints the accuracies beside the paper's. The
-column PGD isn't in the paper: 100 steps of an iterated attack, so that nobody takes a one-step
-figure for robustness. Perturbed images are not clipped to the pixel range, as in the paper.
+LWA_Rep, perturbs the test images at l2 size 1.5 and prints the accuracies next to the paper's. The
+column PGD isn't in the paper: it is an iterated attack of 100 steps, so that nobody mistakes
+one-step figures for robustness. As in the paper, perturbed images are not clipped to the pixel
+range.
 
-Writes results.json, results.md, digits.json, figures and each net's weights to --out. Interrupted
-at any moment, the same command resumes. With --holdout 10000 the nets are trained on 50,000 images
-and scored on the 10,000 held out. The settings of Table 1 and, for LeNet, the sizes of LWA's and
-LWA_Rep's perturbations were chosen in this way; the test images serve only the reported figures,
-for which the nets are trained on all 60,000.
+Writes results.json, results.md, digits.json, figures and each net's weights to --out. After an
+interruption at any moment, the same command resumes. With --holdout 10000 the nets are trained on
+50,000 images and scored on the other 10,000. The settings of Table 1 and, for LeNet, the sizes of
+LWA's and LWA_Rep's perturbations were chosen in this way; the test images are used only for the
+reported figures, for which the nets are trained on all 60,000 images.
 
-Past the paper, --methods takes lwa_noisy, lwa_multi and trades: adversarial training for robustness
-to iterated attacks, by one step from a random start, by several steps, and by TRADES.
+Beyond the paper, --methods takes lwa_noisy, lwa_multi and trades: adversarial training for
+robustness to iterated attacks, by one step from a random start, by several steps, and by TRADES.
 """
 
 from __future__ import annotations
@@ -61,16 +62,16 @@ class Settings(train_and_score.Settings):
     """Train the classifiers of Table 1 or 2 on MNIST, attack them, and print the table."""
 
     network: Literal["mlp", "lenet"] = "mlp"
-    """Two hidden layers (Table 1), or LeNet (Table 2): each has its own defaults."""
+    """Two hidden layers (Table 1) or LeNet (Table 2), each with its own defaults."""
     quick: bool = False
-    """One epoch and 1,000 test images, into another folder, unless set otherwise."""
+    """Train for one epoch, score 1,000 images, and use another folder by default."""
     methods: Several[MethodName] = ("normal", "dropout", "goodfellow", "lwa", "lwa_rep")
     """Which rows of the table."""
     out: OutputFolder = Path("runs/mnist_mlp")
     """Where results, figures, weights and checkpoints go."""
     normal: Method = Method((100, 100), epochs=20, lr=0.1)
     dropout: Method = Method((200, 200), epochs=30, lr=0.05, dropout=0.5)
-    # The sign direction at an l2 size, as the authors ran it.
+    # The sign direction rescaled to an l2 size, as in the authors' code.
     goodfellow: Adversarial = Adversarial(
         (500, 500), epochs=20, lr=0.1, objective="mixed", adversary="loss_sign"
     )
@@ -83,7 +84,7 @@ class Settings(train_and_score.Settings):
     trades: MultiStep = MLP_TRADES
 
     def nets(self) -> dict[str, Method]:
-        """Return how each net of the table is made, by its name."""
+        """Return how to train each net of the table, by name."""
         return {name: getattr(self, name) for name in self.methods}
 
 
@@ -120,8 +121,8 @@ def run(settings: Settings, console: Console) -> list[TableRow]:
 
 
 def _digits(net: Net, test: Images, eps: float) -> figures.Digits:
-    """Return r, and the predictions before and after it, for the first eight images."""
-    # All the images of a batch, of the size that the net's scores have compiled this for.
+    """Return r, and the predictions without and with it, for the first eight images."""
+    # Perturb a whole batch, of the size that this was compiled for when the net was scored.
     r = evaluate.attack_and_score(
         net.apply_fn, net.params, *test, perturb.alpha, eps=eps, batch_size=len(test.y)
     ).r[:8]
@@ -133,7 +134,7 @@ def _digits(net: Net, test: Images, eps: float) -> figures.Digits:
 
 
 def defaults(arguments: list[str]) -> Settings:
-    """Return the settings that --network and --quick start from."""
+    """Return the default settings for these arguments' --network and --quick."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--network", default="mlp")
     parser.add_argument("--quick", action="store_true")
@@ -151,8 +152,8 @@ def main() -> None:
     which = "images held out of the training set" if settings.holdout else "test images"
     net = {"mlp": "two hidden layers", "lenet": "LeNet"}[settings.network]
     notes = [
-        f"Fixed is made on a Normal net of seed {settings.fixed_seed}, which itself scores "
-        f"{tables.fixed_source(rows)} on it.",
+        f"The Fixed set is made on a Normal net of seed {settings.fixed_seed}, whose own accuracy "
+        f"on it is {tables.fixed_source(rows)}.",
         tables.pgd_note(rows, settings.pgd_steps),
         f"Trained on {60_000 - settings.holdout:,} images. {tables.seeds(rows, NAMES)}",
     ]

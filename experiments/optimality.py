@@ -1,22 +1,22 @@
-"""How near each attack comes to the least perturbations: ours beside those of other libraries.
+"""How close attacks come to the smallest perturbations: ours and those of other libraries.
 
     python experiments/optimality.py --nets mnist_mlp/lwa --norms l2   # half an hour on 2 CPU cores
     python experiments/optimality.py                                   # a day
     python experiments/optimality.py --libraries jaxadv                # without PyTorch
 
-Every attack perturbs the same test images of the nets on record, in the pixel range, with 2,000 and
-with 10,000 forward plus backward passes for each. Its local optimality (AttackBench, Cina et al.,
-2025) is 1 where its curve of accuracy against size is the lower envelope of all that were run here,
-and 0 where it finds nothing:
+Every attack perturbs the same test images of the recorded nets, within the pixel range, with 2,000
+and with 10,000 forward plus backward passes per image. Its local optimality (AttackBench, Cina et
+al., 2025) is 1 if its curve of accuracy against size is the lower envelope of all attacks run here,
+and 0 if it finds nothing:
 
     optimality = 1 - (area - best area) / (clean accuracy * largest size - best area)
 
-with the areas below the curves, up to the largest size of the envelope. `experiments/compare/
-minimal.py` says how to install the other libraries. Of their attacks every point counts that they
-asked the net about; of ours, what they return, measured by a plain forward pass.
+where area is that below the curve, up to the largest size of the envelope. How to install the other
+libraries is shown in `experiments/compare/minimal.py`. For their attacks, every point at which they
+evaluated the net counts; for ours, only the point returned, checked by a plain forward pass.
 
-What is finished stays in --out: the same command goes on. Writes results.json, results.md, and the
-sizes of each image, NET-NORM.npz.
+Finished work is kept in --out, and the same command resumes. Writes results.json, results.md, and
+the sizes for each image to NET-NORM.npz.
 """
 
 from __future__ import annotations
@@ -53,25 +53,25 @@ NETS: tuple[NetName, ...] = get_args(NetName)
 Library = Literal["jaxadv", "adversarial-library", "foolbox"]
 PACKAGES = {"adversarial-library": "adv-lib", "foolbox": "foolbox"}
 ENSEMBLE = "distances"
-"""What the row of the best of several is called."""
+"""Name of the row for the best of several attacks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Checked):
-    """Measure how near attacks come to the least perturbations."""
+    """Measure how close attacks come to the smallest perturbations."""
 
     nets: Several[NetName] = NETS
-    """Which nets on record."""
+    """Which recorded nets."""
     norms: Several[Literal["l2", "linf"]] = ("l2", "linf")
     """Which norms."""
     budgets: Several[Annotated[int, Range(ge=600)]] = (2000, 10000)
-    """Forward plus backward passes for each image."""
+    """Forward plus backward passes per image."""
     libraries: Several[Library] = ("jaxadv", "adversarial-library", "foolbox")
     """Whose attacks."""
     n: Count = 500
     """How many test images."""
     seed: Seed = 0
-    """Seed of what is drawn."""
+    """Random seed."""
     image_folder: Path | None = None
     """Read CIFAR-10 from here, DIR/{train,test}/CLASS/*, instead of downloading it."""
     folder: Path = RESULTS
@@ -82,7 +82,7 @@ class Settings(Checked):
 
 @cache
 def ours(norm: Norm, budget: int) -> Mapping[str, PerturbFn]:
-    """Return our attacks, with as many steps as the budget pays for."""
+    """Return our attacks, with as many steps as the budget allows."""
     targets = 3
     attacks: dict[str, PerturbFn] = {
         "FMN": partial(attack.fmn, norm=norm, steps=(budget - 45) // 2),
@@ -99,15 +99,15 @@ def ours(norm: Norm, budget: int) -> Mapping[str, PerturbFn]:
 
 
 def optimality(sizes: NDArray[np.float64], best: NDArray[np.float64]) -> float:
-    """Return AttackBench's local optimality of sizes `[n]`, given the envelope's `[n]`."""
+    """Return AttackBench's local optimality of sizes `[n]`, given those of the envelope, `[n]`."""
     largest = best[np.isfinite(best)].max()
 
     def area(sizes: NDArray[np.float64]) -> float:
-        # From 0 on, where AttackBench's curves start if some image is misclassified as it is.
+        # From 0 on, as in AttackBench when some image is misclassified without perturbation.
         at, counts = np.unique([0, *np.minimum(sizes, largest)], return_counts=True)
         accuracy = 1 - (np.cumsum(counts) - 1) / len(sizes)
         if len(at) > 1 and not np.isfinite(sizes).all():
-            accuracy[-1] = accuracy[-2]  # what it fails on stays right
+            accuracy[-1] = accuracy[-2]  # images it fails on stay correct
         return float(np.trapezoid(accuracy, at))
 
     least, clean = area(best), np.count_nonzero(best) / len(best)
@@ -117,7 +117,7 @@ def optimality(sizes: NDArray[np.float64], best: NDArray[np.float64]) -> float:
 def by_ours(
     name: str, method: PerturbFn | None, problem: Problem, norm: Norm, budget: int, seed: int
 ) -> dict[str, Any]:
-    """Run an attack of ours, or the best of several; return the sizes and what they cost."""
+    """Run an attack of ours, or the best of several; return the sizes and passes."""
     found = evaluate.distances(
         problem.apply_fn, problem.params, problem.x, problem.y, norm=norm, budget=budget,
         attacks=None if method is None else {name: method}, key=jax.random.key(seed),
@@ -134,7 +134,7 @@ def by_ours(
 def by_theirs(
     library: str, name: str, problem: Problem, norm: Norm, budget: int, seed: int
 ) -> dict[str, Any]:
-    """Run an attack of another library; return the same."""
+    """Run an attack of another library; return the sizes and passes."""
     import torch
 
     torch.manual_seed(seed)
@@ -147,7 +147,7 @@ def by_theirs(
 
 
 def run(settings: Settings, console: Console) -> list[OptimalityRow]:
-    """Run all attacks that haven't been run yet; return the rows of all that have."""
+    """Run the attacks that haven't been run yet; return the rows of all attacks."""
     others = [library for library in settings.libraries if library != "jaxadv"]
     if others:
         pytorch.need("torch", "adv_lib", "foolbox")
@@ -235,7 +235,7 @@ def _there() -> bool:
 
 
 def as_markdown(rows: Sequence[OptimalityRow]) -> list[str]:
-    """Return a table for each norm and budget: optimality and median by net."""
+    """Return a table for each norm and budget: optimality and median size by net."""
     lines = ["# Local optimality of minimal-norm attacks", ""]
     for norm, budget in dict.fromkeys((row.norm, row.budget) for row in rows):
         here = [row for row in rows if (row.norm, row.budget) == (norm, budget)]
@@ -253,8 +253,8 @@ def as_markdown(rows: Sequence[OptimalityRow]) -> list[str]:
     first = rows[0]
     return [
         *lines,
-        f"{first.n} test images, in the pixel range; 1 is the lower envelope of all attacks of "
-        f"the page. {first.device}, jax {first.versions['jax']}.",
+        f"{first.n} test images, perturbed within the pixel range. Optimality is 1 for the lower "
+        f"envelope of all attacks on this page. {first.device}, jax {first.versions['jax']}.",
         "",
     ]
 

@@ -1,4 +1,4 @@
-r"""AutoAttack as its authors published it, on the same nets and images: an independent check.
+r"""AutoAttack in its authors' implementation, on the same nets and images: an independent check.
 
     python -m venv reference
     reference/bin/pip install -e '.[experiments]' -c constraints.txt torch
@@ -10,10 +10,10 @@ r"""AutoAttack as its authors published it, on the same nets and images: an inde
 Needs PyTorch and the authors' code; the project depends on neither. Each net is rebuilt in PyTorch
 from its weights and must give the same logits as here. Each attack of the ensemble runs separately,
 on all correctly classified images; `standard` is the ensemble, in which each attack runs on the
-images that the attacks before it left robust.
+images that are still robust.
 
-Writes rows to results.json in --out like those of `evaluate`, whose `--attacks apgd-ce apgd-t fab-t
-square standard` and `--name` make ours; `summary` puts both beside each other.
+Writes rows to results.json in --out. The matching rows of ours are made by `evaluate`, with
+`--attacks apgd-ce apgd-t fab-t square standard` and `--name`; `summary` compares the two.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class Settings(Checked):
     """Attack MNIST nets by the published AutoAttack."""
 
     net: Annotated[str, tyro.conf.Positional]
-    """A file of weights."""
+    """File of weights."""
     name: str = ""
     """What to call the net in the table; by default its file's folder."""
     attacks: Several[MemberName] = MEMBERS
-    """What to run."""
+    """Attacks to run."""
     eps: Several[Size] = (1.5,)
     """Sizes of the perturbations."""
     norm: Literal["l2", "linf"] = "l2"
-    """Their norm."""
+    """Norm of the perturbations."""
     seed: Several[Seed] = (0,)
-    """Random seeds; one run for each."""
+    """Random seeds: one run for each."""
     n: Count = 1000
     """How many test images."""
     batch_size: Count = 500
@@ -71,18 +71,18 @@ class Settings(Checked):
         """Check that the net is a file.
 
         Raises:
-          UsageError: if it is `module:function`, which there is no PyTorch form of.
+          UsageError: if it is `module:function`, which can't be converted to PyTorch.
         """
         super().__post_init__()
         if ":" in self.net:
             raise options.UsageError(
-                f"expected NET to be a file of weights, got {self.net}; for a function of your own "
-                "run AutoAttack yourself"
+                f"expected NET to be a file of weights, got {self.net}; for a function of your "
+                "own, run AutoAttack yourself"
             )
 
 
 def run(settings: Settings, console: Console) -> list[AttackRow]:
-    """Attack in every way that is asked for; return the rows of these and of earlier runs.
+    """Run the chosen attacks; return the rows of this and of earlier runs.
 
     Raises:
       ModuleNotFoundError: if PyTorch or the authors' code isn't installed.

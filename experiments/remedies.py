@@ -1,18 +1,25 @@
-"""Catastrophic overfitting: what keeps one-step training from being robust to one step only.
+"""Remedies for catastrophic overfitting, when one-step training gives robustness to one step only.
 
     python experiments/remedies.py          # every way, one seed
     python experiments/remedies.py --help   # every setting
 
-A LeNet that LWA trains against one step of full length is robust to that step, and not to many
-short ones: it masks its gradients, which the paper's one-step scores can't show. Here LeNets are
-trained alike but for the step: from x, as in LWA; from a random point of the ball, and back into it
-(Wong, Rice and Kolter, 2020); likewise by a longer step, or left at its start where that harms
-more; from a random point and left where it ends (after de Jorge et al., 2022, whose noise is
-larger); from x with a penalty on gradients that turn within the ball (Andriushchenko and
-Flammarion, 2020); from where the step of the last epoch ended (after Zheng et al., 2020), by one
-step, by two, and by one toward the nearest class; and by four steps, at several times the cost.
-They are scored as in Table 2, and under AutoAttack in the pixel range. What their steps take is
-measured in turn.
+A LeNet that LWA trains against one step of full length becomes robust to that step but not to many
+short ones: it masks its gradients, which the paper's one-step scores can't show. This command
+trains LeNets that differ only in how they are perturbed in training:
+
+- one step from x, as in LWA;
+- one step from a random point of the ball, projected back into it (Wong, Rice and Kolter, 2020);
+- the same with a longer step, taking the start instead wherever its loss is higher;
+- one step from a random point, without projection (after de Jorge et al., 2022, whose noise is
+  larger);
+- one step from x, with a penalty on gradients that turn within the ball (Andriushchenko and
+  Flammarion, 2020);
+- one or two steps, or one toward the nearest class, from where the last epoch's perturbation ended
+  (after Zheng et al., 2020);
+- four steps, at several times the cost.
+
+They are scored as in Table 2, and under AutoAttack within the pixel range. Their training steps are
+timed in turn.
 
 Writes results.json, results.md and each net's weights to --out, AutoAttack's rows to
 --out/autoattack, and resumes after an interruption.
@@ -55,46 +62,46 @@ EVERY: tuple[Way, ...] = get_args(Way)
 
 @dataclasses.dataclass(frozen=True)
 class Settings(train_and_score.Settings):
-    """Train LeNets by one step in several ways, and by four; attack them, and print a table."""
+    """Train LeNets against one step in several ways, and against four; attack and compare them."""
 
     methods: Several[Way] = EVERY
-    """Which ways."""
+    """Which ways to train."""
     out: OutputFolder = Path("runs/remedies")
     """Where results, weights and checkpoints go."""
     eval_batch: Count = 100
     """Images perturbed at once when a net is scored."""
     n_pgd: Count = 1000
-    """How many images, at most, are attacked by PGD."""
+    """Most images attacked by PGD."""
     n_autoattack: Count = 500
-    """How many images are attacked by AutoAttack."""
+    """Number of images attacked by AutoAttack."""
     epochs: Count = 8
     """Passes over the training images."""
     train_eps: Positive = 2.0
-    """l2 size of the training perturbations, which rises over the first eighth of the epochs."""
+    """l2 size of the training perturbations, reached over the first eighth of the epochs."""
     alignment: Size = 0.2
-    """Weight of the penalty on gradients that turn, where there is one."""
+    """Weight of the penalty on gradients that turn, for `aligned`."""
     stride: Positive = 1.0
-    """Length of a step from the last epoch's perturbation, in units of the size."""
+    """Length of a step from the last epoch's perturbation, relative to the size."""
     memory: Count = 10
-    """Epochs through which perturbations are kept, where they are."""
+    """Number of epochs for which perturbations are kept, in the ways that keep them."""
     timed: Count = 7
-    """How often 50 steps of each way are timed."""
+    """Number of times that 50 steps of each way are timed."""
 
     def __post_init__(self) -> None:
-        """Check that AutoAttack can be run on what is trained.
+        """Check that AutoAttack can be run on the trained nets.
 
         Raises:
-          UsageError: if there are several processes, or another precision than float32.
+          UsageError: if there are several processes, or the precision isn't float32.
         """
         super().__post_init__()
         if self.processes is not None or self.precision != "float32":
             raise options.UsageError(
-                "expected --precision float32 and no --processes, which AutoAttack is run with, "
-                f"got {self.precision} and {self.processes}; leave these out"
+                "expected --precision float32 and no --processes, since AutoAttack runs that way, "
+                f"got {self.precision} and {self.processes}; leave these options out"
             )
 
     def nets(self) -> dict[str, Method]:
-        """Return how each net is made, by its name in `WAYS`."""
+        """Return how to train each net, by its name in `WAYS`."""
         common: dict[str, Any] = {
             "widths": (500,), "epochs": self.epochs, "lr": 0.05, "eps": self.train_eps,
             "warmup": self.epochs // 8, "average": 0.999, "shift": 1,
@@ -116,7 +123,7 @@ class Settings(train_and_score.Settings):
 
 
 def run(settings: Settings, console: Console) -> tuple[list[TableRow], list[AttackRow]]:
-    """Train, attack and score; return the rows of that, and those of AutoAttack."""
+    """Train, attack and score; return the rows of the table, and those of AutoAttack."""
     task = tasks.mnist(settings, "lenet", Method((500,), settings.epochs, 0.05))
     task = task._replace(experiment="remedies", names=WAYS)
     rows, _ = train_and_score.run(settings, task, console)
@@ -145,12 +152,12 @@ def run(settings: Settings, console: Console) -> tuple[list[TableRow], list[Atta
 def with_ratios(
     settings: Settings, task: train_and_score.Task, rows: list[TableRow]
 ) -> list[TableRow]:
-    """Record in each row that lacks it how many times LWA's time a step takes.
+    """Record the time of a step relative to LWA's, in each row that lacks it.
 
     Args:
-      settings: of the experiment.
+      settings: settings of the experiment.
       task: its data.
-      rows: which are in results.json.
+      rows: rows of results.json.
     """
     missing = {row.method for row in rows if row.ratio_to_lwa is None}
     if not missing:
@@ -185,16 +192,16 @@ def main() -> None:
 
     in_box = f"the first {settings.n_autoattack:,} test images"
     if settings.holdout:
-        in_box = "nothing, since images are held out, and the test images are kept for the end"
+        in_box = "nothing, since test images aren't used while settings are chosen"
     lines = [
-        "# LeNet on MNIST: one step, and what keeps it honest",
+        "# LeNet on MNIST: remedies for catastrophic overfitting",
         "",
         *attack_tables.ways(rows, attacked),
         "",
         f"{tables.seeds(rows, WAYS)} Clean, Adv_Loss: {first.n:,} images; PGD: "
-        f"{settings.pgd_steps} steps on {first.n_pgd:,}; neither is kept in the pixel range. In "
+        f"{settings.pgd_steps} steps on {first.n_pgd:,}; neither stays in the pixel range. In "
         f"the box: {in_box}. {of('epochs')} epochs, training size {of('train_eps')}, "
-        f"weight of the alignment {settings.alignment:g}; on {first.device}, jax "
+        f"alignment penalty of weight {settings.alignment:g}; on {first.device}, jax "
         f"{first.versions['jax']}.",
         "",
     ]

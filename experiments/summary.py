@@ -3,10 +3,10 @@
     python experiments/summary.py
 
 Between a line `<!-- table NAME -->` and the next `<!-- end -->` goes the table of the record
-experiments/results/NAME: for each method what the paper prints, what the authors' released notebook
-shows, and ours, with what the board says of the record's weights. The table `autoattack` has what
-the published AutoAttack leaves, and what ours leaves; `remedies` has the ways of training by one
-step. `python experiments/figures.py` draws the figures beside them.
+experiments/results/NAME. For each method it has the figures printed in the paper, those of the
+authors' released notebook, and ours, with the board's figures for the recorded weights. The table
+`autoattack` compares the published AutoAttack with ours; `remedies` compares ways of one-step
+training. `python experiments/figures.py` draws the figures that go with the tables.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def table(
     """Return a record's table, one block for each size of perturbation.
 
     Args:
-      record: its name.
+      record: name of the record.
       rows: its rows.
-      attacked: the board's, whose columns are there if it has any of these nets.
+      attacked: rows of the board; its columns are shown if it has any of these nets.
     """
     lines = []
     sizes = list(dict.fromkeys(row.eps for row in rows))
     for eps in sizes:
         sources = {"printed": paper.PRINTED[record], "notebook": paper.NOTEBOOK[record]}
-        if len(sizes) > 1:  # the paper names the first; the other is what its code ran
+        if len(sizes) > 1:  # the first is the paper's, the second its code's
             sources.pop("notebook" if eps == sizes[0] else "printed")
             lines += ["", f"l2 size {eps:g}:", ""]
         boards = {
@@ -67,10 +67,10 @@ def fill(text: str) -> str:
     """Return a document with its tables filled in.
 
     Args:
-      text: Markdown with marked places.
+      text: Markdown with places marked for tables.
 
     Returns:
-      The same with the records' tables there; a place without a record is left as it is.
+      The text with the records' tables in these places. A place without a record stays unchanged.
     """
 
     def attacked(record: str) -> list[records.AttackRow]:

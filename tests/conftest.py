@@ -1,4 +1,4 @@
-"""Strictness for every run: rank promotion raises; pyproject.toml makes every warning an error."""
+"""Make every run strict: rank promotion raises. (pyproject.toml turns warnings into errors.)"""
 
 import gc
 import os
@@ -7,13 +7,13 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Almost every program here runs once: a code generator's work on it is not repaid. No tolerance
-# leans on it. XLA reads its flags when the first array is made.
+# Almost every program here runs once, so optimising it doesn't pay off, and no tolerance depends on
+# it. XLA reads its flags when the first array is created.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
 def xla_flags(version):
-    """Return the flags that spare work, of versions known to have them: others end the process."""
+    """Return flags that save work, for versions that know them: unknown flags end the process."""
     if version >= (0, 11):
         return []
     return ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
@@ -26,7 +26,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 @pytest.fixture(autouse=True, scope="module")
 def forgetting():
-    """Drop each module's programs, of which no other has a use: thousands fill the memory."""
+    """Drop the programs that each module compiled: thousands of them would fill the memory."""
     yield
     jax.clear_caches()
     gc.collect()

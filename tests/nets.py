@@ -1,4 +1,4 @@
-"""Attacks of a few steps, nets that several files attack, and problems with a known answer."""
+"""Attacks of a few steps, nets that several test files share, and problems with known answers."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ ATTACKS = {
     "fmn": partial(attack.fmn, steps=3),
     "square": partial(attack.square, steps=3),
 }
-"""Every iterated attack, to be given eps and a key."""
+"""Every iterated attack; pass eps and a key."""
 
 
 def linear(params, x):
@@ -33,7 +33,7 @@ def curved(params, x):
 
 
 def linear_problem(n_classes, n=60, size=6, seed=0):
-    """A linear net, all right."""
+    """A linear net and examples that it classifies correctly."""
     rng = np.random.default_rng(seed)
     params = rng.normal(size=(size, n_classes)), rng.normal(size=n_classes)
     w, b = (p.astype(np.float32) for p in params)
@@ -42,7 +42,7 @@ def linear_problem(n_classes, n=60, size=6, seed=0):
 
 
 def distances(params, x, y, norm):
-    """To the hyperplane of each class of a linear net, in float64; inf for the label's own."""
+    """Distances to each class's hyperplane of a linear net, in float64; inf for the label."""
     w, b = (p.astype(np.float64) for p in params)
     z = x.astype(np.float64) @ w + b
     gap = z[np.arange(len(y)), y][:, None] - z
@@ -58,5 +58,5 @@ def curved_problem(n=60, size=6):
 
 
 def misled(apply_fn, params, x, y, r):
-    """Which examples another class wins at x + r."""
+    """Which examples are misclassified at x + r."""
     return np.asarray(apply_fn(params, x + np.asarray(r))).argmax(axis=1) != y

@@ -1,8 +1,8 @@
-"""Train and evaluate on some devices and print what came of it; a program for `test_parallel`.
+"""Train and evaluate on some devices and print the results; a program for `test_parallel`.
 
     python -m tests.on_devices DIRECTORY EPOCHS AXES [DEVICES [COORDINATOR PROCESSES PROCESS]]
 
-with AXES the type of the mesh's axes, Auto or Explicit.
+where AXES is the type of the mesh's axes, Auto or Explicit.
 """
 
 import io

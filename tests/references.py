@@ -1,7 +1,7 @@
 """Slow references in float64 NumPy, mpmath and scipy, one example at a time; no jax, no jaxadv.
 
-They follow the mathematics as defined (softmax, its Jacobian T, d_j = T_j - T_y, Eq. 1) and none of
-the library's rearrangements: where float64 would cancel, mpmath carries as many digits as it takes.
+They follow the definitions (softmax, its Jacobian T, d_j = T_j - T_y, Eq. 1) and none of the
+library's rearrangements: where float64 would cancel, mpmath carries as many digits as needed.
 """
 
 import functools
@@ -15,12 +15,12 @@ from scipy import optimize
 
 NORMS = ("l1", "l2", "linf")
 DUAL = {"l1": "linf", "l2": "l2", "linf": "l1"}
-ORDER = {"l1": 1, "l2": 2, "linf": np.inf}  # as NumPy has it
+ORDER = {"l1": 1, "l2": 2, "linf": np.inf}  # NumPy's ord
 DUAL_ORDER = {name: ORDER[dual] for name, dual in DUAL.items()}
 
 
 def edited(a, rows, value):
-    """A copy of an array with other values in some rows."""
+    """Return a copy of an array with some rows set to a value."""
     a = np.array(a)
     a[rows] = value
     return a
@@ -42,7 +42,7 @@ def length(v, name):
 
 
 def to_plane(w, c, lower, upper, norm):
-    """The size of the least d with <w, d> = c in a box, in float64; inf where there is none."""
+    """The size of the smallest d with <w, d> = c in a box, in float64; inf if there is none."""
     if c > np.where(w > 0, w * upper, w * lower).sum():
         return np.inf
     if norm == "l1":
@@ -60,7 +60,7 @@ def to_plane(w, c, lower, upper, norm):
 
 
 def steepest(g, name):
-    """The v with ||v|| = 1 and <g, v> = ||g||_*; zeros where g is; l1: the lowest k on ties."""
+    """The v with ||v|| = 1 and <g, v> = ||g||_*; zero if g is; in l1, the lowest index on ties."""
     g = np.asarray(g, np.float64)
     if not g.any():
         return np.zeros_like(g)
@@ -76,7 +76,7 @@ def steepest(g, name):
 
 
 def project(v, eps, name):
-    """The point of the ball nearest to v in l2; l1 by bisection on the soft threshold."""
+    """The point of the ball nearest to v in l2; for l1, by bisection on the soft threshold."""
     v = np.asarray(v, np.float64)
     if length(v, name) <= eps:
         return v
@@ -102,7 +102,7 @@ def cosine(a, b):
 
 
 def draw(seed, sizes, scale):
-    """Float32 parameters with layers of `sizes`, logits times `scale`; the last input is unused."""
+    """Float32 parameters of a net with layers of `sizes`, logits scaled, the last input unused."""
     rng = np.random.default_rng(seed)
     params = []
     for fan_in, fan_out in itertools.pairwise(sizes):
@@ -141,10 +141,10 @@ def softmax_jacobian(logits, jac):
 class Found(NamedTuple):
     """Algorithm 1 at one point."""
 
-    direction: np.ndarray  # [D], unit in the norm; zeros if there is nowhere to go
+    direction: np.ndarray  # [D], of norm 1; zeros if there is no direction
     log_size: float  # log of the minimal size; -inf where the minimal r is 0
-    cls: int  # I; -1 if no class is a candidate
-    log_sizes: np.ndarray  # [K], of Eq. 1 for each j; inf for y and what can't be reached
+    cls: int  # I; -1 if there is no candidate
+    log_sizes: np.ndarray  # [K], from Eq. 1 for each j; inf for y and unreachable classes
     rows: np.ndarray  # [K, D], d_j over its largest magnitude
 
     def r(self, eps=None):
@@ -156,20 +156,20 @@ _mp = np.vectorize(mpmath.mpf, otypes=[object])
 
 
 def _precise(logits):
-    """Digits enough that no sum of probabilities cancels."""
+    """Enough digits for sums of probabilities not to cancel."""
     z = logits[np.isfinite(logits)]
     return mpmath.workdps(int(2 * (z.max() - z.min()) / math.log(10)) + 50)
 
 
 def _rounded():
-    """Digits enough after those sums."""
+    """Enough digits once those sums are taken."""
     return mpmath.workdps(40)
 
 
 def _mp_softmax_jacobian(logits, jac):
     a = np.array([mpmath.exp(mpmath.mpf(z) - mpmath.mpf(logits.max())) for z in logits])
     a = a / a.sum()
-    jac = _mp(np.where(np.isfinite(logits)[:, None], jac, 0.0))  # a class at -inf has no say
+    jac = _mp(np.where(np.isfinite(logits)[:, None], jac, 0.0))  # a class at -inf has no gradient
     return a, a[:, None] * (jac - a @ jac)
 
 
@@ -195,7 +195,7 @@ def _mp_length(v, name):
 
 
 def _mp_unit(v):
-    """V over its largest magnitude, now safe in float64."""
+    """v over its largest magnitude, which is safe in float64."""
     top = abs(v).max()
     return (v / top if top else v).astype(np.float64)
 
@@ -211,7 +211,7 @@ def alpha(logits, jac, y, *, norm):
     with _rounded():
         for j in candidates:
             rows[j] = _mp_unit(d[j])
-            if logits[j] >= logits[y]:  # reached already, a tie included
+            if logits[j] >= logits[y]:  # already reached, ties included
                 log_sizes[j] = -np.inf
             elif d[j].any():
                 log_sizes[j] = mpmath.log(gap[j] / _mp_length(d[j], DUAL[norm]))
@@ -226,7 +226,7 @@ def alpha(logits, jac, y, *, norm):
 
 
 def loss_row(logits, jac, y):
-    """-T_y over its largest magnitude: the way alpha_y falls fastest, Section 6.1.1."""
+    """-T_y over its largest magnitude: the direction of steepest descent of alpha_y (6.1.1)."""
     logits, jac = np.asarray(logits, np.float64), np.asarray(jac, np.float64)
     others = np.delete(logits, y)
     if logits[y] == -np.inf or others.max() == -np.inf:
@@ -260,7 +260,7 @@ def kl(logits_p, logits_q):
 
 
 def virtual(logits, jac):
-    """Top eigenvector of H = J^T (diag p - p p^T) J, up to sign, and H's eigenvalues, largest 1.
+    """Top eigenvector of H = J^T (diag p - p p^T) J, up to sign, and eigenvalues relative to it.
 
     KL(p(x) || p(x + r)) is r^T H r / 2 to second order.
     """
@@ -272,7 +272,7 @@ def virtual(logits, jac):
     return vectors[:, -1], values / values[-1]
 
 
-# Optimisation problems solved by somebody else
+# Optimisation problems solved by scipy
 
 
 def linear_program(d, gap, norm):
@@ -304,7 +304,7 @@ def least_squares(d, gap):
 
 
 def proposition_4(a, t, y, *, norm):
-    """The least r that makes argmax(a + t r) another class than y, trying every class."""
+    """The smallest r for which argmax(a + t r) isn't y, found by trying every class."""
     found = []
     for j in range(len(a)):
         if j != y:
@@ -314,7 +314,7 @@ def proposition_4(a, t, y, *, norm):
 
 
 def flip_length(a, t, y, u):
-    """How far along u [N, D] argmax(a + t r) stays y: [N], inf for ever."""
+    """How far along each row of u [N, D] argmax(a + t r) stays y: [N], inf if it always does."""
     j = np.arange(len(a)) != y
     rates = u @ (t[j] - t[y]).T
     with np.errstate(divide="ignore"):
@@ -323,7 +323,7 @@ def flip_length(a, t, y, u):
 
 
 def mostly_right(n, seed=0):
-    """Weights [5, 3] of a linear net, and n examples, four fifths of them classified correctly."""
+    """Weights [5, 3] of a linear net, and n examples; it classifies four fifths correctly."""
     rng = np.random.default_rng(seed)
     w = rng.normal(size=(5, 3)).astype(np.float32)
     x = rng.normal(size=(n, 5)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Rows of results.json with every field, of which a test says those that it is about."""
+"""Complete rows of results.json; a test passes only the fields that it is about."""
 
 from experiments.lib import records, tables
 

@@ -1,4 +1,4 @@
-"""The ablations: nets that differ in one thing, each question with its own table."""
+"""The ablations: nets that differ in one respect, with a table for each question."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ def test_every_net_of_every_question_is_made_and_no_other():
     assert {method.epochs for method in made.values()} == {15}
 
 
-def test_some_questions_need_some_nets_only():
+def test_a_question_needs_only_its_own_nets():
     settings = ablations.Settings(groups=("split of LWA_Rep",))
     assert list(settings.nets()) == ["lwa", "rep_1", "rep_2"]
 
@@ -41,7 +41,7 @@ def test_the_nets_of_a_question_differ_in_what_it_asks(question, differs):
 
 
 @pytest.mark.slow
-def test_each_objective_and_adversary_gives_another_loss():
+def test_each_objective_and_adversary_gives_a_different_loss():
     net = mlp((8, 7))
     x = jax.random.uniform(jax.random.key(0), (6, 28, 28, 1))
     params = init(net, jax.random.key(1), x)

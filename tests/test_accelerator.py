@@ -1,4 +1,4 @@
-"""`experiments/accelerator.py`: what it needs, compares and keeps, and what a CPU's record says."""
+"""`experiments/accelerator.py`: what it needs, compares and keeps, and the CPU's record."""
 
 import itertools
 import subprocess
@@ -23,10 +23,10 @@ from jaxadv import train
 KEY = jax.random.key(0)
 
 ABSENT = ("tyro", "tensorflow_datasets", "array_record", "psutil", "PIL", "torch")
-"""What a machine that lends an accelerator may not have."""
+"""Packages that a machine with an accelerator may lack."""
 
 
-def test_it_needs_no_package_that_such_a_machine_may_not_have():
+def test_it_needs_no_package_that_such_a_machine_may_lack():
     absent = f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))"
     done = subprocess.run(
         [sys.executable, "-c", f"{absent}; import experiments.accelerator"],
@@ -65,12 +65,12 @@ def test_the_crops_are_the_inputs_of_an_evaluation(tmp_path, monkeypatch):
     assert problem.bounds == accelerator.CIFAR10
 
 
-def test_each_file_of_tests_is_there():
+def test_the_test_files_exist():
     for name in accelerator.TESTS:
         assert (common.ROOT / "tests" / f"test_{name}.py").is_file()
 
 
-# What the CPU found
+# The CPU's record
 
 
 def cpu_rows():
@@ -88,18 +88,18 @@ def test_the_cpu_found_what_the_board_says(row):
     board = records.load(accelerator.RESULTS / "board" / "results.json", AttackRow)
     same = {"method": row["net"], **{key: row[key] for key in ("attack", "norm", "eps")}}
     recorded = [other for other in board if records.find([other], same) and other.n <= 1000]
-    assert recorded or row["attack"] == "pgd"  # the board's is PGD from ten points
+    assert recorded or row["attack"] == "pgd"  # the board's PGD starts from ten points
     for other in recorded:
         n = other.n
         assert row["verdicts"][:n].count("1") / n == other.columns["robust"]
 
 
-# What is made of a run
+# Results of a run
 
 
 @pytest.fixture
 def cpu(tmp_path, monkeypatch):
-    """A CPU's record of four verdicts, a thousand times."""
+    """A CPU's record of 4,000 verdicts."""
     figure = {"net": "n", "attack": "pgd", "norm": "l2", "eps": 1.0, "verdicts": "1" * 4000}
     path = tmp_path / "b.json"
     row = PartRow(
@@ -125,7 +125,7 @@ def test_four_of_a_thousand_verdicts_may_differ(cpu, differing, n, precision, fa
     assert ("failure" in found) == fails
 
 
-def test_what_the_cpu_has_not_attacked_is_compared_with_nothing(cpu):
+def test_figures_that_the_cpu_lacks_are_not_compared(cpu):
     figure = {**cpu, "net": "other", "n": 4, "precision": "highest"}
     assert accelerator.compared(figure) == figure
 
@@ -148,7 +148,7 @@ def fails(settings, record):
 
 def test_a_part_with_a_failure_says_so_after_writing_it(tmp_path, monkeypatch):
     monkeypatch.setitem(accelerator.PARTS, "c", (fails, 1.0))
-    monkeypatch.setattr(accelerator.parallel, "start", lambda: None)  # keeps programs for later
+    monkeypatch.setattr(accelerator.parallel, "start", lambda: None)  # would set up a cache
     with pytest.raises(SystemExit, match="it is wrong"):
         accelerator.run("c", accelerator.Settings(tmp_path))
     (row,) = records.load(tmp_path / "c.json", PartRow)
@@ -158,19 +158,18 @@ def test_a_part_with_a_failure_says_so_after_writing_it(tmp_path, monkeypatch):
 
 def test_a_part_that_takes_too_long_is_stopped(tmp_path, capfd):
     assert accelerator.main(["--parts", "d", "--timeout", "0.01", "--out", str(tmp_path)]) == 1
-    assert "(d) 0 s, stopped: expected to be done within 0.01 s" in capfd.readouterr().out
+    assert "(d) 0 s, stopped: expected to finish within 0.01 s" in capfd.readouterr().out
 
 
 def test_the_large_net_has_the_size_of_a_resnet_50():
     net, x = rates.ResNet(), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(net.init, jax.random.key(0), x)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_557_032  # as published
-    assert sum(timing.flops(net, params, x)) == pytest.approx(
-        8.2e9, rel=0.01
-    )  # as docs/scaling.md says
+    # As docs/scaling.md says.
+    assert sum(timing.flops(net, params, x)) == pytest.approx(8.2e9, rel=0.01)
 
 
-# What accelerators rest on where none is at hand
+# What can be checked without an accelerator
 
 
 def net(params, x):

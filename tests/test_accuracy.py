@@ -1,4 +1,4 @@
-"""`evaluate.measure` and `score`: what counts as correct; `accuracy` and `interval` of a mask."""
+"""`evaluate.measure` and `score`: what counts as correct; `accuracy`, `interval` and `compare`."""
 
 import itertools
 from functools import partial
@@ -18,7 +18,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def identity(params, x):
-    """The inputs are the logits."""
+    """A net whose logits are its inputs."""
     return x
 
 
@@ -28,7 +28,7 @@ def linear(params, x):
 
 # What is correct
 
-# name: logits, label, whether that is right
+# name: logits, label, whether the prediction is correct
 ROWS = {
     "largest": ([1, 3, 2], 1, True),
     "not largest": ([1, 3, 2], 2, False),
@@ -52,9 +52,9 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_an_example_is_correct_if(name):
     z, label, right = ROWS[name]
-    # In the middle of a batch of rows that are right, which must stay so.
+    # In the middle of a batch of correct rows, which must stay correct.
     z, y = jnp.array([[0, 1, 2], z, [2, 1, 0]], jnp.float32), jnp.array([2, label, 0])
-    # The logits are looked up, so that x itself is sound.
+    # The net looks the logits up, so that x itself is finite.
     x = jnp.arange(3, dtype=jnp.float32)[:, None]
     got = evaluate.measure(lambda z, x: z[x[:, 0].astype(int)], z, x, y).clean
     assert got.dtype == bool
@@ -108,7 +108,7 @@ def test_an_example_that_is_misclassified_is_wrong_even_where_r_repairs_it():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_norm_is_measured_of_the_perturbation_that_came(norm):
+def test_the_norm_is_that_of_the_given_perturbation(norm):
     w, x, y = mostly_right(7)
     r = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     outcome = evaluate.measure(linear, w, x, y, r, norm=norm)
@@ -117,7 +117,7 @@ def test_the_norm_is_measured_of_the_perturbation_that_came(norm):
 
 
 def faulty():
-    """Eight examples, each with another fault: x (its logits), y, r."""
+    """Eight examples, each with a different fault: x (its logits), y, r."""
     x = np.tile(np.array([2, 1, 0], np.float32), (8, 1))
     y, r = np.zeros(8, int), np.full((8, 3), 0.25, np.float32)
     r[1] = 0
@@ -151,7 +151,7 @@ def test_logits_that_overflow_are_not_finite_and_masks_are():
 
 
 def test_logits_that_overflow_at_the_perturbed_input_are_counted():
-    # Such an example is wrong, and the figure it lowers must say why.
+    # Such an example counts as wrong, and the outcome must show why.
     def overflowing(params, x):
         return jnp.where(jnp.abs(x) > 10, jnp.nan, x)
 
@@ -177,7 +177,7 @@ def test_a_data_set_is_measured_as_a_batch_is(norm):
 
 
 W, X, Y = mostly_right(7)
-# name: what is called, the error
+# name: call, error
 BAD = {
     "r like one example": (lambda: evaluate.measure(linear, W, X, Y, X[:1]), ValueError),
     "unknown norm of nothing": (lambda: evaluate.score(linear, W, X, Y, norm="l3"), ValueError),
@@ -234,7 +234,7 @@ def test_the_interval_of_none_or_all_has_an_exact_end(n, confidence):
 
 
 def split(n, only_first, only_second):
-    """Two masks that agree but on so many examples, on others that both are right or both wrong."""
+    """Two masks that agree except on given numbers of examples, where only one is true."""
     first = np.arange(n) % 2 == 0
     second = first.copy()
     second[np.flatnonzero(first)[:only_first]] = False
@@ -242,7 +242,7 @@ def split(n, only_first, only_second):
     return first, second
 
 
-def test_a_comparison_is_of_what_one_of_two_has():
+def test_a_comparison_counts_what_only_one_of_two_has():
     found = evaluate.compare(*split(200, 12, 5))
     assert (found.only_first, found.only_second, found.difference) == (12, 5, 7 / 200)
     b, c, n = 12.5, 5.5, 202  # Agresti and Min, 2005
@@ -254,7 +254,7 @@ def test_a_comparison_is_of_what_one_of_two_has():
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (3, 3), (1, 0), (0, 6), (5, 2), (4, 9)])
-def test_the_p_value_is_the_share_of_splits_that_are_as_uneven(b, c):
+def test_the_p_value_is_the_share_of_splits_at_least_as_uneven(b, c):
     uneven = [abs(b + c - 2 * sum(split)) for split in itertools.product((0, 1), repeat=b + c)]
     want = np.mean(np.array(uneven) >= abs(b - c))
     np.testing.assert_allclose(evaluate.compare(*split(40, b, c)).p_value, want, rtol=1e-12)
@@ -265,7 +265,7 @@ def test_the_p_value_of_many_is_that_of_scipy():
     np.testing.assert_allclose(got, stats.binomtest(310, 550).pvalue, rtol=1e-10)
 
 
-def test_the_other_way_round_a_comparison_changes_its_sign():
+def test_swapping_the_masks_negates_the_difference():
     one, other = evaluate.compare(*split(50, 7, 2)), evaluate.compare(*split(50, 7, 2)[::-1])
     assert (one.difference, one.p_value) == (-other.difference, other.p_value)
     np.testing.assert_allclose(one.interval, [-other.interval[1], -other.interval[0]], rtol=1e-12)

@@ -1,4 +1,4 @@
-"""`perturb.alpha` of some of the classes, and of some at a time."""
+"""`perturb.alpha` with `candidates` (some of the classes) and `chunk` (some at a time)."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from references import NORMS
 from jaxadv import jacobian, perturb
 
 B, D, H, K = 30, 6, 8, 7
-# A matrix product of other rows is summed in another order.
+# Matrix products of other shapes are summed in another order.
 RTOL, ATOL = 1e-5, 1e-6
 
 alpha = jax.jit(
@@ -28,11 +28,11 @@ def net(params, x):
 
 @pytest.fixture(scope="module")
 def problem():
-    """Right, wrong, tied and masked ones, labels out of range, NaN, and classes out of reach."""
+    """Correct, wrong, tied and masked examples, labels out of range, NaN, unreachable classes."""
     rng = np.random.default_rng(0)
     w, v = rng.normal(size=(D, H)) / 3, rng.normal(size=(H, K))
-    v *= np.linspace(0.1, 3, K)  # so that the likeliest class is often not the nearest
-    v[:, 3] = v[:, 4]  # class 4 is at no distance that moving changes, and tied with class 3
+    v *= np.linspace(0.1, 3, K)  # so that the top wrong class often isn't the nearest
+    v[:, 3] = v[:, 4]  # classes 3 and 4 always tie
     x, c = rng.normal(size=(B, D)), rng.normal(size=(B, K))
     c[:, 4] = c[:, 3]
     w, v, c, x = (a.astype(np.float32) for a in (w, v, c, x))
@@ -61,7 +61,7 @@ def test_with_all_candidates_it_is_the_same_program(problem, candidates):
 
 
 def found(problem, norm):
-    """Each sound example's reference, with its logits."""
+    """Yield the reference and the logits of each example without a fault."""
     params, x, y = problem
     logits = np.asarray(net(params, x), np.float64)
     for i in (*range(6), *range(10, B)):
@@ -73,7 +73,7 @@ def found(problem, norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("candidates", "chunk"), [(1, None), (2, 2), (3, None)])
-def test_the_nearest_of_the_likeliest_classes_is_taken(problem, norm, candidates, chunk):
+def test_the_nearest_of_the_top_wrong_classes_is_taken(problem, norm, candidates, chunk):
     got = alpha(net, *problem, norm=norm, eps=1.0, candidates=candidates, chunk=chunk)
     y, changed = np.asarray(problem[2]), 0
     for i, logits, all_classes in found(problem, norm):
@@ -85,7 +85,7 @@ def test_the_nearest_of_the_likeliest_classes_is_taken(problem, norm, candidates
         changed += cls != all_classes.cls
         want = references.steepest(all_classes.rows[cls], norm) if sizes.min() < np.inf else 0
         np.testing.assert_allclose(got[i], np.broadcast_to(want, D), atol=1e-4)
-    assert changed or candidates > 1  # or nothing was tested
+    assert changed or candidates > 1  # else nothing was tested
 
 
 def test_the_least_perturbation_grows_as_candidates_are_left_out(problem):
@@ -121,7 +121,7 @@ def test_r_is_the_same_under_vmap(problem):
     np.testing.assert_allclose(got, alpha(net, *problem, eps=1.0), rtol=RTOL, atol=ATOL)
 
 
-def test_chunks_have_a_place_in_a_shard_map_whose_labels_are_everywhere_the_same(problem):
+def test_chunks_work_in_a_shard_map_with_replicated_labels(problem):
     params, x, _ = problem
     y = jnp.zeros(len(x), jnp.int32)
     auto = (jax.sharding.AxisType.Auto,)
@@ -154,12 +154,12 @@ def test_the_memory_is_that_of_a_chunk():
     x_bytes = wide_problem()[1].nbytes
     every, some = (compiled(chunk=chunk).memory_analysis().temp_size_in_bytes for chunk in (99, 5))
     assert every > 99 * x_bytes
-    # Rows, their magnitudes and what norms keep of them, besides rows of logits; and the best.
+    # Rows, their magnitudes, what the norms keep of them, the rows of logits, and the best.
     assert some < 8 * 5 * x_bytes
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU's cache sets that number")
-def test_on_cpu_as_many_classes_go_back_at_once_as_a_cache_holds(monkeypatch):
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the cache matters only on CPU")
+def test_on_cpu_as_many_classes_are_backpropagated_at_once_as_the_cache_holds(monkeypatch):
     def memory(cached, n=8, **kwargs):
         monkeypatch.setattr(jacobian, "_CACHED", cached)
         return compiled(n, **kwargs).memory_analysis().temp_size_in_bytes
@@ -167,7 +167,7 @@ def test_on_cpu_as_many_classes_go_back_at_once_as_a_cache_holds(monkeypatch):
     one, every = (memory(1, chunk=chunk) for chunk in (1, 99))
     assert memory(0) == memory(50_000) == one
     assert memory(10**9) == every
-    # XLA keeps less than all that is computed: some of it takes the place of what is done with.
+    # XLA needs less memory than all arrays together, since it reuses what is no longer needed.
     assert one < memory(1_000_000) < 1_000_000 < every
     assert one < memory(1_000_000, n=16) < 1_000_000
 
@@ -179,15 +179,15 @@ def test_chunks_are_of_one_size(problem, chunk, size):
     assert loop.invars[-1].aval.shape == ((K - 1) // size, B, size)
 
 
-def test_the_cost_is_one_pass_back_for_each_candidate():
+def test_the_cost_is_one_backward_pass_for_each_candidate():
     params, x, _ = wide_problem()
     forward = 2 * len(x) * sum(w.size for w in params[:2])
     flops = compiled(candidates=5).cost_analysis()["flops"]
-    # Beside the matrix products, of 64 rows, what is done with each pixel.
+    # The matrix products, of 64 rows, and some operations per pixel.
     assert 0.99 < flops / (6 * forward) < 1.3
 
 
-def test_no_pass_forward_is_made_twice():
+def test_there_is_only_one_forward_pass():
     passes = []
 
     def counted(params, x):
@@ -198,7 +198,7 @@ def test_no_pass_forward_is_made_twice():
     assert len(passes) == 1
 
 
-def test_the_pass_back_is_compiled_once_however_many_chunks_there_are(problem):
+def test_the_backward_pass_is_compiled_once_however_many_chunks_there_are(problem):
     params, x, y = problem
 
     def products(chunk):
@@ -253,9 +253,9 @@ def test_a_thousand_classes_of_images_of_224_pixels_fit_in_four_gigabytes():
     assert chunked < 1e9
 
 
-def test_many_classes_name_candidates():
+def test_many_classes_warn_and_suggest_candidates():
     problem = wide_problem(n=2, size=6, classes=120)
     with pytest.warns(UserWarning, match="119 backward passes.*candidates=10"):
         jax.eval_shape(partial(perturb.alpha, net, eps=1.0), *problem)
-    # By which all of them can be asked for without a word.
+    # Which can also ask for all classes, without a warning.
     jax.eval_shape(partial(perturb.alpha, net, eps=1.0, candidates=119), *problem)

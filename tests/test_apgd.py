@@ -1,4 +1,4 @@
-"""`jaxadv.attack.apgd`, `apgd_multitargeted` and `dlr`; the contract of all is in test_contract."""
+"""`jaxadv.attack.apgd` and `apgd_multitargeted`; the contract is in test_contract."""
 
 import functools
 
@@ -28,7 +28,7 @@ every_norm = pytest.mark.parametrize("norm", ORDER)
 
 
 def problem(seed=0, dtype=np.float32):
-    """All of the labels are those of the net itself."""
+    """A net and examples that it classifies correctly."""
     rng = np.random.default_rng(seed)
     params = tuple(2 * rng.normal(size=shape).astype(dtype) for shape in ((D, H), (H, K)))
     x = rng.normal(size=(B, D)).astype(dtype)
@@ -36,7 +36,7 @@ def problem(seed=0, dtype=np.float32):
 
 
 def leads(params, x, y):
-    """Of each class over the label, and the gradient of that, in float64: [B, K], [B, K, D]."""
+    """Each class's lead over the label, and its gradient, in float64: [B, K], [B, K, D]."""
     w, b = (p.astype(np.float64) for p in params)
     z, rows = x.astype(np.float64) @ w + b, np.arange(len(y))
     return z - z[rows, y][:, None], w.T[None] - w.T[y][:, None]
@@ -52,7 +52,7 @@ def test_the_checkpoints_of_100_steps_are_the_published_ones():
 
 
 def margin_and_gradient(params, v, label):
-    """Of one example, in float64."""
+    """Success, margin and gradient of one example, in float64."""
     w, out = params
     hidden = np.tanh(v @ w)
     z = hidden @ out
@@ -65,7 +65,7 @@ def margin_and_gradient(params, v, label):
 
 
 def reference(params, x, label, start, eps, norm, steps, box):
-    """Croce and Hein (2020), Algorithm 1, for one example; its best point, and how often halved."""
+    """Croce and Hein (2020), Algorithm 1, for one example; returns its best point and halvings."""
 
     def inside(r):
         size = np.linalg.norm(r, ORDER[norm])
@@ -130,7 +130,7 @@ def test_the_best_point_is_that_of_the_algorithm(norm, steps, box, x64):
         halvings += n
         _, loss, _ = margin_and_gradient(params, x[i] + np.asarray(got[i]), y[i])
         _, best, _ = margin_and_gradient(params, x[i] + want, y[i])
-        # A few hundred roundings of 1e-16, each of which the ascent can magnify.
+        # A few hundred roundings of 1e-16, which the ascent can magnify.
         np.testing.assert_allclose(loss, best, rtol=1e-9)
         np.testing.assert_allclose(got[i], want, atol=1e-7)
     assert halvings >= B
@@ -183,7 +183,7 @@ def test_on_a_linear_net_of_two_classes_the_margin_rises_by_eps_times_the_dual_n
     r = fn(linear, params, x, y, eps=eps, norm=norm, steps=40, key=KEYS)
     ahead, away = (a[np.arange(B), 1 - y] for a in leads(params, x, y))
     want = ahead + eps * np.linalg.norm(away, DUAL_ORDER[norm], axis=1)
-    # An l2 step nears the pole by a factor, the others end in a corner exactly.
+    # l2 steps approach the maximiser geometrically, the others end in a corner exactly.
     np.testing.assert_allclose(losses.margin(linear(params, x + r), y), want, atol=1e-5)
 
 
@@ -213,7 +213,7 @@ def test_in_l1_the_start_is_the_nearest_point_to_normal_noise(monkeypatch):
     )  # fmt: skip
     jax.effects_barrier()
     start = begun[0]
-    # The whole radius of three balls, in few entries; cut by the box, noise of all entries hasn't.
+    # The whole radius of three balls, in few entries; dense noise cut by the box has less.
     np.testing.assert_allclose(np.abs(start).sum(axis=1), 6, rtol=1e-5)
     assert (np.count_nonzero(start, axis=1) < 60).all()
     assert len(np.unique(start, axis=0)) == B
@@ -233,13 +233,13 @@ def test_on_a_linear_net_the_margin_rises_to_the_most_that_the_box_leaves(norm):
         inside = np.linalg.norm(points, axis=2) <= eps
         most = points[inside.sum(axis=0) - 1, np.arange(B)]
     want = ahead + (away * most).sum(axis=1)
-    # The published projection, onto the ball and then the box, isn't quite onto both.
+    # The published projection, onto the ball and then the box, isn't quite that onto both.
     rise = np.asarray(losses.margin(linear(params, x + r), y)) - ahead
     np.testing.assert_allclose(rise, want - ahead, rtol=0.02 if norm == "l2" else 1e-5)
 
 
 @pytest.mark.parametrize("walls", [0.5, 0.9])
-def test_in_l1_too_where_most_entries_are_at_a_wall(walls):
+def test_in_l1_the_margin_rises_too_where_most_entries_are_at_a_wall(walls):
     rng = np.random.default_rng(5)
     d, eps = 40, 1.0
     w = rng.normal(size=(d, 2)).astype(np.float32)
@@ -253,16 +253,16 @@ def test_in_l1_too_where_most_entries_are_at_a_wall(walls):
         np.float64,
     )
     away = (w[:, 1] - w[:, 0]) * np.where(y == 0, 1, -1)[:, None]
-    order = np.argsort(-np.abs(away), axis=1)  # the most worth first, each up to its wall
+    order = np.argsort(-np.abs(away), axis=1)  # the steepest entries first, each up to its wall
     room = np.take_along_axis(np.where(away > 0, 1 - x, x), order, axis=1)
     used = np.diff(np.minimum(np.cumsum(room, axis=1), eps), axis=1, prepend=0)
     most = (used * np.take_along_axis(np.abs(away), order, axis=1)).sum(axis=1)
-    # The published steps, which walls stop, fall short of that.
+    # The published steps, which stop at walls, fall short of that.
     assert ((away * r).sum(axis=1) >= 0.995 * most).all()
 
 
 @every_norm
-def test_towards_its_targets_an_example_is_fooled_where_a_linear_net_can_be(norm):
+def test_on_a_linear_net_targets_are_reached_beyond_the_exact_distance_only(norm):
     n = 40
     params, x, y = linear_problem(K, n, D, seed=1)
     distance = distances(params, x, y, norm)
@@ -273,7 +273,7 @@ def test_towards_its_targets_an_example_is_fooled_where_a_linear_net_can_be(norm
         r = targeted(linear, params, x, y, eps=eps, norm=norm, steps=60, key=keys)
         hit = np.asarray(linear(params, x + r)).argmax(axis=1) != y
         np.testing.assert_array_equal(hit, fooled)
-    # The nearest class is often another than the likeliest.
+    # The nearest class often isn't the top wrong one.
     likeliest = np.where(np.eye(K, dtype=bool)[y], -np.inf, linear(params, x)).argmax(axis=1)
     assert (distance.argmin(axis=1) != likeliest).mean() > 0.1
 
@@ -282,7 +282,7 @@ def test_towards_its_targets_an_example_is_fooled_where_a_linear_net_can_be(norm
 
 
 def ladder(params, x):
-    """Class 1 is the likeliest after 0, class 2 next, as far as params let them depend on x."""
+    """Class 1 comes right after class 0, then class 2; `params` set how they depend on x."""
     none = 0 * x[:, 0]
     rungs = none, x[:, 0] * params[0] - 0.5, x[:, 1] * params[1] - 1, none - 5
     return jnp.stack(rungs, axis=1)
@@ -297,11 +297,11 @@ def climbed(slopes, n_targets, y=0):
 
 def test_the_second_target_is_tried_where_the_first_is_out_of_reach():
     assert climbed([0, 1], 1) == 0
-    assert climbed([0, 1], 9) == 2  # all classes but the label: there are only three
+    assert climbed([0, 1], 9) == 2  # i.e. all three classes but the label
 
 
-def test_the_likeliest_wrong_class_is_tried_first():
-    # From a random point nothing is fooled at slopes this small; each alone can be.
+def test_the_top_wrong_class_is_tried_first():
+    # With slopes this small no random point succeeds, but either class can be reached.
     assert climbed([0.3, 0.55], 1) == 1
     assert climbed([0.3, 0.55], 9) == 1
 
@@ -310,7 +310,7 @@ def test_neither_a_masked_class_nor_the_label_is_a_target():
     def masked(params, x):
         return ladder(params, x).at[:, 3].set(-jnp.inf)
 
-    # The best of three runs that all fail; towards the label itself any start would be as good.
+    # The best of three runs that all fail; toward the label itself, any start would be as good.
     x, y, slopes = np.zeros((1, 2), np.float32), np.array([0]), np.full(2, 0.1, np.float32)
     r = targeted(
         masked, slopes, x, y, eps=2.0, norm="linf", steps=9, n_targets=3, key=jax.random.key(0)
@@ -333,7 +333,7 @@ def test_no_target_is_tried_once_all_are_fooled():
         jax.effects_barrier()
         made.append(len(calls))
     assert made[0] > 9
-    assert made[1] - made[0] >= 2 * 10  # two more runs of nine steps and a start
+    assert made[1] - made[0] >= 2 * 10  # two more runs, of nine steps and a start each
 
 
 def test_a_targeted_ascent_reaches_the_class():
@@ -343,18 +343,18 @@ def test_a_targeted_ascent_reaches_the_class():
     assert (np.asarray(net(params, x + r)).argmax(axis=1) == target).mean() >= 0.8
 
 
-def test_with_soft_labels_it_is_the_loss_that_counts():
+def test_with_soft_labels_the_loss_decides_which_point_is_best():
     params, x, y = problem()
     soft = (0.7 * np.eye(K)[y] + 0.3 / K).astype(np.float32)
     cross_entropy = optax.losses.softmax_cross_entropy
     r = apgd(net, params, x, soft, eps=0.1, norm="l2", loss_fn=cross_entropy, steps=30, key=KEYS)
     loss = cross_entropy(net(params, x + r), soft)
-    # Of a hundred random points of the sphere none does better.
+    # None of a hundred random points of the sphere does better.
     points = np.random.default_rng(0).normal(size=(100, 1, D)).astype(np.float32)
     points *= 0.1 / np.linalg.norm(points, axis=2, keepdims=True)
     others = np.array([cross_entropy(net(params, x + p), soft) for p in points])
     best = np.asarray(loss) >= others.max(axis=0)
-    assert best.sum() >= B - 1  # this loss has two hills, and an ascent from one point finds one
+    assert best.sum() >= B - 1  # this loss has two maxima, and one ascent finds one
 
 
 # Restarts and draws
@@ -370,6 +370,5 @@ def test_each_evaluation_of_each_run_has_draws_of_its_own():
     x, y = np.zeros((1, 3), np.float32), np.array([0])
     apgd(noisy, None, x, y, eps=0.1, norm="l1", steps=5, restarts=2, samples=1, key=KEYS[:1])
     jax.effects_barrier()
-    assert len(set(seen)) == 2 * (
-        5 + 3
-    )  # two runs of three phases, each of which looks at its start
+    # Two runs of three phases, each of which evaluates its start too.
+    assert len(set(seen)) == 2 * (5 + 3)

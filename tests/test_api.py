@@ -1,4 +1,4 @@
-"""What the library promises to those who import it: its names, its documentation, its layers."""
+"""What the library promises its users: its names, its documentation, its layers."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ import jaxadv
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(jaxadv.__file__).parent
 
-# The public surface. To change it, change this. What has a star names the paper that it is from.
+# The public surface: a change to it must change this list. Starred names cite their paper.
 SURFACE = """
 jaxadv: attack certify evaluate jacobian logistic losses nets norms objectives perturb problem
     report train types
@@ -65,7 +65,7 @@ every_function = pytest.mark.parametrize(("module", "name"), FUNCTIONS)
 
 
 def documentation(module, name):
-    """Split a docstring into what comes before its sections, and these by their headings."""
+    """Split a docstring into the text before its sections, and the sections by heading."""
     text = inspect.getdoc(found(module, name))
     parts = re.split(r"(?m)^(Args|Returns|Raises|Attributes|Example|References):$", text)
     return parts[0], dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -75,7 +75,7 @@ def documentation(module, name):
 
 
 @pytest.mark.parametrize("module", PUBLIC)
-def test_the_public_names_of_a_module_are_these_and_there(module):
+def test_the_public_names_of_a_module_are_those_listed_and_exist(module):
     exported = importlib.import_module(module).__all__
     assert sorted(exported) == sorted(PUBLIC[module])  # each once
     assert all(hasattr(importlib.import_module(module), name) for name in exported)
@@ -87,7 +87,7 @@ def test_a_name_is_exported_where_it_is_defined():
             assert f"{found(module, name).__module__}.".startswith(f"{module}."), name
 
 
-def test_every_module_is_public_but_what_handles_arguments_and_loops_on_the_host():
+def test_every_module_is_public_but_the_listed_internal_ones():
     modules = {info.name for info in pkgutil.iter_modules(jaxadv.__path__)}
     assert modules - PUBLIC["jaxadv"] == {
         "_cpu",
@@ -148,7 +148,7 @@ def test_every_field_of_a_tuple_is_documented(module, name):
 
 
 def imports(source, package=""):
-    """Every module, or name of a module, that a source imports, at any depth of it."""
+    """Every module, or name in a module, that a source imports, at any nesting depth."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -171,7 +171,7 @@ SOURCES = sources(LIBRARY)
 
 
 def layers_of(module):
-    """The top modules of jaxadv that a module of it imports, but its own."""
+    """The other top-level modules of jaxadv that one of its modules imports."""
     used = {name.split(".")[1] for name in imports(SOURCES[module], module.rpartition(".")[0])
             if name.startswith("jaxadv.")}  # fmt: skip
     return used - {module.split(".")[1]}
@@ -197,7 +197,7 @@ def test_the_perturbation_is_an_argument():
         assert not layers_of(module) & {"perturb", "attack"}
 
 
-def test_the_library_imports_jax_numpy_optax_scipy_and_the_standard_library_only():
+def test_the_library_imports_only_jax_numpy_optax_scipy_and_the_standard_library():
     allowed = {"jax", "jaxlib", "numpy", "optax", "scipy", "jaxadv"} | sys.stdlib_module_names
     for module, source in SOURCES.items():
         package = module.rpartition(".")[0]
@@ -205,7 +205,7 @@ def test_the_library_imports_jax_numpy_optax_scipy_and_the_standard_library_only
 
 
 def private_uses(source):
-    """Every use of jaxadv in a source that is not of a public name, as dotted names."""
+    """Every use in a source of a name of jaxadv that isn't public, as dotted names."""
     bound, uses = {}, set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -221,7 +221,7 @@ def private_uses(source):
 
 
 def is_public(use):
-    _, *path = use.split(".")  # of a name in a module, what follows is its own affair
+    _, *path = use.split(".")  # attributes of a public name don't matter
     module = f"jaxadv.{path[0]}" if path else ""
     return path[:1] in ([], ["__version__"]) or (
         module in PUBLIC and (len(path) == 1 or path[1] in PUBLIC[module])
@@ -243,6 +243,6 @@ def test_private_uses_are_found():
         assert private_uses(source) == private
 
 
-def test_experiments_use_public_names_only():
+def test_experiments_use_only_public_names():
     assert {name: private_uses(text) for name, text in sources(ROOT / "experiments").items()
             if private_uses(text)} == {}  # fmt: skip

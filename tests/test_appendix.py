@@ -1,4 +1,4 @@
-"""Appendix A's experiment: its numbers hold, and a number that doesn't is an error."""
+"""Appendix A's experiment: its claims hold, and one that doesn't is an error."""
 
 import io
 
@@ -14,7 +14,7 @@ from experiments.lib import records
 
 @pytest.fixture(autouse=True)
 def float64(x64):
-    """As the command runs it."""
+    """64-bit mode, as in the command."""
 
 
 @pytest.mark.slow
@@ -43,16 +43,16 @@ def test_a_claim_that_fails_is_an_error(tmp_path, monkeypatch):
     ("value", "relation", "bound", "holds"),
     [(1, "<=", 1, True), (1, ">", 1, False), (1, ">=", 1, True), (np.nan, "<=", 1, False)],
 )
-def test_a_claim_compares_as_it_says(value, relation, bound, holds):
+def test_a_claim_holds_if_its_relation_does(value, relation, bound, holds):
     assert logistic.Claim("", value, relation, bound).holds is holds
 
 
-def test_the_margin_is_the_gap_in_l2():
-    # The classes are separated by x_0 = 0, at a distance of 1.5 on one side and 2 on the other;
-    # but hyperplanes go through 0, and no other gets farther from both points.
+def test_the_margin_is_the_l2_gap_about_a_hyperplane_through_0():
+    # x_0 = 0 separates the classes, at a distance of 1.5 on one side and 2 on the other. No other
+    # hyperplane through 0 is farther from the nearest point.
     x = jnp.array([[1.5, 0.0], [-2.0, 0.0], [3.0, 5.0]])
     assert logistic.margin(x, jnp.array([1, -1, 1])) == pytest.approx(3.0, rel=1e-6)
-    # Two points at right angles: w along their sum, each at a distance of 1/sqrt(2).
+    # Two points at right angles: w points along their sum, at a distance of 1/sqrt(2) from each.
     right = jnp.eye(2)
     assert logistic.margin(right, jnp.array([1, 1])) == pytest.approx(2**0.5, rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""Tables of what attacks leave say what the rows say."""
+"""Tables of robust accuracies show what the rows contain."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def test_figures_are_those_on_the_most_images():
     assert figures([*ROWS, *few])[1:] == ["0.7500", "0.1500"]
     for rows in ([*ROWS, *few], [*few, *ROWS]):
         assert attack_tables.ranked(rows) == attack_tables.ranked(ROWS)
-    more = row("mnist_mlp/lwa", "one-step", 0.95, n=1000)  # on which AutoAttack hasn't been run
+    more = row("mnist_mlp/lwa", "one-step", 0.95, n=1000)  # without AutoAttack
     assert figures([*ROWS, more])[1:] == ["0.7500", "0.1500"]
 
 
@@ -54,7 +54,7 @@ def test_pgd_on_other_images_says_on_how_many():
     assert figures([*ROWS, few])[0] == "0.8000"
 
 
-def test_the_most_robust_net_comes_first_and_flags_are_told():
+def test_the_most_robust_net_comes_first_and_flags_are_listed():
     lines = attack_tables.ranked(ROWS)
     nets = [line for line in lines if line.startswith("| ") and "Net" not in line]
     assert nets[0] == (
@@ -70,10 +70,10 @@ def test_the_most_robust_net_comes_first_and_flags_are_told():
         "- lwa: far off; more helps", "- not checked: normal", "- not checked: lwa",
     ]  # fmt: skip
     checked = [*ROWS, check_row(method="mnist_mlp/normal", flags={})]
-    assert "- normal: nothing to doubt was found" in attack_tables.ranked(checked)
+    assert "- normal: no reason for doubt was found" in attack_tables.ranked(checked)
 
 
-def test_the_published_ensemble_and_ours_stand_beside_each_other():
+def test_the_published_ensemble_and_ours_are_compared():
     def fields(seed, robust, seconds, attack="apgd-t", eps=1.5):
         columns = {"clean": 1.0, "robust": robust}
         return {
@@ -116,7 +116,7 @@ def test_a_line_is_of_one_way_and_size_and_of_autoattack_on_the_most_images():
     ]
 
 
-def test_a_step_s_time_over_lwas_is_shown_where_it_is_recorded():
+def test_step_times_relative_to_lwas_are_shown_if_recorded():
     timed = [dataclasses.replace(trained("memory", seed, 0.8), ratio_to_lwa=r)
              for seed, r in ((0, 1.1), (1, 1.2))]  # fmt: skip
     heading, _, first, second = attack_tables.ways([*timed, trained("four", 0, 0.8)], [])

@@ -1,4 +1,4 @@
-"""The attacks that commands know by name."""
+"""The attacks that commands take by name."""
 
 from experiments.lib import attacks
 from jaxadv import evaluate

@@ -64,7 +64,7 @@ def distances(batch_size=8, **kwargs):
 
 
 def results(found):
-    """All but the times."""
+    """The results except times."""
     if isinstance(found, evaluate.Distances):
         return found.size, found.r, found.passes
     stages = [stage._replace(seconds=0) for stage in found.stages.values()]
@@ -72,7 +72,7 @@ def results(found):
 
 
 def stop_after(batches):
-    """A callback that stops an evaluation."""
+    """A callback that stops an evaluation after this many batches."""
     seen = []
 
     def progress(at):
@@ -87,7 +87,7 @@ def stop_after(batches):
 
 
 @pytest.mark.parametrize("run", [ensemble, single, distances])
-def test_an_interrupted_evaluation_goes_on_where_it_was(run, tmp_path):
+def test_an_interrupted_evaluation_resumes_where_it_stopped(run, tmp_path):
     seen = []
     whole = run(progress=seen.append)
     for batches in range(1, len(seen) + 1):
@@ -128,7 +128,7 @@ def test_a_damaged_batch_is_named(tmp_path):
     ensemble(store=tmp_path)
 
 
-def test_of_bfloat16_it_is_stored_too(tmp_path):
+def test_bfloat16_results_are_stored_too(tmp_path):
     params, x, y = problem()
     of = jax.tree.map(jnp.asarray, (params, x.astype(jnp.bfloat16), y))
     whole = single(of=of, eps=0.5, store=tmp_path)
@@ -173,7 +173,7 @@ def test_a_store_of_another_evaluation_is_refused(field, tmp_path):
 
 
 def shift(size):
-    """An attack of one's own that is told from others of the same name by what it captured."""
+    """A user's attack, which differs from others of the same name only in what it captures."""
 
     def method(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
         return jnp.zeros_like(x).at[:, 0].set(size)
@@ -189,7 +189,7 @@ def shift(size):
         {"a": shift(0.1), "b": functools.partial(attack.pgd, steps=2)},
     ],
 )
-def test_a_store_tells_attacks_of_ones_own_apart(others, tmp_path):
+def test_a_store_tells_users_own_attacks_apart(others, tmp_path):
     ensemble(attacks={"a": shift(0.1), "b": shift(0.2)}, store=tmp_path)
     ensemble(attacks={"a": shift(0.1), "b": shift(0.2)}, store=tmp_path, progress=pytest.fail)
     with pytest.raises(ValueError, match="got other attacks; choose"):
@@ -239,7 +239,7 @@ found = test_batches.ensemble(store=sys.argv[1], progress=progress)
 def test_an_evaluation_survives_kill_9(tmp_path):
     whole = ensemble()
     code = KILLED.format(tests=os.path.dirname(__file__))
-    # In the third batch, in the third after that, and so on, until none is left.
+    # Killed in every third batch that it computes, until all are stored.
     while (
         subprocess.run([sys.executable, "-c", code, str(tmp_path), "3"], check=False).returncode
         == -signal.SIGKILL
@@ -248,14 +248,14 @@ def test_an_evaluation_survives_kill_9(tmp_path):
     found = ensemble(store=tmp_path, progress=pytest.fail)
     for name, stage in whole.stages.items():
         np.testing.assert_array_equal(found.stages[name].fooled, stage.fooled)
-    np.testing.assert_allclose(found.r, whole.r, atol=1e-6)  # other processes may round otherwise
+    np.testing.assert_allclose(found.r, whole.r, atol=1e-6)  # another process may round differently
 
 
 # How examples are split
 
 
 @given(st.integers(0, 3000), st.integers(1, 600))
-def test_batches_hold_every_index_once_and_cost_least(n, batch_size):
+def test_batches_hold_every_index_once_at_the_lowest_cost(n, batch_size):
     rows = 7 * np.arange(n)
     sizes = [max(1, batch_size // part) for part in (1, 8, 64)]
     overhead = batch_size // 80
@@ -263,14 +263,14 @@ def test_batches_hold_every_index_once_and_cost_least(n, batch_size):
     np.testing.assert_array_equal(np.concatenate([rows[:0], *(part for part, _ in batches)]), rows)
     assert all(0 < len(part) <= size for part, size in batches)
     assert {size for _, size in batches} <= set(sizes)
-    # Copies that fill them up are an eighth of a batch at most.
+    # Padding is at most an eighth of a batch.
     assert sum(size for _, size in batches) - n <= batch_size // 8
     cost = sum(size + overhead for _, size in batches)
     for only in sizes:
         assert cost <= -(-n // only) * (only + overhead)
 
 
-def test_a_few_that_are_left_cost_a_few():
+def test_a_few_remaining_examples_use_small_batches():
     for n, expected in [(14, [7, 7]), (71, [62, 7, 7]), (40, [62]), (450, [500])]:
         batches = _batches.split(np.arange(n), (500, 62, 7), 6)
         assert [size for _, size in batches] == expected
@@ -279,7 +279,7 @@ def test_a_few_that_are_left_cost_a_few():
 # Progress and passes
 
 
-def test_progress_is_told_after_each_batch():
+def test_progress_is_reported_after_each_batch():
     seen = []
     stages = ensemble(progress=seen.append).stages
     for name, stage in stages.items():
@@ -294,10 +294,10 @@ def test_passes_are_charged_for_each_example_and_executed_for_whole_batches():
     pgd = ensemble(attacks={"pgd": ATTACKS["weak"]}).stages["pgd"]
     square = ensemble(attacks={"square": ATTACKS["square"]}, eps=1.2).stages["square"]
     assert pgd.tried.sum() == N - 1
-    # A gradient at x and at one point more, a forward pass at the last, and the check.
+    # Gradients at x and at one more point, a forward pass at the last point, and the check.
     np.testing.assert_array_equal(pgd.passes.forward, np.where(pgd.tried, 4, 0))
     np.testing.assert_array_equal(pgd.passes.backward, np.where(pgd.tried, 2, 0))
-    # Of 8, 8 and six times 1 rows.
+    # Batches of 8, 8 and six times 1 rows.
     assert pgd.executed == (22 * 4, 22 * 2)
     # x, the start, 9 queries and the check; fewer where it succeeds.
     assert square.passes.forward.max() == 12
@@ -340,7 +340,7 @@ def test_an_audit_runs_autoattack_on_a_share_of_the_examples(tmp_path):
 
 
 @pytest.mark.parametrize("audit", [-0.1, 1.1])
-def test_an_audit_is_a_share(audit):
+def test_an_audit_must_be_a_share(audit):
     with pytest.raises(ValueError, match=r"expected audit in 0\.\.1, got"):
         ensemble(audit=audit)
 
@@ -354,11 +354,11 @@ def test_an_audit_takes_no_row_twice_and_none_that_is_not_there(audit):
     assert rows.max() < 100
 
 
-def test_what_an_audit_can_not_do_is_said_before_anything_runs():
+def test_an_audit_that_can_not_run_is_refused_before_anything_runs():
     with pytest.raises(TypeError, match="expected eps to be a number"):
         ensemble(attacks={"fmn": attack.fmn}, eps=None, audit=0.5, progress=pytest.fail)
 
 
-def test_progress_is_a_function():
+def test_progress_must_be_a_function():
     with pytest.raises(TypeError, match="expected progress to be a function, got int"):
         ensemble(progress=3)

@@ -1,4 +1,4 @@
-"""The benchmark counts the right products and writes what it measured; times are not tested."""
+"""The benchmark counts the right products and writes what it measures; times are not tested."""
 
 import json
 import sys
@@ -56,12 +56,12 @@ def test_the_operations_counted_are_those_that_xla_counts(net, shape):
     params = models.init(net, jax.random.key(0), jnp.zeros((1, *shape)))
     x = jnp.zeros((4, *shape))
     counted = jax.jit(models.function(net)).lower(params, x).cost_analysis()["flops"] / 4
-    # XLA also counts biases, relu and pooling, for these nets no more than 2 %.
+    # XLA also counts biases, relu and pooling: at most 2% for these nets.
     assert 0.98 * counted < sum(timing.flops(net, params, x)) < counted
 
 
 def test_the_operations_of_lenet_are_those_of_its_layers():
-    # 24x24 windows of 5x5x1 to 20, 8x8 of 5x5x20 to 50, then 800 to 500 to 10.
+    # 24x24 windows from 5x5x1 to 20, 8x8 from 5x5x20 to 50, then 800 to 500 to 10.
     expected = [576 * 25 * 20, 64 * 500 * 50, 800 * 500, 500 * 10]
     net, x = models.lenet((500,)), jnp.zeros((1, 28, 28, 1))
     params = jax.eval_shape(net.init, jax.random.key(0), x)
@@ -87,14 +87,14 @@ def test_calls_are_timed_in_turn_and_once_before():
 
 def test_a_ratio_is_taken_round_by_round():
     assert common.ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == [0.5, 0.5, 0.5]
-    # A ratio of the quartiles would be .5 here too.
+    # The ratio of the quartiles would be .5 here.
     np.testing.assert_allclose(
         common.ratio([1.0, 100.0, 10.0], [2.0, 20.0, 200.0]), [0.275, 0.5, 2.75]
     )
 
 
 class Machine:
-    """Stands for the clock and the counters of two processors."""
+    """Replaces the clock and the counters of a machine with two processors."""
 
     def __init__(self, monkeypatch, *, others=0.0, slower=1.0, uneven=1.0):
         now = iter([(0.0, 0.0, 0.0, 0.0), (200.0, 90.0 + 200 * others, 0.0, 90.0)])
@@ -109,7 +109,7 @@ class Machine:
     [
         ({}, []),
         ({"others": 0.04}, []),
-        ({"others": 0.3}, ["other programs had 30%"]),
+        ({"others": 0.3}, ["other programs used 30%"]),
         ({"slower": 1.5}, ["100 GFLOP/s before and 67 after"]),
         ({"uneven": 1.1}, []),
         ({"uneven": 1.25}, ["at 80 and at 100 GFLOP/s within"]),
@@ -137,7 +137,7 @@ def test_an_invalid_run_is_recorded_and_ends_with_an_error(tmp_path, monkeypatch
     (row,) = json.loads((tmp_path / "results.json").read_text())
     assert row["machine"]["cpu_of_others"] == 0.5
     text = (tmp_path / "results.md").read_text()
-    assert "Not valid: other programs had 50%" in text
+    assert "Not valid: other programs used 50%" in text
     assert "| a | 2.00 (1.00 to 3.00) |" in text
 
 
@@ -185,7 +185,7 @@ def test_steps_and_loops_are_measured(tmp_path, monkeypatch):
         for objective in objectives
         for called in ("by itself", "in an epoch")
     }
-    for step in measured:  # of one round, all are of the same two numbers
+    for step in measured:  # with one round, all three come from the same two numbers
         expected = [step["floor ms"] / step["ms"]] * 3
         assert step["floor / time"] == pytest.approx(expected, rel=1e-9)
     assert len(loops.run(settings)) == 6
@@ -204,7 +204,7 @@ def test_attacks_are_measured_on_a_recorded_net():
 
 
 @pytest.mark.slow
-def test_devices_have_the_same_losses():
+def test_losses_are_the_same_on_any_number_of_devices():
     figures = devices.run(common.Settings(rounds=1, seconds=0.0))
     assert [figure["devices"] for figure in figures] == [1, 2, 4, 8]
     assert all(figure["greatest difference of loss"] < 1e-5 for figure in figures)
@@ -218,7 +218,7 @@ def test_a_net_in_pytorch_gives_the_same_logits():
         ours = np.asarray(models.function(net)(params, x))
         with torch.no_grad():
             theirs = pytorch.torch_net(params)(pytorch.images(x)).numpy()
-        # Sums of at most a few thousand float32 products, in another order.
+        # Sums of up to a few thousand float32 products, in another order.
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 
 

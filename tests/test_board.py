@@ -1,4 +1,4 @@
-"""`experiments/board.py`: nets of a record ranked under AutoAttack."""
+"""`experiments/board.py`: the nets of a record, ranked under AutoAttack."""
 
 import dataclasses
 import io
@@ -15,7 +15,7 @@ from experiments.lib import models, problems, records, weights
 
 @pytest.fixture
 def settings(tmp_path):
-    """A record of one small net that nobody has trained."""
+    """A record of one small, untrained net."""
     net = models.mlp((7, 5))
     params = models.init(net, jax.random.key(0), jax.numpy.zeros((1, 28, 28, 1)))
     weights.save(tmp_path / "mnist_mlp" / "lwa" / "params.safetensors", params)
@@ -34,11 +34,12 @@ def test_it_attacks_each_net_of_the_record_under_each_threat(settings):
 
 
 def test_a_record_without_nets_is_an_error(settings):
-    with pytest.raises(ValueError, match="got none; train them first"):
+    with pytest.raises(ValueError, match="got none; train some first"):
         board.run(dataclasses.replace(settings, record="cifar10"), Console(file=io.StringIO()))
 
 
-IN_HISTORY = ("dropout", "goodfellow", "lwa_rep")  # as experiments/results/README.md says
+# Whose weights were replaced since, as experiments/results/README.md says.
+IN_HISTORY = ("dropout", "goodfellow", "lwa_rep")
 
 
 @pytest.mark.parametrize("folder", ["board", "autoattack", "autoattack/reference"])

@@ -1,4 +1,4 @@
-"""`jaxadv.boxes`: ball, box and plane together, against slow references."""
+"""`jaxadv.boxes`: ball, box and hyperplane together, against slow references."""
 
 import functools
 
@@ -18,19 +18,19 @@ every_norm = pytest.mark.parametrize("norm", NORMS)
 to_plane = jax.jit(boxes.project_hyperplane_in_box, static_argnums=4)
 
 
-# Going to the plane
+# The hyperplane and the box
 
 
 @functools.cache
 def planes():
-    """Planes, and boxes around 0; the last ten planes are out of the box."""
+    """Hyperplanes, and boxes around 0; the last ten hyperplanes don't meet their box."""
     rng = np.random.default_rng(2)
     n, _ = shape = 60, 12
     w = rng.normal(size=shape) * rng.choice([0, 1e-2, 1], p=[0.2, 0.2, 0.6], size=shape)
     w[0, 1:] = 0
-    w[1:6] = np.sign(w[1:6])  # nothing but ties
+    w[1:6] = np.sign(w[1:6])  # all entries tie
 
-    def wall():  # at 0, as for black pixels, near, and never met
+    def wall():  # at 0 (as for black pixels), near, or too far to matter
         return rng.uniform(0.05, 1, size=shape) * rng.choice(
             [0, 1, 1e3], p=[0.3, 0.6, 0.1], size=shape
         )
@@ -43,9 +43,9 @@ def planes():
 
 
 @every_norm
-def test_the_way_to_the_plane_is_feasible_and_optimal(norm):
+def test_the_projection_onto_the_hyperplane_is_feasible_and_optimal(norm):
     w, c, lower, upper = planes()
-    sign = np.resize([1, -1], len(c)).astype(np.float32)  # the plane may be on either side
+    sign = np.resize([1, -1], len(c)).astype(np.float32)  # the hyperplane may be on either side
     got = to_plane(w * sign[:, None], c * sign, lower, upper, norm)
     assert (got >= lower).all()
     assert (got <= upper).all()
@@ -55,14 +55,14 @@ def test_the_way_to_the_plane_is_feasible_and_optimal(norm):
     want = [references.to_plane(*row, norm) for row in zip(w, c, lower, upper, strict=True)]
     np.testing.assert_array_equal(np.isinf(want), np.arange(len(c)) >= len(c) - 10)
     np.testing.assert_allclose(lengths(got, norm)[:-10], want[:-10], rtol=1e-5, atol=1e-6)
-    # The corner that comes nearest; entries that gain nothing stay where they are.
+    # The nearest corner; entries that gain nothing stay where they are.
     corner = np.where(w > 0, upper, np.where(w < 0, lower, 0))
     np.testing.assert_array_equal(got[-10:], corner[-10:])
 
 
 @every_norm
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_the_way_to_the_plane_does_not_depend_on_the_scale_of_the_net(norm, scale):
+def test_the_projection_onto_the_hyperplane_does_not_depend_on_the_scale_of_the_net(norm, scale):
     w, c, lower, upper = planes()
     want = to_plane(w, c, lower, upper, norm)
     got = to_plane(w * np.float32(scale), c * np.float32(scale), lower, upper, norm)
@@ -70,11 +70,11 @@ def test_the_way_to_the_plane_does_not_depend_on_the_scale_of_the_net(norm, scal
 
 
 @every_norm
-def test_the_way_to_the_plane_takes_endless_boxes_and_normals_of_zero(norm):
+def test_the_projection_onto_the_hyperplane_takes_infinite_boxes_and_normals_of_zero(norm):
     w, c, _, _ = (np.zeros_like(a) for a in planes())
     w[0, :3], w[2], c[:2] = [2, -1, 0], 1, 3
     wall = np.full_like(w, np.inf)
-    w[3, :2], c[3], wall[3] = 2e-38, 1e5, 0.5  # further than any number
+    w[3, :2], c[3], wall[3] = 2e-38, 1e5, 0.5  # farther than the largest float
     got = to_plane(w, c, -wall, wall, norm)
     want = np.zeros_like(w)
     want[3, :2] = 0.5
@@ -86,7 +86,7 @@ def test_the_way_to_the_plane_takes_endless_boxes_and_normals_of_zero(norm):
 
 
 def project_l1(r, eps):
-    """Onto the ball, by sorting, for one example."""
+    """The projection of one example onto the l1 ball, by sorting."""
     if np.abs(r).sum() <= eps:
         return r
     falling = np.sort(np.abs(r))[::-1]
@@ -117,7 +117,7 @@ def test_the_nearest_point_of_the_l1_ball_and_the_box():
     np.testing.assert_allclose(got, want, atol=2e-5)  # Dykstra's own precision
     assert (np.abs(got.astype(np.float64)).sum(axis=1) <= eps * (1 + 1e-6)).all()
     assert (np.abs(x + got) <= 1).all()
-    # In part of these cases the ball and then the box would be another point.
+    # In some of these cases, projecting onto the ball and then the box gives another point.
     naive = np.clip(x + [project_l1(*pair) for pair in zip(r, eps, strict=True)], -1, 1) - x
     assert (np.abs(naive - got).max(axis=1) > 0.1).mean() > 0.3
 
@@ -129,8 +129,8 @@ def test_a_point_inside_the_l1_ball_and_the_box_stays_where_it_is():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_the_limits_reach_from_bound_to_bound(dtype):
-    x = jnp.asarray([[-1.0, 0.25, 0.2, 3.0]], dtype)  # the last is out of the box
+def test_the_limits_span_the_box_and_contain_0(dtype):
+    x = jnp.asarray([[-1.0, 0.25, 0.2, 3.0]], dtype)  # the last entry is out of the box
     lower, upper = boxes.box_limits(x, (-1.0, 0.25))
     assert lower.dtype == upper.dtype == jnp.float32
     near = np.asarray(x, np.float32)
@@ -148,7 +148,7 @@ def test_a_gradient_keeps_the_entries_that_the_box_does_not_block():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_an_entry_that_reached_its_bound_is_blocked(dtype):
+def test_an_entry_at_its_bound_is_blocked(dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.uniform(-1, 0.2, (20, D)), dtype)
     far = project_ball_and_box(9 * jnp.ones_like(x), x, jnp.full(20, 100.0), "l1", (-1.0, 0.2))

@@ -1,4 +1,4 @@
-"""Norms, sizes and boxes of attacks: what `evaluate.attack_and_score` refuses to count."""
+"""Attacks with another norm, too large a size or outside the box, which evaluation refuses."""
 
 import warnings
 from functools import partial
@@ -47,7 +47,7 @@ def test_the_norm_is_given_once_to_the_attack(norm, method):
 )
 @pytest.mark.parametrize("several", [False, True])
 def test_a_norm_that_is_not_the_attacks_is_an_error(method, several):
-    # In linf no l2 ball of that radius would be found too large, only too weak.
+    # In linf, an l2 ball of that radius would never be too large, only too weak.
     attacks = {"it": method} if several else method
     with pytest.raises(ValueError, match=r"expected one norm, got .*'linf'\]; set it once"):
         outcome(attacks, eps=0.5, norm="linf")
@@ -69,7 +69,7 @@ def test_an_unknown_norm_is_an_error():
 
 
 def far(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
-    """An attack of one's own that knows no size and no box."""
+    """A user's attack that ignores the size and the box."""
     return jnp.broadcast_to(jnp.array([3.0, -3.0, 3.0, -3.0, 3.0]), x.shape)
 
 
@@ -83,7 +83,7 @@ def test_an_attack_that_exceeds_its_size_is_an_error(norm, size):
 
 
 def test_the_attack_that_exceeds_an_examples_size_is_named():
-    # Of several attacks only r that misled the net counts; sizes are per example.
+    # With several attacks only the r that fools the net counts; sizes are per example.
     w, x, y = np.eye(3, dtype=np.float32), 2 * np.eye(3, dtype=np.float32)[[0, 0]], np.zeros(2, int)
     x[1] *= 9
 
@@ -105,7 +105,7 @@ def test_an_attack_that_leaves_the_box_is_an_error():
         outcome(attacks, eps=20.0, bounds=(-4.0, 4.0))
 
 
-def test_what_one_attack_leaves_not_finite_is_counted_and_has_no_size_to_exceed():
+def test_perturbations_that_are_not_finite_are_counted_and_exceed_no_size():
     def broken(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
         r = perturb.loss(apply_fn, params, x, y, eps=eps, bounds=bounds)
         return r.at[2].set(jnp.nan).at[3].set(jnp.inf)
@@ -138,7 +138,7 @@ def test_the_librarys_attacks_keep_their_size_in_every_dtype(dtype, norm):
         found = evaluate.attack_and_score(linear, w, x, y, attacks, eps=eps, norm=norm)
     assert 0 < found.outcome.robust.sum() < 20
     assert (norms.norm(jnp.asarray(found.r), norm) <= eps * (1 + 1e-6)).all()
-    # In a narrow dtype x + r is rounded to a point that may be further away: that is reported.
+    # In a narrow dtype x + r is rounded to a point that may be farther away, which is reported.
     realised = norms.norm(jnp.float32(x + found.r) - jnp.float32(x), norm)
     over = realised > eps * (1 + max(1e-5, float(jnp.finfo(dtype).eps)))
     assert len(said) == over.any()

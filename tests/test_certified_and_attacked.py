@@ -21,7 +21,7 @@ SMALL = {
 
 @pytest.fixture
 def images(monkeypatch):
-    """200 training and 20 test images, and a LeNet's command on an MLP."""
+    """200 training and 20 test images, and an MLP in place of LeNet."""
     whole = data.mnist()
     few = data.Dataset(
         whole.train_images[:200], whole.train_labels[:200],
@@ -32,7 +32,7 @@ def images(monkeypatch):
 
 
 @pytest.mark.parametrize("way", command.WAYS)
-def test_a_way_of_training_has_a_loss_and_gradients(way):
+def test_each_way_of_training_has_a_finite_loss_and_gradients(way):
     settings = command.Settings(**SMALL)
     net = models.mlp((20,))
     x = jnp.asarray(data.MNIST.inputs(data.mnist().train_images[:4]))
@@ -75,14 +75,14 @@ def test_both_bounds_are_measured_and_kept(tmp_path, images):
     assert net == models.mlp((20,))
     assert "| Consistency | 0.25 | 0 | 10 |" in "\n".join(command.as_markdown([row]))
     again = command.run(settings, Console(file=io.StringIO()))
-    assert again == [row]  # which nothing was run for
+    assert again == [row]  # read back, not run again
     with pytest.raises(ValueError, match=r"expected radii below 0\.65"):  # before it trains
         command.run(dataclasses.replace(settings, radii=(1.0,)), Console(file=io.StringIO()))
     held = dataclasses.replace(settings, holdout=10, every=1, seeds=(1,))
     assert [other.n for other in command.run(held, Console(file=io.StringIO()))] == [10, 10]
 
 
-def test_the_band_is_between_what_is_certified_and_what_attacks_leave(tmp_path):
+def test_the_band_lies_between_certified_and_attacked_accuracy(tmp_path):
     curve = {"eps": [0.0, 0.5, 1.0, 1.25, 1.5], "certified": [0.9, 0.8, 0.6, 0.5, 0.3]}
     columns = {"clean": 0.9, "attacked@1": 0.7, "attacked@0.5": 0.85, "attacked@1.5": 0.4}
     row = records.CertifyRow(
@@ -103,7 +103,7 @@ def test_the_band_is_between_what_is_certified_and_what_attacks_leave(tmp_path):
     }
     (band,) = first.collections
     corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
-    # From the least attacked size on; at 1.25 what the attack at 1 has broken is broken.
+    # From the smallest attacked size on; at 1.25, images broken at 1 count as broken.
     assert corners == {
         (0.5, 0.8), (1.0, 0.6), (1.25, 0.5), (1.5, 0.3),
         (0.5, 0.85), (1.0, 0.7), (1.25, 0.7), (1.5, 0.4),

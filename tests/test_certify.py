@@ -1,4 +1,4 @@
-"""`jaxadv.certify`: exact radii of linear nets, the rule under simulated draws, the noise's law."""
+"""`jaxadv.certify`: exact radii of linear nets, the rule under simulated draws, the noise."""
 
 import json
 import os
@@ -40,16 +40,16 @@ def certified(params, x, y=None, **settings):
     return certify.certify(linear, params, x, y, **{**common, **settings})
 
 
-# Against what is known
+# Against known answers
 
 
 def test_a_linear_nets_radius_is_bounded_from_below_and_nearly_reached():
     params, x, y, exact = binary_problem()
     found = certified(params, x, y, stages=(20_000,), batch_size=2000)
-    sure = exact > 0.1  # the first 100 draws may choose the other class nearer to the boundary
+    sure = exact > 0.1  # nearer the boundary, the first 100 draws may choose the other class
     np.testing.assert_array_equal(found.label[sure], y[sure])
     assert np.all(found.radius[found.label == y] <= exact[found.label == y])
-    # The share of y is within four standard errors of p_A, and the bound takes off 3.1.
+    # The share of y is within four standard errors of p_A, and the bound subtracts 3.1.
     p = stats.norm.cdf(exact / SIGMA)
     low = p - 7.5 * np.sqrt(p * (1 - p) / 20_000)
     assert np.all(found.radius[sure] >= SIGMA * stats.norm.ppf(low[sure]))
@@ -71,7 +71,7 @@ def test_the_bound_is_clopper_and_pearsons(n):
 
 
 def run(rule, p, runs, seed=0):
-    """Draw as the whole procedure does, from known p_A; return the radii, and how many draws."""
+    """Simulate the whole procedure at a known p_A; return the radii and the numbers of draws."""
     rng = np.random.default_rng(seed)
     right, lower, samples = np.zeros(runs, int), np.zeros(runs), np.zeros(runs, int)
     undecided, before = np.ones(runs, bool), 0
@@ -99,7 +99,7 @@ def test_false_certificates_are_at_most_alpha_over_the_whole_procedure(alpha, ra
     radius, _ = run(rule(radii, alpha), stats.norm.cdf((tested - 1e-6) / SIGMA), runs)
     wrong = np.mean(radius >= tested)
     assert wrong <= alpha + 3 * np.sqrt(alpha / runs)
-    assert wrong > alpha / 20  # not by never certifying
+    assert wrong > alpha / 20  # and not because nothing is certified
 
 
 @pytest.mark.parametrize("p", [0.9984, 0.9988, 0.999, 0.9998])
@@ -108,20 +108,20 @@ def test_looks_cost_little_power_and_save_draws(p):
     looks, samples = run(rule(), p, runs)
     fixed, _ = run(rule(stages=STAGES[-1:]), p, runs, seed=1)
     power, whole = (np.mean(radius >= 1.5) for radius in (looks, fixed))
-    assert whole - 0.06 <= power <= whole + 0.02  # a fifth of alpha less, and hope given up
+    assert whole - 0.06 <= power <= whole + 0.02  # a fifth less alpha, and giving up early
     assert samples.mean() < {0.9984: 0.2, 0.9988: 0.65, 0.999: 0.92, 0.9998: 0.15}[p] * STAGES[-1]
 
 
-def test_what_has_no_hope_stops_at_the_first_look():
+def test_hopeless_examples_stop_at_the_first_look():
     right, three = np.array([0, 5000, 9000, 9990, 9997, 10_000]), rule(stages=(10_000, 100_000))
     assert three.decided(three.bound(right, 0), right, 0, np.zeros(1)).tolist() == [
         True, True, True, False, False, True,
     ]  # fmt: skip
 
 
-def test_only_looks_that_may_certify_share_alpha():
+def test_only_looks_that_can_certify_share_alpha():
     few = rule(stages=(100, 1000, 30_000), radii=(1.5,))
-    assert few.share == (0.0, 0.0, ALPHA)  # 1.5 takes 5114 draws that are all right
+    assert few.share == (0.0, 0.0, ALPHA)  # 1.5 takes at least 5114 draws
     assert few.bound(np.array([100]), 0).tolist() == [0]
     assert rule(stages=(100, 1000, 30_000), radii=(0.25, 1.5)).share == (
         ALPHA / 10, ALPHA / 10, 0.8 * ALPHA,
@@ -129,10 +129,10 @@ def test_only_looks_that_may_certify_share_alpha():
     assert rule(stages=(30_000,)).share == (ALPHA,)
 
 
-def test_a_bound_once_reached_is_kept():
+def test_a_bound_is_kept_even_if_later_draws_are_worse():
     params, x, _, _ = binary_problem(n=30)
     settings = {"radii": np.arange(0.1, 1, 0.1), "batch_size": 3000}
-    settings["key"] = jax.random.key(4)  # the share of A falls for one example
+    settings["key"] = jax.random.key(4)  # the share of A falls between the looks for one example
     looks = certified(params, x, stages=(1000, 1050), **settings)
     first = certified(params, x, stages=(1000,), alpha=ALPHA / 5, **settings).lower
     last = certified(params, x, stages=(1050,), alpha=ALPHA * 0.8, **settings).lower
@@ -141,13 +141,13 @@ def test_a_bound_once_reached_is_kept():
     assert np.any(whole & (first > last))
 
 
-def test_the_samplers_error_and_the_distance_to_the_grid_are_taken_off():
+def test_the_samplers_error_and_the_distance_to_the_grid_are_subtracted():
     right, last = np.array([99_990]), len(STAGES) - 1
     plain, off = rule().bound(right, last), rule(off=1e-4).bound(right, last)
     np.testing.assert_allclose(off, plain - 1e-4, rtol=1e-12)
     apart = rule().radius(plain, np.array([0.0])) - rule().radius(plain, np.array([0.01]))
     np.testing.assert_allclose(apart, 0.01, rtol=1e-10)
-    # In what a look decides, too: 99,905 certify 1.5 of an image on the grid only.
+    # Also when a look decides: this count certifies 1.5 only for an image on the grid.
     size = rule().radius(rule().bound(np.array([99_904]), last), np.array([0, 0.01]))
     assert (size >= 1.5).tolist() == [True, False]
     assert rule().radius(np.array([0.5001]), np.array([0.01])).tolist() == [0]
@@ -157,7 +157,7 @@ def test_the_samplers_error_and_the_distance_to_the_grid_are_taken_off():
 
 
 def law(table):
-    """The probability of each integer that a table gives, in float64."""
+    """The probability that a table gives to each integer, in float64."""
     share = table.threshold.astype(np.float64) / 2**32
     drawn = share.copy()
     np.add.at(drawn, table.other, 1 - share)
@@ -165,7 +165,7 @@ def law(table):
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.25, 0.5, 1.0, 3.0])
-def test_the_noise_is_a_gaussian_rounded_to_the_grid_but_for_off(sigma):
+def test_the_noise_is_a_gaussian_rounded_to_the_grid_up_to_the_stated_error(sigma):
     table = _gaussian.table(sigma)
     assert 2048 <= sigma / table.step < 4096
     assert np.log2(table.step) == np.floor(np.log2(table.step))
@@ -173,14 +173,14 @@ def test_the_noise_is_a_gaussian_rounded_to_the_grid_but_for_off(sigma):
     assert -edges[0] >= 8
     assert edges[-1] > 7.99
     exact = np.diff(stats.norm.cdf(-np.abs(edges))) * np.where(edges[1:] > 0, -1, 1)
-    exact[2**15] = 1 - 2 * stats.norm.cdf(edges[2**15])  # the one around 0
+    exact[2**15] = 1 - 2 * stats.norm.cdf(edges[2**15])  # the bin around 0
     tails = stats.norm.cdf(edges[0]) + stats.norm.sf(edges[-1])
     variation = (np.abs(law(table) - exact).sum() + tails) / 2
     np.testing.assert_allclose(table.off, variation, rtol=1e-3)  # float64's own error
     assert 784 * table.off < 1e-7
 
 
-def test_draws_follow_the_table_and_add_exactly():
+def test_draws_are_gaussian_and_add_to_pixels_exactly():
     step = _gaussian.table(SIGMA).step
     noise = np.asarray(_gaussian.noise(KEY, (1000, 1000), SIGMA))
     assert noise.dtype == np.float32
@@ -235,7 +235,7 @@ def test_attacks_take_the_smoothed_net(method, dtype):
         return linear(params, x)
 
     moved = certify.predict(typed, params, x + r, sigma=SIGMA, n=1000, key=KEY)
-    clear = np.abs(exact - 0.3) > 0.1  # or noise hides which point is best
+    clear = np.abs(exact - 0.3) > 0.1  # elsewhere noise decides which point is best
     np.testing.assert_array_equal((moved.label == y)[clear], (exact > 0.3)[clear])
 
 
@@ -261,7 +261,7 @@ def test_smooth_adv_is_adversarial_training_of_the_smoothed_net():
     assert losses[0.5] > losses[0.0] + 0.05
 
 
-# What doesn't matter
+# Batches, dtypes, devices and interruptions
 
 
 def test_counts_do_not_depend_on_batches_or_on_the_place_in_one():
@@ -276,7 +276,7 @@ def test_counts_do_not_depend_on_batches_or_on_the_place_in_one():
             np.testing.assert_array_equal(one[rows], other)
 
 
-def test_wide_examples_are_counted_alike(x64):
+def test_float64_examples_give_the_same_counts(x64):
     params, x, _, _ = binary_problem()
     wide = certified(params, x.astype(np.float64)).counts
     narrow = certified(params, x).counts
@@ -301,7 +301,7 @@ for kind in AxisType.Auto, AxisType.Explicit:
 def test_eight_devices_count_as_one_does():
     tests = Path(__file__).parent
     own = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    own["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as here: conftest says why
+    own["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in this process; see conftest
     done = subprocess.run(
         [sys.executable, "-c", ON_DEVICES.format(tests=str(tests))],
         env={**os.environ, **own}, cwd=tests.parent, capture_output=True, text=True,
@@ -336,7 +336,7 @@ def test_examples_of_another_class_are_not_sampled():
     assert (np.delete(found.samples, 1) == 2000).sum() > 8
 
 
-def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
+def test_an_interrupted_run_resumes_where_it_stopped(tmp_path):
     params, x, _, _ = binary_problem()
     settings = {"stages": (1000, 3000), "radii": (0.3, 0.6)}
     whole = certified(params, x, **settings)
@@ -364,19 +364,19 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
         certified(params, x, store=tmp_path, **{**settings, "sigma": 0.4})
 
 
-def test_kept_draws_of_examples_that_have_stopped_are_not_those_of_others(tmp_path):
+def test_stored_draws_of_stopped_examples_are_ignored(tmp_path):
     params, x, _, _ = binary_problem()
     settings = {"stages": (1000, 3000), "radii": (0.3, 0.6), "store": tmp_path}
     whole = certified(params, x, **settings)
     stopped = np.flatnonzero(whole.samples == 1000)[-1]
-    # As if its first look had been drawn again, after a damaged file, and rounded differently.
+    # As if its first look had been recomputed, after a damaged file, with other rounding.
     batch = {"rows": np.array([stopped]), "counts": np.array([[0, 2000]])}
     _batches.Store(tmp_path).add(2, batch)
     for one, other in zip(whole, certified(params, x, **settings), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_predictions_go_on_too(tmp_path):
+def test_predictions_resume_too(tmp_path):
     params, x, _, _ = binary_problem()
     predict = partial(certify.predict, linear, params, sigma=SIGMA, n=1000, batch_size=64)
     whole, left = predict(x, key=KEY, store=tmp_path), []
@@ -387,10 +387,10 @@ def test_predictions_go_on_too(tmp_path):
         predict(x, key=jax.random.key(0), store=tmp_path)
 
 
-# Rows without an answer
+# Rows without a prediction
 
 
-def test_what_is_not_finite_has_no_class_and_no_certificate():
+def test_examples_that_are_not_finite_have_no_class_and_no_certificate():
     params, x, y, _ = binary_problem()
     x[2, 0], x[5, 1] = np.nan, np.inf
     found = certified(params, x, y)
@@ -403,7 +403,7 @@ def test_what_is_not_finite_has_no_class_and_no_certificate():
     assert predicted.abstained[2]
 
 
-def test_no_example_has_no_certificate():
+def test_an_empty_batch_gives_empty_results():
     params, x, y, _ = binary_problem()
     assert [len(part) for part in certified(params, x[:0], y[:0])] == [0] * 6
     assert len(certify.predict(linear, params, x[:0], sigma=SIGMA, key=KEY).label) == 0
@@ -459,7 +459,7 @@ def batch_norm(params, x):
         ({"x": np.full((2, 6), 1e6, np.float32)}, ValueError, r"scale the examples, or raise"),
     ],
 )
-def test_what_is_refused(function, settings, error, match):
+def test_arguments_that_both_refuse(function, settings, error, match):
     params, x, _, _ = binary_problem()
     own = {"radii": (0.25,)} if function is certify.certify else {}
     settings = {"apply_fn": linear, "x": x, "sigma": SIGMA, "key": KEY, **own, **settings}
@@ -481,13 +481,13 @@ def test_what_is_refused(function, settings, error, match):
         ({"y": np.zeros(3, int)}, r"3 labels for 12 examples"),
     ],
 )
-def test_what_certify_refuses(settings, match):
+def test_arguments_that_certify_refuses(settings, match):
     params, x, _, _ = binary_problem()
     with pytest.raises(ValueError, match=match):
         certified(params, x, **settings)
 
 
-def test_what_smooth_refuses():
+def test_arguments_that_smooth_refuses():
     with pytest.raises(ValueError, match="sigma > 0"):
         certify.smooth(linear, 0)
     with pytest.raises(TypeError, match="expected apply_fn to be a function"):

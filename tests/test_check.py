@@ -23,7 +23,7 @@ def data():
     y = rng.integers(K, size=N)
     centres = rng.normal(size=(K, D))
     x = centres[y] + 0.3 * rng.normal(size=(N, D))
-    # The linear net that says how near each centre is.
+    # The linear net whose logits order the centres by distance.
     w = np.concatenate([centres.T, -0.5 * (centres**2).sum(axis=1, keepdims=True).T])
     return x.reshape(N, 4, 4, 1).astype(np.float32), y, w.astype(np.float32)
 
@@ -105,7 +105,7 @@ def test_a_healthy_net_raises_no_flag_and_progress_is_logged(caplog):
     for loss in ("ce", "margin", "dlr"):
         for kind in ("zero", "non-finite"):
             assert figures[f"{loss} {kind} gradients"] == 0
-    # The budget is about the median distance.
+    # The size is about the median distance.
     assert 0.3 < figures["pgd"] <= figures["one step"] < 0.7
     assert figures["black box"] == figures["transfer"] == 0
     np.testing.assert_allclose(figures["fmn, median size"], figures["fab, median size"], rtol=0.02)
@@ -167,12 +167,12 @@ def test_a_check_is_compiled_once_for_all_sizes_and_no_more_with_a_box_than_with
     net = counted()
     first, again, boxed = traces(net, 3.0), traces(net, 2.0), traces(counted(), 3.0, (-9.0, 9.0))
     assert first == boxed
-    # Its outputs are looked at without compiling: twice for all, once for each of eight rows; and
-    # what it has captured is looked at once.
+    # Its outputs are checked without compiling, twice for the batch and once for each of eight
+    # rows; what it captures is inspected once.
     assert again == 11 < first
 
 
-def test_a_net_that_has_nothing_right_is_said_and_not_attacked():
+def test_a_net_without_a_correct_prediction_is_flagged_and_not_attacked():
     x, y, w = data()
     report = evaluate.check(linear, w, x, (y + 1) % K, eps=3.0, key=KEY)
     (flag,) = report.flags
@@ -181,7 +181,7 @@ def test_a_net_that_has_nothing_right_is_said_and_not_attacked():
     assert "pgd" not in report.figures
 
 
-def test_examples_of_one_answer_are_said():
+def test_examples_with_a_single_prediction_are_flagged():
     x, y, w = data()
     one = y == 1
     report = evaluate.check(linear, w, x[one], y[one], eps=3.0, key=KEY, steps=10)
@@ -191,12 +191,12 @@ def test_examples_of_one_answer_are_said():
     assert "pgd, far" not in report.figures
 
 
-def test_what_one_step_leaves_is_said_of_the_attack_and_not_of_the_net():
-    """A net that curves: its gradient at x is right, and right nowhere else."""
+def test_a_weak_single_step_is_blamed_on_the_attack_and_not_on_the_net():
+    """A curved net: its gradient at x is useful there and nowhere else."""
     x, y = np.full((20, 2), 0.0, np.float32), np.zeros(20, int)
     x[:, 1] = np.linspace(0, 0.1, 20)
 
-    def curved(params, x):  # one answer inside a spiral arm, which one step overshoots
+    def curved(params, x):  # one class inside a spiral arm, which one step overshoots
         angle = 2.5 * x[:, :1] + 0.3
         z = 1.2 - x[:, :1] * jnp.sin(angle) - x[:, 1:] * jnp.cos(angle)
         return jnp.concatenate([z, -z], axis=1)
@@ -213,7 +213,7 @@ def small_scale(scale, x):
     return scale * jnp.concatenate([0 * u, u - 1, -2 * u - 5], axis=1)
 
 
-def test_logits_of_a_small_scale_that_mislead_pgd_are_noticed():
+def test_logits_of_a_small_scale_that_weaken_pgd_are_flagged():
     x = 0.05 * np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
     report = evaluate.check(small_scale, 1e-6, x, np.zeros(100, int), eps=1.5, key=KEY, steps=20)
     assert report.figures["pgd"] == 1
@@ -221,7 +221,7 @@ def test_logits_of_a_small_scale_that_mislead_pgd_are_noticed():
     assert "minimal norm" in {flag.name for flag in report.flags}
 
 
-def test_in_an_endless_box_pgd_is_pgd_without_one():
+def test_in_an_infinite_box_pgd_is_pgd_without_one():
     x, y, w = data()
     box = jnp.float32(-jnp.inf), jnp.float32(jnp.inf)
     for norm in ("l1", "l2", "linf"):
@@ -244,7 +244,7 @@ def test_bad_arguments_are_refused_before_the_net_is_called(some, message):
         evaluate.check(None, w, x, y, **({"eps": 1.0, "key": KEY} | some))
 
 
-# What is seen in the net's outputs and gradients
+# Flags on the net's outputs and gradients
 
 
 def test_probabilities_are_told_from_logits():
@@ -253,14 +253,14 @@ def test_probabilities_are_told_from_logits():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_rounded_probabilities_are_probabilities(dtype):
-    # Not so far apart that the largest is 1 and the others are lost in rounding.
+def test_rounded_probabilities_are_flagged(dtype):
+    # Close enough together that the largest isn't rounded to 1 and the others to 0.
     assert outputs(lambda w, x: jax.nn.softmax(linear(w, 0.2 * x).astype(dtype))) == {
         "probabilities"
     }
 
 
-def test_a_check_flags_probabilities_and_warns_of_nothing():
+def test_a_check_flags_probabilities_without_a_warning():
     x, y, w = data()
     report = evaluate.check(
         lambda w, x: jax.nn.softmax(linear(w, x)), w, x, y, eps=1.0, key=KEY, steps=2
@@ -269,7 +269,7 @@ def test_a_check_flags_probabilities_and_warns_of_nothing():
 
 
 def test_one_broken_example_hides_nothing_of_the_others():
-    def net(w, x):  # NaN in a batch that has a row 20, which isn't among those looked at alone
+    def net(w, x):  # NaN in row 20, which isn't among those checked by themselves
         return jax.nn.softmax(linear(w, x)).at[20].set(jnp.nan)
 
     assert outputs(net) == {"probabilities"}
@@ -283,19 +283,19 @@ def test_one_broken_example_hides_nothing_of_the_others():
     assert (np.delete(got, 20) >= np.delete(want, 20)).all()
 
 
-def test_a_row_that_is_lost_in_its_batch_alone_is_noticed():
+def test_rows_that_are_nan_by_themselves_are_flagged_as_interacting():
     def alone_nan(w, x):
         return linear(w, x) * jnp.where(len(x) > 1, 1.0, jnp.nan)
 
     assert outputs(alone_nan) == {"interacting rows"}
 
 
-def test_an_answer_that_changes_from_call_to_call_is_noticed():
+def test_random_outputs_are_flagged():
     rng = np.random.default_rng(1)
     assert outputs(lambda w, x: linear(w, x) + rng.normal()) == {"random"}
 
 
-def test_rows_that_depend_on_their_batch_are_noticed():
+def test_rows_that_depend_on_their_batch_are_flagged():
     def normalised(w, x):
         z = linear(w, x)
         return (z - z.mean(axis=0, keepdims=True)) / (z.std(axis=0, keepdims=True) + 1e-3)
@@ -303,19 +303,19 @@ def test_rows_that_depend_on_their_batch_are_noticed():
     assert outputs(normalised) == {"interacting rows"}
 
 
-def test_masked_classes_are_nothing_to_notice():
+def test_masked_classes_are_not_flagged():
     assert outputs(lambda w, x: linear(w, x).at[:, 2].set(-jnp.inf)) == set()
 
 
-def test_gradients_of_zero_are_noticed():
+def test_zero_gradients_are_flagged():
     assert gradients(lambda w, x: linear(w, jnp.round(4 * x) / 4)) == {"zero gradients"}
     assert gradients(linear) == set()
 
 
-def test_gradients_that_vanish_where_an_attack_ended_are_noticed():
+def test_gradients_that_vanish_where_an_attack_ended_are_flagged():
     start = data()[0]
 
-    def ledge(w, x):  # flat from a distance of one on
+    def ledge(w, x):  # flat beyond a distance of 1
         return linear(w, jnp.clip(x, start - 1, start + 1))
 
     for moved, standing, want in (
@@ -329,21 +329,21 @@ def test_gradients_that_vanish_where_an_attack_ended_are_noticed():
         assert flags == want
 
 
-def test_gradients_that_are_not_finite_are_noticed():
-    def rooted(w, x):  # the root of 0 has an infinite derivative
+def test_gradients_that_are_not_finite_are_flagged():
+    def rooted(w, x):  # the derivative of the root is infinite at 0
         return linear(w, x) + jnp.sqrt(jnp.maximum(x[:, 0, 0, :] - 100, 0))
 
     assert gradients(rooted) == {"non-finite gradients"}
 
 
-# What is seen in attacks
+# Flags on attacks
 
 
-def test_other_attacks_winning_over_gradients_are_noticed():
+def test_attacks_without_gradients_that_do_better_are_flagged():
     _, _, w = data()
 
     def shattered(w, x):
-        # The answers are the linear net's; gradients point the other way.
+        # The predictions are the linear net's; the gradients have the opposite sign.
         z = linear(w, x)
         return 2 * jax.lax.stop_gradient(z) - z
 
@@ -353,25 +353,25 @@ def test_other_attacks_winning_over_gradients_are_noticed():
 
 
 @pytest.mark.slow
-def test_a_loss_that_bends_where_one_step_looks_is_noticed():
-    """Ripples turn a single gradient away; many average out, and more of them do better."""
+def test_a_loss_with_misleading_single_gradients_is_flagged():
+    """Ripples turn single gradients; many steps average them out, and more of them do better."""
     found = names(lambda w, x: linear(w, x + 0.03 * jnp.sin(130 * x)), eps=4.5)
     assert {"one step", "budget"} <= found
 
 
 @pytest.mark.slow
-def test_minimal_attacks_that_disagree_are_noticed():
-    # Linearising a saturated net gives distances that are far too long.
+def test_minimal_attacks_that_disagree_are_flagged():
+    # Linearising a saturated net gives distances that are far too large.
     assert "disagreement" in names(lambda w, x: 3 * jnp.tanh(linear(w, x) / 3))
 
 
-def test_of_no_example_there_is_nothing_to_say():
+def test_an_empty_batch_is_refused():
     x, y, w = data()
     with pytest.raises(ValueError, match="expected at least one example, got none"):
         evaluate.check(linear, w, x[:0], y[:0], eps=1.0, key=KEY)
 
 
-def test_a_tracer_is_refused_and_a_key_is_wanted():
+def test_a_tracer_and_a_missing_key_are_refused():
     x, y, w = data()
     with pytest.raises(TypeError, match=r"evaluate\.check loops over a data set on the host"):
         jax.jit(lambda x: evaluate.check(linear, w, x, y, eps=1.0, key=KEY).figures)(x)

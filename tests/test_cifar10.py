@@ -1,4 +1,4 @@
-"""Table 3's experiment, on small pictures of the same kind."""
+"""Table 3's experiment, on small generated images."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ CLASSES = "abcdefghij"
 
 
 def pictures(folder, n, seed):
-    """Pictures of a colour for each class, learnt in a few steps."""
+    """Images whose colour tells the class, so that a few steps learn them."""
     rng = np.random.default_rng(seed)
     for k, name in enumerate(CLASSES):
         place = folder / name
@@ -108,8 +108,8 @@ def test_crops_are_windows_of_the_image_mirrored_half_the_time():
         ]
         assert len(found) == 1
         places += found
-    assert len(set(places)) == 5 * 3 * 2  # each of 30 is missed by 400 draws with probability 1e-6
-    # Binomial(400, 1/2) is within 5 standard deviations of its mean.
+    assert len(set(places)) == 5 * 3 * 2  # 400 draws miss each of 30 with probability 1e-6
+    # Binomial(400, 1/2), to 5 standard deviations.
     assert abs(sum(mirrored for _, _, mirrored in places) - 200) < 50
 
 
@@ -165,7 +165,7 @@ def test_another_number_of_classes_is_an_error(tmp_path):
 
 
 def test_grey_images_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"expected colour images, got grey ones in .*convert"):
+    with pytest.raises(ValueError, match=r"colour images, got greyscale ones in .*convert"):
         cifar10.load(folder_with(tmp_path, CLASSES, "L"))
 
 
@@ -209,7 +209,7 @@ def test_the_command_line_sets_everything(small, tmp_path, monkeypatch, capsys):
     assert (settings.batch_size, settings.width, settings.eps) == (20, 0.0625, (0.5,))
     assert {name: method.epochs for name, method in task.methods.items()} == {"normal": 1}
     text = (tmp_path / "results.md").read_text()
-    assert "Times 0.0625 the paper's" in text
+    assert "are 0.0625 times the paper's" in text
     assert "epochs: Normal 1, LWA 3;" in text
     assert "| LWA | 0.5000 | " in text
     assert "images from a folder of PNG files, crc32" in text

@@ -1,4 +1,4 @@
-"""What a net has captured: evaluation never answers with weights that have changed meanwhile."""
+"""Arrays that a net captures: evaluation always uses their current values."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 
 
 class Mutable:
-    """Right as it is made; wrong everywhere once it is turned."""
+    """A net that is correct at first, and wrong everywhere once it is turned."""
 
     def __init__(self):
         self.w, self.sign = jnp.eye(3), 1.0
@@ -48,7 +48,7 @@ class Module(nnx.Module):
 
 
 class InPlace(Mutable):
-    """Weights of NumPy, which change in place."""
+    """NumPy weights, which change in place."""
 
     def __init__(self):
         self.w, self.sign = np.eye(3, dtype=np.float32), 1.0
@@ -58,14 +58,14 @@ class InPlace(Mutable):
 
 
 class Switched(Mutable):
-    """The weights stay; a number that the program is made with changes, as a mode does."""
+    """The weights stay; a number that the program depends on changes, like a mode."""
 
     def turn(self):
         self.sign = -1.0
 
 
 def nested(net):
-    """The weights are in a loop's body, in a branch and under a custom derivative."""
+    """A net with its weights in a loop's body, in a branch and under a custom derivative."""
 
     def apply_fn(_, x):
         @jax.custom_jvp
@@ -89,7 +89,7 @@ def test_an_attack_on_a_bound_method_follows_its_weights(name):
         net.turn()
 
 
-# name: a net, and the function of it that is handed in each time
+# name: a net, and how to make the evaluated function from it
 STATEFUL = {
     "a bound method": (Mutable, lambda net: net.logits),
     "an object": (Mutable, lambda net: net),
@@ -161,11 +161,11 @@ def same(function, again):
     return closures.keyed(function, None, X) == closures.keyed(again, None, X)
 
 
-def test_constants_that_stay_are_no_reason_to_compile_again():
+def test_unchanged_constants_cause_no_recompilation():
     mean, table, key = jnp.ones(3), np.arange(3, dtype=np.float32), jax.random.key(3)
 
     def net(_, x):
-        made = jnp.array([1.0, 2.0, 3.0])  # anew in each trace
+        made = jnp.array([1.0, 2.0, 3.0])  # created anew in each trace
         noise = jax.random.normal(key, (3,))
         return jax.nn.relu((x - mean[None]) * table[None]) + (made + noise)[None]
 
@@ -173,13 +173,13 @@ def test_constants_that_stay_are_no_reason_to_compile_again():
     assert hash(closures.keyed(net, None, X)) == hash(closures.keyed(net, None, X))
 
 
-def test_two_functions_are_two_whatever_they_compute():
+def test_two_functions_differ_even_if_they_compute_the_same():
     assert not same(lambda _, x: x, lambda _, x: x)
     net = Mutable()
-    assert same(net.logits, net.logits)  # two objects, equal: bound to the same one
+    assert same(net.logits, net.logits)  # two bound methods of one object are equal
 
 
-def test_a_net_that_draws_is_looked_at_with_a_key():
+def test_a_net_that_draws_is_inspected_with_a_key():
     net = Mutable()
 
     def noisy(params, x, key):
@@ -190,7 +190,7 @@ def test_a_net_that_draws_is_looked_at_with_a_key():
     assert before != closures.keyed(noisy, None, X)
 
 
-def test_a_closure_of_the_callers_trace_is_left_as_it_is():
+def test_a_closure_over_the_callers_tracers_stays_as_it_is():
     @jax.jit
     def inside(w):
         def net(_, x):
@@ -229,24 +229,24 @@ class Attack:
     ],
     ids=["score", "attack_and_score", "check"],
 )
-def test_a_net_that_has_no_hash_is_refused_with_the_cure(driver):
+def test_a_net_without_a_hash_is_refused_with_a_remedy(driver):
     with pytest.raises(TypeError, match=r"apply_fn to be hashable, got Equinox .*eqx\.partition"):
         driver(Equinox(jnp.eye(3)), None, X, Y)
 
 
-def test_an_attack_that_has_no_hash_is_refused():
+def test_an_attack_without_a_hash_is_refused():
     for attacks, name in ((Attack(3), "the attack"), ({"mine": Attack(3)}, "attack 'mine'")):
         with pytest.raises(TypeError, match=f"expected {name} to be hashable, got Attack"):
             evaluate.attack_and_score(identity, None, X, Y, attacks, eps=1.0)
 
 
 @pytest.mark.parametrize("net", [None, {"w": X}, SimpleNamespace(apply=identity)])
-def test_a_net_that_is_no_function_is_refused(net):
+def test_a_net_that_is_not_a_function_is_refused(net):
     with pytest.raises(TypeError, match="expected apply_fn to be a function, got"):
         evaluate.score(net, None, X, Y)
 
 
-def test_parameters_that_are_no_arrays_are_named():
+def test_parameters_that_are_not_arrays_are_named():
     params = {"w": X, "activation": jax.nn.relu}
     with pytest.raises(TypeError, match=r"params of arrays, got .* at \['activation'\]; keep it"):
         evaluate.score(lambda params, x: x, params, X, Y)

@@ -1,9 +1,10 @@
 """The contract of every one-step method and attack: one table of methods, one test per property.
 
-Compiling is what costs here. So all methods are compiled as one program for each shape and dtype,
-the net takes everything that a test changes (masks, ties, infinities) as parameters, and one batch
-holds every row that can't be attacked. Where `jaxadv.problem` holds a property for all methods, a
-few of them are enough (`SOME`). A method's own tests are in the file named after it.
+Compilation dominates the run time. So all methods are compiled as one program for each shape and
+dtype, the net takes everything that a test changes (masks, ties, infinities) as parameters, and one
+batch holds every kind of row that can't be attacked. Where `jaxadv.problem` ensures a property for
+all methods, testing a few of them is enough (`SOME`). A method's own tests are in the file named
+after it.
 """
 
 import functools
@@ -55,7 +56,7 @@ LEAST = {
 PROJECTED = {f"{name}-in_ball": LEAST[name] for name in ("fmn-l2", "deepfool-l1")}
 PROJECTED["fab-linf-in_ball"] = functools.partial(attack.fab, norm="linf", steps=4, n_targets=2)
 METHODS = ONE_STEP | IN_BALL | LEAST | PROJECTED
-FREE = (  # these without a box too
+FREE = (  # tested without a box too
     *(*ONE_STEP, "least_alpha-l1", "least_alpha-l2", "pgd-l1", "pgd-linf", "apgd-l1", "fab-l1"),
     *("fab_restarts-l2", "fmn-l2", "ddn-l2", "searched-linf", "deepfool-l1", "square-linf"),
 )
@@ -63,9 +64,9 @@ SIZED = [name for name in METHODS if name not in LEAST]
 DRAWS = {"vat", "pgd_restarts", "pgd_kl", "apgd", "apgd_dlr", "multitargeted", "square"}
 DRAWS |= {"fab_restarts", "searched", "searched_targets"}
 KEYED = [name for name in METHODS if name.split("-")[0] in DRAWS]
-# One step, in a ball, and minimal: `Problem` checks and answers for all.
+# A one-step method, two in a ball and a minimal one; `Problem` does the rest for all.
 SOME = ("alpha-linf", "loss-l2", "pgd-l2", "fmn-l2")
-# And one of each that draws.
+# And some of those that draw random numbers.
 SOME_KEYED = ("vat-l2", "pgd_restarts-linf", "pgd_kl-l2", "apgd-l2", "square-l2", "fab_restarts-l2")
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -88,7 +89,7 @@ def size_of(name, r):
     return lengths(r, name.split("-")[1])
 
 
-# Rows that can't be attacked, by what is the matter: each has one in the batch, after sound ones.
+# Kinds of rows that can't be attacked; the batch has one of each, after the sound ones.
 ZERO = (
     "a label is negative",
     "a label is K",
@@ -124,7 +125,7 @@ def net(params, x):
 
 
 def problem(dtype=np.float32):
-    """Arguments of `every` after the net: all examples are classified right."""
+    """Arguments of `every` after the net, which classifies all examples correctly."""
     rng = np.random.default_rng(0)
     shapes = {"w": (D, H), "b": (H,), "v": (H, K), "c": (B, K)}
     params = {k: rng.normal(size=shape).astype(dtype) for k, shape in shapes.items()}
@@ -154,7 +155,7 @@ def plain(free=False):
 
 
 def trouble():
-    """The problem, with one row of each kind."""
+    """The problem, with one row of each kind that can't be attacked."""
     params, x, y, eps, key = problem()
     c, gain, kink = (params[k] for k in ("c", "gain", "kink"))
     i = ROW["the gradient is NaN"]
@@ -173,7 +174,7 @@ def trouble():
     for kind, lead in zip(FLAT[:3], (2, -2, 0), strict=True):
         gain[row[kind]], c[row[kind]] = 0, lead * is_y[row[kind]]
     i = row["gradients near the smallest float"]
-    gain[i], c[i] = 1e-38, 200 * is_y[i]  # over that slope, more than the largest float
+    gain[i], c[i] = 1e-38, 200 * is_y[i]  # divided by that slope, this overflows
     i = row["x is misclassified"]
     y[i] = (y[i] + 1) % K
     return params, x, y, eps, key
@@ -190,18 +191,18 @@ free_or_boxed = pytest.mark.parametrize(("name", "free"), CASES)
 
 
 @free_or_boxed
-def test_rows_that_pose_no_problem_are_0_and_unsound_ones_nan(name, free):
+def test_rows_that_can_not_be_attacked_are_0_and_unsound_ones_nan(name, free):
     r, sized = troubled(free)[name], name in SIZED
     zero = ZERO[3:] if name.startswith("pgd_kl") else ZERO  # it knows no labels
     for kind in (*zero, *(ZERO_SIZE if sized else WRONG)):
         np.testing.assert_array_equal(r[ROW[kind]], 0, kind)
     for kind in (*NAN, *(NAN_SIZE if sized else ())):
         assert np.isnan(r[ROW[kind]]).all(), kind
-    for kind in FLAT:  # there a random start or search may leave x, and nothing else does
+    for kind in FLAT:  # only a random start or search may move x there
         assert np.isfinite(r[ROW[kind]]).all(), kind
         if name.startswith("vat") or name not in KEYED:
             np.testing.assert_array_equal(r[ROW[kind]], 0, kind)
-    if not name.startswith("least_alpha"):  # which is infinite there
+    if not name.startswith("least_alpha"):  # it is infinite there
         assert np.isfinite(r[ROW[STEEP[0]]]).all()
 
 
@@ -213,7 +214,7 @@ def test_such_rows_change_no_other_row_by_a_bit(name, free):
 
 @functools.cache
 def masked(steepness):
-    """The class of the first example is masked in all others, however steep it is."""
+    """Results with class y[0] masked at examples of other classes, its weights scaled."""
     params, x, y, eps, key = problem()
     others = np.flatnonzero(y != y[0])
     c, v = edited(params["c"], (others, y[0]), -np.inf), params["v"].copy()
@@ -222,7 +223,7 @@ def masked(steepness):
 
 
 @every_method
-def test_a_masked_class_might_as_well_not_be_there(name):
+def test_the_gradient_of_a_masked_class_does_not_matter(name):
     (gentle, rows), (steep, _) = masked(1), masked(-50)
     np.testing.assert_array_equal(gentle[name][rows], steep[name][rows])
     assert (gentle[name][rows] != 0).any(axis=1).all()
@@ -241,7 +242,7 @@ def test_permuted_rows_with_their_keys_give_permuted_results(name):
 
 
 ALONE = "alpha-linf", "loss-l2", "vat-l2", "pgd-linf", "apgd-l1", "fab-l1", "fmn-l2", "deepfool-l1"
-ONE_WAY = {"rtol": 1e-4, "atol": 2e-3}  # a boundary is found to a thousandth, by all or nothing
+ONE_WAY = {"rtol": 1e-4, "atol": 2e-3}  # FMN finds the boundary to a thousandth
 
 
 @functools.cache
@@ -312,7 +313,7 @@ def test_x_plus_r_is_in_the_box_and_r_in_the_ball(dtype, width, radius):
     middle, below, above = rng.normal(size=(B, D)), rng.random((B, D)), rng.random((B, D))
     ends = middle - width * below, middle + width * above
     lo, hi = (np.asarray(jnp.asarray(end, dtype).astype(jnp.float32)) for end in ends)
-    x = jnp.asarray(rng.normal(size=(B, D)).clip(lo, hi), dtype)  # some entries are at a bound
+    x = jnp.asarray(rng.normal(size=(B, D)).clip(lo, hi), dtype)  # some lie on a bound
     params, _, y, _, key = problem()
     eps = edited(np.full(B, radius, np.float32), 0, 0)
     for name, r in every((params, x, y, eps, key), (lo, hi), IN_DTYPE[dtype]).items():
@@ -321,7 +322,7 @@ def test_x_plus_r_is_in_the_box_and_r_in_the_ball(dtype, width, radius):
         assert (lo <= moved).all(), name
         assert (moved <= hi).all(), name
         if name in SIZED:
-            # Eps is a float32. There's no room for the 8 bits of bfloat16: r is rounded toward 0.
+            # eps is a float32, finer than bfloat16's 8 bits: r is rounded toward 0.
             assert (size_of(name, r) <= eps * (1 + 1e-6)).all(), name
             np.testing.assert_array_equal(r[0], 0)
 
@@ -342,7 +343,7 @@ def test_no_dtype_is_promoted_by_accident(name, boxed, strict_dtypes):
     assert (r.shape, r.dtype) == (x.shape, x.dtype)
 
 
-# Of each function one.
+# One method of each function.
 FUNCTIONS = {method.func.__name__: name for name, method in METHODS.items()}
 
 
@@ -351,7 +352,7 @@ FUNCTIONS = {method.func.__name__: name for name, method in METHODS.items()}
     ("dtype", "logits"),
     [(np.float32, np.float64), (np.float64, np.float32), (np.float32, np.float16)],
 )
-def test_in_64_bit_mode_r_has_the_dtype_of_x_whatever_others_have(name, dtype, logits, x64):
+def test_in_64_bit_mode_r_has_the_dtype_of_x_whatever_other_arrays_have(name, dtype, logits, x64):
     params, x, y, eps, key = problem(np.float64)
 
     def apply_fn(params, x):
@@ -372,7 +373,7 @@ def with_keys(seed):
 
 
 @every_method
-def test_the_same_key_gives_the_same_bits_and_another_one_another_result(name):
+def test_the_same_key_gives_the_same_bits_and_another_key_a_different_result(name):
     np.testing.assert_array_equal(with_keys(0)[name], plain()[name])
     differs = (np.asarray(with_keys(77)[name]) != np.asarray(plain()[name])).any()
     assert differs == (name in KEYED)
@@ -387,7 +388,7 @@ def with_one_size_and_key():
 
 
 @pytest.mark.parametrize("name", SOME + SOME_KEYED)
-def test_one_size_is_that_of_each_example_and_one_key_is_split(name):
+def test_a_single_size_applies_to_each_example_and_a_single_key_is_split(name):
     one, each = with_one_size_and_key()
     np.testing.assert_allclose(one[name], each[name], **SAME)
 
@@ -408,7 +409,7 @@ def test_a_missing_key_is_named(name):
 
 @functools.cache
 def batch_by_batch():
-    """Batches `[2, 3]` of examples: one by one, and by scan over vmap."""
+    """Results for `[2, 3]` batches: by scan over vmap, and one by one."""
     params, _, _, eps, key = rows_of(problem(), SOUND)
     x = np.random.default_rng(21).normal(size=(2, 3, N_SOUND, D)).astype(np.float32)
     y = np.array([[np.asarray(net(params, v)).argmax(axis=1) for v in row] for row in x])
@@ -429,13 +430,13 @@ def batch_by_batch():
 
 
 @some_methods
-def test_scan_and_vmap_over_batches_give_what_they_give_one_by_one(name):
+def test_scan_and_vmap_over_batches_give_the_same_as_one_by_one(name):
     together, one_by_one = (r[name] for r in batch_by_batch())
     tolerance = ONE_WAY if name.startswith("fmn") else SAME
     np.testing.assert_allclose(together, one_by_one, **tolerance)
 
 
-# Derivatives, of those that loop for a number of steps that is known
+# Derivatives of methods whose number of steps is known
 
 DERIVED = ("alpha-l2", "loss-l2", "loss_sign-l2", "vat-l2", "pgd-l1", "pgd-l2")
 DERIVED += "least_alpha-l1", "least_alpha-l2"
@@ -444,7 +445,7 @@ derived_methods = pytest.mark.parametrize("name", DERIVED)
 
 @functools.partial(jax.jit, static_argnums=0)
 def every_derivative(apply_fn, params, x, y, eps, key, weight):
-    """Of <weight, r> in params, x and eps."""
+    """Derivatives of <weight, r> in params, x and eps."""
 
     def derivatives(name):
         def total(params, x, eps):
@@ -485,7 +486,7 @@ def slopes():
 
 @derived_methods
 def test_derivatives_of_r_match_central_differences(name, x64):
-    # 2^-53 / h = 1e-10 of rounding and h^2 of truncation, both times the size of r and its bends.
+    # 2^-53 / h = 1e-10 of rounding and h^2 of truncation, times the size of r and its derivatives.
     for argument, (derivative, difference) in slopes()[name].items():
         np.testing.assert_allclose(derivative, difference, rtol=1e-6, atol=1e-7, err_msg=argument)
 
@@ -494,15 +495,15 @@ def test_derivatives_of_r_match_central_differences(name, x64):
 @pytest.mark.parametrize("argument", ["params", "x"])
 def test_derivatives_of_r_are_those_of_a_smooth_direction_and_not_all_0(name, argument, x64):
     derivative, _ = slopes()[name][argument]
-    # A sign or one entry has no slope: the sizes of linf and l1 steps are constant. So is the end
-    # of an iterated one in a corner.
+    # Signs and single entries have no slope, so linf and l1 steps are constant, as is the end of an
+    # iterated attack in a corner.
     smooth = name.startswith("least") or (name.endswith("l2") and name != "loss_sign-l2")
     assert (abs(derivative) > 1e-3) == smooth
 
 
 @functools.cache
 def derivatives(confident):
-    """Where rows are troublesome and r is finite; or the logit gaps are no float's exponential."""
+    """Derivatives for unsound rows with finite r, or for logit gaps whose exponentials overflow."""
     (params, x, *rest), sound = problem(np.float64), problem(np.float64)
     if confident:
         params |= {k: 3000 * params[k] for k in "vc"}
@@ -515,7 +516,7 @@ def derivatives(confident):
         ):  # fmt: skip
             if len(changed) == B:
                 changed[broken] = whole[broken]
-        # The first three are at 0, where the logits are c to the bit: two of them tie, or all do.
+        # At the first three examples, x = 0, the logits are exactly c: two of them tie, or all.
         params["b"][:], x[:3], params["c"][:3] = 0, 0, 0.25
         params["c"][0, rest[0][0]] = params["c"][1, (rest[0][1] + 1) % K] = -1
         params["c"][3, (rest[0][3] + 1) % K] = -np.inf
@@ -550,8 +551,8 @@ def test_without_jit_it_is_the_same_and_a_program_is_traced_once(name):
     np.testing.assert_allclose(r, plain()[name], **SAME)
     once = len(calls)
     call(name, counted, params, 2 * x, y, 2 * eps, key, WIDE)
-    if METHODS[name].func.__module__ != "jaxadv.perturb":  # which jits nothing
-        assert len(calls) == once + 1  # a call looks at the net, and compiles nothing
+    if METHODS[name].func.__module__ != "jaxadv.perturb":  # which doesn't jit
+        assert len(calls) == once + 1  # a call inspects the net, and compiles nothing
 
 
 def test_a_jitted_caller_traces_the_net_once_for_all_sizes():
@@ -604,12 +605,12 @@ BEFORE_THE_NET = [
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_arguments_that_make_no_sense_raise_before_the_net_is_called(name):
+def test_invalid_arguments_raise_before_the_net_is_called(name):
     params, x, y, eps, key = problem()
     for wrong, error, match in BEFORE_THE_NET:
-        if name in ("loss_sign", "ddn") and "norm" in wrong:  # which have none to choose
+        if name in ("loss_sign", "ddn") and "norm" in wrong:  # which take no norm
             continue
-        # The loss that takes the labels, or doesn't, is called after the net.
+        # Where the loss checks the labels, it is called after the net.
         apply_fn = net if name == "pgd_kl" or (name in ("pgd", "apgd") and "y" in wrong) else None
         kwargs = {"x": x, "y": y, "eps": eps, "key": key} | wrong
         with pytest.raises(error, match=match):
@@ -634,7 +635,7 @@ def test_a_net_that_returns_no_logits_or_has_no_hash_raises(name):
         (lambda params, x: x[:1], ValueError, rf"logits of shape \[{B}, K\], got \(1, {D}\)"),
         (Unhashable(), TypeError, r"apply_fn to be hashable, got Unhashable.*; pass a"),
     ):
-        if "hashable" in match and name in perturb.__all__:  # which compile nothing
+        if "hashable" in match and name in perturb.__all__:  # which don't compile
             continue
         with pytest.raises(error, match=match):
             call(FUNCTIONS[name], apply_fn, params, x, y, eps, key)
@@ -684,7 +685,7 @@ def test_a_net_that_returns_no_logits_or_has_no_hash_raises(name):
         (perturb.alpha, {"chunk": -3}, r"chunk >= 1, got -3; None means all classes"),
     ],
 )
-def test_a_wrong_number_or_name_is_named_with_its_cure(fn, wrong, match):
+def test_a_wrong_number_or_name_is_reported_with_a_remedy(fn, wrong, match):
     params, x, y, eps, key = problem()
     with pytest.raises((ValueError, TypeError), match=f"^expected .*{match}"):
         fn(net, params, x, y, **({"eps": eps, "key": key} | wrong))
@@ -692,7 +693,7 @@ def test_a_wrong_number_or_name_is_named_with_its_cure(fn, wrong, match):
 
 @pytest.mark.parametrize("name", ["pgd-l2", "fmn-l2"])
 def test_logits_that_are_nan_fool_nobody(name):
-    def breaking(params, x):  # NaN beyond 0.5, another class from 2 on
+    def breaking(params, x):  # NaN beyond 0.5, and another class beyond 2
         z = jnp.stack([2 - x[:, 0], x[:, 0] - 2, -jnp.ones(len(x))], axis=1)
         return jnp.where(x[:, :1] > 0.5, jnp.nan, z)
 

@@ -1,7 +1,7 @@
 """`jaxadv._cpu`: convolutions in loops on CPU are the fast ones, with unchanged values.
 
-What makes them fast is counted. The slow tests compare times: when one fails, XLA no longer needs
-that part of the workaround, and it can be deleted.
+These tests count the layouts that make them fast. The slow tests compare times: when one fails, XLA
+no longer needs that part of the workaround, and it can be deleted.
 """
 
 import re
@@ -29,7 +29,7 @@ FAST = {
     2: "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]",
     3: "[b, 0, 1, 2, f]x[0, 1, 2, i, o]->[b, 0, 1, 2, f]",
 }
-# Sums of up to 250 products of numbers of size 1, in another order: a few roundings of 2^-24.
+# Sums of up to 250 products of order 1, in another order: a few roundings of 2^-24.
 RTOL, ATOL = 1e-5, 1e-4
 
 
@@ -83,7 +83,7 @@ CONVOLUTIONS = {
     "1-D": ((2, 9, 3), (3, 3, 4), (2,), "SAME", ("NWC", "WIO", "NWC")),
     "3-D": ((2, 3, 4, 5, 4), (4, 3, 2, 2, 2), (1, 1, 2), "VALID", ("NCDHW", "OIDHW", "NCDHW")),
 }
-# Here rows are added to the kernel; the other weight gradients are products with patches.
+# Here the kernel gets more rows; the other weight gradients are products with patches.
 KERNEL_ROWS = {("channels last", None)}
 
 
@@ -108,7 +108,7 @@ def test_values_and_gradients_are_unchanged_and_all_layouts_fast(name, dilated):
 @pytest.mark.parametrize(
     ("image", "size", "strides", "padding", "rows"),
     [
-        (28, 3, 1, "SAME", 29),  # one more than the image and than the result
+        (28, 3, 1, "SAME", 29),  # one more than the image and the result
         (28, 9, 1, "VALID", 20),  # nine more would be too many
         (28, 3, 2, "SAME", 14),
         (28, 3, 1, [(2, 2), (1, 1)], 30),
@@ -147,7 +147,7 @@ def test_the_kernel_of_a_weight_gradient_gets_more_rows_than_the_image(
     assert (len(results), len(taller)) == ((1, 1) if rows else (0, 0))
     assert_unchanged(gradient, x, w, atol=ATOL * size)
 
-    # XLA swaps operands of which the kernel is the larger, and has no fast kernel for the result.
+    # XLA swaps the operands if the kernel is the larger one, and then has no fast implementation.
     @jax.jit
     def looped(w, xs):
         return lax.scan(lambda w, x: (_cpu.fast_convolutions(gradient)(x, w), None), w, xs)
@@ -285,7 +285,7 @@ def test_scopes_keep_their_names():
     assert "here/sin" in lowered.as_text(debug_info=True)
 
 
-# Every loop of the library over a net, with a flax net as people write it.
+# Every loop of the library over a net, with an ordinary flax net.
 
 
 class Net(nn.Module):
@@ -316,7 +316,7 @@ def test_attacks_use_the_fast_layout(name):
 
 
 @pytest.mark.parametrize("name", ["pgd", "deepfool", "fab", "square"])
-def test_attacks_take_a_batch_of_no_examples_through_a_convolution(name):
+def test_attacks_take_an_empty_batch_through_a_convolution(name):
     def apply_fn(w, x):
         return jnp.sum(convolution(padding="VALID")(x, w), axis=(1, 2))
 
@@ -331,7 +331,7 @@ def test_epochs_use_the_fast_layout(adversary):
     state = train.init(PARAMS, tx, key=KEY)
     epoch = train.make_epoch(objective, tx, donate=False)
     inside = layouts_in_loops(epoch, state, (IMAGES[None], Y[None]))
-    # A gradient in x, one in the parameters, their forward passes.
+    # A gradient in x, one in the parameters, and their forward passes.
     assert len(inside) >= 6
     assert set(inside) == {FAST[2]}
 
@@ -339,7 +339,7 @@ def test_epochs_use_the_fast_layout(adversary):
 def layouts_in_loops(function, *args):
     """Return the layouts of the convolutions in loops, and in the functions called there.
 
-    Convolutions outside of loops stay as the net has them: XLA brings those into the fast layout.
+    Convolutions outside of loops stay unchanged: XLA itself brings them into the fast layout.
     """
     text = jax.jit(function).lower(*args).as_text()
     functions = dict(re.findall(r"func\.func \w+ @([\w.]+)\((.*?)\n  }\n", text, re.DOTALL))
@@ -391,7 +391,7 @@ def test_parts_are_summed_in_float32_and_cast_to_the_dtype(dtype, monkeypatch):
     monkeypatch.setattr(_convolutions, "PATCH_BYTES", 1)
     found = jax.jit(_cpu.fast_convolutions(jax.grad(total)))(w)
     assert found.dtype == dtype
-    # In bfloat16, a sum of sixteens would stop at 4096.
+    # In bfloat16, adding sixteens would stop at 4096.
     np.testing.assert_array_equal(found.astype(jnp.float32), 16 * 512)
 
 
@@ -400,12 +400,12 @@ def test_parts_are_summed_in_float32_and_cast_to_the_dtype(dtype, monkeypatch):
     [(60, 1, 1), (60, 100, 1), (60, 500, 5), (60, 900, 9), (60, 3000, 30), (60, 10**9, 60),
      (101, 9000, 51)],
 )  # fmt: skip
-def test_parts_are_of_one_size_and_fit(examples, most, n, monkeypatch):
+def test_parts_have_one_size_and_fit(examples, most, n, monkeypatch):
     monkeypatch.setattr(_convolutions, "PATCH_BYTES", most)
     assert _convolutions._part(examples, 100) == n
 
 
-def test_examples_that_several_devices_share_are_not_taken_in_parts(monkeypatch):
+def test_batches_spread_over_several_devices_are_not_taken_in_parts(monkeypatch):
     x, w, gradient = draw(6, 8, 8, 2), draw(3, 3, 2, 4), weight_gradient(convolution())
     monkeypatch.setattr(_convolutions, "KERNEL_ROWS", 0)
     parts = count(_cpu.fast_convolutions(gradient), x, w)
@@ -466,7 +466,7 @@ def test_a_body_takes_keywords_and_keeps_its_name():
 
 
 class Without:
-    """A jaxpr as another version of JAX may have it: without an attribute, at any depth."""
+    """A jaxpr as in another version of JAX: without an attribute, at any depth."""
 
     def __init__(self, inner, gone):
         self._inner, self._gone = inner, gone
@@ -523,7 +523,7 @@ def test_errors_of_the_function_are_raised():
 
 @pytest.fixture
 def optimized():
-    """Compile as users do: `conftest` spares the compiler most of its work."""
+    """Compile as users do, with the optimisations that `conftest` disables."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -535,7 +535,7 @@ def in_a_loop(function, carry):
 
 
 def backward(convolve, argument, x, w):
-    """A convolution's pull-back to x or to w by itself, as a function of the same, and that."""
+    """A convolution's pull-back to x or to w, as a function of that argument; and the argument."""
     args = [x, w]
 
     def pull_back(value):
@@ -547,7 +547,7 @@ def backward(convolve, argument, x, w):
 
 
 def slowdown(function, carry, monkeypatch, **settings):
-    """How many times as long a loop takes with these settings of `_cpu`, in time of the CPU."""
+    """The ratio of CPU times of a loop with these settings of `_cpu` and without."""
     loops = [in_a_loop(function, carry)]
     with monkeypatch.context() as patch:
         for name, value in settings.items():
@@ -570,7 +570,7 @@ def test_xla_still_needs_the_fast_layout_in_loops(argument, monkeypatch):
     assert slowdown(*pull_back, monkeypatch, FAST_LAYOUT=False) > 2  # 8 and 40 or more
 
 
-# Of weight gradients: the convolution's strides, its taps, settings, least slowdown without.
+# Weight gradients: the convolution's stride and taps, settings, and the least slowdown they cause.
 SLOWER = {
     "rows": (1, 3, {"KERNEL_ROWS": 0, "PATCH_PLACES": 0}, 1.1),  # 1.5 to 1.9
     "patches": (2, 1, {"PATCH_PLACES": 0}, 1.5),  # 3
@@ -590,7 +590,7 @@ def test_xla_still_needs_help_with_weight_gradients(name, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_xla_still_needs_more_rows_in_results_to_use_another_kernel_than_ynnpack(monkeypatch):
-    # The gain is the use of a second core, which a busy machine may not have to spare.
+    # Not timed: the gain comes from a second core, which may be busy.
     x, w = draw(64, 28, 28, 32), draw(3, 3, 32, 32)
 
     def forward(x):

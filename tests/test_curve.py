@@ -1,4 +1,4 @@
-"""`experiments/curve.py`: the accuracy at every size, beside that of attacks."""
+"""`experiments/curve.py`: the accuracy at every size, compared with attacks."""
 
 import io
 
@@ -22,7 +22,7 @@ def ran(tmp_path_factory):
     return settings, curve.run(settings, Console(file=io.StringIO()))
 
 
-def test_the_curve_is_that_of_the_distances(ran):
+def test_the_curve_comes_from_the_distances(ran):
     settings, (row,) = ran
     problem = problems.load(settings)
     found = evaluate.distances(
@@ -39,7 +39,7 @@ def test_the_curve_is_that_of_the_distances(ran):
         np.testing.assert_array_equal(kept["size"], found.size)
 
 
-def test_attacks_stand_beside_it_at_their_sizes(ran):
+def test_attacks_are_compared_with_it_at_their_sizes(ran):
     settings, (row,) = ran
     attacked = records.load(settings.out / "attacks" / "results.json", records.AttackRow)
     robust = {(each.attack, f"{each.eps:g}"): each.columns["robust"] for each in attacked}

@@ -228,8 +228,8 @@ def test_a_damaged_original_is_named_with_its_cure(damage, tmp_path, monkeypatch
         got = hashlib.sha256(content).hexdigest()
         error = ValueError
         message = (
-            f"{re.escape(str(path))}.*expected {size} bytes of sha256 {expected}\\w+, "
-            f"got {len(content)} of {got}; .*{cure}"
+            f"{re.escape(str(path))}.*expected {size} bytes with sha256 {expected}\\w+, "
+            f"got {len(content)} with {got}; .*{cure}"
         )
     with pytest.raises(error, match=message):
         data.mnist(data_dir=tmp_path / "cache")
@@ -342,7 +342,7 @@ def test_scale_divides_by_256():
 
 
 def test_scale_refuses_what_is_not_pixels():
-    with pytest.raises(TypeError, match="expected uint8 pixels, got float32; pass them as"):
+    with pytest.raises(TypeError, match="expected uint8 pixels, got float32; pass the pixels"):
         data.MNIST.inputs(np.zeros((2, 28, 28, 1), np.float32))
     with pytest.raises(ValueError, match=r"\[n, H, W, C\], got \[28, 28, 1\]; .*images\[i : i"):
         data.MNIST.inputs(np.zeros((28, 28, 1), np.uint8))
@@ -777,7 +777,7 @@ BROKEN = {
     "altered": (lambda p: altered(p / "test" / "a" / "1.png"),
                 r"image .* in .*test.a.1\.png.*; replace it, or remove"),
     "size": (lambda p: Image.new("RGB", (4, 4)).save(p / "train" / "b" / "2.png"),
-             r"images of one size, 5x4 as .*0\.png has, got 4x4 in .*b.2\.png; .* --resize 32"),
+             r"images of one size, 5x4 as in .*0\.png, got 4x4 in .*b.2\.png; .* --resize 32"),
     "suffix": (lambda p: (p / "train" / "b" / "notes.txt").write_text("hello"),
                r"PNG or JPEG images in .*b, got .*notes\.txt; convert or"),
     "broken link": (lambda p: (p / "train" / "b" / "9.png").symlink_to("gone.png"),

@@ -140,7 +140,7 @@ def renamed(tmp_path):
 
 
 def test_a_net_of_two_classes_on_data_of_three_is_an_error(three):
-    message = r"expected 2 classes, .* got 3 of the data \(dark, light, white\); .*--classes"
+    message = r"expected 2 classes, .* got 3 from the data \(dark, light, white\); .*--classes"
     for net in (saved(interface=None), "brightness:apply_fn"):
         with pytest.raises(ValueError, match=message):
             load(net, three)
@@ -149,7 +149,7 @@ def test_a_net_of_two_classes_on_data_of_three_is_an_error(three):
 def test_classes_that_the_weights_dont_name_are_an_error(three, renamed):
     net = saved()
     for place, listed in ((three, "dark, light, white"), (renamed, "light, night")):
-        message = rf"of the data \({listed}\) among the 2 of the net \(dark, light\)"
+        message = rf"of the data \({listed}\) to be among the 2 of the net \(dark, light\)"
         with pytest.raises(ValueError, match=message):
             load(net, place)
 
@@ -181,10 +181,10 @@ def test_classes_may_be_given_their_names_in_the_data(folder, renamed):
     ("classes", "message"),
     [
         (("night", "night"), r"--classes to be different values, got night night"),
-        (("night",), r"classes of the data \(light, night\) among the 1 of the net \(night\)"),
+        (("night",), r"data \(light, night\) to be among the 1 of the net \(night\)"),
         (
             ("night", "light", "day"),
-            r"expected 2 classes, .* got 3 of --classes \(night, light, day",
+            r"expected 2 classes, .* got 3 from --classes \(night, light, day",
         ),
     ],
     ids=["one twice", "too few", "too many"],
@@ -233,7 +233,7 @@ def test_images_are_resized_as_the_weights_say(folder):
         assert problem.x.shape[1:] == (4, 4, 1)
     weights.save(Path("said.safetensors"), params, interface=small._replace(resize=4))
     np.testing.assert_array_equal(load("said.safetensors", folder).x, problem.x)
-    with pytest.raises(ValueError, match=r"4x4x1, as the weights say, got 8x8x1; .* by --resize N"):
+    with pytest.raises(ValueError, match=r"4x4x1, as the weights record, got 8x8x1; .* --resize N"):
         load("small.safetensors", folder)
 
 
@@ -257,9 +257,9 @@ def test_weights_of_a_function_of_ones_own_say_so_too(folder):
 def test_all_that_contradicts_the_weights_is_one_error(three):
     net = saved(SQUARES._replace(shape=(9, 9, 1)))
     message = (
-        r"scaled as the weights say, \(pixels - 0\) / 255, got --divide 256 --crop 7; leave .*\n"
-        r"expected images of 9x9x1, as the weights say, got 7x7x1; choose others, or resize .*\n"
-        r"expected the 3 classes of the data \(dark, light, white\) among the 2 of the net"
+        r"scaled as the weights record, \(pixels - 0\) / 255, got --divide 256 --crop 7; leave .*\n"
+        r"expected images of 9x9x1, as the weights record, got 7x7x1; choose others, .* resize .*\n"
+        r"expected the 3 classes of the data \(dark, light, white\) to be among the 2 of the net"
     )
     with pytest.raises(ValueError, match=message):
         load(net, three, divide=256.0, crop=7)
@@ -303,7 +303,7 @@ def test_a_larger_size_breaks_what_it_can_reach(folder):
     stage = row.stages["pgd"]
     assert (stage["tried"], stage["fooled"]) == (12, reach.sum())
     assert stage["passes"] == 202  # of 100 steps, the last point and the check
-    assert "- " + row.method + ": PGD-100 took 202 passes for each image, and " in "\n".join(
+    assert "- " + row.method + ": PGD-100 took 202 passes per image, and " in "\n".join(
         evaluation.as_markdown([row])
     )
     assert 1.9 < row.counts["max_norm"] <= 2 * (1 + 1e-6)
@@ -425,7 +425,7 @@ def test_errors_name_what_is_wrong(folder, tmp_path):
     weights.save(tmp_path / "other.safetensors", {"params": {"dense": jnp.ones(3)}})
     with pytest.raises(ValueError, match=r"got params/dense; for a net of your own"):
         load(str(tmp_path / "other.safetensors"))
-    with pytest.raises(ValueError, match="--crop to be at most 8, got 9; images are 8x8"):
+    with pytest.raises(ValueError, match="--crop to be at most 8, since images are 8x8, got 9"):
         load("brightness:apply_fn", folder, crop=9)
 
 
@@ -434,7 +434,7 @@ def test_errors_name_what_is_wrong(folder, tmp_path):
     [
         ({"divide": 1e-300}, "within float32's range, got 0 and 1e-300; choose a larger --divide"),
         ({"subtract": 3e38, "divide": 0.1}, "within float32's range, got 3e\\+38 and 0.1; choose"),
-        ({"divide": 200.0}, "--divide to be at least 215, the greatest pixel, got 200; .*--no-box"),
+        ({"divide": 200.0}, "--divide to be at least 215, the largest pixel, got 200; .*--no-box"),
     ],
     ids=["tiny divisor", "huge offset", "outside the box"],
 )
@@ -466,7 +466,7 @@ def test_a_damaged_block_is_an_error_that_names_it(folder, damage):
         }[damage]
     )
     Path("out/results.json").unlink()
-    with pytest.raises(options.UsageError, match=rf"block in {path}, got: .*; delete the file, an"):
+    with pytest.raises(options.UsageError, match=rf"block in {path}, got: .*; delete the file and"):
         run(folder, attacks=("one-step",), block=12)
     path.unlink()
     assert len(run(folder, attacks=("one-step",), block=12)) == 1
@@ -486,9 +486,9 @@ def test_weights_that_dont_fit_are_an_error_naming_the_file(folder):
     ("returned", "message"),
     [
         ("x.reshape(len(x), -1) @ params['w']", r"and w \[9, 2\] of w\.safetensors, got TypeError"),
-        ("params['v']", r"and w \[9, 2\] of w\.safetensors, got KeyError: 'v'; give the weights"),
-        ("x.mean((1, 2, 3))", r"got \(1,\); return the logits of each image, nothing else"),
-        ("(x, x)", r"got tuple; return the logits of each image, nothing else"),
+        ("params['v']", r"and w \[9, 2\] of w\.safetensors, got KeyError: 'v'; pass this net's"),
+        ("x.mean((1, 2, 3))", r"got \(1,\); return only the logits of each image"),
+        ("(x, x)", r"got tuple; return only the logits of each image"),
     ],
     ids=["other shapes", "other names", "a number", "a tuple"],
 )
@@ -496,7 +496,7 @@ def test_a_function_that_doesnt_take_its_weights_and_images_is_an_error(folder, 
     Path("own.py").write_text(f"def f(params, x):\n    return {returned}\n")
     sys.modules.pop("own", None)
     weights.save(Path("w.safetensors"), {"w": jnp.zeros((9, 2))})
-    start = r"expected own:f to give logits \[1, K\] of an input \[1, 8, 8, 1\].*"
+    start = r"expected own:f to give logits \[1, K\] for an input \[1, 8, 8, 1\].*"
     with pytest.raises(ValueError, match=start + message):
         load("own:f", folder, weights=Path("w.safetensors"))
 
@@ -509,7 +509,7 @@ def test_labels_outside_of_the_classes_are_counted_and_said(folder, monkeypatch)
     assert rows[0].counts["invalid"] == 2
     assert rows[0].columns["clean"] == 10 / 12
     remark = (
-        "- brightness:apply_fn: 2 of 12 labels are none of the net's classes, and count as wrong."
+        "- brightness:apply_fn: 2 of 12 labels aren't among the net's classes, and count as wrong."
     )
     assert remark in evaluation.as_markdown(rows)
 
@@ -517,7 +517,7 @@ def test_labels_outside_of_the_classes_are_counted_and_said(folder, monkeypatch)
 def test_what_can_not_run_is_said_before_anything_runs(folder, monkeypatch):
     monkeypatch.setattr(blocks, "attack", pytest.fail)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="--devices that divides 5, 2"):
+    with pytest.raises(ValueError, match="--devices to divide 5, 2"):
         run(folder, devices=2)  # 12 images in blocks of 5
 
 
@@ -575,7 +575,7 @@ def test_what_is_certified_of_the_smoothed_net_stands_beside_the_attacks(folder,
     clean = f"{rows[3].columns['clean']:.4f}"
     assert "| Net | Clean | PGD-100 | Certified |" in text
     assert f"| {rows[3].method} | {clean} |  | {certified} |" in text
-    assert f"- {rows[3].method}: this is another classifier than the net that attacks" in text
+    assert f"- {rows[3].method}: this isn't the attacked net but another classifier" in text
 
 
 def test_certificates_are_kept_for_all_sizes_and_beside_those_of_other_noise(

@@ -92,7 +92,7 @@ def test_figure_2_has_both_nets_against_size_and_over_training():
 def test_histories_at_different_sizes_arent_mixed():
     history = [{**epoch, "watched_eps": 0.5} for epoch in row("cifar10", "normal").history]
     other = row("cifar10", "normal", history=history)
-    with pytest.raises(ValueError, match=r"at one l2 size, got \[0\.5, 1\.0\]"):
+    with pytest.raises(ValueError, match=r"at a single l2 size, got \[0\.5, 1\.0\]"):
         figures.plot_learning([row("cifar10", "lwa"), other])
 
 
@@ -120,7 +120,7 @@ def test_seeds_are_averaged_and_a_second_size_isnt_another_net():
 
 
 def test_without_results_there_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"expected rows in .*results\.json.*run it first"):
+    with pytest.raises(ValueError, match=r"expected rows in .*results\.json.*run the experiment"):
         figures.draw(tmp_path)
 
 

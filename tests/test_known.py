@@ -38,5 +38,5 @@ def test_both_nets_are_attacked_and_checked(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_there_are_an_error(tmp_path):
     pytest.importorskip("torch")
-    with pytest.raises(ValueError, match=r"advertorch's weights, got no .*--help say where"):
+    with pytest.raises(ValueError, match=r"advertorch's weights, got no .*--help show where"):
         known.load(tmp_path / "gone.pt")

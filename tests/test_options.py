@@ -1,4 +1,4 @@
-"""`experiments/lib/options.py`, and what the command lines refuse: before any work, by name."""
+"""`experiments/lib/options.py`, and the options that commands refuse: before any work, by name."""
 
 import dataclasses
 import importlib
@@ -18,7 +18,7 @@ from experiments.lib import data, options
 ROOT = Path(__file__).resolve().parents[1]
 NET = str(ROOT / "experiments" / "results" / "mnist_mlp" / "lwa" / "params.safetensors")
 
-# What has no default.
+# Arguments without a default.
 NEEDED = {
     "experiments.train": {"data": "mnist"},
     "experiments.curve": {"net": NET},
@@ -47,7 +47,7 @@ CLASSES = settings_classes()
 
 
 def numbers(kind, limits=()):
-    """The ranges of all numbers in an annotation; None for a number without one."""
+    """Yield the range of each number in an annotation; None for a number without one."""
     if kind in (int, float):
         yield next((limit for limit in limits if isinstance(limit, options.Range)), None)
     elif get_origin(kind) is Annotated:
@@ -59,7 +59,7 @@ def numbers(kind, limits=()):
 
 
 def numeric_fields(cls, path=()):
-    """The path to each field that holds numbers, recipes' fields included, and their ranges."""
+    """Yield each field that holds numbers, those of recipes included, with its path and ranges."""
     for name, kind in get_type_hints(cls, include_extras=True).items():
         if dataclasses.is_dataclass(kind):
             yield from numeric_fields(kind, (*path, name))
@@ -125,7 +125,7 @@ REFUSED = {
         "--out FILE": "--out to be a folder that can be written to, got ",
         "--out FILE/runs": "--out to be a folder that can be written to, got ",
         "--processes 2": "--coordinator, --processes and --process together",
-        "--coordinator here:1 --processes 2 --process 2": "--process to be less than the 2 of",
+        "--coordinator here:1 --processes 2 --process 2": "--process to be less than --processes",
         "--coordinator here --processes 2 --process 0": "--coordinator to be an address and a port",
     },
     "evaluate.py": {
@@ -133,7 +133,7 @@ REFUSED = {
         "--divide 0": "--divide to be more than 0, got 0",
         "--batch-size 0": "--batch-size to be at least 1, got 0",
         "--n 0": "--n to be at least 1, got 0",
-        "--weights WEIGHTS": "--weights with a net as module:function only",
+        "--weights WEIGHTS": "--weights only with a net given as module:function",
         "--eps": "--eps to be followed by at least one value, got none",
         "--eps 1 1": "--eps to be different values, got 1.0 1.0",
         "--attacks": "--attacks to be followed by at least one value, got none",
@@ -145,7 +145,7 @@ REFUSED = {
         "--normal.dropout 1": "--normal.dropout to be less than 1, got 1",
         "--methods trades --trades.objective representation": "--trades.objective to be adversar",
         "--seed 0 0": "--seed to be different values, got 0 0",
-        "--fixed-seed 0": "--fixed-seed to be none of --seed, got 0",
+        "--fixed-seed 0": "--fixed-seed not to be among --seed, got 0",
         "--methods": "--methods to be followed by at least one value",
         "--out FILE": "--out to be a folder",
     },
@@ -155,7 +155,7 @@ REFUSED = {
     "ablations.py": {"--epochs 1 --lr-warmup 1": "--lr-warmup to be less than 1"},
     "board.py": {
         "--methods lwa gone": "--methods to be nets in .*mnist_mlp, got gone",
-        "--image-folder .": "--image-folder with the record cifar10 only, got mnist_mlp",
+        "--image-folder .": "--image-folder only with the record cifar10, got mnist_mlp",
         "--folder FILE": "nets of --folder as .*, got none",
         "--n 0": "--n to be at least 1, got 0",
     },
@@ -168,7 +168,7 @@ POSITIONAL = {
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """Run a command that must refuse its options before it reads or writes; return what it says."""
+    """Run a command that must refuse its options before reading or writing; return its message."""
     for name in ("mnist", "cifar10", "image_folder", "from_tfds"):
         monkeypatch.setattr(data, name, pytest.fail)
     monkeypatch.setattr(jax.distributed, "initialize", pytest.fail)
@@ -184,7 +184,7 @@ def refused(tmp_path, monkeypatch, capsys):
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
         printed = capsys.readouterr()
         assert printed.out == ""
-        return re.sub(r"[│╭╮╰╯─\s]+", " ", printed.err)  # tyro wraps it, in a box
+        return re.sub(r"[│╭╮╰╯─\s]+", " ", printed.err)  # tyro wraps it and draws a box around it
 
     return run
 
@@ -215,7 +215,7 @@ class Outer(options.Checked):
     out: options.OutputFolder = Path()
 
 
-def test_bounds_are_kept_or_not_as_they_say():
+def test_values_are_checked_against_their_annotations():
     assert Outer(share=1.0, pair=(1, 2), several=(2**32 - 1,), perhaps=1).share == 1
     for changes, message in (
         ({"share": 0.0}, "--share to be more than 0, got 0.0; choose a larger"),
@@ -248,7 +248,7 @@ def test_a_folder_may_be_missing_but_not_in_a_place_that_cannot_be_written_to(
         Outer(out=tmp_path / "new")
 
 
-def test_a_command_ends_by_the_message_of_a_usage_error_alone(monkeypatch, capsys):
+def test_a_usage_error_ends_a_command_with_its_message_only(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["/where/it/is/do.py"])
 
     @options.command

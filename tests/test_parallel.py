@@ -1,4 +1,4 @@
-"""Several devices and several processes give what one device gives."""
+"""Several devices or processes give the same results as one device."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def one(tmp_path_factory):
 
 
 def same(got, one):
-    # Sums over a batch are taken in another order: a rounding or two at each of 108 steps.
+    # Sums over a batch in another order: a rounding or two at each of 108 steps.
     np.testing.assert_allclose(got["losses"], one["losses"], rtol=1e-5)
     np.testing.assert_allclose(got["w"], one["w"], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(got["kept"], one["kept"], atol=1e-3)
@@ -51,7 +51,7 @@ def same(got, one):
     assert got["several"] == one["several"]
     np.testing.assert_allclose(got["r"], one["r"], atol=1e-3)
     assert got["flags"] == one["flags"]
-    # Rounding decides about at most one of 96 examples.
+    # Rounding may change the verdict on one of 96 examples.
     np.testing.assert_allclose(
         list(got["figures"].values()), list(one["figures"].values()), atol=1.01 / 96
     )
@@ -125,10 +125,10 @@ def test_when_a_process_dies_the_others_end_with_an_error_and_the_run_goes_on(tm
         assert first.poll() is None, first.communicate()
     second.kill()
     second.communicate()
-    _, errors = first.communicate(timeout=200)  # its heart is missed after 100 s
+    _, errors = first.communicate(timeout=200)  # missed heartbeats are noticed after 100 s
     assert first.returncode != 0
-    # The coordinator, which lives in the first process, says so before any client is told and may
-    # abort; a collective that breaks before the 100 s are over is told by Gloo.
+    # The coordinator, which lives in the first process, reports it before any client can abort. If
+    # a collective breaks before the 100 s are over, Gloo reports that.
     assert "stopped sending heartbeats" in errors or "Gloo" in errors
     done = max(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
     assert on(tmp_path, 1, epochs=done + 1)["losses"][: len(one["losses"])] == pytest.approx(
@@ -141,7 +141,7 @@ def test_when_a_process_dies_the_others_end_with_an_error_and_the_run_goes_on(tm
 
 @pytest.fixture
 def eight(monkeypatch):
-    """A machine that says it has eight devices; the mesh is what it would be made of."""
+    """A machine that reports eight devices; meshes become the arguments they are made from."""
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     monkeypatch.setattr(jax, "devices", lambda: list(range(8)))
     monkeypatch.setattr(jax, "make_mesh", lambda shape, *_, devices: (shape, devices))
@@ -163,24 +163,24 @@ def test_batches_are_spread_over_as_many_devices_as_divide_them(eight, asked, si
 
 
 @pytest.mark.parametrize("asked", [3, 16])
-def test_a_number_of_devices_that_cant_be_is_an_error(eight, asked):
-    with pytest.raises(ValueError, match=f"--devices that divides 100, 10000, .* 8 .*{asked};"):
+def test_an_impossible_number_of_devices_is_an_error(eight, asked):
+    with pytest.raises(ValueError, match=f"--devices to divide 100, 10000 and .* 8, .*{asked};"):
         parallel.mesh(parallel.Settings(devices=asked), 100, 10000)
 
 
 def test_a_process_without_a_part_is_an_error(eight, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"all 8 devices of 2 processes.*of 100, got 5; choose"):
+    with pytest.raises(ValueError, match=r"of 100 .* all 8 devices of 2 processes, got 5; choose"):
         parallel.mesh(parallel.Settings(), 100)
 
 
 def test_a_single_process_prints(capsys, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # or the rest of the tests would have one
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # no cache for the tests that follow
     parallel.start(parallel.Settings()).print("here")
     assert "here" in capsys.readouterr().out
 
 
-def test_what_takes_a_tenth_of_a_second_to_compile_is_kept_unless_said_otherwise(monkeypatch):
+def test_programs_that_compile_for_a_tenth_of_a_second_are_cached_by_default(monkeypatch):
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")

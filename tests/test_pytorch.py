@@ -37,7 +37,7 @@ def test_a_net_of_pytorch_becomes_one_of_ours():
     odd = in_pytorch(params)
     odd["linear1.weight"] = odd["linear1.weight"][:, :-5]
     with pytest.raises(
-        ValueError, match="a dense layer after 5 square channels, got linear1 of 240"
+        ValueError, match="a dense layer after 5 square channels, got linear1 with 240"
     ):
         pytorch.params_of(odd)
 

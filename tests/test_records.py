@@ -47,12 +47,12 @@ def test_what_is_not_finite_is_null_which_json_has(tmp_path):
 def test_a_broken_file_is_an_error_naming_it_and_the_cure(tmp_path, content, message):
     path = tmp_path / "results.json"
     path.write_bytes(content)
-    with pytest.raises(options.UsageError, match=message + ".*move it away"):
+    with pytest.raises(options.UsageError, match=message + ".*move the file"):
         records.load(path, records.TrainRow)
 
 
 def test_a_folder_in_the_place_of_the_file_is_the_same_error(tmp_path):
-    with pytest.raises(options.UsageError, match=r"expected JSON in .*Is a directory.*move it"):
+    with pytest.raises(options.UsageError, match=r"expected JSON in .*Is a directory.*move the"):
         records.load(tmp_path, records.TrainRow)
 
 
@@ -103,7 +103,7 @@ def test_a_records_rows_are_its_json_to_the_byte(name, tmp_path):
 def test_a_row_with_what_no_row_has_is_an_error(tmp_path):
     content = robust_row().to_json() | {"unheard": 1}
     records.save(tmp_path / "results.json", [content])
-    with pytest.raises(options.UsageError, match="got some with unheard; move it away"):
+    with pytest.raises(options.UsageError, match="got some with unheard; move the file"):
         records.load(tmp_path / "results.json", records.AttackRow)
 
 

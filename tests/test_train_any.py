@@ -273,7 +273,7 @@ def test_the_nets_it_knows(folder, tmp_path, name, layers):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"net": "lenet"}, r"images of 16 pixels a side or more for conv20-.*, got 12x12; choose"),
+        ({"net": "lenet"}, r"images of at least 16x16 pixels for conv20-.*, got 12x12; choose"),
         ({"batch_size": 81}, r"--batch-size to be at most 80, the training images .*, got 81; cho"),
         ({"shift": 12}, r"--shift to be less than 12, the pixels of a side, got 12; choose"),
     ],
@@ -471,7 +471,7 @@ class UnlabelledForTest(HalvesForTest):
 
 def test_a_part_whose_labels_arent_known_is_an_error():
     with pytest.raises(
-        ValueError, match=r"labels in 0\.\.1, got 30 others .* part test, .*; write"
+        ValueError, match=r"labels in 0\.\.1, got 30 others .* split test, .*; write"
     ):
         data.from_tfds("unlabelled_for_test")
 
@@ -506,7 +506,7 @@ class TrainOnlyForTest(HalvesForTest):
 
 
 def test_a_data_set_without_a_part_is_an_error():
-    with pytest.raises(ValueError, match=r"expected parts train and test, got \['train'\]; write"):
+    with pytest.raises(ValueError, match=r"expected splits train and test, got \['train'\]; write"):
         data.from_tfds("train_only_for_test")
 
 

@@ -91,11 +91,11 @@ def test_the_time_that_is_left_is_said_once_without_that_of_compiling(tmp_path, 
     said = io.StringIO()
     fit(tmp_path, epochs=4, file=said)
     # The second chunk takes 100 s, which is how long 6 more will take each.
-    (line,) = [line for line in said.getvalue().splitlines() if "left" in line]
-    assert line.rstrip() == "lwa: about 10 min of training left"
+    (line,) = [line for line in said.getvalue().splitlines() if "to go" in line]
+    assert line.rstrip() == "lwa: about 10 min of training to go"
     said = io.StringIO()
     fit(tmp_path, epochs=4, file=said)
-    assert "left" not in said.getvalue()
+    assert "to go" not in said.getvalue()
 
 
 def test_without_a_gradient_the_first_steps_are_counted(uninterrupted):
@@ -141,7 +141,7 @@ def test_without_a_terminal_every_epoch_is_a_line(tmp_path):
     fit(tmp_path, epochs=2, file=log)
     assert "lwa: epoch 1 of 2, loss" in log.getvalue()
     fit(tmp_path, epochs=2, file=log)
-    assert "lwa: goes on after epoch 2 of 2" in log.getvalue()
+    assert "lwa: resuming after epoch 2 of 2" in log.getvalue()
 
 
 def test_every_epoch_has_its_own_order_of_examples(tmp_path, monkeypatch):

@@ -1,1 +1,1 @@
-"""The parts of `benchmark.py`, a module for each, and their common code."""
+"""The parts of `benchmark.py`, one module each, and the code that they share."""

@@ -1,4 +1,4 @@
-"""Perturbations of test images, against their floors and other libraries."""
+"""Speed of perturbing test images, compared with floors and with other libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from experiments.lib.timing import in_turn
 from jaxadv import attack, perturb
 
 BOX, KEY = (0.0, 1.0), jax.random.key(0)
-METHODS: Mapping[str, tuple[Any, int]] = {  # with passes over the net's products; 0 if not fixed
+# With the number of passes over the net that each takes; 0 if it varies.
+METHODS: Mapping[str, tuple[Any, int]] = {
     "Adv_Loss": (partial(perturb.loss, eps=1.5), 2),
     "Adv_Loss_Sign": (partial(perturb.loss_sign, eps=1.5), 2),
     "Adv_Alpha": (partial(perturb.alpha, eps=1.5), 10),
@@ -33,13 +34,13 @@ METHODS: Mapping[str, tuple[Any, int]] = {  # with passes over the net's product
 
 
 def run(settings: Settings) -> Figures:
-    """Time perturbations of test images against their floors and against other libraries."""
+    """Time perturbations of test images, and compare with floors and with other libraries."""
     found: Figures = []
     for name in ("mlp", "lenet"):
         problem = problems.recorded(f"mnist_{name}/lwa", settings.n)
         x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
         net = models.recognised(problem.params, x.shape[1:])
-        # DeepFool of a net of convolutions takes some libraries many minutes for 1,000 images.
+        # DeepFool on 1,000 images takes some libraries many minutes on a convolutional net.
         counts = {method: len(x) for method in METHODS}
         if net.blocks:
             counts["DeepFool"] = max(len(x) // 10, 1)

@@ -1,4 +1,4 @@
-"""What the parts of the benchmark share: settings, nets, steps, and child processes."""
+"""Code that the parts of the benchmark share: settings, nets, steps, and child processes."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Checked):
-    """Time training steps and attacks against their floors and their peers."""
+    """Time training steps and attacks, and compare with floors and with other libraries."""
 
     parts: Several[Part] = PARTS
     """What to measure."""
     nets: Several[NetName] = ("mlp", "lenet", "vgg-0.25", "vgg-0.5", "vgg-1")
-    """Nets whose steps are timed; vgg is the CIFAR-10 net at a share of its width."""
+    """Nets whose steps are timed; vgg-W is the CIFAR-10 net at W times its width."""
     batch_size: Count = 100
     """Images per step."""
     n: Count = 1000
     """Images attacked."""
     rounds: Count = 15
-    """How often everything is timed, a third of it where calls take seconds."""
+    """How often everything is timed; a third as often where calls take seconds."""
     seconds: Size = 0.1
-    """Least time of one timing; calls are repeated until then."""
+    """Shortest duration of one timing; calls are repeated until it is reached."""
     out: OutputFolder = Path("runs/benchmark")
     """Where results go."""
 
 
 def ratio(of: Any, to: Any) -> list[float]:
-    """Return the quartiles of a ratio of times, over the rounds in which both were timed."""
+    """Return the quartiles of the ratio of two times, over the rounds that timed both."""
     of, to = np.atleast_1d(of), np.atleast_1d(to)
-    rounds = min(len(of), len(to))  # `timing.in_turn` leaves long calls out of later rounds
+    rounds = min(len(of), len(to))  # `timing.in_turn` omits long calls from later rounds
     return np.quantile(of[:rounds] / to[:rounds], [0.25, 0.5, 0.75]).tolist()
 
 
 def milliseconds(times: Any) -> float:
-    """Return the median of times in seconds."""
+    """Return the median, in milliseconds, of times in seconds."""
     return float(np.median(times) * 1e3)
 
 
 def make_net(name: str) -> tuple[Classifier, tuple[int, ...]]:
-    """Return a net by its name, and the shape of its images."""
+    """Return the net of this name, and the shape of its images."""
     if name == "mlp":
         return models.mlp((500, 500)), (28, 28, 1)
     if name == "lenet":
@@ -89,7 +89,7 @@ def training_calls(
     epoch_steps: int,
     mesh: Mesh | None = None,
 ) -> dict[str, Call]:
-    """Return compiled steps of each objective, one and an epoch of them, that carry their state."""
+    """Return a compiled step and epoch of each objective, as calls that update their own state."""
     tx = optax.sgd(1e-3, momentum=0.9)
     order = jnp.tile(jnp.arange(len(x)), (epoch_steps, 1))
 
@@ -113,7 +113,7 @@ def training_calls(
 
 
 def step_objectives(net: nn.Module, *, all_kinds: bool) -> dict[str, Any]:
-    """Return the objectives of the timed steps."""
+    """Return the objectives whose steps are timed."""
     apply_fn = function(net)
     kinds = {
         "plain": objectives.natural(apply_fn),
@@ -131,7 +131,7 @@ def step_objectives(net: nn.Module, *, all_kinds: bool) -> dict[str, Any]:
 
 
 def in_child(part: Part, settings: Settings, *, devices: int) -> Figures:
-    """Run a part in another process with this many CPU devices; return its figures."""
+    """Run a part in a child process with this many CPU devices; return its figures."""
     script = str(ROOT / "experiments" / "benchmark.py")
     arguments = [script, "--parts", part, "--nets", *settings.nets]
     for name in ("batch_size", "rounds", "seconds"):
@@ -144,7 +144,7 @@ def in_child(part: Part, settings: Settings, *, devices: int) -> Figures:
 
 
 def child(arguments: list[str], environment: Mapping[str, str]) -> str:
-    """Run Python; return what it prints."""
+    """Run Python with these arguments; return what it prints."""
     command = [sys.executable, *arguments]
     child = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **environment}

@@ -1,4 +1,4 @@
-"""A step of one batch over more and more devices."""
+"""Training steps on one batch, spread over more and more devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxadv import objectives, perturb, train
 
 
 def run(settings: common.Settings) -> common.Figures:
-    """Time LWA's step, of one batch over more and more devices."""
+    """Time a training step of LWA on one batch, spread over more and more devices."""
     if jax.device_count() == 1 and jax.default_backend() == "cpu":
         return common.in_child("devices", settings, devices=8)
     net, tx = models.mlp((500, 500)), optax.sgd(0.1, momentum=0.9)

@@ -1,4 +1,4 @@
-"""What batch, classes, steps and input size cost, in time and memory."""
+"""Time and memory of perturbations as batch, classes, steps and input size grow."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Case = tuple[str, str, int]
 
 
 def measured(grows: str, calls: Mapping[Case, tuple[Any, int]], settings: Settings) -> Figures:
-    """Return microseconds an image and megabytes of working memory of compiled calls.
+    """Return microseconds per image and megabytes of working memory of compiled calls.
 
     Args:
-      grows: what grows.
-      calls: for each case a jitted function with its arguments bound, and its number of images.
-      settings: how often it is timed.
+      grows: the name of what grows.
+      calls: for each case, a jitted function with its arguments bound, and its number of images.
+      settings: how often to time it.
     """
     programs = {case: call.func.lower(*call.args).compile() for case, (call, _) in calls.items()}
     timed = {case: partial(programs[case], *call.args) for case, (call, _) in calls.items()}

@@ -1,4 +1,4 @@
-"""The library's loops over a net of a user's own layers, against loops in Python."""
+"""The library's loops over a user's own convolutional net, compared with loops in Python."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxadv import attack, objectives, perturb
 
 
 class PlainNet(nn.Module):
-    """A net as flax's users write it."""
+    """A net as users of flax write it."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -27,14 +27,14 @@ class PlainNet(nn.Module):
 
 
 def run(settings: common.Settings) -> common.Figures:
-    """Time the library's loops over a user's convolutions against loops in Python."""
+    """Time the library's loops over a user's convolutions, and compare with loops in Python."""
     net = PlainNet()
 
     def apply_fn(params: Any, x: jax.Array, /) -> Any:
         return net.apply(params, x)
 
     x, _ = common.some_images(settings.batch_size, (28, 28, 1))
-    x = 0.5 + 1e-4 * x  # in a box so narrow that no attack succeeds, and all iterations are made
+    x = 0.5 + 1e-4 * x  # in so narrow a box that no attack succeeds, so that all iterations run
     params = init(net, jax.random.key(0), x)
     y = apply_fn(params, x).argmax(-1).astype(jnp.int32)
     n = 10
@@ -44,7 +44,7 @@ def run(settings: common.Settings) -> common.Figures:
         "LWA, Adv_Alpha": objectives.adversarial(apply_fn, perturb.alpha, eps=1.5),
     }
     calls = common.training_calls(kinds, params, x, y, n)
-    attacks = {  # each beside one step with the passes of an iteration, and no loop
+    attacks = {  # each with a single step that takes as many passes as one iteration
         "PGD": (partial(attack.pgd, eps=1e-4, steps=n), partial(perturb.loss, eps=1e-4)),
         "APGD": (
             partial(attack.apgd, eps=1e-4, steps=n, key=jax.random.key(0)),

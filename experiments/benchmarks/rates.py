@@ -1,4 +1,4 @@
-"""Steps and attacks a second as a share of the device's matrix products, up to ResNet-50's size."""
+"""Training steps and attacks per second, relative to matrix products, up to ResNet-50's size."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from jaxadv import attack, perturb
 from jaxadv.types import PerturbFn
 
 STEPS = {"plain, step": 3, "LWA, step": 5}
-"""Passes over the net's products of each step."""
+"""How many passes over the net's products each step takes."""
 
 
 class ResNet(nn.Module):
-    """ResNet-50 (He et al., 2015) with group norms: no image changes another's logits.
+    """ResNet-50 (He et al., 2015) with group norm, so that images don't affect each other's logits.
 
     Attributes:
-      depths: how many bottlenecks each stage has.
+      depths: number of bottleneck blocks in each stage.
       width: channels of the first stage's 3x3 convolutions, doubled from stage to stage.
       classes: K.
-      dtype: what hidden layers compute in; parameters and logits are float32.
+      dtype: dtype of the hidden layers' arithmetic; parameters and logits are float32.
     """
 
     depths: Sequence[int] = (3, 4, 6, 3)
@@ -57,12 +57,12 @@ class ResNet(nn.Module):
 
 
 class Attack(NamedTuple):
-    """An attack that is timed.
+    """An attack to time.
 
     Attributes:
-      method: what is timed.
-      n: of how many images.
-      passes: over the net's products, forward and back to the image.
+      method: the attack.
+      n: how many images it perturbs.
+      passes: how many passes over the net's products it takes, forward and backward to the image.
     """
 
     method: PerturbFn
@@ -71,14 +71,14 @@ class Attack(NamedTuple):
 
 
 class Load(NamedTuple):
-    """A net whose steps and attacks are timed.
+    """A net whose training steps and attacks are timed.
 
     Attributes:
       name: what to call it.
-      net: in float32.
-      shape: of an image.
-      batch: images of a step.
-      attacks: by name.
+      net: the net, in float32.
+      shape: shape of an image.
+      batch: images per training step.
+      attacks: the attacks, by name.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Load(NamedTuple):
 
 
 def loads(*, quick: bool) -> list[Load]:
-    """Return the nets and attacks to time; few of them in the small form."""
+    """Return the nets and attacks to time; only a few of them in a short run."""
     pgd, alpha = partial(attack.pgd, eps=1.5, steps=10), partial(perturb.alpha, eps=1.5)
 
     def small_net(name: str, batch: int) -> Load:
@@ -99,7 +99,7 @@ def loads(*, quick: bool) -> list[Load]:
     def many_classes(classes: int, n: int, chunk: int, candidates: int) -> dict[str, Attack]:
         few = partial(alpha, candidates=candidates)
         return {
-            # An eighth of the images: each class has a backward pass of its own in memory.
+            # An eighth of the images, since memory holds a backward pass for each class.
             f"Adv_Alpha, all {classes - 1} classes": Attack(alpha, n // 8, classes),
             f"Adv_Alpha, chunk={chunk}": Attack(partial(alpha, chunk=chunk), n, classes),
             f"Adv_Alpha, candidates={candidates}": Attack(few, n, 1 + candidates),
@@ -118,8 +118,8 @@ def run(*, quick: bool, done: Callable[..., bool]) -> Iterator[dict[str, Any]]:
     """Time each call in turn with a product of large matrices in the same precision.
 
     Args:
-      quick: whether in the small form.
-      done: whether there is a figure already, by what identifies it.
+      quick: whether this is a short run.
+      done: returns whether a figure with these entries exists already.
 
     Yields:
       A figure for each net, precision and call.
@@ -145,7 +145,7 @@ def run(*, quick: bool, done: Callable[..., bool]) -> Iterator[dict[str, Any]]:
                     product = timing.matrix_products(size, dtype)
                     try:
                         times = timing.in_turn({"": call, "rate": product}, rounds, seconds=seconds)
-                    except jax.errors.JaxRuntimeError as error:  # too little memory, most likely
+                    except jax.errors.JaxRuntimeError as error:  # most likely out of memory
                         why = str(error).splitlines()[0]
                         yield identity | {"failure": f"{load.name}, {dtype}, {name}: {why}"}
                         continue

@@ -1,4 +1,4 @@
-"""Compile times, and the time that the cache of compiled programs saves."""
+"""Compile times, and how much of them the compilation cache saves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxadv import train
 
 
 def run(settings: common.Settings) -> common.Figures:
-    """Time the compilation of steps and attacks, and two starts of an experiment."""
+    """Time the compilation of steps and attacks, and starting an experiment twice."""
     found: common.Figures = []
     for name in ("mlp", "lenet"):
         net, shape = common.make_net(name)

@@ -1,4 +1,4 @@
-"""Training steps, by themselves and in epochs, against their floors and PyTorch's steps."""
+"""Training steps, by themselves and in epochs, compared with floors and with PyTorch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from experiments.lib import parallel, records, timing
 from experiments.lib.models import Classifier, init
 from experiments.lib.timing import in_turn
 
-LARGE = ("vgg-0.5", "vgg-1")  # whose steps take seconds
-# So many that what a call does once, as getting memory, is spread as in a real epoch.
+LARGE = ("vgg-0.5", "vgg-1")  # their steps take seconds
+# Enough steps to spread a call's one-off costs, such as allocating memory, as a real epoch does.
 EPOCH_STEPS = {"mlp": 20, "lenet": 20, "vgg-0.25": 10, "vgg-0.5": 10, "vgg-1": 5}
 
 
 def products(net: Classifier, n_inputs: int, batch: int) -> dict[str, common.Call]:
-    """Return one compiled matrix product for each kind and layer of a dense net."""
+    """Return the compiled matrix products of a dense net, one of each kind for each layer."""
     sizes = (n_inputs, *net.dense, net.classes)
     rng = np.random.default_rng(0)
 
@@ -45,11 +45,11 @@ def products(net: Classifier, n_inputs: int, batch: int) -> dict[str, common.Cal
 
 
 def floors(seconds: Mapping[str, Any], layers: int, split: int) -> dict[str, Any]:
-    """Return the summed time of each kind of step's products.
+    """Return the total time of the products in each kind of step.
 
     Args:
       seconds: the time of each product, named as in `products`.
-      layers: how many there are.
+      layers: number of layers.
       split: how many of them come before LWA_Rep's representation.
     """
     forward, weights, back, backs = (
@@ -67,7 +67,7 @@ def floors(seconds: Mapping[str, Any], layers: int, split: int) -> dict[str, Any
 
 
 def counted(flops: Sequence[int], classes: int, batch: int, rate: Any) -> dict[str, Any]:
-    """Return the time of each product, as `products` names them, at a rate of operations."""
+    """Return the time of each product, named as in `products`, at a given rate of operations."""
     seconds = {}
     for layer, count in enumerate(flops):
         for kind in ("forward", "weights", "input"):
@@ -77,7 +77,7 @@ def counted(flops: Sequence[int], classes: int, batch: int, rate: Any) -> dict[s
 
 
 def run(settings: common.Settings) -> common.Figures:
-    """Time training steps against their floors, and against PyTorch's."""
+    """Time training steps, and compare with floors and with PyTorch."""
     found: common.Figures = []
     several = jax.device_count() > 1
     for name in settings.nets:

@@ -1,1 +1,1 @@
-"""Other libraries on the same nets and images."""
+"""Other libraries, run on the same nets and images."""

@@ -1,4 +1,4 @@
-"""The same attacks by Foolbox, torchattacks, CleverHans and ART.
+"""The same attacks from Foolbox, torchattacks, CleverHans and ART.
 
 pip install -e ".[bench]"
 """
@@ -21,7 +21,7 @@ PACKAGES = {
     **{name: name for name in ("torch", "foolbox", "torchattacks", "cleverhans")},
     "art": "adversarial-robustness-toolbox",
 }
-"""The packages by the module that is imported of each."""
+"""The name of each package, by the module that it is imported as."""
 
 Task = Literal["one step", "PGD-40", "DeepFool"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -29,12 +29,12 @@ Attack = Callable[[], NDArray[np.float32]]
 
 
 def installed() -> bool:
-    """Say whether all of them are."""
+    """Return whether all of these libraries are installed."""
     return all(map(importlib.util.find_spec, PACKAGES))
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of all of them; none unless all are installed."""
+    """Return the versions of the libraries; empty unless all of them are installed."""
     return {name: version(name) for name in PACKAGES.values()} if installed() else {}
 
 
@@ -46,15 +46,16 @@ def attacks(
     eps: float | NDArray[np.float32],
     task: Task,
 ) -> dict[str, Attack]:
-    """Return each library's attack for a task, in l2 and in the box from 0 to 1.
+    """Return each library's attack for a task, in the l2 norm and within the box [0, 1].
 
     Args:
-      params: of the net.
+      params: parameters of the net.
       x: images `[B, H, W, C]`, between 0 and 1.
       y: labels `[B]`.
-      eps: size of the perturbations, one or `[B]`; DeepFool finds its own.
+      eps: size of the perturbations, a scalar or `[B]`; DeepFool finds its own.
       task: one step along the gradient, 40 steps of `2.5 eps / 40`, or DeepFool of at most 50 steps
-        to the nearest of all classes. (torchattacks' DeepFool, one image at a time, is left out.)
+        to the nearest of all classes. (torchattacks' DeepFool is left out: it takes one image at a
+        time.)
 
     Returns:
       For each library, a call that perturbs all the images at once and returns them,
@@ -71,7 +72,7 @@ def attacks(
     net = fixed_net(params)
     batch, labels = images(x), torch.from_numpy(y.astype(np.int64))
     size = 2.5 * eps / 40
-    own = eps if np.ndim(eps) == 0 else np.reshape(eps, (-1, 1, 1, 1))  # as ART wants sizes
+    own = eps if np.ndim(eps) == 0 else np.reshape(eps, (-1, 1, 1, 1))  # ART broadcasts sizes
     pixels = batch.numpy()
     for_foolbox = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
     for_art = PyTorchClassifier(

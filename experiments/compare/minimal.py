@@ -1,4 +1,4 @@
-"""Minimal-norm attacks of adversarial-library and Foolbox, within a budget of passes.
+"""Minimal-norm attacks from adversarial-library and Foolbox, within a budget of passes.
 
 pip install -e ".[bench]" torchvision visdom
 pip install --no-deps \
@@ -18,18 +18,18 @@ from experiments.compare.pytorch import fixed_net, images
 
 ORDER = {"l2": 2.0, "linf": float("inf")}
 FIRST_EPS = {"l2": 1.0, "linf": 1 / 255}
-"""The first ball of APGD's search, AttackBench's."""
+"""Size of the first ball of APGD's search, as in AttackBench."""
 ROUNDS = 20
-"""How many balls it tries."""
+"""How many balls the search tries."""
 
 
 class Found(NamedTuple):
-    """The least perturbations of an attack.
+    """The smallest perturbations that an attack found.
 
     Attributes:
-      size: `[n]`, inf where none was found within the budget.
-      forward: forward passes for each image, on average.
-      backward: backward passes for each image, on average.
+      size: their sizes `[n]`, inf where none was found within the budget.
+      forward: mean number of forward passes per image.
+      backward: mean number of backward passes per image.
     """
 
     size: NDArray[np.float64]
@@ -48,17 +48,17 @@ def run(
 ) -> Found:
     """Run an attack until its budget is spent, as AttackBench does.
 
-    What counts is the least of all points that it asked the net about, whether it returns it or
-    not. Once the budget is spent the net answers with zeros.
+    The nearest adversarial point that the attack evaluated counts, whether the attack returns it or
+    not. Once the budget is spent the net returns zeros.
 
     Args:
-      attack: of `attacks`.
-      params: of the net.
+      attack: one of `attacks`.
+      params: parameters of the net.
       x: images `[n, H, W, C]`, between `low` and `low + 1`.
       y: labels `[n]`.
       norm: l2 or linf.
-      budget: forward plus backward passes for each image.
-      low: the attacks are given `x - low`.
+      budget: forward plus backward passes per image.
+      low: lower bound of the pixels; the attack is given `x - low`.
     """
     import torch
     from torch import nn
@@ -78,7 +78,7 @@ def run(
             logits = inner(points + low)
             with torch.no_grad():
                 which = torch.arange(len(clean))
-                if len(points) != len(clean):  # of some images only: those that are nearest
+                if len(points) != len(clean):  # a subset: match each point to its nearest image
                     which = torch.cdist(points.flatten(1), clean.flatten(1)).argmin(1)
                 paid = (self.forwards + self.backwards)[which] < budget
                 self.forwards.index_add_(0, which, paid.long())
@@ -99,7 +99,7 @@ def run(
 
 
 def attacks(norm: str, budget: int) -> dict[tuple[str, str], Callable[[Any, Any, Any], Any]]:
-    """Return the attacks by library and name, with as many steps as the budget pays for."""
+    """Return the attacks by library and name, with as many steps as the budget allows."""
     import foolbox
     from adv_lib.attacks import apgd, apgd_targeted, ddn, fab, fmn, pdgd, pdpgd, tr
 
@@ -139,7 +139,7 @@ def attacks(norm: str, budget: int) -> dict[tuple[str, str], Callable[[Any, Any,
 
 
 def _search(attack: Callable[..., Any], norm: str, net: Any, x: Any, y: Any) -> None:
-    """Search for the least ball in which an attack succeeds, each image for itself."""
+    """Search, for each image by itself, for the smallest ball in which an attack succeeds."""
     import torch
 
     low, found = torch.zeros(len(x)), torch.zeros(len(x), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""AutoAttack as its authors published it, on our nets.
+"""AutoAttack in its authors' implementation, on our nets.
 
 pip install "git+https://github.com/fra31/auto-attack@a39220048b3c9f2cca9a4d3a54604793c68eca7e"
 """
@@ -29,15 +29,15 @@ def autoattack(
     """Return images perturbed by the published AutoAttack, in PyTorch's layout.
 
     Args:
-      net: in PyTorch.
+      net: a PyTorch module.
       x: images `[n, H, W, C]`.
       y: labels `[n]`.
       eps: size of the perturbations.
-      norm: of that size, l2 or linf.
-      attacks: which of the ensemble's members, by the standard budget; all if none is named.
-      seed: of what is drawn.
+      norm: l2 or linf.
+      attacks: members of the ensemble to run, with the standard budget; all of them if empty.
+      seed: random seed.
       batch_size: images perturbed at once.
-      verbose: whether it prints what it does.
+      verbose: whether to print progress.
     """
     import torch
     from autoattack import AutoAttack

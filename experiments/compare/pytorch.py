@@ -1,4 +1,4 @@
-"""Our nets in PyTorch, and a training step on them written by hand, as one would without a library.
+"""Our nets in PyTorch, and a hand-written training step on them.
 
 pip install -e ".[bench]"
 """
@@ -16,26 +16,26 @@ from numpy.typing import NDArray
 
 
 def need(*modules: str) -> None:
-    """Check that these can be imported, before work is done that needs them.
+    """Check that these modules can be imported, before doing work that needs them.
 
     Raises:
-      ModuleNotFoundError: naming those that can't be.
+      ModuleNotFoundError: if some can't be; it names them.
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
             f"expected {', '.join(modules)}, got no {', '.join(missing)}; the first lines of "
-            "--help say how to install them"
+            "--help show how to install them"
         )
 
 
 def torch_net(params: Mapping[str, Any]) -> Any:
-    """Return a `torch.nn.Module` of these parameters, from images `[B, C, H, W]` to logits."""
+    """Return a `torch.nn.Module` from images `[B, C, H, W]` to logits, with these parameters."""
     import torch
     from torch import nn
     from torch.nn import functional
 
-    layers = sorted(params["params"])  # convs_0_0, ..., hidden_0, ..., logits: in their order
+    layers = sorted(params["params"])  # convs_0_0, ..., hidden_0, ..., logits: in forward order
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -54,7 +54,7 @@ def torch_net(params: Mapping[str, Any]) -> Any:
                 if name.startswith("convs"):
                     padding = 0 if kernel.shape[-1] == 5 else 1
                     x = functional.relu(functional.conv2d(x, kernel, bias, padding=padding))
-                    if following.rpartition("_")[0] != name.rpartition("_")[0]:  # its block's last
+                    if following.rpartition("_")[0] != name.rpartition("_")[0]:  # ends its block
                         x = functional.max_pool2d(x, 2)
                     continue
                 if x.ndim == 4:
@@ -68,14 +68,14 @@ def torch_net(params: Mapping[str, Any]) -> Any:
 
 
 def params_of(state: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
-    """Return the parameters of a net of `experiments.lib.models` from those of one in PyTorch.
+    """Convert the parameters of a PyTorch net to those of a net of `experiments.lib.models`.
 
     Args:
       state: the arrays of a `state_dict`, in the order of the layers: `NAME.weight` and `NAME.bias`
-        of 3x3 convolutions, each ended by a 2x2 max pool, then of dense layers.
+        of 3x3 convolutions, each followed by a 2x2 max pool, then of dense layers.
 
     Raises:
-      ValueError: if the first dense layer isn't one for square images.
+      ValueError: if the first dense layer doesn't fit square images.
     """
     names = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
     convs = [name for name in names if state[f"{name}.weight"].ndim == 4]
@@ -91,7 +91,7 @@ def params_of(state: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
             side = math.isqrt(len(kernel) // channels)
             if side * side * channels != len(kernel):
                 raise ValueError(
-                    f"expected a dense layer after {channels} square channels, got {name} of "
+                    f"expected a dense layer after {channels} square channels, got {name} with "
                     f"{len(kernel)} inputs; pass the state of a net for square images"
                 )
             kernel = kernel.reshape(channels, side, side, -1).transpose(1, 2, 0, 3)
@@ -107,12 +107,12 @@ def params_of(state: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
 
 
 def fixed_net(params: Mapping[str, Any]) -> Any:
-    """Return the same for attacks: backward passes take no gradients of its weights."""
+    """Return the net for attacks: backward passes skip the gradients of its weights."""
     return torch_net(params).eval().requires_grad_(False)
 
 
 def images(x: NDArray[np.float32]) -> Any:
-    """Return images `[B, H, W, C]` as PyTorch wants them, `[B, C, H, W]`."""
+    """Return images `[B, H, W, C]` as a PyTorch tensor `[B, C, H, W]`."""
     import torch
 
     return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).contiguous()
@@ -126,7 +126,7 @@ def training(
     eps: float | None,
     device: str = "cpu",
 ) -> Callable[[], Any]:
-    """Return one training step by SGD with momentum: plain, or LWA with Adv_Loss of an l2 size."""
+    """Return a training step of SGD with momentum: plain, or LWA with Adv_Loss at l2 size eps."""
     import torch
     from torch.nn import functional
 

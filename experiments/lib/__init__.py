@@ -1,1 +1,1 @@
-"""What the commands share: data, nets, recipes, training, attacks, records, tables, figures."""
+"""Code that commands share: data, nets, recipes, training, attacks, records, tables, figures."""

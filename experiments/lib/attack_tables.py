@@ -1,4 +1,4 @@
-"""Tables of what attacks leave: nets ranked, beside the published AutoAttack, and over one step."""
+"""Tables of robust accuracies: nets ranked, AutoAttack ours and published, ways of training."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def figures_of(rows: Sequence[AttackRow], method: str, norm: str, eps: float) ->
     """Return a net's figures under PGD and AutoAttack, and the one-step figure's excess.
 
     Args:
-      rows: the board's.
-      method: the net, as the rows call it.
-      norm: of the size.
-      eps: the size.
+      rows: rows of the board.
+      method: the net, as named in the rows.
+      norm: norm of the size.
+      eps: size of the perturbations.
 
     Returns:
-      PGD-100x10, AutoAttack and the difference between one step's robust accuracy and AutoAttack's
-      on the same images, the most that AutoAttack has been run on; empty where an attack hasn't.
-      Where PGD has been run only on other images, its cell says on how many, and the robust
-      accuracy of AutoAttack on these.
+      The robust accuracies under PGD-100x10 and AutoAttack, and one step's minus AutoAttack's, all
+      on the same images: the most that AutoAttack has been run on. A cell is empty where an attack
+      has not been run on them. If PGD has been run only on another number of images, its cell gives
+      that number, and AutoAttack's robust accuracy on them.
     """
     here = [
         row
@@ -62,7 +62,7 @@ def ranked(rows: Sequence[AttackRow]) -> list[str]:
         record, norm, eps = key
         here = [row for row in rows if place(row) == key]
         attacked = [row for row in here if isinstance(row, RobustRow)]
-        by_n = sorted(attacked, key=lambda row: row.n)  # the most images come last, and stay
+        by_n = sorted(attacked, key=lambda row: row.n)  # so that the row with the most images wins
         best = {row.method: row for row in by_n if row.attack == "standard"}
         order = sorted(best.values(), key=lambda row: -row.columns["robust"])
         cells = []
@@ -80,7 +80,7 @@ def ranked(rows: Sequence[AttackRow]) -> list[str]:
             ])  # fmt: skip
         headings = (
             "Net", "Layers", "Images", "Clean", "One step", "PGD-100x10", "AutoAttack", "95 %",
-            "One step less AutoAttack", "AutoAttack's seconds", "Its passes for each image",
+            "One step less AutoAttack", "AutoAttack's seconds", "Its passes per image",
         )  # fmt: skip
         lines += [f"## {record}: {norm} size {eps:g}", "", *tables.markdown(headings, cells), ""]
         checks = {row.method: row.flags for row in here if isinstance(row, CheckRow)}
@@ -94,7 +94,7 @@ def ranked(rows: Sequence[AttackRow]) -> list[str]:
 
 
 def beside_published(ours: Sequence[AttackRow], published: Sequence[AttackRow]) -> list[str]:
-    """Return a table of AutoAttack and its members, ours next to the published.
+    """Return a table of AutoAttack and its members, ours next to the published ones.
 
     Args:
       ours: rows of `evaluation`.
@@ -114,7 +114,7 @@ def beside_published(ours: Sequence[AttackRow], published: Sequence[AttackRow]) 
         difference = mean(row.columns["robust"] for row in own) - mean(
             row.columns["robust"] for row in theirs
         )
-        # Of the first seed: only one run can have had the machine to itself.
+        # Times of the first seed: only one run can have had the machine to itself.
         seconds = [
             min(theirs, key=lambda row: row.seed).seconds,
             min(own, key=lambda row: row.seed).seconds,
@@ -142,14 +142,14 @@ WAYS: dict[str, str] = {
     "nearest": "one step from the last epoch's, toward the nearer of two classes",
     "four": "four steps from a random start",
 }
-"""The ways of training by one step that `remedies` compares, and by four."""
+"""The ways of training that `remedies` compares."""
 
 
 def ways(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[str]:
     """Return a table of the ways of training: accuracies and cost.
 
-    The column for the time of a step over LWA's is left out where no row has it.
-    AutoAttack's figures are of the most images that it has been run on.
+    The column of step times relative to LWA's is left out if no row has one. AutoAttack's figures
+    are those on the most images that it has been run on.
     """
     cells = []
     timed = any(row.ratio_to_lwa is not None for row in rows)

@@ -1,4 +1,4 @@
-"""The attacks that commands know by name."""
+"""The attacks that commands take by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LABELS = {
 
 @cache
 def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
-    """Return an attack's parts by name; the same objects each time."""
+    """Return the parts of an attack, by name; the same objects each time."""
     standard = evaluate.autoattack(norm)
     if name == "standard":
         return standard
@@ -43,7 +43,7 @@ def methods(name: Attack, norm: Norm) -> Mapping[str, PerturbFn]:
         return evaluate.fast_autoattack(norm)
     if name in standard:
         return {name: standard[name]}
-    if name == "pgd-100x10":  # each start works on the examples that those before it left
+    if name == "pgd-100x10":  # each start attacks the examples that are still robust
         at_random = partial(attack.pgd, norm=norm, random_start=True)
         starts = {f"start {number}": at_random for number in range(2, 11)}
         return {"start 1": partial(attack.pgd, norm=norm), **starts}  # at x

@@ -1,4 +1,4 @@
-"""Attacks on many images, block by block. A bar shows progress, and each block may be saved."""
+"""Attacks on many images, block by block, with a progress bar. Each block can be saved."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _OF_IMAGES = ("clean", "robust", "norm", "nonfinite", "invalid")
 
 
 class Attacked(NamedTuple):
-    """How an attack fared on some images.
+    """The results of an attack on some images.
 
     Attributes:
       clean: which images are classified correctly.
-      robust: which still are under the attack.
+      robust: which of them still are under the attack.
       norm: size of each perturbation.
-      nonfinite: which have inputs, logits or perturbations that aren't finite.
-      invalid: which have labels outside the net's classes.
-      stages: for each part of the attack, how many images it tried and fooled, the robust accuracy
-        up to and including it, its seconds, and how many forward and backward passes the machine
-        executed for each of all images (0 for a part that doesn't count them).
-      seconds: of the whole attack.
+      nonfinite: which images have inputs, logits or perturbations that aren't finite.
+      invalid: which images have labels outside the net's classes.
+      stages: for each part of the attack, how many images it tried and how many it fooled, the
+        robust accuracy up to and including it, its seconds, and the forward and backward passes
+        executed, averaged over all images (0 for a part that doesn't count them).
+      seconds: duration of the whole attack.
     """
 
     clean: NDArray[np.bool_]
@@ -48,7 +48,7 @@ class Attacked(NamedTuple):
     seconds: float
 
     def figures(self) -> dict[str, Any]:
-        """Return the accuracies, and the interval of the robust one, as rows have them."""
+        """Return the accuracies, and the confidence interval of the robust one, for a row."""
         return {
             "columns": {
                 "clean": evaluate.accuracy(self.clean),
@@ -72,7 +72,7 @@ def attack(
     title: str,
     save: str | None = None,
 ) -> Attacked:
-    """Attack images by each part in turn; a part attacks what those before it left robust.
+    """Attack images by each part in turn; each part attacks the images that are still robust.
 
     Args:
       problem: the net and the images.
@@ -80,13 +80,13 @@ def attack(
       eps: size of the perturbations.
       norm: norm of that size.
       key: random key; each image draws from its own part of it, whatever its block.
-      block: images in a block.
+      block: images per block.
       batch_size: images perturbed at once.
-      mesh: from a block's number of images to the devices that it is spread over.
+      mesh: maps a block's number of images to the devices that it is spread over.
       progress: where to show a bar, with the robust accuracy so far.
-      title: what to call it there.
-      save: start of the names of the blocks' files; blocks whose files exist aren't attacked
-        again. None to write none.
+      title: title of the bar.
+      save: prefix of the blocks' file names; a block whose file exists isn't attacked again. None
+        to write no files.
 
     Raises:
       UsageError: if one of these files is damaged.
@@ -152,8 +152,8 @@ def _read(path: Path) -> Block:
             return dict(saved)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise options.UsageError(
-            f"expected the arrays of a block in {path}, got: {error}; delete the file, and the "
-            "same command makes it again"
+            f"expected the arrays of a block in {path}, got: {error}; delete the file and run the "
+            "same command again"
         ) from error
 
 

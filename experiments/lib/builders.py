@@ -1,7 +1,7 @@
-"""Builders of tensorflow-datasets that prepare array_record, and arrays of their records.
+"""Builders for tensorflow-datasets that write array_record, and arrays of their records.
 
-The builders that it comes with need TensorFlow to gunzip, to read files and to write PNG. Here
-Python's gzip, its open and Pillow do the same.
+The library's own builders need TensorFlow to gunzip, to read files and to write PNG. These use
+Python's gzip and open, and Pillow, instead.
 """
 
 import shutil
@@ -27,19 +27,19 @@ def builder(
     n_classes: int,
     parts: Callable[[Any], dict[str, Examples]],
 ) -> Any:
-    """Return a builder of images in the order of their files.
+    """Return a builder of labelled images, in the order of their files.
 
     Args:
-      called: its name.
-      version: of the data.
-      shape: of the images.
-      n_classes: how many classes there are.
-      parts: from a download manager to the examples of `train` and of `test`.
+      called: name of the builder.
+      version: version of the data.
+      shape: shape of the images.
+      n_classes: number of classes.
+      parts: maps a download manager to the examples of `train` and `test`.
     """
     with tfds.core.registered.skip_registration():
 
         class Images(tfds.core.GeneratorBasedBuilder):
-            """Images with labels."""
+            """Labelled images."""
 
             name = called
             VERSION = tfds.core.Version(version)
@@ -70,29 +70,29 @@ def prepared(make: Callable[..., Any], folder: Path, **download: Any) -> Arrays:
     """Prepare a builder's records in a folder, and read them.
 
     Args:
-      make: the builder's class, or what makes the builder likewise.
+      make: the builder's class, or a function with the same arguments.
       folder: where the records go.
       **download: arguments of `tfds.download.DownloadConfig`.
 
     Raises:
-      UsageError: if there is no part `train` or no part `test`.
+      UsageError: if there is no split `train` or no split `test`.
     """
-    # What is here was left by an interrupted preparation, or led to damaged arrays.
+    # Left by an interrupted preparation, or the source of damaged arrays.
     if folder.exists():
         shutil.rmtree(folder)
     made = make(data_dir=folder, file_format="array_record")
     made.download_and_prepare(download_config=tfds.download.DownloadConfig(**download))
     if not {"train", "test"} <= set(made.info.splits):
         raise options.UsageError(
-            f"expected parts train and test, got {sorted(made.info.splits)}; write the images "
-            "as a folder with these parts"
+            f"expected splits train and test, got {sorted(made.info.splits)}; write the images "
+            "as a folder with these two"
         )
 
     def arrays(part: str) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         source = made.as_data_source(split=part)
         images = np.empty((len(source), *made.info.features["image"].shape), np.uint8)
         labels = np.empty(len(source), np.int32)
-        # In blocks: one record at a time takes twice as long.
+        # In blocks, which takes half as long as one record at a time.
         for start in tfds.core.utils.tqdm(range(0, len(source), 1000), f"Reading {part} records"):
             block = slice(start, min(start + 1000, len(source)))
             records = source.__getitems__(range(block.start, block.stop))

@@ -1,11 +1,11 @@
-"""Prepared arrays, stored once and from then on memory-mapped.
+"""Prepared arrays, stored once and memory-mapped from then on.
 
 A process may be killed at any moment, and two may prepare the same data at once. Hence:
 
-- One process at a time prepares, under a lock that the system frees when its holder ends.
+- One process at a time prepares, under a lock that the system releases when its holder ends.
 - Each file is renamed into place once it is complete.
-- Checksums are written last, and each call checks the arrays against them. What doesn't match is
-  prepared again.
+- Checksums are written last, and each call checks the arrays against them. Arrays that don't match
+  are prepared again.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ _CHECKSUMS = "checksums.json"
 
 
 class Arrays(NamedTuple):
-    """Images and labels of a data set's two parts."""
+    """Images and labels of a data set's training and test parts."""
 
     train_images: NDArray[Any]  # [N, H, W, C] uint8
     train_labels: NDArray[Any]  # [N] int32
@@ -33,9 +33,9 @@ class Arrays(NamedTuple):
 
 
 def directory() -> Path:
-    """Return where prepared data is kept unless a caller says otherwise.
+    """Return the folder where prepared data is kept by default.
 
-    That is `$JAXADV_DATA`, or else `$XDG_CACHE_HOME/jaxadv`, or else `~/.cache/jaxadv`.
+    It is `$JAXADV_DATA`, or else `$XDG_CACHE_HOME/jaxadv`, or else `~/.cache/jaxadv`.
     """
     if chosen := os.environ.get("JAXADV_DATA"):
         return Path(chosen).expanduser()
@@ -48,8 +48,8 @@ def arrays(
     """Return the arrays stored under a name; prepare and store them if there are none.
 
     Args:
-      name: what they are stored under.
-      prepare: makes the arrays; it may use the folder that it is given.
+      name: name of their folder.
+      prepare: makes the arrays; it is given a folder that it may use.
       data_dir: where to store them; None for `directory()`.
     """
     place = (directory() if data_dir is None else Path(data_dir)) / name
@@ -66,7 +66,7 @@ def arrays(
 
 
 def _open(place: Path) -> Arrays:
-    """Map the stored arrays; OSError or ValueError if they are missing or damaged."""
+    """Map the stored arrays; raise OSError or ValueError if they are missing or damaged."""
     expected = json.loads((place / _CHECKSUMS).read_text())
     got = _checksums(place)
     if got != expected:
@@ -75,7 +75,7 @@ def _open(place: Path) -> Arrays:
 
 
 def store(place: Path, content: Arrays) -> None:
-    """Write arrays and, last, their checksums, without which none of them is taken."""
+    """Write arrays and, last, their checksums, without which the arrays are ignored."""
     for path, array in zip(_files(place), content, strict=True):
         with _replacing(path) as file:
             np.save(file, array)
@@ -88,13 +88,13 @@ def _files(place: Path) -> list[Path]:
 
 
 def _checksums(place: Path) -> dict[str, int]:
-    """Of whole files, 55 MB in 0.05 s: their headers have the shapes and dtypes."""
+    """Return checksums of whole files (55 MB in 0.05 s): headers hold shapes and dtypes."""
     return {path.name: zlib.crc32(path.read_bytes()) for path in _files(place)}
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Replace a file at once: no reader sees half of it, and old mappings stay valid."""
+    """Replace a file atomically: readers never see half of it, and old mappings stay valid."""
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("wb") as file:
         yield file

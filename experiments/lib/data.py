@@ -1,10 +1,10 @@
-"""MNIST, CIFAR-10, the catalogue of tensorflow-datasets and folders of images, as arrays.
+"""MNIST, CIFAR-10, the tensorflow-datasets catalogue and folders of images, as arrays.
 
-The four files of MNIST are in `experiments/data/`, so that a machine without a network runs the
-real thing; `cifar10` downloads; `image_folder` takes any images sorted into folders by class. The
-first call checks the files (originals against the size and sha256 that tensorflow-datasets has,
-images by decoding each), prepares them as array_record (`builders`), and stores them as arrays
-(`cache`). This takes seconds to a minute; later calls only map the arrays into memory.
+The four files of MNIST are in `experiments/data/`, so that its experiments run without a network;
+`cifar10` downloads; `image_folder` takes any images sorted into folders by class. The first call
+checks the files (originals against the size and sha256 that tensorflow-datasets records, images by
+decoding each), prepares them as array_record (`builders`), and stores them as arrays (`cache`).
+This takes seconds to a minute; later calls only map the arrays into memory.
 """
 
 import difflib
@@ -33,21 +33,21 @@ CIFAR10 = (
 )  # fmt: skip
 """CIFAR-10's classes."""
 _READING = 2
-"""Raised when a folder's files are read as other pixels than before, so that caches are renewed."""
+"""Incremented whenever the same files give other pixels than before, to renew the caches."""
 _CROPS = ORIGINALS / "cifar10_crops.npz"
 _CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _CIFAR10_ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 
 
 class Dataset(NamedTuple):
-    """A data set's two official parts, as read-only arrays, and its classes.
+    """A data set's official training and test parts, as read-only arrays, and its classes.
 
     Attributes:
         train_images: [N, H, W, C] uint8.
         train_labels: [N] int32, each in 0..K-1.
         test_images: [M, H, W, C] uint8.
         test_labels: [M] int32, each in 0..K-1.
-        classes: the K names, in the order of the labels.
+        classes: the K class names, in the order of the labels.
     """
 
     train_images: NDArray[np.uint8]
@@ -61,13 +61,13 @@ class Interface(NamedTuple):
     """How images become a net's inputs, and which classes its logits stand for.
 
     Attributes:
-        classes: the K classes, in the order of the logits.
-        shape: of an input, (H, W, C).
+        classes: the K class names, in the order of the logits.
+        shape: shape of an input, (H, W, C).
         subtract: inputs are (pixels - subtract) / divide, with pixels from 0 to 255.
         divide: see subtract.
-        crop: side of the part of the images' middle that is used; None for whole images.
-        resize: side of the square that each image's middle was resized to when it was read,
-            before the crop; None for images as they are.
+        crop: side of the centre crop that is used; None for whole images.
+        resize: side of the square that each image's largest centre square was resized to when it
+            was read, before the crop; None for images as they are.
     """
 
     classes: tuple[str, ...]
@@ -78,18 +78,18 @@ class Interface(NamedTuple):
     resize: int | None = None
 
     def inputs(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return images as the net takes them: their middle of this shape, scaled.
+        """Return the net's inputs: centre crops of this shape, scaled.
 
         Args:
             pixels: [n, H, W, C] uint8, with H and W at least those of the shape.
 
         Raises:
-            TypeError: pixels aren't uint8; scaling them twice would go unnoticed.
-            ValueError: pixels have another number of axes.
+            TypeError: if pixels aren't uint8; otherwise scaling them twice would go unnoticed.
+            ValueError: if pixels have another number of axes.
         """
         if pixels.dtype != np.uint8:
             raise TypeError(
-                f"expected uint8 pixels, got {pixels.dtype}; pass them as a `Dataset` has them"
+                f"expected uint8 pixels, got {pixels.dtype}; pass the pixels of a `Dataset`"
             )
         if pixels.ndim != 4:
             raise ValueError(
@@ -107,14 +107,14 @@ class Interface(NamedTuple):
 
 
 MNIST = Interface(DIGITS, (28, 28, 1), subtract=0, divide=256)
-"""Pixels divided by 256, into the range [0, .996] of the paper's Section 7."""
+"""Pixels divided by 256, so in the range [0, .996] of the paper's Section 7."""
 WHOLE = Interface((), (), subtract=0, divide=255)
 """Whole images, with pixels divided by 255."""
 CIFAR10_CROPS = Interface(CIFAR10, (28, 28, 3), subtract=117, divide=256, crop=28)
-"""The middle 28x28 pixels less 117, divided by 256, into [-.457, .539], as Section 7 has it.
+"""The middle 28x28 pixels, (pixels - 117) / 256 as in Section 7, so in [-.457, .539].
 
-The paper says (-1, 1), which is the range of its released code, (pixel - 128) / 128: there an l2
-size of .5 is one of .25 on this scale.
+The paper gives the range (-1, 1), but that is the range of its released code, which uses
+(pixels - 128) / 128: an l2 size of .5 there is .25 on this scale.
 """
 
 
@@ -122,13 +122,14 @@ def named(name: str, *, resize: int | None = None) -> Dataset:
     """Return the data set that a command line names.
 
     Args:
-        name: `mnist`, `cifar10`, `tfds:NAME` as for `from_tfds`, or else a folder.
-        resize: side of the square that each image's middle is resized to; None for none.
+        name: `mnist`, `cifar10`, `tfds:NAME` as for `from_tfds`, or a folder.
+        resize: side of the square that each image's largest centre square is resized to; None to
+            keep images as they are.
 
     Raises:
         FileNotFoundError: if it is none of these.
         OSError: as the function that reads it.
-        ValueError: likewise.
+        ValueError: as the function that reads it.
     """
     if name.startswith("tfds:"):
         return _resized(from_tfds(name.removeprefix("tfds:")), resize)
@@ -137,14 +138,14 @@ def named(name: str, *, resize: int | None = None) -> Dataset:
         return _resized(known[name](), resize)
     if not Path(name).is_dir():
         raise FileNotFoundError(
-            f"expected mnist, cifar10, tfds:NAME or a folder of images, got {name!r}, and no such "
-            "folder is there; mend the name, or its path"
+            f"expected mnist, cifar10, tfds:NAME or a folder of images, got {name!r}, and there is "
+            "no such folder; correct the name or the path"
         )
     return image_folder(name, resize=resize)
 
 
 def held_out(name: str) -> str:
-    """Return a note, if the test images that `named` gives were held out of a folder; else ""."""
+    """Return a note if `named` holds test images out of a folder's own; "" if it doesn't."""
     if name in ("mnist", "cifar10") or name.startswith("tfds:"):
         return ""
     if folders.unsplit(Path(name)) is None:
@@ -180,8 +181,8 @@ def mnist(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         The arrays, memory-mapped.
 
     Raises:
-        FileNotFoundError: an original is missing when there is something to prepare.
-        ValueError: an original is truncated or altered then.
+        FileNotFoundError: if the data isn't prepared yet and an original file is missing.
+        ValueError: if the data isn't prepared yet and an original file is truncated or altered.
     """
     return Dataset(*cache.arrays("mnist", _prepare_mnist, data_dir), DIGITS)
 
@@ -192,7 +193,7 @@ def mnist_originals() -> Dataset:
     For machines with little more than JAX.
 
     Raises:
-        FileNotFoundError: an original is missing.
+        FileNotFoundError: if an original file is missing.
     """
     return Dataset(
         _idx(ORIGINALS / "train-images-idx3-ubyte.gz"),
@@ -206,17 +207,17 @@ def mnist_originals() -> Dataset:
 def _idx(path: Path) -> NDArray[np.uint8]:
     """Return the images [N, 28, 28, 1] or labels [N] of an idx file."""
     content = gzip.decompress(path.read_bytes())
-    # The header: four bytes, the last being the number of axes, then four bytes for each axis.
+    # The header is four bytes, the last being the number of axes, then four bytes per axis.
     n_axes = content[3]
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_axes)
     return values if n_axes == 1 else values.reshape(-1, 28, 28, 1)
 
 
 def cifar10_crops() -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Return the middle 28x28 of 1,000 CIFAR-10 test images, embedded in the repository.
+    """Return the 28x28 centre crops of 1,000 CIFAR-10 test images, kept in the repository.
 
-    The first 1,000 in the order in which experiments/evaluate.py draws them, from JPEG files of
-    quality 75 (lossy). `save_cifar10_crops` wrote them.
+    They are the first 1,000 in the order in which experiments/evaluate.py draws them, from JPEG
+    files of quality 75 (lossy). `save_cifar10_crops` wrote them.
 
     Returns:
         Images [1000, 28, 28, 3] and labels [1000].
@@ -229,8 +230,8 @@ def save_cifar10_crops(folder: str | os.PathLike[str], path: Path = _CROPS) -> N
     """Write the file that `cifar10_crops` reads.
 
     Args:
-        folder: all of CIFAR-10, as given to `image_folder`.
-        path: where to write.
+        folder: the whole of CIFAR-10, as a folder for `image_folder`.
+        path: where to write the file.
     """
     images = image_folder(folder)
     chosen = order("cifar10", len(images.test_labels))[:1000]
@@ -248,7 +249,7 @@ def cifar10(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         The arrays, memory-mapped.
 
     Raises:
-        OSError: it isn't there yet and can't be downloaded, or what came isn't the original.
+        OSError: if it isn't prepared yet and can't be downloaded, or the download was altered.
     """
     return Dataset(*cache.arrays("cifar10", _prepare_cifar10, data_dir), CIFAR10)
 
@@ -261,31 +262,31 @@ def image_folder(
 ) -> Dataset:
     """Return images sorted into `train/CLASS/` and `test/CLASS/`, as for tfds's ImageFolder.
 
-    Classes and the images of each are in the order of their names. When a file is added, removed,
-    renamed or written to, the folder is read again.
+    Classes, and the images of each, are in the order of their names. When a file is added, removed,
+    renamed or changed, the folder is read again.
 
     Photographs are turned upright by their EXIF orientation. Transparency is an error, since the
     background isn't known.
 
     Args:
-        folder: where the folders `train` and `test` are, each with a folder for each of at least
-            two classes; PNG or JPEG of 8 bits for each pixel and colour, all of one size. Names
+        folder: contains the folders `train` and `test`, each with a folder for each of at least
+            two classes. Images are PNG or JPEG with 8 bits per channel, all of one size. Names
             that begin with a dot are ignored. Without a folder `test`, every fifth image of each
-            class is for testing, and the classes may be in the folder itself.
-        resize: side of the square that each image's middle is resized to, whatever its size; None
-            for images as they are.
+            class is held out for testing, and the classes may be in the folder itself.
+        resize: side of the square that each image's largest centre square is resized to, whatever
+            its size; None to keep images as they are.
         data_dir: where prepared data is kept, as for `mnist`.
 
     Returns:
-        The arrays, memory-mapped; C = 1 where all images are stored as grey (bilevel, with an
-        opaque alpha channel, or a palette of greys), else C = 3. A class's name is the folder's,
-        in Unicode NFC, since systems differ in how they write a name.
+        The arrays, memory-mapped; C = 1 if all images are greyscale (bilevel, with an opaque alpha
+        channel and with a palette of greys included), else C = 3. A class's name is its folder's,
+        in Unicode NFC, since systems store names in different forms.
 
     Raises:
-        FileNotFoundError: the folder, one of its parts, or a class of one of the parts is missing.
-        ValueError: there is only one class; a file isn't in a class's folder, isn't a PNG or JPEG
-            image of one frame and 8 bits, can't be decoded, has transparent pixels, or has another
-            size than the first.
+        FileNotFoundError: if the folder, one of its parts, or a class of a part is missing.
+        ValueError: if there is only one class, or a file isn't in a class's folder, isn't a PNG or
+            JPEG image of one frame and 8 bits, can't be decoded, has transparent pixels, or differs
+            from the first in size.
     """
     folder = Path(folder)
     files = folders.files(folder)
@@ -298,16 +299,16 @@ def image_folder(
 
 
 def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """Return a data set of the tensorflow-datasets catalogue, with parts train and test.
+    """Return a data set of the tensorflow-datasets catalogue that has splits train and test.
 
     Args:
-        name: as the catalogue has it, e.g. `fashion_mnist` or `emnist/letters`.
+        name: its name in the catalogue, e.g. `fashion_mnist` or `emnist/letters`.
         data_dir: where downloaded and prepared data is kept, as for `mnist`.
 
     Raises:
-        ValueError: if the catalogue has no such data set, or it isn't of this kind.
-        ModuleNotFoundError: if preparing it takes a package that isn't installed; the older ones
-            of the catalogue take TensorFlow.
+        ValueError: if the catalogue has no such data set, or it isn't one of labelled images.
+        ModuleNotFoundError: if preparing it needs a package that isn't installed; the older data
+            sets need TensorFlow.
     """
     import tensorflow_datasets as tfds
 
@@ -321,7 +322,7 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
         if not fits or None in found["image"].shape:
             raise options.UsageError(
                 f"expected images of one size with a label each, got {name}: {features}; write "
-                "them as a folder of images"
+                "its images as a folder of images"
             )
         prepare = partial(builders.prepared, partial(tfds.builder, name))
         arrays = cache.arrays(f"tfds-{name.replace('/', '-')}", prepare, data_dir)
@@ -336,13 +337,13 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
 
 
 def _catalogued(name: str) -> Any:
-    """Return the catalogue's builder of that name; an error that suggests others if it has none."""
+    """Return the catalogue's builder of this name; if there is none, an error suggests others."""
     import tensorflow_datasets as tfds
 
     try:
         return tfds.builder(name)
-    except (ValueError, AssertionError):  # of names and configurations; of versions
-        pass  # its message is the whole catalogue
+    except (ValueError, AssertionError):  # for unknown names or configurations; unknown versions
+        pass  # the error's message lists the whole catalogue
     known = tfds.list_builders(with_community_datasets=False)
     base = re.split("[/:]", name)[0]
     if base in known:
@@ -351,12 +352,12 @@ def _catalogued(name: str) -> Any:
     suggestion = f"did you mean {' or '.join(close)}? " if close else ""
     raise options.UsageError(
         f"expected a data set of the tensorflow-datasets catalogue, got {name!r}; {suggestion}"
-        "https://www.tensorflow.org/datasets/catalog has them all"
+        "https://www.tensorflow.org/datasets/catalog lists them all"
     )
 
 
 def _check_labels(name: str, images: Dataset) -> None:
-    """Raise an error if a part isn't labelled; the catalogue then has labels of -1."""
+    """Raise an error if a split isn't labelled; the catalogue then gives labels of -1."""
     n_classes = len(images.classes)
     if n_classes < 2:
         raise options.UsageError(
@@ -367,24 +368,24 @@ def _check_labels(name: str, images: Dataset) -> None:
         if outside:
             raise options.UsageError(
                 f"expected labels in 0..{n_classes - 1}, got {outside} others among the "
-                f"{len(labels)} of {name}'s part {part}, which means that they aren't known; "
+                f"{len(labels)} of {name}'s split {part}, which stand for unknown labels; "
                 "write the images whose labels are known as a folder of images"
             )
 
 
 def describe(folder: str | os.PathLike[str], images: Dataset) -> str:
-    """Return a description of a folder's images for records: format, and checksum of the pixels.
+    """Return a description of a folder's images, for records: their format and a checksum.
 
     Args:
-        folder: as given to `image_folder`.
-        images: what that returned.
+        folder: the folder that `image_folder` read.
+        images: what `image_folder` returned.
     """
     jpeg = any(map(folders.is_jpeg, folders.paths(folders.files(Path(folder)))))
     return f"a folder of {'JPEG (lossy)' if jpeg else 'PNG'} files, {fingerprint(images)}"
 
 
 def fingerprint(images: Dataset) -> str:
-    """Return a checksum of a data set's pixels and labels, for a record."""
+    """Return a checksum of a data set's pixels and labels, for records."""
     checksum = 0
     for array in images[:4]:
         checksum = zlib.crc32(array.tobytes(), checksum)
@@ -392,18 +393,20 @@ def fingerprint(images: Dataset) -> str:
 
 
 def split(n: int, holdout: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw which of n training examples are held out, for every choice made before the test.
+    """Split n training examples at random into those to train on and those held out.
+
+    Settings are chosen on the held-out examples, never on the test images.
 
     Args:
-        n: how many examples there are.
+        n: number of examples.
         holdout: how many of them to hold out.
-        seed: the same seed draws the same split.
+        seed: the same seed gives the same split.
 
     Returns:
         Indices [n - holdout] to train on and indices [holdout] held out, each in random order.
 
     Raises:
-        ValueError: holdout isn't in 0..n.
+        ValueError: if holdout isn't in 0..n.
     """
     if not 0 <= holdout <= n:
         raise ValueError(f"expected holdout in 0..{n}, got {holdout}; hold out fewer examples")
@@ -412,12 +415,12 @@ def split(n: int, holdout: int, seed: int) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def order(name: str, n: int) -> NDArray[np.int64]:
-    """Return the order in which the n test images of a set are taken.
+    """Return the order in which the n test images of a data set are taken.
 
     Args:
-        name: of the set. A folder's images come class by class, so their order is drawn, always the
-            same. MNIST's come in no order, and everybody takes its first ones.
-        n: how many there are.
+        name: name of the data set. MNIST's images are taken in their own order, which is random
+            already; others may be sorted by class, so theirs is drawn, always with the same seed.
+        n: number of test images.
 
     Returns:
         Indices [n].
@@ -425,7 +428,7 @@ def order(name: str, n: int) -> NDArray[np.int64]:
     return np.arange(n) if name == "mnist" else split(n, n, seed=0)[1]
 
 
-# Preparation. tensorflow-datasets is imported where it's needed: most calls only open the cache.
+# Preparation. Imports tensorflow-datasets only where needed, since most calls just open the cache.
 
 
 def _prepare_mnist(place: Path) -> Arrays:
@@ -439,7 +442,7 @@ def _prepare_mnist(place: Path) -> Arrays:
 
     def examples(dl_manager: Any, prefix: str) -> builders.Examples:
         names = f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"
-        # A URL is only the key of a checksum: the file is found in manual_dir.
+        # The URLs serve only as keys of checksums: the files are found in manual_dir.
         images, labels = map(_idx, dl_manager.download([stock.URL + name for name in names]))
         return zip((Image.fromarray(x[..., 0]) for x in images), labels, strict=True)
 
@@ -454,14 +457,14 @@ def _prepare_mnist(place: Path) -> Arrays:
 
 
 def _prepare_cifar10(place: Path) -> Arrays:
-    """Download the original archive; its checksum is the one that tensorflow-datasets has."""
+    """Download the original archive, checked against tensorflow-datasets' checksum."""
     import tensorflow_datasets as tfds
     from PIL import Image
 
     from experiments.lib import builders
 
     def examples(files: Iterable[Path]) -> builders.Examples:
-        # A record is a label of one byte and the planes of red, green and blue.
+        # A record is one byte of label, then the red, green and blue planes.
         for file in files:
             for record in np.fromfile(file, np.uint8).reshape(-1, 1 + 3 * 32 * 32):
                 pixels = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
@@ -478,10 +481,10 @@ def _prepare_cifar10(place: Path) -> Arrays:
         return builders.prepared(
             made, place, force_checksums_validation=True, try_download_gcs=False
         )
-    except Exception as error:  # of a dozen kinds, by what went wrong on the way
+    except Exception as error:  # many kinds, depending on what went wrong
         raise OSError(
             f"expected to download CIFAR-10 from {_CIFAR10_PAGE}, got {type(error).__name__}: "
-            f"{error}; try again with a network, or give the images as a folder (--image-folder)"
+            f"{error}; try again with a network, or pass the images as a folder (--image-folder)"
         ) from error
 
 
@@ -499,9 +502,9 @@ def _prepare_folder(place: Path, files: folders.Files, resize: int | None) -> Ar
     for path, image in images.items():
         if image.size != size:
             raise options.UsageError(
-                f"expected images of one size, {width}x{height} as {first} has, got "
-                f"{image.width}x{image.height} in {path}; resize all of them with --resize 32, "
-                "say, or resize or remove this one"
+                f"expected images of one size, {width}x{height} as in {first}, got "
+                f"{image.width}x{image.height} in {path}; resize all of them, e.g. with --resize "
+                "32, or resize or remove this one"
             )
     grey = all(image.mode == "L" for image in images.values())
 
@@ -518,7 +521,7 @@ def _prepare_folder(place: Path, files: folders.Files, resize: int | None) -> Ar
 
 
 def _check_originals(registered: Any) -> None:
-    """Check MNIST's files before tensorflow-datasets does, which would download a missing one."""
+    """Check MNIST's files before tensorflow-datasets does, as it would download missing ones."""
     for info in registered:
         path = ORIGINALS / info.filename
         cure = f"restore it with `git checkout -- experiments/data/{path.name}`"
@@ -528,6 +531,6 @@ def _check_originals(registered: Any) -> None:
         checksum = hashlib.sha256(content).hexdigest()
         if checksum != info.checksum:
             raise options.UsageError(
-                f"{path} isn't the original MNIST file: expected {int(info.size)} bytes of sha256 "
-                f"{info.checksum}, got {len(content)} of {checksum}; {cure}"
+                f"{path} isn't the original MNIST file: expected {int(info.size)} bytes with "
+                f"sha256 {info.checksum}, got {len(content)} with {checksum}; {cure}"
             )

@@ -1,7 +1,7 @@
-"""Attacks on a net, by name: run, kept in blocks and rows, and put into tables.
+"""Run named attacks on a net, save them as blocks and rows, and make tables of them.
 
-`Settings.certify` adds what is certified of the classifier that smoothing makes of the net.
-`curve` finds the least perturbations, and from them the accuracy at every size.
+`Settings.certify` adds certified accuracies of the smoothed net. `curve` finds the smallest
+perturbations, and from them the accuracy at every size.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ from jaxadv import certify, evaluate
 from jaxadv.types import Norm
 
 _PROBLEM = ("data", "subtract", "divide", "crop", "box", "n", "norm", "eps")
-"""The fields that determine the table of a row."""
+"""The fields that determine which table a row belongs to."""
 PLACE = ("method", "attack", "seed", *_PROBLEM)
-"""What rows are told apart by."""
+"""The fields that tell rows apart."""
 Name = AttackName | Literal["certify"]
-"""What is run: an attack, or a certificate of the smoothed classifier."""
+"""What to run: an attack, or certification of the smoothed classifier."""
 CERTIFY: dict[str, Any] = {"alpha": 0.001, "n0": 100, "stages": [*certify.STAGES]}
 """How smoothed classifiers are certified."""
 _POINTS = 200
-"""Sizes at which a curve is kept."""
+"""Number of sizes at which a curve is recorded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(problems.Settings, parallel.Devices):
-    """Attack a net and report its robust accuracy."""
+    """Attack a net, and report its robust accuracy."""
 
     attacks: Several[AttackName] = ("one-step", "pgd-100x10", "standard")
-    """What to run."""
+    """Attacks to run."""
     eps: Several[Size] = (1.5,)
     """Sizes of the perturbations."""
     norm: Norm = "l2"
-    """Their norm."""
+    """Norm of the perturbations."""
     certify: Positive | None = None
-    """Certify these sizes, too: not of the net, but of the classifier that smoothing by Gaussian
-    noise of this standard deviation makes of it. Takes up to 100,000 forward passes an image."""
+    """Also certify these sizes: not for the net, but for its smoothing by Gaussian noise of this
+    standard deviation. Takes up to 100,000 forward passes per image."""
     seed: Seed = 0
     """Random seed of the attacks."""
     block: Count = 500
-    """Images between two savings."""
+    """Images per block; each block is saved when finished."""
     batch_size: Count = 500
     """Images perturbed at once."""
     out: OutputFolder = Path("runs/evaluate")
@@ -65,18 +65,18 @@ class Settings(problems.Settings, parallel.Devices):
 
 
 def run(settings: Settings, console: Console) -> list[AttackRow]:
-    """Attack in every way that is asked for; return the rows of these and of earlier runs.
+    """Run the chosen attacks; return the rows of this and of earlier runs.
 
     Raises:
       ValueError: as `problems.load`.
-      UsageError: if the devices don't divide the blocks, or if the sizes can't be certified.
+      UsageError: if the devices don't divide the blocks evenly, or the sizes can't be certified.
     """
     problem = problems.load(settings)
     names: list[Name] = [*settings.attacks]
     if settings.certify is not None:
         names.append("certify")
         nothing = problem._replace(x=problem.x[:0], y=problem.y[:0])
-        _certified(settings, nothing, settings.certify)  # what it refuses, before any attack
+        _certified(settings, nothing, settings.certify)  # raise its errors before any attack
     n = len(problem.y)
     starts = range(0, n, settings.block)
     parallel.mesh(settings, *dict.fromkeys(min(settings.block, n - start) for start in starts))
@@ -144,8 +144,8 @@ def _attack(
 
 
 def _check(settings: Settings, problem: Problem, eps: float, identity: dict[str, Any]) -> CheckRow:
-    """Look for signs that figures shouldn't be believed."""
-    n = min(300, len(problem.y))  # as many as the differences that it looks for need
+    """Look for signs that the figures can't be trusted."""
+    n = min(300, len(problem.y))  # enough for the differences that it looks for
     found = evaluate.check(
         problem.apply_fn, problem.params, problem.x[:n], problem.y[:n], eps=eps,
         norm=settings.norm, key=jax.random.key(settings.seed), bounds=problem.bounds,
@@ -162,7 +162,7 @@ def _check(settings: Settings, problem: Problem, eps: float, identity: dict[str,
 def _certify(
     settings: Settings, problem: Problem, eps: float, identity: dict[str, Any], progress: Progress
 ) -> SmoothedRow:
-    """Certify a size; the first also draws for the others, which find its draws in the store."""
+    """Certify one size, with draws that are stored and shared by all sizes."""
     n = len(problem.y)
     bar = progress.add_task(f"{identity['method']}: certify, {eps:g}", total=n, note="")
     found = _certified(
@@ -210,17 +210,17 @@ def curve(
     store: Path,
     progress: Progress,
 ) -> tuple[evaluate.Distances, CurveRow]:
-    """Find the least perturbation of each image.
+    """Find the smallest perturbation of each image.
 
     Args:
       problem: the net and the images.
-      eps: sizes whose accuracies are kept exactly.
-      norm: of the sizes.
-      attacks: robust accuracies by attack and size, to stand beside the curve.
-      budget: forward plus backward passes for each image.
+      eps: sizes at which to record the exact accuracy.
+      norm: norm of the sizes.
+      attacks: robust accuracies by attack and size, to compare the curve with.
+      budget: forward plus backward passes per image.
       seed: random seed.
       batch_size: images perturbed at once.
-      store: the folder where finished batches are kept.
+      store: folder in which to keep finished batches.
       progress: where to show a bar.
     """
     identity = {
@@ -229,7 +229,7 @@ def curve(
     }  # fmt: skip
     fields = {field.name for field in dataclasses.fields(CurveRow)}
     n = len(problem.y)
-    bar = progress.add_task(f"{identity['method']}: least perturbations", total=n, note="")
+    bar = progress.add_task(f"{identity['method']}: smallest perturbations", total=n, note="")
     start = time.perf_counter()
     found = evaluate.distances(
         problem.apply_fn, problem.params, problem.x, problem.y, norm=norm, budget=budget,
@@ -262,9 +262,9 @@ def _digest(identity: dict[str, Any]) -> str:
 
 
 def as_markdown(rows: Sequence[AttackRow]) -> list[str]:
-    """Return, for each problem, a table of nets and attacks, with its flags.
+    """Return, for each problem, a table of nets and attacks, and remarks on them.
 
-    A smoothed classifier is a line of its own, without attacks: they are run on the net.
+    A smoothed classifier has its own line, without attacks: those are run on the net itself.
     """
     lines: list[str] = []
 
@@ -299,26 +299,26 @@ def as_markdown(rows: Sequence[AttackRow]) -> list[str]:
 
 
 def _remarks(row: AttackRow) -> list[str]:
-    """Return the remarks that a row's figures need."""
+    """Return the remarks to print below a row's figures."""
     remarks = list(row.notes or ())
     if isinstance(row, CheckRow):
         remarks.append(tables.doubts(row.flags))
     if isinstance(row, SmoothedRow):
         remarks.append(
-            "this is another classifier than the net that attacks are run on: the net's most "
-            f"frequent answer under Gaussian noise of standard deviation {row.sigma:g}. Certified "
-            "bounds its robust accuracy from below; each image's certificate is wrong with a "
-            f"probability of at most {row.alpha:g}. {row.abstained:,} of {row.n:,} have none; "
-            f"{row.samples / row.n:,.0f} draws for each image"
+            "this isn't the attacked net but another classifier: the net's most frequent "
+            f"prediction under Gaussian noise of standard deviation {row.sigma:g}. Certified is a "
+            "lower bound on its robust accuracy; each image's certificate is wrong with "
+            f"probability at most {row.alpha:g}. {row.abstained:,} of {row.n:,} images have none; "
+            f"{row.samples / row.n:,.0f} draws per image"
         )
     if isinstance(row, RobustRow):
         if row.passes:
             remarks.append(
-                f"{LABELS[row.attack]} took {row.passes:,.0f} passes for each image, and "
+                f"{LABELS[row.attack]} took {row.passes:,.0f} passes per image, and "
                 f"{row.seconds:,.0f} s in all"
             )
         for count, what in (
-            ("invalid", "labels are none of the net's classes, and count as wrong"),
+            ("invalid", "labels aren't among the net's classes, and count as wrong"),
             ("nonfinite", "images have inputs, logits or perturbations that aren't finite"),
         ):
             if n := row.counts.get(count):

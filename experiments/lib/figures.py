@@ -1,7 +1,7 @@
 """Every figure of the results, drawn from nothing but their JSON files.
 
-`draw` looks at what a folder holds and draws what can be drawn from it: curves and learning curves
-for every table, Figures 1 and 2 of the paper where LeNets are among the rows, and digits.
+`draw` draws whatever a folder's results allow: accuracy and learning curves for every table,
+Figures 1 and 2 of the paper if there are LeNets among the rows, and adversarial digits.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ AUTHORS_CURVES = {  # of the authors' notebook Efficiency.ipynb, which Figure 1 
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw all that a folder's results hold.
+    """Draw all figures of a folder's results.
 
     Args:
-      folder: where `results.json` is, and perhaps `digits.json`; the figures go there.
+      folder: contains `results.json`, and perhaps `digits.json`; figures are written to it.
 
     Returns:
       The files written.
@@ -52,9 +52,9 @@ def draw(folder: Path) -> list[Path]:
     results = folder / "results.json"
     content = records.read(results)
     if not content:
-        raise options.UsageError(f"expected rows in {results}, got none; run it first")
+        raise options.UsageError(f"expected rows in {results}, got none; run the experiment first")
     figures: dict[str, Any] = {}
-    if "curves" in content[0]:  # of the last run's net, and what else its table has
+    if "curves" in content[0]:  # the last run's first net, and the rest of its table
         last = records.load(results, TableRow)[:1]
         figures = _plot_table(train_and_score.record(folder, last))
     elif content[0].get("experiment") == "benchmark":
@@ -77,12 +77,12 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _plot_table(rows: Sequence[TableRow]) -> dict[str, Any]:
-    """Return the figures that rows of a table have, by the names of their files."""
+    """Return the figures of a table's rows, by file name."""
     if rows[0].groups is not None:
         return {"ablations.png": plot_groups(rows)}
     figures = {"accuracy_vs_eps.png": plot_curves(rows)}
     watched = _watched_alike(rows)
-    if watched and "validation" in watched[0].history[0]:  # Table 1's record is too old
+    if watched and "validation" in watched[0].history[0]:  # older records lack it
         figures["learning_curves.png"] = plot_learning(watched)
     if rows[0].experiment == "mnist_lenet":
         if "normal" in _methods(rows):
@@ -93,11 +93,11 @@ def _plot_table(rows: Sequence[TableRow]) -> dict[str, Any]:
 
 
 def draw_history(folder: Path, history: Sequence[Mapping[str, float]]) -> Path:
-    """Draw the loss and the accuracies after each epoch of one training.
+    """Draw the loss and the accuracies after each epoch of a training run.
 
     Args:
-      folder: where `history.png` goes.
-      history: for each epoch, loss and accuracy in training, and `test` and `one_step`.
+      folder: where to write `history.png`.
+      history: for each epoch, loss and accuracy in training, and `test` and `one_step` accuracy.
 
     Returns:
       The file written.
@@ -114,7 +114,7 @@ def draw_history(folder: Path, history: Sequence[Mapping[str, float]]) -> Path:
 
 
 def plot_curves(rows: Sequence[TableRow]) -> Any:
-    """Return accuracy against the l2 size of each perturbation, a panel for each."""
+    """Plot accuracy against l2 size, with a panel for each perturbation."""
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
     for panel, column in zip(panels, CURVES, strict=True):
         for index, method in enumerate(_methods(rows)):
@@ -130,7 +130,7 @@ def plot_curves(rows: Sequence[TableRow]) -> Any:
 
 
 def plot_learning(rows: Sequence[TableRow]) -> Any:
-    """Return accuracies after each epoch, without and with Adv_Loss, a line for each method."""
+    """Plot accuracies after each epoch, without and with Adv_Loss, with a line for each method."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     titles = {"validation": "Validation", "adv_loss": f"Adv_Loss, l2 size {_watched(rows)}"}
     for panel, (column, title) in zip(panels, titles.items(), strict=True):
@@ -144,7 +144,7 @@ def plot_learning(rows: Sequence[TableRow]) -> Any:
 
 
 def plot_groups(rows: Sequence[TableRow]) -> Any:
-    """Return accuracy against the l2 size of Adv_Loss, a panel for each question."""
+    """Plot accuracy against the l2 size of Adv_Loss, with a panel for each question."""
     groups = list(dict.fromkeys(group for row in rows for group in row.groups or ()))
     figure, panels = plt.subplots(
         1, len(groups), figsize=(4 * len(groups), 3.8), sharey=True, layout="constrained",
@@ -164,7 +164,7 @@ def plot_groups(rows: Sequence[TableRow]) -> Any:
 
 
 def plot_figure_1(rows: Sequence[TableRow]) -> Any:
-    """Return the paper's Figure 1: the Normal LeNet under three perturbations of growing size."""
+    """Plot the paper's Figure 1: the Normal LeNet under three perturbations of growing size."""
     figure, panel = plt.subplots(figsize=(5.6, 4), layout="constrained")
     for index, column in enumerate(CURVES):
         eps, mean = _curve(rows, "normal", column)
@@ -181,7 +181,7 @@ def plot_figure_1(rows: Sequence[TableRow]) -> Any:
 
 
 def plot_figure_2(rows: Sequence[TableRow]) -> Any:
-    """Return the paper's Figure 2: Normal and LWA LeNets, against size and over training."""
+    """Plot the paper's Figure 2: Normal and LWA LeNets, against size and over training."""
     figure, (sizes, epochs) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for index, column in enumerate(CURVES):
         for method, style in (("normal", "--"), ("lwa", "-")):
@@ -204,7 +204,7 @@ def plot_figure_2(rows: Sequence[TableRow]) -> Any:
 
 
 def plot_appendix_a(rows: Sequence[PropositionRow]) -> Any:
-    """Return the propositions of Appendix A: convexity, the regulariser, growth of solutions."""
+    """Plot the propositions of Appendix A: convexity, the regulariser, growth of solutions."""
     series = {row.proposition: row.series for row in rows}
     figure, panels = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
     b, c, d = series["B"], series["C"], series["D"]
@@ -221,7 +221,7 @@ def plot_appendix_a(rows: Sequence[PropositionRow]) -> Any:
             _line(panel, d["steps"], d[key][ratio], index, label, linestyle=style)
     _dress(
         panels[0], legend=True, title="B: the objective is convex", ylim=(0, None),
-        xlabel="place on a random segment of w", ylabel="objective / its maximum",
+        xlabel="position on a random segment of w", ylabel="objective / its maximum",
     )  # fmt: skip
     _dress(
         panels[1], legend=True, title="C: the induced regulariser isn't", xlabel="w",
@@ -236,7 +236,7 @@ def plot_appendix_a(rows: Sequence[PropositionRow]) -> Any:
 
 
 def plot_distances(rows: Sequence[CurveRow]) -> Any:
-    """Return accuracy against size by the least perturbations, with attacks' figures as dots."""
+    """Plot accuracy against size from the smallest perturbations, with dots for attacks."""
     kinds = list(dict.fromkeys((row.data, row.norm) for row in rows))
     figure, panels = plt.subplots(
         1, len(kinds), figsize=(4.8 * len(kinds), 3.6), layout="constrained", squeeze=False
@@ -259,14 +259,14 @@ def draw_worst(
     size: Sequence[float],
     names: Sequence[tuple[str, str]],
 ) -> Path:
-    """Draw images above the perturbations that mislead a net, and what these make of them.
+    """Draw images, the perturbations that fool a net on them, and the perturbed images.
 
     Args:
-      path: of the file.
-      x: images, [n, H, W, C], with pixels in 0..1.
-      r: perturbations, likewise; they are drawn from grey, the largest pixel at full contrast.
-      size: of the perturbations.
-      names: for each image its class, and the one that it is taken for when perturbed.
+      path: file to write.
+      x: images `[n, H, W, C]`, with pixels in 0..1.
+      r: perturbations of the same shape; drawn around grey, scaled to full contrast.
+      size: sizes of the perturbations.
+      names: for each image its class, and the net's answer on the perturbed image.
 
     Returns:
       The file written.
@@ -295,7 +295,7 @@ def _short(name: str) -> str:
 
 
 def plot_sandwich(rows: Sequence[CertifyRow]) -> Any:
-    """Return each smoothed classifier's certified accuracy, what attacks leave, and the band."""
+    """Plot each smoothed classifier's certified and attacked accuracy, and the band between."""
     figure, panels = plt.subplots(
         1, len(rows), figsize=(4.2 * len(rows), 3.6), sharey=True, layout="constrained",
         squeeze=False,
@@ -309,7 +309,7 @@ def plot_sandwich(rows: Sequence[CertifyRow]) -> Any:
         }
         sizes = np.array(sorted(attacked))
         left = np.array([attacked[size] for size in sizes])
-        # What is broken within a size is broken within larger ones; not so within smaller ones.
+        # An image broken at one size is broken at larger ones, but not always at smaller ones.
         known = eps >= sizes[0]
         upper = left[np.searchsorted(sizes, eps[known], side="right") - 1]
         panel.fill_between(eps[known], certified[known], upper, color=COLOURS[0], alpha=0.2, lw=0)
@@ -322,7 +322,7 @@ def plot_sandwich(rows: Sequence[CertifyRow]) -> Any:
 
 
 def plot_speeds(speeds: Sequence[dict[str, Any]]) -> Any:
-    """Plot how many images a second each library perturbs, for what several of them have."""
+    """Plot how many images per second each library perturbs, for attacks that several have."""
     nets = list(dict.fromkeys(speed["net"] for speed in speeds))
     libraries = list(dict.fromkeys(speed["library"] for speed in speeds))
     compared = {speed["method"] for speed in speeds if speed["library"] != "jaxadv"}
@@ -346,7 +346,7 @@ def plot_speeds(speeds: Sequence[dict[str, Any]]) -> Any:
 
 
 def plot_growth(points: Sequence[dict[str, Any]]) -> Any:
-    """Plot time an image and working memory as batches, classes, steps and images grow."""
+    """Plot time per image and working memory as batches, classes, steps and images grow."""
     kinds = list(dict.fromkeys(point["what grows"] for point in points))
     figure, panels = plt.subplots(
         2, len(kinds), figsize=(4 * len(kinds), 6.5), sharex="col", squeeze=False,
@@ -358,7 +358,7 @@ def plot_growth(points: Sequence[dict[str, Any]]) -> Any:
         for panel, unit in zip(panels[:, column], ("µs an image", "MB"), strict=True):
             for index, (net, method) in enumerate(lines):
                 line = [p for p in here if (p["net"], p["method"]) == (net, method)]
-                line = [p for p in line if p.get(unit)]  # 0 has no place on such an axis
+                line = [p for p in line if p.get(unit)]  # a log axis has no 0
                 x, y = [p["to"] for p in line], [p[unit] for p in line]
                 _line(panel, x, y, index, f"{net}: {method}")
             panel.set(xscale="log", yscale="log", ylabel=unit if column == 0 else "")
@@ -367,13 +367,13 @@ def plot_growth(points: Sequence[dict[str, Any]]) -> Any:
         panels[1, column].set_xticks([], minor=True)
         panels[1, column].set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
         panels[1, column].set_xlabel(kind)
-        # Above, where no line is under it.
+        # Above the panel, where it covers no line.
         panels[0, column].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     return figure
 
 
 class Digits(NamedTuple):
-    """One method's perturbations of some images, and the predictions before and after."""
+    """One method's perturbations of some images, and the net's predictions before and after."""
 
     r: np.ndarray  # [n, 28, 28, 1]
     before: np.ndarray  # [n]
@@ -383,7 +383,7 @@ class Digits(NamedTuple):
 def save_digits(
     path: Path, images: ArrayLike, labels: ArrayLike, perturbed: Mapping[str, Digits]
 ) -> None:
-    """Write images and what methods did to them, pixels in thousandths."""
+    """Write images and each method's perturbations of them, with pixels in thousandths."""
 
     def thousandths(pixels: Any) -> Any:
         return np.rint(1000 * np.asarray(pixels)).astype(int).tolist()
@@ -404,7 +404,7 @@ def save_digits(
 
 
 def plot_digits(content: dict[str, Any]) -> Any:
-    """Return clean digits, and each method's perturbation and adversarial digit with predictions.
+    """Plot clean digits, and each method's perturbations and adversarial digits with predictions.
 
     Args:
       content: what `save_digits` wrote.
@@ -444,17 +444,17 @@ def _which(rows: Sequence[TableRow]) -> str:
 
 
 def _watched(rows: Sequence[TableRow]) -> str:
-    """The size of the perturbations after each epoch; an error where it isn't one."""
+    """Return the size of the perturbations after each epoch; raise an error if it varies."""
     sizes = {epoch["watched_eps"] for row in rows for epoch in row.history}
     if len(sizes) > 1:
         raise ValueError(
-            f"expected histories at one l2 size, got {sorted(sizes)}; draw each run by itself"
+            f"expected histories at a single l2 size, got {sorted(sizes)}; draw each run by itself"
         )
     return f"{sizes.pop():g}"
 
 
 def _watched_alike(rows: Sequence[TableRow]) -> list[TableRow]:
-    """Rows whose nets were watched at the size that the last run's ended with."""
+    """Return the rows whose history was recorded at the same size as the last run's."""
     size = rows[0].history[-1].get("watched_eps")
     return [row for row in rows if {e.get("watched_eps") for e in row.history} == {size}]
 
@@ -464,7 +464,7 @@ def _methods(rows: Sequence[TableRow]) -> list[str]:
 
 
 def _of(rows: Sequence[TableRow], method: str) -> list[TableRow]:
-    """One row for each seed of a method: curves and history don't depend on the table's size."""
+    """Return a row per seed of a method; curves and history don't depend on the row's size."""
     return list({row.seed: row for row in reversed(rows) if row.method == method}.values())
 
 

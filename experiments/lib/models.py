@@ -1,10 +1,11 @@
 """The networks of the paper's Section 7, and one for any image size, as flax modules in two parts.
 
-Each has `encode` (the paper's N_rep) and `classify` (N_cla), and `__call__` is one after the other,
-so that the same parameters serve training on raw data and at the representation. Dropout acts where
-a module is applied with `train=True` and a `dropout` key; otherwise the net is deterministic.
+Each has `encode` (the paper's N_rep) and `classify` (N_cla), and `__call__` composes the two, so
+that the same parameters serve training on raw data and at the representation. Dropout is active
+only if a module is applied with `train=True` and a `dropout` key; otherwise the net is
+deterministic.
 
-`mlp`, `lenet` and `vgg` give the paper's nets, `conv` the other one; each is a `Classifier`.
+`mlp`, `lenet` and `vgg` return the paper's nets, `conv` the other one; each is a `Classifier`.
 """
 
 from __future__ import annotations
@@ -26,36 +27,36 @@ from experiments.lib import options
 from jaxadv.types import ApplyFn, Params, TrainFn
 
 _LARGE = 5
-"""Side from which kernels over few channels are faster by windows than by XLA's convolution."""
+"""Kernels of at least this side, over few channels, are faster by windows than in XLA."""
 _PART = 100
-"""Batch size at which a net that convolves by windows is fastest: larger ones don't fit a cache."""
+"""Batch size at which convolving by windows is fastest; larger ones don't fit into the cache."""
 
 
 def init(net: nn.Module, key: jax.Array, x: ArrayLike) -> Params:
-    """Return a module's initial parameters; compiled once for equal modules."""
+    """Return a module's initial parameters. Compiles once for equal modules."""
     return _init(net)(key, x)
 
 
 @functools.cache
 def _init(net: nn.Module) -> Callable[..., Params]:
-    # What runs once needn't be compiled to be fast: on CPU, LLVM takes three times as long to.
+    # This runs once, so it need not be fast: on CPU, optimising takes LLVM three times as long.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(net.init, compiler_options=options)
 
 
 @functools.cache
 def function(net: nn.Module, method: str | None = None) -> ApplyFn:
-    """Return `(params, x) -> output` of a module, or of one of its methods, deterministic.
+    """Return a module, or one of its methods, as a deterministic `(params, x) -> output`.
 
-    Equal modules get the same function object, so that what is compiled for one serves the other.
-    A net that convolves by windows takes large batches in parts, whose windows fit into a cache.
+    Equal modules get the same function object, so that they share compiled programs. A net that
+    convolves by windows takes large batches in parts, whose windows fit into the cache.
     """
 
     def apply(params: Params, x: jax.Array, /) -> jax.Array:
         return cast(jax.Array, net.apply(params, x, method=method))
 
     def apply_in_parts(params: Params, x: jax.Array, /) -> jax.Array:
-        # Examples that several devices share can't be taken in turn.
+        # A batch that is spread over several devices can't be taken in parts.
         several = jax.device_count() > 1
         if x.shape[0] <= _PART or several or jax.default_backend() != "cpu":
             return apply(params, x)
@@ -65,7 +66,7 @@ def function(net: nn.Module, method: str | None = None) -> ApplyFn:
 
 
 def train_function(net: nn.Module, method: str | None = None) -> TrainFn:
-    """Return a module, or one of its methods, as it is trained: with dropout, and no state."""
+    """Return a module, or one of its methods, for training: with dropout, and without state."""
 
     def apply(params: Params, state: Any, x: jax.Array, key: jax.Array, /) -> tuple[jax.Array, Any]:
         dropped = net.apply(params, x, train=True, rngs={"dropout": key}, method=method)
@@ -75,16 +76,16 @@ def train_function(net: nn.Module, method: str | None = None) -> TrainFn:
 
 
 class Conv(nn.Module):
-    """A convolution of stride 1, in the form that suits the backend, with weights made for ReLU.
+    """A convolution of stride 1, in the form that suits the backend, initialised for ReLU.
 
-    XLA's own is fast where there are many channels. On CPU a large kernel over few of them, as
-    LeNet's, takes half the time as one matrix product.
+    XLA's own convolution is fast when there are many channels. On CPU, a large kernel over few
+    channels, such as LeNet's, takes half the time when written as one matrix product.
 
     Attributes:
-      features: how many channels come out.
+      features: number of output channels.
       size: side of the kernel.
       padding: pixels of zeros on every side.
-      dtype: what is computed in; parameters are float32.
+      dtype: dtype of the arithmetic; parameters are float32.
     """
 
     features: int
@@ -112,46 +113,46 @@ def _convolve(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
 
 
 def _by_windows(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-    """One matrix product, of windows laid out flat that each hold the inputs of several outputs.
+    """Convolve by one matrix product of flattened windows, each with the inputs of several outputs.
 
-    Windows as wide as the kernel, of one output each, repeat the input once for every place in the
-    kernel; copying that takes longer than to multiply by the zeros that wider windows bring.
+    Windows as wide as the kernel, for one output each, would repeat the input once for every entry
+    of the kernel. That copying takes longer than multiplying by the zeros that wider windows need.
     """
     size, _, channels, features = kernel.shape
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     batch, height, width = x.shape[0], x.shape[1] - size + 1, x.shape[2] - size + 1
-    n = math.gcd(width, 4 if channels < 8 else 2)  # outputs of a window, side by side
+    n = math.gcd(width, 4 if channels < 8 else 2)  # adjacent outputs per window
     wide = n + size - 1
     bands = jnp.stack(
         [x[:, :, i : i + wide].reshape(batch, -1, wide * channels) for i in range(0, width, n)], 2
     )
     windows = jnp.concatenate([bands[:, i : i + height] for i in range(size)], axis=-1)
-    # For the i-th output the kernel is i pixels further on in the window.
+    # For the i-th output of a window, the kernel is shifted by i pixels.
     ways = [jnp.pad(kernel, ((0, 0), (i, n - 1 - i), (0, 0), (0, 0))) for i in range(n)]
     out = windows @ jnp.stack(ways, axis=3).reshape(-1, n * features)
     return out.reshape(batch, height, width, features)
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
-    """Return the greatest of each 2x2 pixels; unlike `nn.max_pool`, fast in its gradient on CPU."""
-    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]  # an odd edge has no partner
+    """Return the maxima of 2x2 pixels. Unlike `nn.max_pool`, its gradient is fast on CPU."""
+    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]  # drop an odd last row or column
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
 
 
 class Classifier(nn.Module):
-    """Blocks of convolutions, each ended by a 2x2 max pool, then dense layers, with ReLU between.
+    """Blocks of convolutions, each followed by a 2x2 max pool, then dense layers, with ReLUs.
 
     Attributes:
-      dense: the sizes of the hidden dense layers.
-      blocks: for each block, the channels of its convolutions.
-      size: side of the convolutions' kernels.
-      padding: pixels of zeros around a convolution's input.
+      dense: sizes of the hidden dense layers.
+      blocks: for each block, the numbers of channels of its convolutions.
+      size: side of the convolution kernels.
+      padding: pixels of zeros around the input of a convolution.
       classes: K.
       dropout: probability of dropping a unit of a hidden dense layer in training.
       split: how many blocks and hidden dense layers, counted together, belong to `encode`.
-      dtype: what hidden layers compute in; parameters and logits are float32.
-      pooled: whether dense layers get the mean of each channel over the image, whatever its size,
+      dtype: dtype of the hidden layers' arithmetic; parameters and logits are float32.
+      pooled: whether dense layers take the mean of each channel over the image, whatever its size,
         instead of all pixels.
     """
 
@@ -179,14 +180,14 @@ class Classifier(nn.Module):
         """Return the representation of images `[B, ...]` after `split` stages.
 
         Raises:
-          ValueError: if the images are so small that the pools leave nothing of them.
+          ValueError: if the images are too small for the pools.
         """
         least = 1
         for block in reversed(self.blocks):
             least = 2 * least + len(block) * (self.size - 1 - 2 * self.padding)
         if self.blocks and min(x.shape[1:3]) < least:
             raise options.UsageError(
-                f"expected images of {least} pixels a side or more for {describe(self)}, got "
+                f"expected images of at least {least}x{least} pixels for {describe(self)}, got "
                 f"{x.shape[1]}x{x.shape[2]}; choose larger ones, or a net without convolutions"
             )
         return self._stages(x, 0, self.split, train)
@@ -216,14 +217,14 @@ class Classifier(nn.Module):
 
 
 def mlp(widths: Sequence[int], *, dropout: float = 0.0, split: int = 1) -> Classifier:
-    """Return the net of Table 1: hidden layers of 100x100 to 500x500."""
+    """Return a net of Table 1, whose hidden layers are 100x100 to 500x500."""
     return Classifier(tuple(widths), dropout=dropout, split=split)
 
 
 def lenet(widths: Sequence[int], *, dropout: float = 0.0, split: int = 2) -> Classifier:
-    """Return the net of Table 2: 20 and 50 5x5 convolutions, then dense layers, one of 500 say.
+    """Return the net of Table 2: 5x5 convolutions with 20 and 50 channels, then dense layers.
 
-    Section 7.2 doesn't say where LWA_Rep splits it; here, after the convolutions.
+    Section 7.2 doesn't say where LWA_Rep splits it; here it is after the convolutions.
     """
     return Classifier(
         tuple(widths), blocks=((20,), (50,)), size=5, padding=0, dropout=dropout, split=split
@@ -233,10 +234,10 @@ def lenet(widths: Sequence[int], *, dropout: float = 0.0, split: int = 2) -> Cla
 def vgg(
     widths: Sequence[int], *, width: float = 1.0, dropout: float = 0.0, split: int = 3
 ) -> Classifier:
-    """Return the net of Table 3, with all its layers' sizes multiplied by `width`.
+    """Return the net of Table 3, with the sizes of all its layers multiplied by `width`.
 
-    Three 3x3 convolutions of 128, three of 256, dense layers of 2048 and 2048; in the paper the
-    representation ends after the first of those.
+    It has three 3x3 convolutions with 128 channels, three with 256, and two dense layers of 2048;
+    as in the paper, the representation ends after the first dense layer.
     """
     narrow, wide, *dense = (max(1, round(n * width)) for n in (128, 256, *widths))
     return Classifier(
@@ -245,7 +246,7 @@ def vgg(
 
 
 def conv(widths: Sequence[int] = ()) -> Classifier:
-    """Return a small net for photographs of any size: 3x3 convolutions, and each channel's mean."""
+    """Return a small net for images of any size: 3x3 convolutions, then the mean per channel."""
     return Classifier(tuple(widths), blocks=((16, 16), (32, 32), (64, 64)), pooled=True)
 
 
@@ -253,31 +254,30 @@ def by_path(params: Params) -> dict[str, Any]:
     """Return a pytree's leaves by their paths, joined by "/".
 
     Raises:
-      ValueError: if two paths are the same name.
+      ValueError: if two paths give the same name.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     names = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(
-            f"expected a name of its own for each array, got several called "
+            f"expected a different name for each array, got several called "
             f"{', '.join(sorted(twice))}; use no '/' in the pytree's keys"
         )
     return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
 
 def recognised(params: Params, shape: Sequence[int]) -> Classifier:
-    """Return the net that parameters belong to, by their names and shapes.
+    """Return the net that parameters belong to, going by their names and shapes.
 
     Args:
-      params: as `mlp`, `lenet`, `vgg` or `conv` make them.
-      shape: of the images that the net is for, (H, W, C).
+      params: parameters of a net that `mlp`, `lenet`, `vgg` or `conv` returns.
+      shape: shape of the images that the net is for, (H, W, C).
 
     Raises:
-      ValueError: if they aren't those of a `Classifier` as `mlp`, `lenet`, `vgg` or `conv` build
-        it; or as `check`.
+      ValueError: if they aren't the parameters of such a net; or as `check`.
     """
-    widths: dict[str, int] = {}  # of each layer's outputs, by whichever parameter is there
-    inputs: dict[str, int] = {}  # of each dense layer
+    widths: dict[str, int] = {}  # number of outputs of each layer, from its kernel or bias
+    inputs: dict[str, int] = {}  # number of inputs of each dense layer
     sides = []
     for path, leaf in by_path(params).items():
         match path.split("/"), np.shape(leaf):
@@ -289,7 +289,7 @@ def recognised(params: Params, shape: Sequence[int]) -> Classifier:
                     inputs[layer] = inner[0]
 
     def numbered(name: str) -> Iterator[int]:
-        """Yield the widths of NAME_0, NAME_1, ... as far as there are such layers."""
+        """Yield the widths of NAME_0, NAME_1, ..., up to the last such layer."""
         return itertools.takewhile(bool, (widths.get(f"{name}_{i}", 0) for i in itertools.count()))
 
     dense = tuple(numbered("hidden"))
@@ -297,12 +297,12 @@ def recognised(params: Params, shape: Sequence[int]) -> Classifier:
     blocks = tuple(itertools.takewhile(bool, every))
     if "logits" not in widths or not (dense or blocks):
         raise options.UsageError(
-            "expected the parameters of an mlp, a lenet, a vgg or a conv, params/hidden_0/kernel "
-            f"and so on, got {', '.join(list(by_path(params))[:10]) or 'none'}; for a net of your "
-            "own pass module:function and --weights"
+            "expected the parameters of an mlp, lenet, vgg or conv, such as "
+            f"params/hidden_0/kernel, got {', '.join(list(by_path(params))[:10]) or 'none'}; for a "
+            "net of your own pass module:function and --weights"
         )
     size = sides[0] if sides else 3
-    padding = 0 if size == 5 else 1  # the only nets of each size
+    padding = 0 if size == 5 else 1  # lenet's; the others'
     pooled = bool(blocks) and inputs.get("hidden_0" if dense else "logits") == blocks[-1][-1]
     net = Classifier(
         dense, blocks=blocks, size=size, padding=padding, classes=widths["logits"], pooled=pooled
@@ -312,11 +312,11 @@ def recognised(params: Params, shape: Sequence[int]) -> Classifier:
 
 
 def check(net: Classifier, params: Params, shape: Sequence[int]) -> None:
-    """Raise an error if parameters aren't a net's for images of a shape, (H, W, C).
+    """Check that parameters are a net's, for images of a shape (H, W, C).
 
     Raises:
-      ValueError: if the images are too small for the net; or with each parameter that is missing,
-        of another shape, or none of the net's.
+      ValueError: if the images are too small for the net; or if parameters are missing, unexpected,
+        or of another shape, all of which it lists.
     """
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     differences = _differences(by_path(jax.eval_shape(net.init, jax.random.key(0), x)), params)
@@ -324,8 +324,8 @@ def check(net: Classifier, params: Params, shape: Sequence[int]) -> None:
         raise options.UsageError(
             f"expected the parameters of {describe(net)} for images of "
             f"{'x'.join(map(str, shape))}, got {'; '.join(differences)}. Choose images like "
-            "those that it was trained on, or write the whole of its parameters; for a net of your "
-            "own pass module:function and --weights"
+            "those that it was trained on, or save all of its parameters; for a net of your own "
+            "pass module:function and --weights"
         )
 
 
@@ -345,7 +345,7 @@ def _differences(expected: Mapping[str, Any], params: Params) -> list[str]:
 
 
 def describe(net: Classifier) -> str:
-    """Return a net's layers in short, e.g. `conv20-conv50-500`."""
+    """Return a short description of a net's layers, e.g. `conv20-conv50-500`."""
     convs = [f"conv{width}" for block in net.blocks for width in block]
     pool = ["mean"] if net.pooled else []
     dense = ["x".join(map(str, net.dense))] if net.dense else []

@@ -1,11 +1,11 @@
-"""Options of the command lines: what each takes, checked before anything runs.
+"""Command-line options: the values that each takes, checked before anything runs.
 
 An experiment's settings are a frozen dataclass that derives from `Checked`. Its annotations say
-what each option takes: `Count` is 1, 2, ...; `Annotated[float, Range(ge=0, lt=1)]` a number within
-these bounds; `Several[Count]` one or more different counts; `OutputFolder` a folder that can be
-written to. Everything is checked when settings are made, recipes within them included, on the
+what each option takes: `Count` is 1, 2, ...; `Annotated[float, Range(ge=0, lt=1)]` is a number
+within these bounds; `Several[Count]` is one or more different counts; `OutputFolder` is a folder
+that can be written to. Settings, and recipes within them, are checked when they are created, on the
 command line and in Python alike. Errors name the option as it is typed (`--lwa.warmup`), and
-`command` shows them without a traceback.
+`command` prints them without a traceback.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 
 import numpy as np
 
-_LARGEST = float(np.finfo(np.float32).max)  # what is computed with is float32
+_LARGEST = float(np.finfo(np.float32).max)  # computations are in float32
 
 
 class UsageError(ValueError):
-    """A command was misused. The message says what was expected, what it got, and the cure."""
+    """A command was misused. The message says what was expected, what it got, and the remedy."""
 
 
 Refusal = tuple[str, str]
-"""What was expected instead of a value, and the cure.
+"""What was expected instead of a value, and the remedy.
 
-A limit, among an annotation's metadata, is a function from a value to a refusal, or None.
+A limit is a function in an annotation's metadata that maps a value to a refusal, or to None.
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Range:
-    """A limit: finite numbers within bounds, which are named as in `operator`."""
+    """A limit: finite numbers within bounds, which are named as in the module `operator`."""
 
     ge: float | None = None
     gt: float | None = None
@@ -48,7 +48,7 @@ class Range:
 
     def __call__(self, value: float) -> Refusal | None:
         """Refuse a number outside the bounds."""
-        if not abs(value) <= _LARGEST:  # so that NaN is refused, too
+        if not abs(value) <= _LARGEST:  # not `>`, so that NaN is refused too
             return "finite", "choose another"
         for bound, holds, words, cure in (
             (self.ge, operator.ge, "at least", "choose a larger one"),
@@ -62,7 +62,7 @@ class Range:
 
 
 def distinct(values: tuple[Any, ...]) -> Refusal | None:
-    """A limit: values that all differ."""
+    """A limit: values that are all different."""
     return None if len(set(values)) == len(values) else ("different values", "name each once")
 
 
@@ -81,29 +81,29 @@ def _writable(folder: Path) -> Refusal | None:
 T = TypeVar("T")
 
 Whole = Annotated[int, Range(ge=0, le=2**31 - 1)]
-"""0, 1, 2, ... as far as JAX's integers go."""
+"""0, 1, 2, ..., up to JAX's largest integer."""
 Count = Annotated[int, Range(ge=1, le=2**31 - 1)]
-"""1, 2, ... likewise."""
+"""1, 2, ..., up to JAX's largest integer."""
 Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]
-"""What a generator of random numbers takes."""
+"""A seed for a random generator."""
 Size = Annotated[float, Range(ge=0)]
 """A number that isn't negative."""
 Positive = Annotated[float, Range(gt=0)]
 """A number above 0."""
 Share = Annotated[float, Range(ge=0, le=1)]
-"""A part of a whole."""
+"""A number between 0 and 1."""
 Several = Annotated[tuple[T, ...], _not_empty, distinct]
 """One or more different values."""
 OutputFolder = Annotated[Path, _writable]
-"""A folder to write to, which may be made."""
+"""A folder to write to, which need not exist yet."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """Settings that are checked against their annotations when they are made.
+    """Settings that are checked against their annotations when they are created.
 
-    A class that has more to check, such as options that don't go together, does so in its own
-    `__post_init__`, after this one.
+    A class with more to check, such as options that exclude each other, does so in its own
+    `__post_init__`, after calling this one.
     """
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class Checked:
         _check_fields("--", self)
 
     def without(self, *names: str) -> dict[str, Any]:
-        """Return all options but these, by name, for a record."""
+        """Return all options except these, by name, for a record."""
         return {
             name: value for name, value in dataclasses.asdict(self).items() if name not in names
         }
@@ -132,7 +132,7 @@ def _annotations(kind: type) -> dict[str, Any]:
 
 
 def _check(option: str, annotation: Any, value: Any) -> None:
-    """Check a value, and what is in it."""
+    """Check a value, and any values inside it."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if dataclasses.is_dataclass(value):
         _check_fields(f"{option}.", value)
@@ -161,7 +161,7 @@ def imported(name: str) -> Any:
     """Return the function that an option names as `module:function`.
 
     Raises:
-      UsageError: if the module or its function isn't there.
+      UsageError: if there is no such module or function.
     """
     module, _, function = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
@@ -169,20 +169,20 @@ def imported(name: str) -> Any:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(
-            f"expected a function {function} in a module {module}, got: {error}; name it "
-            "module:function, from the folder that the module is in"
+            f"expected a function {function} in a module {module}, got: {error}; name it as "
+            "module:function, and run the command in the module's folder"
         ) from error
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Let a command end by a message where it can't be used so, without a traceback.
+    """Make a command end with a message, not a traceback, when it is misused.
 
     Args:
-      main: what runs from the command line.
+      main: the function that runs the command.
 
     Returns:
-      The same, but for a `UsageError` or a file that isn't there: these exit with status 2, as an
-      unknown option does.
+      A function that does the same, but prints the message of a `UsageError` or
+      `FileNotFoundError` and exits with status 2, as for an unknown option.
     """
 
     @functools.wraps(main)

@@ -1,6 +1,6 @@
-"""Accuracies that the paper prints, and those that its authors' notebooks show.
+"""Accuracies printed in the paper, and those in its authors' notebooks.
 
-By the experiment and the method, in the order of `tables.LABELS` but for PGD.
+They are by experiment and method, in the order of `tables.LABELS` without PGD.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRINTED: Mapping[str, Figures] = {
         "lwa_rep": (0.842, 0.600, 0.641, 0.549, 0.560),
     },
 }
-NOTEBOOK: Mapping[str, Figures] = {  # outputs stored in the notebooks that the authors released
+NOTEBOOK: Mapping[str, Figures] = {  # outputs saved in the notebooks that the authors released
     "mnist_mlp": {
         "normal": (0.977, 0.361, 0.287, 0.201, 0.074),
         "dropout": (0.982, 0.446, 0.440, 0.321, 0.193),

@@ -1,9 +1,9 @@
-"""The net and the images that a command line names, brought together.
+"""The net and the images that a command line names, made to fit each other.
 
-A file of weights says which classes its net knows, the size of its images, and how pixels become
-its inputs, if `weights.save` was given them, as train.py and the experiments do. Then images are
-scaled as it says, labels are matched to its logits by the names of the classes, and what
-contradicts it is an error. Otherwise the data's classes are taken to be the net's, in their order.
+A file of weights written by train.py or the experiments also records the net's classes, the size of
+its images, and how pixels are scaled to inputs (`weights.save`). Images are then scaled in this
+way, labels are matched to logits by class name, and anything that contradicts the file is an error.
+For other files and functions, the data's classes are taken to be the net's, in the same order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from experiments.lib.options import Checked, Count, Positive, Range, distinct
 from jaxadv.types import ApplyFn, Bounds, Params
 
 _USUAL = {"mnist": data.MNIST, "cifar10": data.CIFAR10_CROPS}
-"""How pixels are scaled where no weights say."""
+"""How pixels are scaled if the weights don't say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,57 +36,57 @@ class Settings(Checked):
     net: Annotated[str, tyro.conf.Positional]
     """A file of weights, or `module:function`."""
     name: str = ""
-    """What to call the net in the table; by default the function, and the weights' place."""
+    """What to call the net in the table; by default its function and the folder of its weights."""
     weights: Path | None = None
-    """Parameters for a function of one's own."""
+    """File of parameters for a net given as a function."""
     data: str = "mnist"
-    """`mnist`, `cifar10`, `tfds:NAME`, or a folder with {train,test}/CLASS/*.png or jpg; test is
-    evaluated."""
+    """`mnist`, `cifar10`, `tfds:NAME`, or a folder with {train,test}/CLASS/*.png or jpg. Its test
+    images are used."""
     subtract: Annotated[float, Range()] | None = None
-    """Inputs are (pixels - subtract) / divide. By default as the weights say; if they don't, 0 and
-    256 for mnist, 117 and 256 for cifar10, 0 and 255 for others."""
+    """Inputs are (pixels - subtract) / divide. By default as recorded in the weights; failing that,
+    0 and 256 for mnist, 117 and 256 for cifar10, 0 and 255 for others."""
     divide: Positive | None = None
-    """See subtract. The box is where pixels from 0 to this end up."""
+    """See subtract. The box is the range of inputs for pixels from 0 to this."""
     crop: Count | None = None
-    """Side of the part of the images' middle that is used. By default as the weights say; if they
-    don't, 28 for cifar10, else all."""
+    """Side of the centre crop that is used. By default as recorded in the weights; failing that, 28
+    for cifar10, and whole images for others."""
     resize: Count | None = None
-    """Side of the square that each image's middle is resized to, before all else. By default as
-    the weights say; if they don't, images stay as they are."""
+    """Side of the square that each image's largest centre square is resized to, before anything
+    else. By default as recorded in the weights; failing that, images keep their size."""
     classes: Annotated[tuple[str, ...], distinct] = ()
-    """The data's names of the net's classes, in the order of its logits. By default what the
-    weights call them; if they don't say, the data's classes in their order."""
+    """The data's names for the net's classes, in the order of its logits. By default the names
+    recorded in the weights; failing that, the data's classes in their own order."""
     box: bool = True
     """Whether perturbed images stay in the range of pixels."""
     n: Count = 1000
     """How many test images."""
 
     def __post_init__(self) -> None:
-        """Check what goes together.
+        """Check options against each other.
 
         Raises:
-          UsageError: if there are weights beside a file of weights.
+          UsageError: if --weights is given and the net is itself a file of weights.
         """
         super().__post_init__()
         if self.weights is not None and ":" not in self.net:
             raise options.UsageError(
-                f"expected --weights with a net as module:function only, got {self.weights} beside "
-                f"{self.net}, whose weights are its own; leave one of them out"
+                f"expected --weights only with a net given as module:function, got {self.weights} "
+                f"with {self.net}, which is a file of weights itself; leave one of them out"
             )
 
 
 class Problem(NamedTuple):
-    """What is evaluated."""
+    """A net and the images to evaluate it on."""
 
     apply_fn: ApplyFn
     params: Params
     x: np.ndarray
     y: np.ndarray
     bounds: Bounds | None
-    identity: dict[str, Any]  # all that the figures depend on but attack, size and seed
+    identity: dict[str, Any]  # everything the figures depend on except attack, size and seed
 
     def correct(self, x: ArrayLike) -> jax.Array:
-        """Say which of these images, perturbed or not, are classified correctly."""
+        """Return which of these images, perturbed or not, are classified correctly."""
         return self.apply_fn(self.params, jnp.asarray(x)).argmax(-1) == self.y
 
 
@@ -94,13 +94,13 @@ def load_net(settings: Settings, x: NDArray[np.float32]) -> tuple[ApplyFn, Param
     """Return the net, its parameters, its description, and its number of classes.
 
     Args:
-      settings: what names it.
+      settings: the options that name it.
       x: an input, `[1, H, W, C]`.
 
     Raises:
-      FileNotFoundError: if a file of weights isn't there.
-      ValueError: if the module or its function isn't there, or if the weights aren't those of a net
-        of this folder, or of the function, for such inputs.
+      FileNotFoundError: if there is no such file of weights.
+      ValueError: if there is no such module or function, or if the weights don't fit a net of
+        `models`, or the function, for such inputs.
     """
     if ":" not in settings.net:
         net, params = weights.load_net(Path(settings.net), x.shape[1:])
@@ -113,22 +113,20 @@ def load_net(settings: Settings, x: NDArray[np.float32]) -> tuple[ApplyFn, Param
 def _classes_of(
     settings: Settings, apply_fn: ApplyFn, params: Params, x: NDArray[np.float32]
 ) -> int:
-    """Return the number of classes of a user's function; an error if it can't be run."""
-    asked = f"expected {settings.net} to give logits [1, K] of an input {list(x.shape)}"
+    """Return the number of classes of a user's function; raise an error if it can't be run."""
+    asked = f"expected {settings.net} to give logits [1, K] for an input {list(x.shape)}"
     try:
         logits = jax.eval_shape(apply_fn, params, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    except Exception as error:  # of any kind: it is the caller's function
+    except Exception as error:  # a user's function may raise anything
         arrays = [f"{name} {list(leaf.shape)}" for name, leaf in models.by_path(params).items()]
         given = f"{', '.join(arrays)} of {settings.weights}" if arrays else "no parameters"
         raise options.UsageError(
-            f"{asked} and {given}, got {type(error).__name__}: {error}; give the weights of this "
-            "net by --weights, and images like those that it was trained on"
+            f"{asked} and {given}, got {type(error).__name__}: {error}; pass this net's weights "
+            "with --weights, and images like those that it was trained on"
         ) from error
     if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 1:
         got = getattr(logits, "shape", type(logits).__name__)
-        raise options.UsageError(
-            f"{asked}, got {got}; return the logits of each image, nothing else"
-        )
+        raise options.UsageError(f"{asked}, got {got}; return only the logits of each image")
     return int(logits.shape[1])
 
 
@@ -137,9 +135,9 @@ def load(settings: Settings) -> Problem:
 
     Raises:
       FileNotFoundError: as `load_net`.
-      UsageError: as `load_net`; if the crop is larger than the images; if inputs would overflow, or
-        leave the box; if the net's classes aren't the data's, or an option or the images contradict
-        what the weights say.
+      UsageError: as `load_net`; if the crop is larger than the images; if inputs would overflow or
+        leave the box; if the net's classes aren't the data's; or if an option or the images
+        contradict what the weights record.
     """
     path = settings.weights if ":" in settings.net else Path(settings.net)
     said = None if path is None else weights.interface(path)
@@ -154,9 +152,9 @@ def load(settings: Settings) -> Problem:
     if len(taken.classes) != n_classes:
         of = "--classes" if settings.classes else "the data" if said is None else "its weights"
         raise options.UsageError(
-            f"expected {n_classes} classes, as the net has logits, got {len(taken.classes)} of "
-            f"{of} ({_listed(taken.classes)}); choose data like what the net was trained on, or "
-            "give the data's name for each of its classes by --classes, in the order of its logits"
+            f"expected {n_classes} classes, one per logit, got {len(taken.classes)} from {of} "
+            f"({_listed(taken.classes)}); choose data like what the net was trained on, or give "
+            "the data's name for each of its classes with --classes, in the order of its logits"
         )
     number = {i: taken.classes.index(name) for i, name in enumerate(images.classes)}
     y = np.array([number.get(label, -1) for label in images.test_labels[chosen].tolist()], np.int32)
@@ -181,19 +179,19 @@ def load(settings: Settings) -> Problem:
         identity["notes"] = _notes(taken, said, images)
     if held_out := data.held_out(settings.data):
         identity.setdefault("notes", []).append(held_out)
-    if ":" in settings.net:  # what a function does, no weights tell
+    if ":" in settings.net:  # the weights don't identify the function
         identity["answers"] = digest(apply_fn(params, jnp.asarray(x[:8])))
     return Problem(apply_fn, params, x, y, bounds, identity)
 
 
 def on_record(net: str, folder: Path, n: int, image_folder: Path | None) -> Problem:
-    """Return a net on record, RECORD/METHOD, and its first n test images.
+    """Return a recorded net, RECORD/METHOD, and the first n test images of its data.
 
     Args:
       net: e.g. `mnist_mlp/lwa`.
-      folder: where the records are.
-      n: how many images.
-      image_folder: where CIFAR-10's are, for its nets; None to download it.
+      folder: folder of the records.
+      n: number of images.
+      image_folder: folder of CIFAR-10's images, for its nets; None to download them.
     """
     weights = str(folder / net / "params.safetensors")
     if not net.startswith("cifar10"):
@@ -209,12 +207,12 @@ def _interface(
 
     Args:
       settings: the options.
-      said: what the weights say; None if nothing.
+      said: what the weights record; None if nothing.
       images: the data.
 
     Raises:
-      UsageError: if an option or the data contradicts what the weights say; if a class of the data
-        is none of the net's; or if the crop is larger than the images.
+      UsageError: if an option or the data contradicts what the weights record; if the data has a
+        class that the net doesn't; or if the crop is larger than the images.
     """
     height, width, channels = images.test_images.shape[1:]
     usual = _USUAL.get(settings.data, data.WHOLE)._replace(classes=images.classes)
@@ -223,8 +221,8 @@ def _interface(
     taken = (said or usual)._replace(**given)
     if taken.crop and taken.crop > min(height, width):
         raise options.UsageError(
-            f"expected --crop to be at most {min(height, width)}, got {taken.crop}; images are "
-            f"{height}x{width}; choose larger ones, or a smaller --crop"
+            f"expected --crop to be at most {min(height, width)}, since images are "
+            f"{height}x{width}, got {taken.crop}; choose larger images, or a smaller --crop"
         )
     if settings.classes:
         taken = taken._replace(classes=tuple(map(folders.composed, settings.classes)))
@@ -233,13 +231,13 @@ def _interface(
     wrong = []
     if said is not None:
         other = {name: value for name, value in given.items() if value != getattr(said, name)}
-        if taken.shape == said.shape:  # a crop of the whole is none
+        if taken.shape == said.shape:  # cropping to the whole image changes nothing
             other.pop("crop", None)
-        if said.resize is None:  # other images may have to be resized to the size of its own
+        if said.resize is None:  # images of another size may need it
             other.pop("resize", None)
         if other:
             wrong.append(
-                f"expected images scaled as the weights say, (pixels - {said.subtract:g}) / "
+                f"expected images scaled as the weights record, (pixels - {said.subtract:g}) / "
                 f"{said.divide:g}"
                 + (f" of the middle {said.crop}x{said.crop}" if said.crop else "")
                 + (f", resized to {said.resize}x{said.resize}" if said.resize else "")
@@ -249,17 +247,17 @@ def _interface(
         taken = taken._replace(crop=said.crop)
         if taken.shape != said.shape:
             wrong.append(
-                f"expected images of {_by(said.shape)}, as the weights say, got "
-                f"{_by(taken.shape)}; choose others, or resize them, e.g. to NxN by --resize N, or "
-                "convert them"
+                f"expected images of {_by(said.shape)}, as the weights record, got "
+                f"{_by(taken.shape)}; choose others, convert them, or resize them, e.g. to NxN "
+                "with --resize N"
             )
     unknown = [name for name in images.classes if name not in taken.classes]
     if unknown or len(set(taken.classes)) < len(taken.classes):
         wrong.append(
             f"expected the {len(images.classes)} classes of the data ({_listed(images.classes)}) "
-            f"among the {len(taken.classes)} of the net ({_listed(taken.classes)}), once each; "
-            "choose other data, or, if they are the same by other names, give the data's name for "
-            "each class of the net by --classes, in the order of its logits"
+            f"to be among the {len(taken.classes)} of the net ({_listed(taken.classes)}), once "
+            "each; choose other data, or, if only the names differ, give the data's name for each "
+            "class of the net with --classes, in the order of its logits"
         )
     if wrong:
         raise options.UsageError("\n".join(wrong))
@@ -288,7 +286,7 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _check_scale(subtract: float, divide: float, greatest: int | None) -> None:
-    """Refuse inputs that overflow; and a box that the greatest pixel, if it is given, is out of."""
+    """Refuse inputs that overflow, and a box that doesn't contain the greatest pixel, if given."""
     if max(abs(pixel - subtract) for pixel in (0, 255)) / divide > float(np.finfo(np.float32).max):
         raise options.UsageError(
             f"expected --subtract and --divide to give inputs within float32's range, got "
@@ -296,13 +294,13 @@ def _check_scale(subtract: float, divide: float, greatest: int | None) -> None:
         )
     if greatest is not None and greatest > divide:
         raise options.UsageError(
-            f"expected --divide to be at least {greatest}, the greatest pixel, got {divide:g}; "
+            f"expected --divide to be at least {greatest}, the largest pixel, got {divide:g}; "
             "choose a larger one, or --no-box"
         )
 
 
 def _short_name(settings: Settings) -> str:
-    """Return a net's default name: its function, and the place of its weights."""
+    """Return a net's default name: its function, and the folder of its weights."""
 
     def place(path: Path) -> str:
         *_, group, folder, name = "", *path.resolve().with_suffix("").parts
@@ -322,5 +320,5 @@ def digest(params: Params) -> str:
 
 
 def recorded(net: str, n: int) -> Problem:
-    """Return a recorded net, e.g. `mnist_mlp/lwa`, and the first n test images of MNIST."""
+    """Return a recorded MNIST net, e.g. `mnist_mlp/lwa`, and the first n test images."""
     return load(Settings(net=str(records.RESULTS / net / "params.safetensors"), n=n))

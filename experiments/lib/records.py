@@ -1,8 +1,8 @@
-"""results.json: the rows that a run leaves behind, from which every table and figure is made.
+"""results.json: the rows that runs record, from which every table and figure is made.
 
-A row is a dataclass, one kind for each kind of run. Its fields are the keys of its JSON, in the
-same order. `load` and `save` convert between the two. `find_or_run` lets a command resume: it runs
-only what the file lacks.
+A row is a dataclass, one for each kind of run. Its fields are the keys of its JSON, in the same
+order; `load` and `save` convert between the two. `find_or_run` lets a command resume: it runs only
+what the file lacks.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ import jaxadv
 from experiments.lib import options
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-"""The records that are committed."""
+"""Folder of the committed records."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """The base class of rows.
 
-    A field's key in the JSON is its name, unless its metadata have a `key`. A field whose default
-    is None is left out while it is None.
+    A field's key in the JSON is its name, unless its metadata has a `key`. A field whose default is
+    None is omitted if it is None.
     """
 
     experiment: str
 
     @classmethod
     def kind_of(cls, content: Mapping[str, Any]) -> type[Row]:
-        """Return the class of a row, by its JSON."""
+        """Return the class of the row with this JSON."""
         return cls
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as JSON has it."""
+        """Return the row as JSON."""
         values = {field: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             _key(field): value
@@ -58,17 +58,17 @@ def _key(field: dataclasses.Field[Any]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableRow(Row):
-    """A trained net as `train_and_score` scores it.
+    """A trained net, scored by `train_and_score`.
 
     Attributes:
-      settings: all that it depends on but its seed.
-      groups: of `ablations`, what to call the net in each question.
-      columns: accuracies, by the column of the table.
-      counts: what was counted of each column's perturbations.
-      n_pgd: how many of the n images PGD attacked; old rows don't say.
+      settings: everything that the row depends on except the seed.
+      groups: in `ablations`, the net's label in each question.
+      columns: accuracies, by column of the table.
+      counts: statistics of each column's perturbations.
+      n_pgd: how many of the n images PGD attacked; None in old rows.
       curves: the accuracy at each size, by column.
-      history: what was seen after each epoch.
-      ratio_to_lwa: of `remedies`, the time of a training step over LWA's, measured in turn.
+      history: losses and accuracies after each epoch.
+      ratio_to_lwa: in `remedies`, the time of a training step relative to LWA's, timed in turn.
     """
 
     network: str
@@ -96,13 +96,13 @@ class AttackRow(Row):
     """An attack on a net and images.
 
     Attributes:
-      method: what the net is called.
+      method: name of the net.
       weights: checksum of its parameters.
-      data: where the images are from; `subtract`, `divide` and `crop` make inputs of them.
+      data: source of the images; `subtract`, `divide` and `crop` turn them into inputs.
       box: whether perturbed images stay in the range of pixels.
-      classes: what the data calls the net's classes, if the weights or an option say.
-      notes: what a reader must know of these.
-      answers: checksum of what a function of one's own makes of the first images.
+      classes: the data's names for the net's classes, if the weights or an option give them.
+      notes: what a reader must know about these.
+      answers: checksum of a user's function's logits on the first images.
     """
 
     method: str
@@ -125,7 +125,7 @@ class AttackRow(Row):
 
     @classmethod
     def kind_of(cls, content: Mapping[str, Any]) -> type[AttackRow]:
-        """Return the class of a row of `evaluation`, `board` or `reference`, by its JSON."""
+        """Return the class of the row of `evaluation`, `board` or `reference` with this JSON."""
         if content.get("attack") == "check":
             return CheckRow
         if content.get("attack") == "certify":
@@ -135,12 +135,12 @@ class AttackRow(Row):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RobustRow(AttackRow):
-    """What an attack of ours leaves.
+    """A net's robust accuracy under an attack of ours.
 
     Attributes:
       columns: accuracies `clean` and `robust`.
-      interval: of the robust accuracy.
-      stages: for each attack of an ensemble, what it tried and fooled.
+      interval: confidence interval of the robust accuracy.
+      stages: for each attack of an ensemble, how many images it tried and fooled.
     """
 
     device: str
@@ -153,13 +153,13 @@ class RobustRow(AttackRow):
 
     @property
     def passes(self) -> float:
-        """Passes that the machine ran for each image; 0 in older rows, which don't say."""
+        """Passes executed per image; 0 in older rows, which don't count them."""
         return sum(stage.get("passes", 0) for stage in self.stages.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckRow(AttackRow):
-    """What there is to doubt in a net's figures: flags, and the figures that raised them."""
+    """Reasons to doubt a net's figures: the flags of `evaluate.check`, and what it measured."""
 
     device: str
     flags: dict[str, str]
@@ -169,19 +169,19 @@ class CheckRow(AttackRow):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SmoothedRow(AttackRow):
-    """What is certified of a net that was smoothed: of another classifier than attacks are run on.
+    """The certified accuracy of a smoothed net, a different classifier from the attacked net.
 
     Attributes:
-      method: what the smoothed classifier is called.
+      method: name of the smoothed classifier.
       sigma: standard deviation of the noise.
-      radii: the sizes that were certified by the same draws; how many there are depends on these.
+      radii: all sizes certified with the same draws; the number of draws depends on them.
       alpha: the probability of a wrong certificate, for each image.
       n0: draws that choose an image's class.
       stages: numbers of draws at the looks.
       columns: accuracies `clean` and `certified`.
-      interval: of the certified accuracy.
+      interval: confidence interval of the certified accuracy.
       abstained: number of images without a certificate of any size.
-      samples: draws that bound p_A, of all images and sizes.
+      samples: total number of draws that bound p_A, over all images and sizes.
     """
 
     device: str
@@ -198,7 +198,7 @@ class SmoothedRow(AttackRow):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedRow(AttackRow):
-    """What the published AutoAttack leaves."""
+    """A net's robust accuracy under the published AutoAttack."""
 
     threads: int
     settings: dict[str, Any]
@@ -209,7 +209,7 @@ class PublishedRow(AttackRow):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainRow(Row):
-    """What an attack leaves of a net that `train` trained."""
+    """The robust accuracy under an attack of a net that `train` trained."""
 
     settings: dict[str, str]
     attack: str
@@ -223,7 +223,7 @@ class TrainRow(Row):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PropositionRow(Row):
-    """A proposition of Appendix A: what is claimed, and what its figure is drawn from."""
+    """A proposition of Appendix A: its claims, and the data of its figure."""
 
     proposition: str
     statement: str
@@ -250,7 +250,7 @@ class BenchmarkRow(Row):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PartRow(Row):
-    """A part of `accelerator`: the figures so far."""
+    """A part of `accelerator`: its figures so far."""
 
     part: str
     device: str
@@ -263,16 +263,16 @@ class PartRow(Row):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KnownRow(Row):
-    """Least perturbations of a net whose figures others have published.
+    """The smallest perturbations of a net for which others have published figures.
 
     Attributes:
       net: its name.
       weights: checksum of its parameters.
-      published: what others print of it.
+      published: the published figures.
       clean: accuracy on all test images.
-      median_l2: median l2 size by attack, and of the smallest of them for each image.
-      seconds: of each attack.
-      flags: what `evaluate.check` finds to doubt, and `figures` that it measured.
+      median_l2: median l2 size by attack, and of the smallest for each image.
+      seconds: duration of each attack.
+      flags: reasons for doubt found by `evaluate.check`; `figures` are what it measured.
     """
 
     net: str
@@ -293,14 +293,14 @@ class KnownRow(Row):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastRow(Row):
-    """The fast ensemble beside AutoAttack, on a net.
+    """The fast ensemble and AutoAttack, on one net.
 
     Attributes:
       columns: accuracies `clean`, `standard`, `fast`, and `published` where that was run.
-      passes: by ensemble and kind, executed for each image.
-      seconds: by ensemble, without `compile_seconds`.
-      orders: by order of the targets, the accuracy after more and more of them.
-      machine: whether it was quiet.
+      passes: passes executed per image, by ensemble and kind.
+      seconds: duration by ensemble, without `compile_seconds`.
+      orders: by order of the targets, the accuracies after growing numbers of targets.
+      machine: whether the machine was quiet.
     """
 
     net: str
@@ -320,16 +320,16 @@ class FastRow(Row):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CurveRow(Row):
-    """The least perturbations of a net's images, and the robust accuracy at every size.
+    """The smallest perturbations of images, and a net's robust accuracy at every size.
 
     Attributes:
-      budget: forward plus backward passes that they may take for each image.
-      median: of the sizes.
-      curve: `eps` and the `accuracy` there.
-      accuracy: by size, as they say.
-      attacks: by attack and size, as the attack says.
-      by: on how many images each attack found the least.
-      passes: by kind, for each image.
+      budget: most forward plus backward passes that the search may take per image.
+      median: median size of the perturbations.
+      curve: `eps`, and the `accuracy` at each.
+      accuracy: robust accuracy from these perturbations, by size.
+      attacks: robust accuracy under other attacks, by attack and size.
+      by: on how many images each attack found the smallest perturbation.
+      passes: passes per image, by kind.
     """
 
     method: str
@@ -357,13 +357,13 @@ class CurveRow(Row):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimalityRow(Row):
-    """How near an attack comes to the least perturbations of a net.
+    """How close an attack comes to the smallest perturbations of a net.
 
     Attributes:
-      budget: forward plus backward passes that it may take for each image.
-      pool: the attacks whose envelope optimality is measured from.
+      budget: most forward plus backward passes that it may take per image.
+      pool: the attacks whose envelope optimality is measured against.
       columns: `optimality` and `median` size.
-      passes: by kind, for each image.
+      passes: passes per image, by kind.
     """
 
     net: str
@@ -387,17 +387,17 @@ class CertifyRow(Row):
     Attributes:
       method: how the net was trained.
       n: number of images.
-      samples: draws that bound p_A, of all images.
+      samples: total number of draws that bound p_A, over all images.
       columns: accuracies `clean`, `certified@SIZE` and `attacked@SIZE`.
-      curve: `eps`, up to the largest size that was asked for, and the accuracy `certified` there.
+      curve: `eps`, up to the largest certified size, and the accuracy `certified` at each.
       abstained: number of images without a certificate.
-      both: by size, the images that are certified and broken at once.
+      both: by size, the images that are both certified and broken.
       n0: draws that choose an image's class.
       stages: numbers of draws at the looks.
       sampler: how the noise is drawn.
-      seconds: of certifying, in the session that finished it.
-      attack_seconds: likewise, of the attacks and of the draws that judge them.
-      settings: all that it depends on but the method and the seed.
+      seconds: duration of certification, in the session that finished it.
+      attack_seconds: duration of the attacks and of the draws that judge them, likewise.
+      settings: everything that the row depends on except the method and the seed.
     """
 
     network: str
@@ -448,12 +448,12 @@ def read(path: Path) -> list[dict[str, Any]]:
         rows = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise options.UsageError(
-            f"expected JSON in {path}, got: {error}; move it away, or choose another folder"
+            f"expected JSON in {path}, got: {error}; move the file, or choose another folder"
         ) from error
     if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
         return rows
     raise options.UsageError(
-        f"expected a list of rows in {path}, got something else; move it away, or choose another "
+        f"expected a list of rows in {path}, got something else; move the file, or choose another "
         "folder"
     )
 
@@ -478,14 +478,14 @@ def load(path: Path, kind: type[R]) -> list[R]:
         if wrong:
             raise options.UsageError(
                 f"expected a list of rows of the same command in {path}, got some {wrong[0]}; move "
-                "it away, or choose another folder"
+                "the file, or choose another folder"
             )
         rows.append(row_kind(**{fields[key].name: value for key, value in content.items()}))
     return rows
 
 
 def save(path: Path, rows: Iterable[Row | Mapping[str, Any]]) -> None:
-    """Write the rows, whole or not at all; what isn't finite, which JSON has not, as null."""
+    """Write the rows atomically; numbers that aren't finite, which JSON lacks, become null."""
     content = [row.to_json() if isinstance(row, Row) else row for row in rows]
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
@@ -501,7 +501,7 @@ def _finite(content: Any) -> Any:
 
 
 def find(rows: Iterable[R], identity: Mapping[str, Any]) -> R | None:
-    """Return the row whose JSON has these entries; None if there is none."""
+    """Return the first row whose JSON has these entries; None if there is none."""
     return next((row for row in rows if identity.items() <= row.to_json().items()), None)
 
 
@@ -516,14 +516,14 @@ def find_or_run(
     """Return the row of a file that has these entries; if there is none, make and add it.
 
     Args:
-      path: of the file, to which a row that is made is added.
-      kind: of its rows.
-      identity: what the row depends on.
+      path: the file.
+      kind: class of its rows.
+      identity: the entries that the row depends on.
       run: makes the row.
-      place: the fields that tell rows apart: a new row takes the place of one that is the same in
-        these.
+      place: the fields that tell rows apart; a new row replaces one that is the same in all of
+        them.
     """
-    # Several processes have to agree on what they run, whichever files they see.
+    # Several processes must agree on what to run, whichever files they see.
     found = find(load(path, kind), identity) if jax.process_count() == 1 else None
     if found is not None:
         return found
@@ -542,7 +542,7 @@ def made_by(others: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     """Return a row's versions and device.
 
     Args:
-      others: versions of what else they were made by.
+      others: versions of other packages that were used.
     """
     return {"versions": {**versions(), **others}, "device": device()}
 
@@ -552,7 +552,7 @@ def versions() -> dict[str, str]:
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "python": platform.python_version(),
-        "jaxadv": jaxadv.__version__,  # known to a checkout that isn't installed, too
+        "jaxadv": jaxadv.__version__,  # works in a checkout that isn't installed, too
         **{name: version(name) for name in packages},
     }
 
@@ -568,5 +568,5 @@ def device() -> str:
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # which of them, no system but Linux's says
+    allowed = getattr(os, "sched_getaffinity", None)  # exists only on Linux
     return len(allowed(0)) if allowed else os.cpu_count() or 1

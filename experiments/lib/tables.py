@@ -1,4 +1,4 @@
-"""Tables of accuracies, as Markdown and printed, beside the paper's."""
+"""Tables of accuracies next to the paper's, written as Markdown and printed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def markdown(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str
 
 def doubts(flags: Mapping[str, str]) -> str:
     """Return the messages of `evaluate.check`'s flags as one sentence."""
-    return "; ".join(flags.values()) or "nothing to doubt was found"
+    return "; ".join(flags.values()) or "no reason for doubt was found"
 
 
 def write(folder: Path, lines: Sequence[str], console: Console) -> None:
@@ -45,7 +45,7 @@ def write(folder: Path, lines: Sequence[str], console: Console) -> None:
 
 
 def save(folder: Path, rows: Sequence[Row], lines: Sequence[str], console: Console) -> None:
-    """Write rows as `results.json`, and what Markdown says of them as `write` does."""
+    """Write rows as `results.json`, and their Markdown as `write` does."""
     folder.mkdir(parents=True, exist_ok=True)
     records.save(folder / "results.json", rows)
     write(folder, lines, console)
@@ -54,7 +54,7 @@ def save(folder: Path, rows: Sequence[Row], lines: Sequence[str], console: Conso
 def mean_and_spread(
     rows: Sequence[TableRow] | Sequence[RobustRow | PublishedRow | SmoothedRow], column: str
 ) -> str:
-    """Return the mean over seeds, with the standard deviation if there are several; "" of none."""
+    """Return the mean over seeds, with the standard deviation if there are several; "" if none."""
     values = [row.columns[column] for row in rows]
     if len(values) < 2:
         return "".join(f"{value:.4f}" for value in values)
@@ -62,13 +62,13 @@ def mean_and_spread(
 
 
 def as_printed(figures: Sequence[float]) -> list[str]:
-    """Return published figures with as many digits as they have, three or four."""
+    """Return published figures with as many decimals as they were printed with, three or four."""
     digits = 4 if any(round(figure, 3) != figure for figure in figures) else 3
     return [f"{figure:.{digits}f}" for figure in figures]
 
 
 def seeds(rows: Sequence[TableRow], names: Mapping[str, str]) -> str:
-    """Return a note that names the rows' seeds, and the methods that have other ones."""
+    """Return a note on the rows' seeds, and on the methods that have different ones."""
     of = {
         name: tuple(sorted({row.seed for row in rows if row.method == method}))
         for method, name in names.items()
@@ -84,7 +84,7 @@ def seeds(rows: Sequence[TableRow], names: Mapping[str, str]) -> str:
 
 
 def fixed_source(rows: Sequence[TableRow]) -> str:
-    """Return the accuracy of the Fixed set's own net on it; of several such nets, one each."""
+    """Return the accuracy, on the Fixed set, of the net it was made on; one for each such net."""
     of_one_size = [row for row in rows if row.eps == rows[0].eps]
     return " or ".join(dict.fromkeys(f"{row.columns['fixed_source']:.4f}" for row in of_one_size))
 
@@ -96,8 +96,8 @@ def by_size(
 
     Args:
       rows: the results.
-      names: the methods in order, and what to call them.
-      paper: for each method the printed figures, in the order of `LABELS`; shown for the first
+      names: the methods, in order, and their names in the table.
+      paper: for each method the paper's figures, in the order of `LABELS`; shown only for the first
         size.
     """
     lines = []
@@ -108,7 +108,7 @@ def by_size(
 
 
 def by_group(rows: Sequence[TableRow], groups: Iterable[str]) -> list[str]:
-    """Return a table for each question and size, of the rows with the question in `groups`."""
+    """Return a table for each question in `groups` and each size, as lines of Markdown."""
     lines = []
     for group in groups:
         for eps in dict.fromkeys(row.eps for row in rows):
@@ -124,7 +124,7 @@ def _table(
     names: Mapping[str, str],
     paper: Mapping[str, Sequence[float]],
 ) -> list[str]:
-    """Return a table under its title: a row of ours for each method, and the paper's below it."""
+    """Return a titled table: for each method a line of ours, and the paper's below it."""
     cells = []
     for method, name in names.items():
         ours = [row for row in rows if row.method == method]
@@ -138,7 +138,7 @@ def _table(
 
 
 def pgd_note(rows: Sequence[TableRow], pgd_steps: int) -> str:
-    """Return a note on the column PGD, which the paper doesn't have."""
+    """Return a note on the column PGD, which isn't in the paper."""
     return (
         f"PGD: {pgd_steps} steps of l2 PGD on the margin loss, from x, on {rows[0].n_pgd:,} of the "
         "images; not in the paper. Nothing is clipped to the pixel range."
@@ -158,10 +158,10 @@ def show(
     Args:
       console: where to print.
       folder: where to write.
-      title: what the tables are of.
-      rows: the results that they are made from.
+      title: title of the page.
+      rows: the results that the tables show.
       sections: the tables, as lines of Markdown.
-      notes: what a reader must know, one sentence or two each.
+      notes: what readers must know, in one or two sentences each.
     """
     seconds = {(row.method, row.seed): row.train_seconds for row in rows}
     notes = [

@@ -1,4 +1,4 @@
-"""MNIST and the paper's nets for it, as `train_and_score` takes them."""
+"""MNIST and the paper's nets for it, as a task for `train_and_score`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def mnist(
     """Return the data and nets of a table.
 
     Args:
-      settings: which images are trained on and scored, and which nets there are.
+      settings: chooses the images to train on and to score, and the nets.
       network: kind of net.
-      normal: how the net is made that the Fixed set comes from.
+      normal: how to train the net that the Fixed set is made on.
       images: the data; None for `data.mnist()`.
     """
 

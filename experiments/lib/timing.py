@@ -1,9 +1,9 @@
-"""How long calls take, measured so that their ratios mean something.
+"""Timing of calls, done so that their ratios are meaningful.
 
-A machine's speed drifts, and other programs take their share of it. So what is compared is timed in
-turn, several rounds over, and ratios are to be taken within each round (`in_turn`); and `Quiet`
-watches for the work of others, and for a machine that hasn't the same speed from one moment to the
-next, or at the end: a virtual one's neighbours are in no count of its own.
+A machine's speed drifts, and other programs take a share of it. `in_turn` therefore times calls in
+turn over several rounds; take ratios within each round. `Quiet` watches the load from other
+programs, and the machine's own speed within seconds and from start to end: what a virtual machine
+loses to its neighbours shows only there.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Call = Callable[[], Any]
 K = TypeVar("K", bound=Hashable)
 
 LONG = 10.0
-"""Calls that take more seconds are timed in one round only."""
+"""Calls that take more seconds than this are timed in one round only."""
 LARGEST_SHARE = 0.05
 """Largest share of the cores' time that other programs may take in a valid run."""
 LARGEST_DRIFT = 0.15
-"""How much of its speed the machine may have lost or won from a run's start to its end."""
+"""Largest relative change of the machine's speed from start to end of a valid run."""
 LARGEST_SPREAD = 0.15
-"""How far apart, of the lower, the quartiles of its speed may be within seconds."""
+"""Largest gap between the quartiles of its speed within seconds, relative to the lower one."""
 
 
 def in_turn(
@@ -42,12 +42,12 @@ def in_turn(
     """Time calls one after the other, several times over.
 
     Args:
-      calls: what to time; each is called once beforehand, so that all is compiled.
-      rounds: how often each is timed.
-      seconds: the least time of one timing, which is repeated calls until then.
+      calls: what to time; each is called once beforehand, to compile it.
+      rounds: how often to time each.
+      seconds: shortest duration of a timing; the call is repeated until it is reached.
 
     Returns:
-      The seconds of a call, for each round; of a call that takes very long, for one.
+      The seconds per call in each round; for a call longer than `LONG`, in one round only.
     """
     for call in track(calls.values(), "compiling", transient=True):
         jax.block_until_ready(call())
@@ -64,14 +64,14 @@ def _time(call: Call, seconds: float) -> float:
     while (elapsed := time.perf_counter() - start) < seconds or n == 0:
         result = call()
         n += 1
-        if n % 5 == 1 or elapsed > seconds / 5:  # short calls may queue, long ones are waited for
+        if n % 5 == 1 or elapsed > seconds / 5:  # short calls may queue up, long ones may not
             jax.block_until_ready(result)
     jax.block_until_ready(result)
     return (time.perf_counter() - start) / n
 
 
 def matrix_products(size: int = 2048, dtype: DTypeLike = jnp.float32) -> Call:
-    """Return a product of two square matrices, `2 size**3` operations."""
+    """Return a call that multiplies two square matrices, which takes `2 size**3` operations."""
     a = jnp.ones((size, size), dtype)
     return lambda: _dot(a, a)
 
@@ -80,13 +80,13 @@ _dot = jax.jit(jnp.matmul)
 
 
 def flops(net: nn.Module, params: Params, x: jax.Array) -> list[int]:
-    """Return the operations of each layer's products for one image, in the order of their names.
+    """Return the operations of each layer's products for one image, in the order of layer names.
 
-    A pass forward takes their sum, one back to the input the same, the gradient of the weights the
-    same again; what isn't a product isn't counted.
+    A forward pass takes their sum. So does a backward pass to the input, and so do the gradients of
+    the weights. Only matrix products and convolutions are counted.
 
     Args:
-      net: whose layers.
+      net: the net.
       params: its parameters.
       x: images.
     """
@@ -97,14 +97,14 @@ def flops(net: nn.Module, params: Params, x: jax.Array) -> list[int]:
     outputs = jax.eval_shape(layers, params, x)
     counts = []
     for name, layer in sorted(params["params"].items()):
-        if "kernel" in layer:  # each of its entries serves every place of the output
+        if "kernel" in layer:  # used once for every position of the output
             places = math.prod(outputs[name]["__call__"][0].shape[1:-1])
             counts.append(2 * places * math.prod(layer["kernel"].shape))
     return counts
 
 
 class Quiet:
-    """Says whether a run had its machine for itself.
+    """Tells whether a run had the machine to itself.
 
     Example:
       >>> from experiments.lib.timing import Quiet
@@ -121,13 +121,13 @@ class Quiet:
         self._start = self._now()
 
     def report(self) -> dict[str, Any]:
-        """Return the load by others since this was made; whether figures are valid, or why not."""
+        """Return the load from others since creation, and whether timings are valid, or why not."""
         elapsed, busy, stolen, own = (
             now - before for now, before in zip(self._now(), self._start, strict=True)
         )
         share = max(0.0, busy - own) / elapsed
         samples = self._rates, self._gflops()
-        # The best is what the machine can do, whatever else it did in between.
+        # The best rate shows what the machine can do, whatever else it did meanwhile.
         first, last = (float(rates.max()) for rates in samples)
         drift = abs(last / first - 1)
         low, high = max(
@@ -137,8 +137,8 @@ class Quiet:
         reasons = []
         if share > LARGEST_SHARE:
             reasons.append(
-                f"other programs had {share:.0%} of the cores' time, {LARGEST_SHARE:.0%} is the "
-                "most that a timing bears"
+                f"other programs used {share:.0%} of the cores' time, more than the "
+                f"{LARGEST_SHARE:.0%} that a timing tolerates"
             )
         if drift > LARGEST_DRIFT:
             reasons.append(
@@ -167,8 +167,8 @@ class Quiet:
 
     @staticmethod
     def _now() -> tuple[float, float, float, float]:
-        """Return all cores' seconds: elapsed, busy, taken by the machine's host, and this run's."""
-        import psutil  # of all here only this needs it, and a machine with a GPU may not have it
+        """Return seconds over all cores: elapsed, busy, stolen by the host, used by this run."""
+        import psutil  # here, since nothing else needs it, and a GPU machine may lack it
 
         cores = psutil.cpu_times()
         busy = cores.user + cores.system + getattr(cores, "nice", 0.0)

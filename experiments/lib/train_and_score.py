@@ -1,10 +1,10 @@
-"""The common part of Section 7's experiments: nets are trained, attacked and scored.
+"""The common part of Section 7's experiments: train nets, attack them and score them.
 
-`run` trains each of some methods for each seed, perturbs the images in the ways of Section 7.2 and
-returns the rows of a table, having written results.json, weights and checkpoints. Whatever of it an
-earlier run has finished is taken from there. `recipes` has how a net can be made; `mnist`,
-`cifar10`, `ablations` and `remedies` say which nets, data and settings; `training` has the loop
-over epochs, `records` and `tables` what becomes of the rows.
+`run` trains a net by each method with each seed, perturbs the images in the ways of Section 7.2,
+writes results.json, weights and checkpoints, and returns the rows of a table. Work that an earlier
+run has finished is not repeated. `recipes` defines the methods; `mnist`, `cifar10`, `ablations` and
+`remedies` choose nets, data and settings; `training` has the loop over epochs; `records` and
+`tables` store and show the rows.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ from jaxadv.train import TrainState, make_epoch
 from jaxadv.train import init as start
 from jaxadv.types import ApplyFn, Bounds, Objective, Params, PerturbFn
 
-# What settings say of how nets are scored.
+# The settings that determine how nets are scored.
 _SCORING = ("n_eval", "n_pgd", "pgd_steps", "fixed_seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(parallel.Settings, recipes.Optimiser):
-    """What every experiment can be told; each has its own defaults."""
+    """The settings common to all experiments; each has its own defaults."""
 
     seed: Several[Seed] = (0,)
-    """One run for each; the table has their means."""
+    """Random seeds: one run for each. The table shows means over them."""
     out: OutputFolder = Path("runs")
     """Where results, figures, weights and checkpoints go."""
     holdout: Whole = 0
-    """Training images held out and scored instead of the test images; 0 for reported figures."""
+    """Training images to hold out, and to score instead of the test images; 0 for final figures."""
     n_eval: Count = 10_000
-    """How many images are scored."""
+    """Most images to score."""
     n_pgd: Count = 10_000
-    """How many of them, at most, are attacked by PGD."""
+    """Most images attacked by PGD."""
     eps: Several[Size] = (1.5,)
     """l2 sizes of the perturbations in the table."""
     pgd_steps: Count = 100
@@ -73,30 +73,30 @@ class Settings(parallel.Settings, recipes.Optimiser):
     batch_size: Count = 100
     """Images per training step."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What hidden layers compute in; parameters, logits and perturbed images are float32."""
+    """Precision of the hidden layers; parameters, logits and perturbed images are float32."""
     eval_batch: Count = 1000
     """Images perturbed at once when a net is scored."""
     fixed_seed: Seed = 1000
     """Seed of the Normal net that the Fixed set is made on."""
 
     def __post_init__(self) -> None:
-        """Check what goes together.
+        """Check options against each other.
 
         Raises:
-          UsageError: if the net that makes the Fixed set would be one of those scored on it, or as
+          UsageError: if the net that the Fixed set is made on would itself be scored on it, or as
             `recipes.check`.
         """
         super().__post_init__()
         if self.fixed_seed in self.seed:
             raise options.UsageError(
-                f"expected --fixed-seed to be none of --seed, got {self.fixed_seed} among "
+                f"expected --fixed-seed not to be among --seed, got {self.fixed_seed} among "
                 f"{self.seed}; choose another"
             )
         for name, method in self.nets().items():
             recipes.check(name, method, lr_warmup=self.lr_warmup)
 
     def nets(self) -> Mapping[str, Method]:
-        """Return how each net of the table is made, by its name."""
+        """Return how to train each net of the table, by name."""
         return {}
 
 
@@ -104,12 +104,12 @@ S = TypeVar("S", bound=Settings)
 
 
 def shortened(settings: S, names: Iterable[str], **changes: Any) -> S:
-    """Return the settings of --quick: nets trained for one epoch, into another folder.
+    """Return the settings of --quick: one epoch of training, and another output folder.
 
     Args:
       settings: an experiment's defaults.
-      names: its fields that are recipes.
-      **changes: other fields.
+      names: the names of its fields that are recipes.
+      **changes: other fields to set.
     """
     short: dict[str, Any] = {name: recipes.shortened(getattr(settings, name)) for name in names}
     out = settings.out.with_name(f"{settings.out.name}_quick")
@@ -127,7 +127,7 @@ class Images(NamedTuple):
 
 
 class Net(NamedTuple):
-    """A trained net, as the library takes it."""
+    """A trained net, as a function and parameters."""
 
     apply_fn: ApplyFn
     params: Params
@@ -138,20 +138,20 @@ class Task(NamedTuple):
     """The data and the nets of an experiment.
 
     Attributes:
-      experiment: its name in the rows.
-      methods: by name, how each net is made.
-      normal: how the Normal net is made that the Fixed set comes from, under another seed.
-      names: what to call each of them in tables.
-      make_net: the net for a method.
-      network: what to call that net in the rows.
-      train: what to train on.
-      test: what to score, scaled.
-      source: where the images are from, for the record.
-      interface: what the nets' inputs and logits stand for, kept with their weights.
-      augment: `(key, x) -> x`, from a batch of training images to what the net is trained on.
-      groups: what a method is called in each of some questions, if there are any.
+      experiment: name of the experiment in the rows.
+      methods: how to train each net, by name.
+      normal: how to train the Normal net that the Fixed set is made on, with another seed.
+      names: names of the methods in tables.
+      make_net: makes the net for a method.
+      network: names that net in the rows.
+      train: images to train on.
+      test: images to score, scaled.
+      source: source of the images, for the record.
+      interface: meaning of the nets' inputs and logits, saved with their weights.
+      augment: `(key, x) -> x`, from a batch of training images to the net's inputs.
+      groups: labels of a method in each question that it belongs to, if there are any.
       box: the range of pixels, scaled.
-      stored: what weights are rounded to, before they are scored, and written as.
+      stored: dtype that weights are rounded to before scoring, and saved as.
       mesh: the devices that batches are spread over; None for one.
     """
 
@@ -173,13 +173,13 @@ class Task(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What `training.fit` and `step_seconds` train by.
+    """Arguments of training, for `training.fit` and `step_seconds`.
 
     Attributes:
-      objective: what is minimised.
+      objective: the objective to minimise.
       tx: the optimiser.
-      data: the arrays whose rows make a batch.
-      model_state: what is kept beside the parameters.
+      data: the arrays whose rows make up a batch.
+      model_state: the initial model state.
     """
 
     objective: Objective
@@ -189,7 +189,7 @@ class Training(NamedTuple):
 
 
 def prepare(method: Method, settings: Settings, task: Task) -> Training:
-    """Return what a net is trained by."""
+    """Return the arguments of a net's training."""
     epoch_steps = len(task.train.y) // settings.batch_size
     objective = recipes.make_objective(task.make_net(method), method, epoch_steps, task.box)
     if isinstance(method, recipes.Robust) and method.shift:
@@ -207,7 +207,7 @@ def prepare(method: Method, settings: Settings, task: Task) -> Training:
 def train(
     name: str, method: Method, seed: int, settings: Settings, task: Task, progress: Progress
 ) -> Net:
-    """Train one net, or restore it.
+    """Train a net, or restore it if an earlier run finished it.
 
     Raises:
       UsageError: as `recipes.check`.
@@ -256,14 +256,14 @@ def step_seconds(
     """Time training steps of several methods in turn, on one device.
 
     Args:
-      methods: by name.
-      settings: of the experiment.
+      methods: the methods, by name.
+      settings: settings of the experiment.
       task: its data.
-      steps: how many are timed at once; those of an epoch, if it has fewer.
-      rounds: how often.
+      steps: how many steps to time at once; at most an epoch's.
+      rounds: how often to time them.
 
     Returns:
-      Seconds of a step in each round, by name; what is compiled is not counted.
+      Seconds per step in each round, by name, without compilation.
     """
     rows = settings.batch_size * min(steps, len(task.train.y) // settings.batch_size)
     order = jax.random.permutation(jax.random.key(0), len(task.train.y))[:rows]
@@ -288,12 +288,12 @@ def step_seconds(
 
 
 def _as_stored(params: Params, task: Task) -> Params:
-    """Return weights as rounded in their file, so that the scored net is the saved one."""
+    """Return weights rounded as in their file, so that the scored net is the saved one."""
     return jax.tree.map(lambda leaf: leaf.astype(task.stored).astype(leaf.dtype), params)
 
 
 def train_settings(method: Method, settings: Settings, task: Task) -> dict[str, Any]:
-    """Return all that a net depends on but its seed, in the form that JSON gives back."""
+    """Return everything that a net depends on except its seed, in JSON's types."""
     fields = dataclasses.asdict(method)
     shared = ("holdout", "batch_size", "momentum", "weight_decay", "lr_warmup")
     return {
@@ -308,14 +308,14 @@ def train_settings(method: Method, settings: Settings, task: Task) -> dict[str, 
 
 
 def row_settings(method: Method, settings: Settings, task: Task, eps: float) -> dict[str, Any]:
-    """Return all that a row of the table depends on but its seed, likewise."""
+    """Return everything that a row of the table depends on except its seed, in JSON's types."""
     stored = jnp.dtype(task.stored).name
     return {
         **train_settings(method, settings, task),
         **{field: getattr(settings, field) for field in _SCORING},
         "eps": eps,
         "curve": list(settings.curve),
-        **({"weights": stored} if stored != "float32" else {}),  # as rows have always been
+        **({"weights": stored} if stored != "float32" else {}),  # older rows, all float32, lack it
     }
 
 
@@ -323,7 +323,7 @@ def parts(settings: Settings, images: data.Dataset) -> tuple[Pixels, Pixels]:
     """Return the pixels and labels to train on, and those to score.
 
     Raises:
-      UsageError: if none is left to train on.
+      UsageError: if no images are left to train on.
     """
     train = images.train_images, images.train_labels
     if not settings.holdout:
@@ -331,7 +331,7 @@ def parts(settings: Settings, images: data.Dataset) -> tuple[Pixels, Pixels]:
     n = len(images.train_labels)
     if settings.holdout >= n:
         raise options.UsageError(
-            f"expected --holdout to be less than {n}, the training images there are, got "
+            f"expected --holdout to be less than {n}, the number of training images, got "
             f"{settings.holdout}; hold out fewer"
         )
     kept, held = data.split(n, settings.holdout, seed=0)
@@ -339,7 +339,7 @@ def parts(settings: Settings, images: data.Dataset) -> tuple[Pixels, Pixels]:
 
 
 def in_precision(task: Task, precision: str) -> Task:
-    """Return the task with nets that compute in another precision, and are called so."""
+    """Return the task with nets of another precision, which is added to their names."""
     if precision == "float32":
         return task
     return task._replace(
@@ -349,7 +349,7 @@ def in_precision(task: Task, precision: str) -> Task:
 
 
 def scored(task: Task, n: int | None = None) -> Images:
-    """Return the first n of the images to score, or all, spread over the devices."""
+    """Return the first n of the images to score, or all of them, spread over the devices."""
     return Images(*parallel.spread(task.mesh, tuple(part[:n] for part in task.test)))
 
 
@@ -358,13 +358,13 @@ ONE_STEP: Mapping[str, PerturbFn] = {
     "adv_loss": perturb.loss,
     "adv_alpha": perturb.alpha,
 }
-"""The paper's perturbations, by column."""
+"""The paper's perturbations, by column of the table."""
 
 
 def directions(
     net: Net, task: Task, settings: Settings, tick: Callable[[], None]
 ) -> dict[str, np.ndarray]:
-    """Return each one-step method's perturbations of l2 size 1, to be scaled to all sizes."""
+    """Return each one-step method's perturbations at l2 size 1, to be scaled to all sizes."""
     found = {}
     for column, method in ONE_STEP.items():
         found[column] = evaluate.attack_and_score(
@@ -433,14 +433,14 @@ def curves(
 
 
 class _Fixed(NamedTuple):
-    """What a Normal net's Adv_Loss makes of the scored images, at one size."""
+    """The perturbations of the Fixed set at one size: Adv_Loss on a Normal net."""
 
     r: np.ndarray  # [n, H, W, C]
-    accuracy: float  # of that net itself
+    accuracy: float  # of that net on them
 
 
 def _fixed_net(settings: Settings, task: Task, progress: Progress) -> tuple[ApplyFn, Params]:
-    """Train the net that the Fixed set is made on; or take its weights, if an earlier run did."""
+    """Train the net that the Fixed set is made on, or load its weights from an earlier run."""
     path = settings.out / "fixed" / "params.safetensors"
     made = {"seed": settings.fixed_seed, **train_settings(task.normal, settings, task)}
     if weights.made(path) == made:
@@ -455,7 +455,7 @@ def _fixed_net(settings: Settings, task: Task, progress: Progress) -> tuple[Appl
 
 
 def _make_fixed(settings: Settings, task: Task, progress: Progress) -> dict[float, _Fixed]:
-    """Return the Fixed set of each size."""
+    """Return the Fixed set at each size."""
     net = _fixed_net(settings, task, progress)
     batch_size = settings.eval_batch
     images = scored(task)
@@ -470,7 +470,7 @@ def _make_fixed(settings: Settings, task: Task, progress: Progress) -> dict[floa
 def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow], dict[str, Net]]:
     """Train, attack and score; return the rows of the table, and each method's first net.
 
-    Rows of other methods, seeds and sizes that the file has from an earlier run stay in it.
+    Rows of other methods, seeds and sizes from earlier runs stay in the file.
 
     Raises:
       UsageError: if a net is split above its last hidden layer.
@@ -483,7 +483,7 @@ def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow
     sizes = settings.batch_size, n, min(settings.n_pgd, n)
     task = in_precision(task, settings.precision)
     task = task._replace(mesh=parallel.mesh(settings, *sizes))
-    pgd = partial(attack.pgd, norm="l2", steps=settings.pgd_steps)  # one object, one compilation
+    pgd = partial(attack.pgd, norm="l2", steps=settings.pgd_steps)  # one object: compiles once
     rows: list[TableRow] = []
     nets: dict[str, Net] = {}
 
@@ -493,7 +493,7 @@ def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow
             net = train(name, method, seed, settings, task, progress)
             nets.setdefault(name, net)
             title = f"{task.names.get(name, name)}, seed {seed}"
-            one_step: dict[str, np.ndarray] = {}  # these and the curves serve all sizes
+            one_step: dict[str, np.ndarray] = {}  # shared by all sizes, like the curves
             found: dict[str, list[float]] = {}
             for eps in settings.eps:
                 identity: dict[str, Any] = {
@@ -546,22 +546,22 @@ def _check_splits(task: Task) -> None:
         if net.split > layers:
             raise options.UsageError(
                 f"expected {name} to have at least {net.split} blocks and hidden dense layers, "
-                f"after which it is split, got {layers}; add to {option}.widths, or lower "
+                f"since it is split after them, got {layers}; add to {option}.widths, or lower "
                 f"{option}.split"
             )
 
 
 def record(folder: Path, rows: Sequence[TableRow]) -> list[TableRow]:
-    """Return the rows of a run, with those of earlier runs that were scored in the same way.
+    """Return the rows of a run, and those of earlier runs that belong in the same table.
 
     Args:
-      folder: where results.json is.
-      rows: of the run.
+      folder: folder of results.json.
+      rows: rows of the run.
 
     Returns:
-      These, then the file's rows of other methods, seeds and sizes: those of the same images and
-      attacks, so that a table can be made in several runs; and of one method those that were
-      trained as its first, since a table has their mean.
+      These rows, then the file's rows of other methods, seeds and sizes, so that a table can be
+      made in several runs. Only rows with the same images and attacks are included and, since a
+      table shows means over seeds, only those trained like their method's first row.
     """
 
     def scoring(row: TableRow) -> list[Any]:
@@ -580,7 +580,7 @@ def record(folder: Path, rows: Sequence[TableRow]) -> list[TableRow]:
 
 
 def _others(known: Sequence[TableRow], rows: Sequence[TableRow]) -> list[TableRow]:
-    """Return the known rows, without those whose places in the table are taken by others."""
+    """Return the known rows, without those that the given rows replace."""
 
     def place(row: TableRow) -> tuple[str, int, float]:
         return row.method, row.seed, row.eps

@@ -1,9 +1,9 @@
 """Training that shows its progress and resumes after any interruption.
 
 `fit` runs epochs of `jaxadv.train.make_epoch` and saves the whole training state after each, with
-orbax, whose checkpoints appear whole or not at all. Killed at any moment, the same call restores
-the last checkpoint and repeats only the interrupted epoch. An epoch's order of examples and every
-step's key derive from the run's key, so the result is bit for bit the same.
+orbax, whose checkpoints are atomic. If it is killed at any moment, the same call restores the last
+checkpoint and repeats only the interrupted epoch. Every epoch's order of examples and every step's
+key derive from the run's key, so the result is bit-for-bit the same.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Fitted(NamedTuple):
     """A trained net.
 
     Attributes:
-      state: the last training state.
-      seconds: time spent training, over all the sessions it took, compilation included.
-      history: one entry per epoch: mean loss and accuracy over its batches, as trained, and what
-        `watch` gave.
+      state: the final training state.
+      seconds: time spent training, over all sessions, compilation included.
+      history: one entry per epoch: mean loss and accuracy over its training batches, and the
+        results of `watch`.
     """
 
     state: train.TrainState
@@ -50,7 +50,7 @@ class Fitted(NamedTuple):
 
 
 def bars(console: Console) -> Progress:
-    """Return progress bars with a note, e.g. loss and accuracy, and the time left."""
+    """Return progress bars that show a note, e.g. loss and accuracy, and the remaining time."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -81,28 +81,28 @@ def fit(
     """Train for some epochs, from scratch or from the last checkpoint in `directory`.
 
     Args:
-      objective: what is minimised.
+      objective: the objective to minimise.
       tx: the optax transformation.
       params: the initial parameters.
-      data: all training examples, `x [N, ...]`, `y [N]` and what else a batch has, on the device.
-        The N mod batch_size last examples of an epoch's random order sit that epoch out.
-      epochs: how many.
+      data: all training examples, `x [N, ...]`, `y [N]` and other arrays of a batch, on the device.
+        The last N mod batch_size examples of an epoch's random order are left out of that epoch.
+      epochs: number of epochs.
       batch_size: B.
-      key: what the run's order of examples and keys derive from.
-      directory: where its checkpoints are kept.
-      settings: all that determines the run, kept with the checkpoint.
+      key: random key that the order of examples and all other keys derive from.
+      directory: folder of the checkpoints.
+      settings: everything that determines the run, saved with the checkpoint.
       progress: where to show a bar.
-      name: what to call it there.
+      name: title of the bar.
       model_state: the initial model state.
-      watch: what to add to the history after each epoch, from its state; not counted as training
-        time.
-      mesh: the devices that each batch is spread over; None for the default one.
+      watch: computes entries of the history from the state after each epoch; not counted as
+        training time.
+      mesh: the devices that each batch is spread over; None for the default device.
 
     Returns:
       `Fitted`.
 
     Raises:
-      UsageError: if the checkpoint there is damaged, or was made with other settings.
+      UsageError: if the checkpoint is damaged, or was made with other settings.
     """
     order_key, step_key = jax.random.split(key)
     state = parallel.replicate(mesh, train.init(params, tx, model_state=model_state, key=step_key))
@@ -111,7 +111,7 @@ def fit(
     epoch_fn = train.make_epoch(objective, tx)
     seconds, history = 0.0, []
     told, compiled = False, set[int]()
-    timed_seconds, timed_steps = 0.0, 0  # without the first chunk of each length, which compiles
+    timed_seconds, timed_steps = 0.0, 0  # except the first chunk of each length, which compiles
     task = progress.add_task(name, total=epochs * n_steps, note="")
 
     with ocp.CheckpointManager(
@@ -119,14 +119,14 @@ def fit(
     ) as manager:
         done = manager.latest_step() or 0
         if done:
-            # First the record: of other settings, the state may have other shapes.
+            # First the record: with other settings, the state may have other shapes.
             args = ocp.args.Composite(record=ocp.args.JsonRestore())
             record = _restored(manager, args).record
             _check_same(record["settings"], settings, directory)
             args = ocp.args.Composite(state=ocp.args.StandardRestore(state))
             state = _restored(manager, args).state
             seconds, history = record["seconds"], record["history"]
-            progress.console.print(f"{name}: goes on after epoch {done} of {epochs}")
+            progress.console.print(f"{name}: resuming after epoch {done} of {epochs}")
         for epoch in range(done, epochs):
             start = time.perf_counter()
             order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(data[1]))
@@ -160,7 +160,7 @@ def fit(
             )
             if timed_steps and not told and epoch + 1 < epochs:
                 left = timed_seconds / timed_steps * n_steps * (epochs - epoch - 1)
-                progress.console.print(f"{name}: about {_duration(left)} of training left")
+                progress.console.print(f"{name}: about {_duration(left)} of training to go")
                 told = True
             if not progress.console.is_terminal:
                 last = history[-1]
@@ -179,7 +179,7 @@ def _duration(seconds: float) -> str:
 
 
 def _summary(infos: list[train.StepInfo]) -> dict[str, float]:
-    """One epoch's means, and its counts of perturbations without a gradient or not finite."""
+    """Return an epoch's means, and its counts of perturbations that are zero or not finite."""
     loss, aux = jax.tree.map(lambda *chunks: jnp.concatenate(chunks), *infos)
     return {
         "loss": float(loss.mean()),
@@ -191,13 +191,13 @@ def _summary(infos: list[train.StepInfo]) -> dict[str, float]:
 
 
 def _restored(manager: ocp.CheckpointManager, args: ocp.args.Composite) -> Any:
-    """Restore these parts of the last checkpoint."""
+    """Restore parts of the last checkpoint."""
     try:
         return manager.restore(manager.latest_step(), args=args)
     except (OSError, ValueError) as error:
         raise options.UsageError(
-            f"expected a whole checkpoint in {manager.directory}, got: {error}; delete it to start "
-            "again"
+            f"expected an intact checkpoint in {manager.directory}, got: {error}; delete it to "
+            "start again"
         ) from error
 
 
@@ -209,6 +209,7 @@ def _check_same(stored: dict[str, Any], settings: dict[str, Any], directory: Pat
     ]
     if other:
         raise options.UsageError(
-            f"expected the settings that the checkpoint in {directory} was made with, got others "
-            f"({'; '.join(other)}); choose another --out, or delete that checkpoint to start again"
+            f"expected the settings that the checkpoint in {directory} was made with, got "
+            f"different ones ({'; '.join(other)}); choose another --out, or delete the checkpoint "
+            "to start again"
         )

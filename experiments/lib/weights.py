@@ -1,4 +1,4 @@
-"""Weights as safetensors, with what a net's inputs and logits stand for."""
+"""Weights as safetensors, with the meaning of the net's inputs and logits."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def save(
     """Write parameters as safetensors, named by their paths joined by "/".
 
     Args:
-      path: of the file.
+      path: the file.
       params: a pytree.
-      dtype: what arrays are rounded to; None for their own.
-      interface: what the net's inputs and logits stand for, which `interface` gives back.
-      made: how they were made, which `made` gives back: what JSON can hold.
+      dtype: dtype to round arrays to; None for their own.
+      interface: meaning of the net's inputs and logits; the function `interface` reads it back.
+      made: how the weights were made, in JSON's types; the function `made` reads it back.
 
     Raises:
-      ValueError: if two of the pytree's paths are the same name.
+      ValueError: if two of the pytree's paths give the same name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In C's order, which is how safetensors reads an array's memory, whatever its strides.
+    # In C order, since safetensors ignores strides and copies an array's memory as it is.
     named = {
         name: np.asarray(leaf, dtype, order="C") for name, leaf in models.by_path(params).items()
     }
@@ -56,17 +56,16 @@ def load(path: Path, dtype: DTypeLike | None = None) -> Params:
     """Return the arrays of a safetensors file, nested by the parts of their names.
 
     Args:
-      path: of the file.
-      dtype: what they are turned into, of floating-point numbers; None for what they are written
-        as.
+      path: the file.
+      dtype: floating-point dtype to convert the arrays to; None to keep their own.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it isn't a whole file of safetensors, if a name is both an array and a folder
-        of arrays, or if arrays that aren't of floating-point numbers would be turned into such.
+      ValueError: if it isn't an intact safetensors file, if a name is both an array and a folder of
+        arrays, or if arrays that aren't floating-point would be converted.
     """
     with _opened(path) as file:
-        names = sorted(file.keys())  # a name comes before those that it is a folder of
+        names = sorted(file.keys())  # a name sorts before the names inside it
         arrays = [file.get_tensor(name) for name in names]
     others = [
         f"{array.dtype} in {name}"
@@ -76,7 +75,7 @@ def load(path: Path, dtype: DTypeLike | None = None) -> Params:
     if dtype is not None and others:
         raise options.UsageError(
             f"expected floating-point weights in {path}, got {', '.join(others)}; write them as "
-            "floating-point numbers, scaled as they are used"
+            "floating-point numbers, scaled as the net uses them"
         )
     params: dict[str, Any] = {}
     for name, array in zip(names, arrays, strict=True):
@@ -86,19 +85,19 @@ def load(path: Path, dtype: DTypeLike | None = None) -> Params:
             inner = inner.setdefault(folder, {})
             if not isinstance(inner, dict):
                 raise options.UsageError(
-                    f"expected names that are either arrays or folders of arrays in {path}, got "
-                    f"one that is both, on the way to {name}; rename one of them"
+                    f"expected each name in {path} to be an array or a folder of arrays, got one "
+                    f"that is both, on the way to {name}; rename one of them"
                 )
         inner[leaf] = jnp.asarray(array, dtype)
     return params
 
 
 def load_net(path: Path, shape: Sequence[int]) -> tuple[models.Classifier, Params]:
-    """Return the net that a file of weights is of, and its parameters, as float32.
+    """Return the net that a file of weights belongs to, and its parameters, as float32.
 
     Args:
-      path: of the file.
-      shape: of the images that the net is for, (H, W, C).
+      path: the file.
+      shape: shape of the images that the net is for, (H, W, C).
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -115,7 +114,7 @@ def load_net(path: Path, shape: Sequence[int]) -> tuple[models.Classifier, Param
 def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected a file of weights, got {path}, which isn't there; "
+            f"expected a file of weights, got {path}, which doesn't exist; "
             "name a .safetensors file, or module:function"
         )
     try:
@@ -123,22 +122,22 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise options.UsageError(
-            f"expected safetensors in {path}, got {error}; write it again, e.g. with "
+            f"expected safetensors in {path}, got: {error}; write it again, e.g. with "
             "safetensors.flax.save_file"
         ) from error
 
 
 def made(path: Path) -> dict[str, Any] | None:
-    """Return how a file's weights were made; None if it doesn't say, or doesn't exist."""
+    """Return how a file's weights were made; None if that isn't recorded, or there is no file."""
     return _said(path, "made") if path.is_file() else None
 
 
 def interface(path: Path) -> data.Interface | None:
-    """Return the interface of the weights' net; None if the file doesn't have it.
+    """Return the interface of the weights' net; None if it isn't recorded.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if what the file says isn't an interface.
+      ValueError: if what is recorded isn't an interface.
     """
     said = _said(path, "interface")
     if said is None:
