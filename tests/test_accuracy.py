@@ -198,7 +198,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_raises_what_was_expected_and_what_came(name):
+def test_errors_about_bad_input_say_what_was_expected_and_what_was_passed(name):
     function, error = BAD[name]
     with pytest.raises(error, match=r"(?s)expected .*got .*;"):
         function()

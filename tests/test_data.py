@@ -1,4 +1,4 @@
-"""MNIST is what its authors published, pixel for pixel, whatever happened while it was prepared."""
+"""MNIST as its authors published it, however its preparation went; image folders; CIFAR-10."""
 
 import gzip
 import hashlib
@@ -25,7 +25,7 @@ from experiments.lib import cache, data, options
 
 ROOT = Path(data.__file__).resolve().parents[2]
 
-# Size and the beginning of the sha256 as tensorflow-datasets registers them.
+# Size and first digits of the sha256, as registered in tensorflow-datasets.
 ORIGINALS = {
     "train-images-idx3-ubyte.gz": (9912422, "440fcabf73cc546fa21475e81ea37026"),
     "train-labels-idx1-ubyte.gz": (28881, "3552534a0a558bbed6aed32b30c495cc"),
@@ -33,7 +33,7 @@ ORIGINALS = {
     "t10k-labels-idx1-ubyte.gz": (4542, "f7ae60f92e00ec6debd23a6088c31dbd"),
 }
 
-# Run where warnings are errors; says on its last line what it imported and whom it tried to reach.
+# Run with warnings as errors; its last line lists what it imported and which hosts it tried.
 LOAD = """
 import socket, sys
 reached = []
@@ -67,13 +67,13 @@ def finish(process):
 
 class Prepared(NamedTuple):
     directory: Path
-    debris: list  # what the killed process left
-    outputs: list  # of the two processes that then prepared at once
+    debris: list  # files that the killed process left behind
+    outputs: list  # of the two processes that then prepared it concurrently
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """MNIST, prepared after a kill -9 by two processes at once."""
+    """MNIST, prepared by two concurrent processes after a third was killed by SIGKILL."""
     directory = tmp_path_factory.mktemp("data")
     killed = python(LOAD, directory)
     deadline = time.monotonic() + 60
@@ -94,7 +94,7 @@ def mnist(prepared):
 
 
 class Preparation:
-    """Stands in for the 15 seconds of the real one, and counts how often it was needed."""
+    """Stands in for the real preparation, which takes 15 seconds, and counts its calls."""
 
     def __init__(self):
         self.count = 0
@@ -122,7 +122,7 @@ def assert_same(got, arrays):
         np.testing.assert_array_equal(a, b, strict=True)
 
 
-# What MNIST is.
+# MNIST
 
 
 def test_the_embedded_originals_are_byte_exact():
@@ -132,14 +132,14 @@ def test_the_embedded_originals_are_byte_exact():
         assert hashlib.sha256(content).hexdigest().startswith(digest)
 
 
-def test_embedded_originals_and_crops_are_all_there_is():
-    # They lie beside the commands and not in lib/, where the module is.
+def test_the_folder_of_embedded_data_has_the_originals_and_the_crops_only():
+    # It is next to the commands, not in lib/ with the module.
     embedded = {path.name for path in data.ORIGINALS.iterdir()}
     assert embedded == {*ORIGINALS, "cifar10_crops.npz"}
     assert Path(data.__file__) == ROOT / "experiments" / "lib" / "data.py"
 
 
-def test_known_facts(mnist):
+def test_the_counts_of_each_class_and_the_first_labels_are_the_known_ones(mnist):
     train = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     test = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     np.testing.assert_array_equal(np.bincount(mnist.train_labels), train)
@@ -168,8 +168,6 @@ def test_arrays_are_mapped_and_read_only(mnist):
 
 
 def test_records_have_the_stock_layout(prepared, mnist):
-    import tensorflow_datasets as tfds
-
     builder = tfds.builder_from_directory(prepared.directory / "mnist/prepared/mnist/3.0.1")
     features = builder.info.features
     assert (features["image"].shape, features["image"].np_dtype) == ((28, 28, 1), np.uint8)
@@ -184,7 +182,7 @@ def test_records_have_the_stock_layout(prepared, mnist):
     assert record["label"] == mnist.test_labels[9999]
 
 
-# How it is prepared.
+# Preparation
 
 
 def test_a_killed_preparation_is_recovered_from(prepared, mnist):
@@ -194,7 +192,7 @@ def test_a_killed_preparation_is_recovered_from(prepared, mnist):
     assert not list(prepared.directory.rglob("*incomplete*"))
 
 
-def test_of_two_processes_at_once_one_prepares(prepared):
+def test_only_one_of_two_concurrent_processes_prepares(prepared):
     assert sorted("Downloading and preparing" in output for output in prepared.outputs) == [0, 1]
 
 
@@ -208,7 +206,7 @@ def test_opening_does_not_import_tensorflow_datasets(prepared):
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
-def test_a_damaged_original_is_named_with_its_cure(damage, tmp_path, monkeypatch):
+def test_a_damaged_original_is_reported_with_a_remedy(damage, tmp_path, monkeypatch):
     name = "t10k-labels-idx1-ubyte.gz"
     shutil.copytree(data.ORIGINALS, tmp_path / "originals")
     monkeypatch.setattr(data, "ORIGINALS", tmp_path / "originals")
@@ -235,7 +233,7 @@ def test_a_damaged_original_is_named_with_its_cure(damage, tmp_path, monkeypatch
         data.mnist(data_dir=tmp_path / "cache")
 
 
-# How it is kept.
+# The cache
 
 
 def test_the_second_call_opens_what_the_first_stored(preparation, tmp_path):
@@ -269,14 +267,14 @@ def test_a_damaged_cache_is_rebuilt(name, damage, preparation, tmp_path):
     assert preparation.count == 2
 
 
-def test_a_rebuilt_cache_leaves_open_arrays_alone(preparation, tmp_path):
+def test_rebuilding_the_cache_does_not_change_open_arrays(preparation, tmp_path):
     old = data.mnist(data_dir=tmp_path)
     cache.store(tmp_path / "mnist", tiny(seed=1))
     assert_same(old, tiny(seed=0))
     assert_same(data.mnist(data_dir=tmp_path), tiny(seed=1))
 
 
-# Stores one data set over another; killed at a numbered fsync or rename, of ten.
+# Stores one data set over another; killed at the given one of its ten fsyncs and renames.
 KILLED_STORE = """
 import os, signal, sys
 from pathlib import Path
@@ -304,7 +302,7 @@ def test_a_killed_store_never_mixes_old_and_new(moment, preparation, tmp_path):
     process = python(KILLED_STORE, tmp_path, moment, Path(__file__).parent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if moment < 10 else 0), err
-    # Until the first rename, nothing of the old one is touched.
+    # Until the first rename, the old one is untouched.
     assert_same(data.mnist(data_dir=tmp_path), tiny(seed=1 if moment < 2 else 0))
     assert preparation.count == (moment in range(2, 10))
 
@@ -330,7 +328,7 @@ def test_the_default_directory(variables, expected, preparation, tmp_path, monke
     assert (tmp_path / expected / "mnist" / "train_images.npy").is_file()
 
 
-# What is made of it.
+# Scaling and splitting
 
 
 def test_scale_divides_by_256():
@@ -341,7 +339,7 @@ def test_scale_divides_by_256():
     np.testing.assert_array_equal(scaled * 256, images)
 
 
-def test_scale_refuses_what_is_not_pixels():
+def test_scale_refuses_floats_and_single_images():
     with pytest.raises(TypeError, match="expected uint8 pixels, got float32; pass the pixels"):
         data.MNIST.inputs(np.zeros((2, 28, 28, 1), np.float32))
     with pytest.raises(ValueError, match=r"\[n, H, W, C\], got \[28, 28, 1\]; .*images\[i : i"):
@@ -359,16 +357,16 @@ def test_split_is_a_partition_drawn_by_seed(n, holdout):
 
 
 @pytest.mark.parametrize("holdout", [-1, 61])
-def test_split_refuses_more_than_there_is(holdout):
+def test_split_refuses_a_holdout_that_is_negative_or_too_large(holdout):
     with pytest.raises(ValueError, match=rf"expected holdout in 0\.\.60, got {holdout}; hold out"):
         data.split(60, holdout, seed=3)
 
 
-# Folders of images, and CIFAR-10.
+# Folders of images, and CIFAR-10
 
 
 def folder_of(place, sizes=((5, 4),) * 3, mode="RGB", suffix="png"):
-    """`train` and `test` with classes a and b, three images each; returns the pixels by path."""
+    """Write `train` and `test`, classes a and b, three images each; return the pixels."""
     rng = np.random.default_rng(0)
     pixels = {}
     for part in ("test", "train"):
@@ -383,7 +381,7 @@ def folder_of(place, sizes=((5, 4),) * 3, mode="RGB", suffix="png"):
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
-def test_a_folder_comes_as_its_pixels_in_the_order_of_its_names(tmp_path, mode, channels):
+def test_a_folder_is_read_as_pixels_in_the_order_of_file_names(tmp_path, mode, channels):
     pixels = folder_of(tmp_path / "images", mode=mode)
     read = data.image_folder(tmp_path / "images", data_dir=tmp_path / "cache")
     for part in ("train", "test"):
@@ -395,7 +393,7 @@ def test_a_folder_comes_as_its_pixels_in_the_order_of_its_names(tmp_path, mode, 
         np.testing.assert_array_equal(images.reshape(np.shape(expected)), expected)
 
 
-def test_a_folder_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
+def test_a_folder_is_read_once_and_again_after_it_changes(tmp_path, monkeypatch):
     place, cache = tmp_path / "images", tmp_path / "cache"
     folder_of(place)
     calls = []
@@ -410,7 +408,7 @@ def test_a_folder_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
     np.testing.assert_array_equal(read.test_images[4], np.broadcast_to([9, 8, 7], (4, 5, 3)))
 
 
-def test_once_a_broken_folder_is_mended_nothing_of_the_failure_is_left(tmp_path):
+def test_a_folder_can_be_read_once_its_broken_image_is_repaired(tmp_path):
     place = tmp_path / "images"
     folder_of(place)
     path = place / "test" / "a" / "1.png"
@@ -422,7 +420,7 @@ def test_once_a_broken_folder_is_mended_nothing_of_the_failure_is_left(tmp_path)
     assert len(read(place).test_labels) == 6
 
 
-def test_jpegs_are_decoded_and_hidden_files_passed_over(tmp_path):
+def test_jpegs_are_decoded_and_hidden_files_are_ignored(tmp_path):
     place = tmp_path / "images"
     folder_of(place, suffix="jpg")
     (place / "train" / ".hidden").mkdir()
@@ -432,8 +430,8 @@ def test_jpegs_are_decoded_and_hidden_files_passed_over(tmp_path):
         np.testing.assert_array_equal(read.train_images[5], np.asarray(image))
 
 
-def test_cifar10_is_the_archives_bytes_in_their_order(tmp_path, monkeypatch):
-    """Through the stock builder's own list of files, the archive being a small one."""
+def test_cifar10_has_the_archives_bytes_in_order(tmp_path, monkeypatch):
+    """With the stock builder's own list of files and a small archive."""
     rng = np.random.default_rng(0)
     place = tmp_path / "extracted" / "cifar-10-batches-bin"
     place.mkdir(parents=True)
@@ -460,13 +458,13 @@ def test_cifar10_is_the_archives_bytes_in_their_order(tmp_path, monkeypatch):
         (read.test_images, read.test_labels, records["test_batch"]),
     ):
         np.testing.assert_array_equal(labels, expected[:, 0])
-        # Planes of red, green and blue, each by rows.
+        # Red, green and blue planes, each in row-major order.
         for c in range(3):
             plane = expected[:, 1 + 1024 * c : 1 + 1024 * (c + 1)].reshape(-1, 32, 32)
             np.testing.assert_array_equal(images[..., c], plane)
 
 
-def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
+def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     def download(self, url):
         raise tfds.download.DownloadError("no network here")
 
@@ -476,7 +474,7 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
         data.cifar10(data_dir=tmp_path)
 
 
-def test_one_colour_image_makes_all_colour_images(tmp_path):
+def test_with_one_colour_image_all_are_read_in_colour(tmp_path):
     pixels = folder_of(tmp_path / "images", mode="L")
     Image.new("RGB", (5, 4), (9, 8, 7)).save(tmp_path / "images" / "test" / "b" / "1.png")
     read = data.image_folder(tmp_path / "images", data_dir=tmp_path / "cache")
@@ -485,7 +483,7 @@ def test_one_colour_image_makes_all_colour_images(tmp_path):
     np.testing.assert_array_equal(read.train_images[0], np.stack([grey] * 3, -1))
 
 
-def test_a_description_tells_other_pixels_and_lossy_files(tmp_path):
+def test_a_description_changes_with_the_pixels_and_mentions_lossy_files(tmp_path):
     texts = []
     for name, suffix in (("one", "png"), ("same", "png"), ("jpeg", "jpg")):
         folder_of(tmp_path / name, suffix=suffix)
@@ -500,22 +498,22 @@ def test_a_description_tells_other_pixels_and_lossy_files(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["images/train", "images"])
-def test_without_a_part_for_testing_every_fifth_image_is(tmp_path, where):
+def test_without_a_test_part_every_fifth_image_is_held_out(tmp_path, where):
     pixels = folder_of(tmp_path / "images", sizes=((5, 4),) * 11)
     shutil.rmtree(tmp_path / "images" / "test")
     read = data.image_folder(tmp_path / where, data_dir=tmp_path / "cache")
-    order = sorted(range(11), key=str)  # by the names of the files
+    order = sorted(range(11), key=str)  # by file name
     for part, kept in (("test", order[::5]), ("train", [i for n, i in enumerate(order) if n % 5])):
         expected = [pixels["train", name, i] for name in "ab" for i in kept]
         np.testing.assert_array_equal(getattr(read, f"{part}_images"), expected)
         np.testing.assert_array_equal(getattr(read, f"{part}_labels"), np.repeat([0, 1], len(kept)))
 
 
-def test_images_of_any_sizes_are_resized_by_their_middle(tmp_path):
+def test_images_of_any_size_are_cropped_to_their_middle_square_and_resized(tmp_path):
     place = tmp_path / "images"
     folder_of(place, sizes=((5, 4), (9, 30), (8, 8)))
     stripes = np.zeros((8, 40, 3), np.uint8)
-    stripes[:, 10:30] = 200  # its middle square is 16:24, and interpolation looks beyond it
+    stripes[:, 10:30] = 200  # the middle square is 16:24; interpolation would reach beyond it
     Image.fromarray(stripes).save(place / "train" / "a" / "0.png")
     for side in (4, 6):
         read = data.image_folder(place, resize=side, data_dir=tmp_path / "cache")
@@ -526,20 +524,20 @@ def test_images_of_any_sizes_are_resized_by_their_middle(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_other_data_is_resized_like_a_folder(monkeypatch, channels):
+def test_named_data_is_resized_like_a_folder(monkeypatch, channels):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 6, 8, channels), dtype=np.uint8)
     labels = np.arange(3, dtype=np.int32)
     monkeypatch.setattr(
         data, "mnist", lambda: data.Dataset(pixels, labels, pixels[:2], labels[:2], tuple("abc"))
     )
-    read = data.named("mnist", resize=6)  # which only crops
+    read = data.named("mnist", resize=6)  # this only crops
     np.testing.assert_array_equal(read.train_images, pixels[:, :, 1:7])
     np.testing.assert_array_equal(read.test_images, pixels[:2, :, 1:7])
     assert data.named("mnist").train_images is pixels
 
 
-# What users' own folders hold.
+# Kinds of files in users' folders
 
 
 @pytest.fixture
@@ -558,7 +556,7 @@ def images_of(place):
 
 
 def each_saved(place, change, **options):
-    """Write each image of a folder as `change` makes it; return the first of class a, as saved."""
+    """Apply `change` to each image of a folder; return the first of class a, as saved."""
     for path in images_of(place):
         with Image.open(path) as image:
             image.load()
@@ -569,7 +567,7 @@ def each_saved(place, change, **options):
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "P"])
-def test_a_folder_stored_as_grey_in_another_way_has_one_channel(place, mode):
+def test_grey_images_in_any_mode_have_one_channel(place, mode):
     first = each_saved(place, lambda image: image.convert(mode))
     assert first.mode == mode
     images = read(place).train_images
@@ -577,7 +575,7 @@ def test_a_folder_stored_as_grey_in_another_way_has_one_channel(place, mode):
     np.testing.assert_array_equal(images[0, ..., 0], np.asarray(first.convert("L")))
 
 
-def test_a_palette_with_a_colour_makes_a_folder_colour(place):
+def test_a_palette_image_with_a_colour_counts_as_colour(place):
     path = place / "test" / "b" / "1.png"
     Image.fromarray(np.full((4, 5, 3), (9, 8, 7), np.uint8)).quantize(2).save(path)
     np.testing.assert_array_equal(read(place).test_images[4, 0, 0], [9, 8, 7])
@@ -585,7 +583,7 @@ def test_a_palette_with_a_colour_makes_a_folder_colour(place):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_photographs_are_turned_as_their_exif_orientation_says(tmp_path, suffix):
-    # By the EXIF standard: what is the stored first row, and the first column, of what is seen.
+    # The EXIF standard defines them by where the stored first row and column are displayed.
     as_seen = [
         lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud, np.transpose,
         lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).T, np.rot90,
@@ -602,7 +600,7 @@ def test_photographs_are_turned_as_their_exif_orientation_says(tmp_path, suffix)
         np.testing.assert_allclose(got, turn(stored), atol=0 if suffix == "png" else 2)
 
 
-def test_a_class_whose_name_is_written_in_two_ways_is_one(place):
+def test_a_class_name_composed_or_decomposed_in_unicode_is_one_class(place):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     (place / "train" / "a").rename(place / "train" / composed)
     (place / "test" / "a").rename(place / "test" / decomposed)
@@ -612,7 +610,7 @@ def test_a_class_whose_name_is_written_in_two_ways_is_one(place):
 
 
 @pytest.mark.parametrize("name", ["mnst", "fashion_mnist", "gone/images"])
-def test_a_name_that_is_no_data_is_an_error_that_says_what_may_be_named(name):
+def test_an_unknown_name_of_data_is_an_error_that_lists_the_choices(name):
     with pytest.raises(FileNotFoundError, match=rf"cifar10, tfds:NAME or a folder .* '{name}', an"):
         data.named(name)
 
@@ -628,7 +626,7 @@ def test_links_to_classes_and_images_are_followed(place):
     np.testing.assert_array_equal(images[3], images[6])
 
 
-def test_a_class_whose_name_is_no_text_is_read(place):
+def test_a_class_whose_name_is_not_valid_unicode_is_read(place):
     for part in ("train", "test"):
         os.rename(place / part / "b", os.fsencode(place / part) + b"/\xff\n")
     assert read(place).classes == ("a", "\udcff\n")
@@ -640,7 +638,7 @@ def test_uppercase_suffixes_are_images(place):
     assert len(read(place).train_labels) == 6
 
 
-def test_jpegs_of_inks_become_rgb(place):
+def test_cmyk_jpegs_become_rgb(place):
     for path in images_of(place):
         path.unlink()
         Image.new("CMYK", (5, 4), (0, 255, 255, 0)).save(path.with_suffix(".jpg"))
@@ -648,7 +646,7 @@ def test_jpegs_of_inks_become_rgb(place):
     np.testing.assert_allclose(red, [255, 0, 0], atol=4)
 
 
-def test_an_opaque_alpha_channel_is_left_out(place):
+def test_an_opaque_alpha_channel_is_dropped(place):
     pixels = np.arange(80, dtype=np.uint8).reshape(4, 5, 4)
     pixels[..., 3] = 255
     each_saved(place, lambda _: Image.fromarray(pixels))
@@ -663,13 +661,13 @@ def test_of_a_jpeg_with_a_preview_the_first_image_is_read(place):
     assert (read(place).train_images == 255).all()
 
 
-def test_a_jpeg_called_png_is_said_to_be_lossy(place):
+def test_a_jpeg_named_png_is_described_as_lossy(place):
     each_saved(place, lambda image: image, format="JPEG")
     assert "JPEG (lossy)" in data.describe(place, read(place))
 
 
 def png_of_16_bits(colour_type, channels):
-    """A PNG of 5x4 pixels by hand, since Pillow writes no colours of 16 bits."""
+    """A PNG of 5x4 pixels, by hand, since Pillow can't write 16-bit colour."""
 
     def chunk(name, content):
         checked = name + content
@@ -727,7 +725,7 @@ def transparent(mode, colour, **options):
         "LA", "RGBA", "transparent palette", "transparent grey",
     ],
 )  # fmt: skip
-def test_an_image_that_cant_be_read_as_it_is_is_an_error_naming_it(place, content, message):
+def test_an_error_about_an_unusable_image_names_it(place, content, message):
     (place / "test" / "b" / "1.png").write_bytes(content)
     start = r"expected an opaque image of 8 bits for each pixel and colour in .*test.b.1\.png, "
     with pytest.raises(ValueError, match=start + message):
@@ -760,7 +758,7 @@ def alone(classes):
     Image.new("L", (5, 4)).save(classes / "b" / "0.png")
 
 
-# name: how the folder is damaged, and the error
+# name: how to damage the folder, and the error
 BROKEN = {
     "no train": (lambda p: shutil.rmtree(p / "train"), r"a folder .*train with a folder of image"),
     "test by another name": (lambda p: (p / "test").rename(p / "val"),
@@ -796,14 +794,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_folder_that_is_no_data_set_is_an_error_naming_the_place(place, how):
+def test_an_error_about_an_unusable_folder_names_the_place(place, how):
     change, message = BROKEN[how]
     change(place)
     with pytest.raises((options.UsageError, FileNotFoundError), match=f"expected .*{message}"):
         read(place)
 
 
-def test_cifar10s_scale_and_crop_are_the_papers():
+def test_cifar10_is_scaled_and_cropped_as_in_the_paper():
     pixels = np.zeros((1, 32, 33, 3), np.uint8)
     pixels[:, 2:30, 2:30] = 117
     pixels[:, 2, 2], pixels[:, 29, 29] = 1, 255

@@ -1,4 +1,4 @@
-"""`jaxadv.attack.deepfool`: what is its own; the contract is in test_contract."""
+"""`jaxadv.attack.deepfool`; test_contract tests what all attacks have in common."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def assert_least(r, params, x, y, norm):
 
 @every_norm
 @pytest.mark.parametrize("scale", [1, 60])
-def test_on_probabilities_two_classes_suffice_at_any_confidence(norm, scale):
+def test_two_classes_are_exact_on_probabilities_at_any_confidence(norm, scale):
     (w, b), x, y = linear_problem(2, seed=2)
     params = (np.float32(scale) * w, np.float32(scale) * b)
     z = linear(params, x)
@@ -42,28 +42,28 @@ def test_deepfool_crosses_without_an_overshoot(norm):
 
 
 @pytest.mark.parametrize("output", ["logits", "probabilities"])
-def test_deepfool_finds_a_boundary_of_a_curved_net_that_no_shorter_one_of_its_kind_does(output):
+def test_on_a_curved_net_deepfool_ends_just_past_the_boundary(output):
     params, x, y = curved_problem()
     r = np.asarray(deepfool(curved, params, x, y, norm="l2", output=output))
     hit = misled(curved, params, x, y, r)
-    np.testing.assert_array_equal(hit, (r != 0).any(axis=1))  # where none is found it says 0
+    np.testing.assert_array_equal(hit, (r != 0).any(axis=1))  # 0 where it found none
     assert hit.mean() > 0.95
     assert misled(curved, params, x, y, np.float32(0.998) * r)[hit].mean() < 0.1
 
 
 def arch(params, x):
-    """Class 1 only in a thin shell, that DeepFool's overshoot jumps over."""
+    """Class 1 only in a thin shell, which DeepFool's overshoot jumps over."""
     t = x[:, 0]
     return jnp.stack([0 * t, params - 400 * (t - 1) ** 2 + 1e-3 * t], axis=1)
 
 
-def test_where_the_overshoot_is_too_much_the_point_before_it_counts():
+def test_if_the_overshoot_goes_too_far_the_point_before_it_counts():
     x = np.array([[0.9, 0.0]], np.float32)
     r = deepfool(arch, np.float32(0.02), x, np.array([0]), norm="l2", overshoot=2.0)
     assert int(arch(0.02, x + np.asarray(r)).argmax()) == 1
 
 
-def test_without_an_overshoot_or_steps_enough_what_is_not_found_is_0():
+def test_with_too_few_steps_r_is_0_where_no_boundary_was_crossed():
     params, x, y = curved_problem()
     r = np.asarray(deepfool(curved, params, x, y, norm="l2", steps=1, overshoot=0.0))
     hit = misled(curved, params, x, y, r)
@@ -71,8 +71,8 @@ def test_without_an_overshoot_or_steps_enough_what_is_not_found_is_0():
     assert 0 < hit.sum() < len(x)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU's cache sets that number")
-def test_on_cpu_deepfool_goes_back_for_as_many_classes_as_a_cache_holds(monkeypatch):
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the cache matters only on CPU")
+def test_on_cpu_deepfool_backpropagates_as_many_classes_at_once_as_fit_the_cache(monkeypatch):
     rng = np.random.default_rng(0)
     params = rng.normal(size=(64, 50)).astype(np.float32), np.zeros(50, np.float32)
     x = rng.normal(size=(8, 64)).astype(np.float32)
@@ -81,13 +81,13 @@ def test_on_cpu_deepfool_goes_back_for_as_many_classes_as_a_cache_holds(monkeypa
     def compiled(cached):
         monkeypatch.setattr(jacobian, "_CACHED", cached)
 
-        def net(params, x):  # anew, for another program
+        def net(params, x):  # a new function, which is compiled anew
             return linear(params, x)
 
         return deepfool.lower(net, params, x, y).compile()
 
     one, every = compiled(0), compiled(10**9)
-    # At once there are the differences of 49 classes, each of x's size.
+    # All at once, the differences of 49 classes are in memory, each of x's size.
     every_bytes, one_bytes = (p.memory_analysis().temp_size_in_bytes for p in (every, one))
     assert every_bytes > 49 * x.nbytes > 3 * one_bytes
     np.testing.assert_allclose(one(params, x, y), every(params, x, y), rtol=1e-5, atol=1e-6)
@@ -95,7 +95,7 @@ def test_on_cpu_deepfool_goes_back_for_as_many_classes_as_a_cache_holds(monkeypa
 
 
 def published_deepfool(z, x, y, lo, hi, steps=50, overshoot=0.02):
-    """DeepFool in l2 as its authors publish it, clipped to the box after each step."""
+    """DeepFool in l2 as its authors published it, clipped to the box after each step."""
     total, moved = np.zeros_like(x), x
     for _ in range(steps):
         logits, jac = z(moved)
@@ -113,7 +113,7 @@ def published_deepfool(z, x, y, lo, hi, steps=50, overshoot=0.02):
 def test_deepfool_in_a_box_is_no_longer_than_the_published_one():
     rng = np.random.default_rng(0)
     v, w = rng.normal(size=(20, 30)), rng.normal(size=(30, 5))
-    x = np.clip(rng.normal(0.5, 0.6, size=(60, 20)), 0, 1)  # a third of the entries at a wall
+    x = np.clip(rng.normal(0.5, 0.6, size=(60, 20)), 0, 1)  # a third of the entries are on a bound
 
     def net(params, x):
         return jnp.tanh(x @ params[0]) @ params[1]
@@ -128,6 +128,6 @@ def test_deepfool_in_a_box_is_no_longer_than_the_published_one():
     want = np.array([published_deepfool(z, *row, 0, 1) for row in zip(x, y, strict=True)])
     assert (np.argmax(np.tanh((x + r) @ v) @ w, axis=1) != y).mean() == 1
     ours, theirs = (np.linalg.norm(each, axis=1) for each in (r, want))
-    # Both take the same steps; the bisection at the end makes ours the smaller.
+    # Both take the same steps; the bisection at the end makes ours smaller.
     assert np.median(ours) <= np.median(theirs) * (1 + 1e-3)
     assert np.mean(ours > 1.02 * theirs) <= 0.05

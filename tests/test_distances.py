@@ -1,4 +1,4 @@
-"""`evaluate.distances`: the least of several attacks, measured anew, within a budget of passes."""
+"""`evaluate.distances`: the smallest perturbation that several attacks find within a budget."""
 
 import functools
 
@@ -32,7 +32,7 @@ def problem(n=30):
 
 
 def found_by(r, passes=1):
-    """Return an attack that moves every example by r and reports these passes."""
+    """Return an attack that moves every example by r and reports `passes` passes."""
 
     @attack.reports
     def method(apply_fn, params, x, y, /, *, eps=None, key=None, bounds=None):
@@ -43,7 +43,7 @@ def found_by(r, passes=1):
     return method
 
 
-def test_sizes_are_the_distances_to_the_boundary_and_0_where_x_is_wrong():
+def test_sizes_are_distances_to_the_boundary_and_0_where_the_net_is_wrong():
     w, x, y, want = problem()
     attacks = {"ddn": attack.ddn, "fmn": attack.fmn}
     found = evaluate.distances(linear, w, x, y, attacks=attacks, batch_size=8)
@@ -58,7 +58,7 @@ def test_sizes_are_the_distances_to_the_boundary_and_0_where_x_is_wrong():
     np.testing.assert_allclose(found.median, np.median(want), rtol=0.01)
 
 
-def test_the_least_that_misleads_the_net_is_kept_whatever_attacks_say_of_theirs():
+def test_the_smallest_perturbation_that_misleads_the_net_is_kept():
     x = np.array([[2.0, 0], [0, 3]], np.float32)
     attacks = {
         "far": found_by([-9.0, 4.0]), "short": found_by([-1.0, 0.5]), "near": found_by([-2.0, 1.0]),
@@ -72,7 +72,7 @@ def test_the_least_that_misleads_the_net_is_kept_whatever_attacks_say_of_theirs(
     assert found.accuracy(2.3) == 0.5
 
 
-def test_what_is_found_past_the_budget_does_not_count():
+def test_perturbations_found_past_the_budget_do_not_count():
     x, y = np.array([[2.0, 0]], np.float32), np.array([0])
     attacks = {"far": found_by([-9.0, 4.0], 3), "near": found_by([-2.0, 1.0], 2)}
     run = functools.partial(evaluate.distances, lambda _, x: x, None, x, y, attacks=attacks)
@@ -83,7 +83,7 @@ def test_what_is_found_past_the_budget_does_not_count():
     assert [int(passes["near"].forward[0]), int(passes["far"].backward[0])] == [2, 3]
 
 
-def test_what_is_not_finite_is_nan_and_a_wrong_label_0():
+def test_the_size_is_nan_for_a_nonfinite_example_and_0_for_an_invalid_label():
     x = np.array([[2.0, 0], [np.nan, 0], [2, 0]], np.float32)
     attacks = {"ddn": attack.ddn}
     found = evaluate.distances(lambda _, x: x, None, x, np.array([0, 0, 7]), attacks=attacks)
@@ -95,7 +95,7 @@ def test_what_is_not_finite_is_nan_and_a_wrong_label_0():
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
-def test_the_usual_attacks_keep_to_the_budget(norm):
+def test_the_default_attacks_keep_to_the_budget(norm):
     w, x, y, _ = problem(4)
     found = evaluate.distances(
         linear, w, x, y, norm=norm, budget=1000, key=jax.random.key(0), bounds=(-9.0, 9.0)
@@ -108,7 +108,7 @@ def test_the_usual_attacks_keep_to_the_budget(norm):
 
 def test_examples_may_lie_on_a_mesh():
     w, x, y, want = problem(16)
-    mesh = jax.make_mesh((1,), ("data",))  # of Explicit axes in newer JAX
+    mesh = jax.make_mesh((1,), ("data",))  # its axes are Explicit in newer JAX
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     attacks = {"fmn": attack.fmn}
     found = evaluate.distances(linear, w, jax.device_put(x, rows), y, attacks=attacks)
@@ -126,7 +126,7 @@ def test_examples_may_lie_on_a_mesh():
         ({"attacks": {"ddn": attack.ddn}, "bounds": (0.0, 1.0)}, ValueError, "x within bounds"),
     ],
 )
-def test_arguments_that_make_no_sense_are_named_with_their_cure(wrong, error, match):
+def test_bad_arguments_are_reported_with_a_remedy(wrong, error, match):
     w, x, y, _ = problem(4)
     with pytest.raises(error, match=match):
         evaluate.distances(linear, w, x, y, key=jax.random.key(0), **wrong)

@@ -1,4 +1,4 @@
-"""The documentation's examples run as they are printed, and do what the text says of them."""
+"""The documentation's examples run as printed, and do what the text says they do."""
 
 import doctest
 import importlib.util
@@ -31,12 +31,12 @@ def run(example, *arguments):
 
 
 @pytest.mark.slow
-def test_a_net_by_hand_becomes_robust():
+def test_a_hand_written_net_becomes_robust():
     normal, lwa = run(DOCS / "examples" / "by_hand.py")
     assert lwa > normal
 
 
-def test_an_attack_of_ones_own_beats_one_step():
+def test_a_users_attack_beats_one_step():
     one_step, many = run(DOCS / "examples" / "new_attack.py")
     assert many < one_step < 1
 
@@ -70,7 +70,7 @@ def test_examples_run(example):
 
 
 @pytest.mark.slow
-def test_images_in_a_folder_are_learned(tmp_path):
+def test_a_net_learns_the_images_of_a_folder(tmp_path):
     rng = np.random.default_rng(0)
     for part, n in (("train", 75), ("test", 10)):
         for place, name in enumerate(("left", "right")):
@@ -84,7 +84,7 @@ def test_images_in_a_folder_are_learned(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_net_in_onnx_is_attacked_and_its_runtime_agrees(tmp_path):
+def test_an_onnx_net_is_attacked_and_onnxruntime_agrees(tmp_path):
     for module in ("onnx", "onnxruntime"):
         pytest.importorskip(module, reason="the extra docs has it")
     wheel = ["--no-deps", "--only-binary=:all:", "--dest", tmp_path, "rapidocr==3.10.0"]
@@ -120,7 +120,7 @@ batches = x[None], y[None]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
-def test_what_is_printed_on_a_page_runs(page, tmp_path, monkeypatch):
+def test_a_pages_python_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names = {}
@@ -148,7 +148,7 @@ SESSIONS = {page: re.findall(r"```pycon\n(.*?)```", page.read_text(), re.DOTALL)
 @pytest.mark.parametrize(
     "page", [page for page in SESSIONS if SESSIONS[page]], ids=lambda page: page.stem
 )
-def test_a_session_on_a_page_prints_what_the_page_says(page):
+def test_a_pages_sessions_print_what_the_page_shows(page):
     session = doctest.DocTestParser().get_doctest(
         "\n".join(SESSIONS[page]), {}, page.name, page.name, 0
     )
@@ -161,13 +161,13 @@ def test_a_session_on_a_page_prints_what_the_page_says(page):
 @pytest.mark.parametrize(
     "page", sorted([*DOCS.glob("*.md"), *DOCS.glob("notebooks/*.md")]), ids=lambda page: page.stem
 )
-def test_a_pages_links_lead_somewhere_in_the_repository_too(page):
+def test_a_pages_relative_links_exist_in_the_repository(page):
     targets = re.findall(r"\]\(((?!http)[^)#]+)(?:#[^)]*)?\)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.stem)
-def test_an_example_is_short_and_shown(example):
+def test_an_example_is_short_and_included_in_a_page(example):
     lines = example.read_text().splitlines()
     assert len(lines) <= {"tutorial": 90, "onnx_net": 120}.get(example.stem, 60)
     pages = "".join(page.read_text() for page in DOCS.glob("*.md"))
@@ -175,7 +175,7 @@ def test_an_example_is_short_and_shown(example):
 
 
 def names():
-    """The public names of each module, but the types, whose page is their module's."""
+    """The public names of each module except `types`, whose names have no pages of their own."""
     return {
         f"{module}.{name}"
         for module in jaxadv.__all__
@@ -194,17 +194,17 @@ def test_every_module_and_every_name_is_in_the_reference_once():
 
 @pytest.fixture
 def conf(monkeypatch):
-    """The settings of the site, as a module."""
+    """The site's conf.py as a module."""
     monkeypatch.setattr(shutil, "copytree", lambda *_, **__: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     spec = importlib.util.spec_from_file_location("conf", DOCS / "conf.py")
     module = importlib.util.module_from_spec(spec)
-    module.tags = types.SimpleNamespace(has=lambda name: False)  # Sphinx puts it there
+    module.tags = types.SimpleNamespace(has=lambda name: False)  # Sphinx defines it
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_records_on_a_functions_page_are_there(conf):
+def test_the_records_listed_on_a_functions_page_exist(conf):
     shown = conf.recorded()
     assert {name.removeprefix("jaxadv.") for name in shown} <= names()
     for text in shown.values():
@@ -214,7 +214,7 @@ def test_the_records_on_a_functions_page_are_there(conf):
         assert all(path.with_suffix(path.suffix or ".md").exists() for path in records)
 
 
-def test_a_link_to_the_source_goes_to_the_lines_that_define_it(conf):
+def test_a_source_link_points_to_the_lines_that_define_the_name(conf):
     conf.repository = "https://example.org/jaxadv"
     for name in ("jaxadv.perturb.loss", "jaxadv.attack.pgd", "jaxadv.problem.Problem.of"):
         module, _, attribute = name.partition(".")[2].partition(".")

@@ -16,7 +16,7 @@ KEY = jax.random.key(5)
 
 
 def net(params, x):
-    """Logits are the inputs themselves."""
+    """The logits are the inputs, scaled."""
     return params * x
 
 
@@ -30,7 +30,7 @@ def push(direction, size):
 
 
 def problem():
-    """Example i is class 0 by 0.5 i; number 3 is misclassified, number 4 isn't finite."""
+    """Example i is of class 0 with a margin that grows with i; 3 is misclassified, 4 is NaN."""
     x = np.zeros((N, D), np.float32)
     x[:, 0] = 0.5 * np.arange(N) + 0.25
     x[3] = 0, 9, 0
@@ -45,7 +45,7 @@ def run(**kwargs):
     return evaluate.attack_and_score(net, 1.0, *problem(), ATTACKS, eps=3.0, **kwargs)
 
 
-# Nets that attacks can't see through
+# Nets that return probabilities
 
 
 def softmax(scale, x):
@@ -64,7 +64,7 @@ PGD = functools.partial(attack.pgd, steps=2)
     ],
     ids=["one", "several", "distances"],
 )
-def test_probabilities_are_pointed_out_once(call):
+def test_a_net_that_returns_probabilities_causes_one_warning(call):
     x, y = np.eye(D, dtype=np.float32), np.arange(D)
     with pytest.warns(UserWarning, match="expected logits, got outputs in") as caught:
         call(softmax, 9.0, x, y)
@@ -75,7 +75,7 @@ def test_probabilities_are_pointed_out_once(call):
 # Several attacks
 
 
-def test_each_attack_is_run_on_what_those_before_have_left():
+def test_each_attack_runs_on_the_examples_that_survived_those_before():
     stages = run().stages
     assert list(stages) == list(ATTACKS)
     wrong = {name: np.flatnonzero(stage.fooled).tolist() for name, stage in stages.items()}
@@ -89,7 +89,7 @@ def test_each_attack_is_run_on_what_those_before_have_left():
     assert all(stage.seconds > 0 for stage in stages.values())
 
 
-def test_the_perturbation_that_misled_the_net_is_kept_and_others_are_0():
+def test_perturbations_that_misled_the_net_are_kept_and_others_are_0():
     result = run()
     want = np.zeros((N, D))
     want[[0, 1], 1], want[2, 2], want[5, 1] = 1, 2, 3
@@ -103,20 +103,20 @@ def test_the_batch_size_changes_nothing(batch_size):
     chex.assert_trees_all_equal(run()[:2], run(batch_size=batch_size)[:2])
 
 
-def test_nothing_is_attacked_where_nothing_is_right():
+def test_nothing_is_attacked_if_nothing_is_classified_correctly():
     x, y = problem()
     result = evaluate.attack_and_score(net, 1.0, x[3:5], y[3:5], ATTACKS, eps=1.0)
     assert not any(stage.tried.any() for stage in result.stages.values())
     np.testing.assert_array_equal(result.r, 0)
 
 
-def test_what_an_attack_refuses_is_said_before_any_runs():
+def test_arguments_that_an_attack_refuses_are_reported_before_any_attack_runs():
     x, y = problem()
     ran = []
 
     def first(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
         jax.debug.callback(lambda: ran.append(1))
-        return x * jnp.inf  # leaves nothing to the next
+        return x * jnp.inf  # so no example is left for the next attack
 
     attacks = {"first": first, "square": functools.partial(attack.square, steps=0)}
     with pytest.raises(ValueError, match="expected steps >= 1, got 0"):
@@ -127,7 +127,7 @@ def test_what_an_attack_refuses_is_said_before_any_runs():
     assert not ran
 
 
-def test_of_no_examples_there_is_nothing_to_attack():
+def test_zero_examples_give_empty_results():
     def of_pixels(w, x):
         return x.reshape(x.shape[0], 16) @ w
 
@@ -140,7 +140,7 @@ def test_of_no_examples_there_is_nothing_to_attack():
     assert list(result.stages) == list(evaluate.autoattack("linf"))
 
 
-def test_an_attack_is_compiled_for_three_shapes_at_the_most():
+def test_an_attack_is_compiled_for_few_batch_sizes():
     traced = []
 
     def counting(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
@@ -154,7 +154,7 @@ def test_an_attack_is_compiled_for_three_shapes_at_the_most():
     assert len(traced) == len(set(traced))
 
 
-def test_sizes_and_keys_belong_to_the_examples_and_each_attack_has_keys_of_its_own():
+def test_sizes_and_keys_stay_with_their_examples_and_each_attack_has_its_own_keys():
     seen = {}
 
     def spy(name):
@@ -186,7 +186,7 @@ def test_sizes_and_keys_belong_to_the_examples_and_each_attack_has_keys_of_its_o
     assert len(set.union(*keys.values())) == 10
 
 
-def test_no_attacks_and_no_key_raise():
+def test_an_empty_dict_of_attacks_and_a_missing_key_raise():
     x, y = problem()
     with pytest.raises(ValueError, match=r"at least one attack, got none; pass None for AutoAtt"):
         evaluate.attack_and_score(net, 1.0, x, y, {}, eps=1.0)
@@ -212,7 +212,7 @@ def test_autoattack_has_the_published_attacks_and_budgets():
     assert list(sparse) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert sparse["apgd-ce"].keywords["restarts"] == 5
     assert sparse["apgd-t"].keywords["n_targets"] == 5
-    assert sparse["fab-t"].keywords["n_targets"] == 9  # the authors' code lowers APGD's alone
+    assert sparse["fab-t"].keywords["n_targets"] == 9  # the authors' code lowers only APGD's
     random = evaluate.autoattack("linf", samples=20)
     assert list(random) == ["apgd-ce", "apgd-dlr"]
     assert all(method.keywords["samples"] == 20 for method in random.values())
@@ -227,7 +227,7 @@ def linear(w, x):
 
 
 def separated(norm, n=8):
-    """Images whose margin is 10% below and above what size 1 can cross, by turns."""
+    """Images, a linear net, its labels, and each image's distance to the boundary."""
     rng = np.random.default_rng(3)
     w = rng.normal(size=(16, 4)).astype(np.float32)
     x = rng.uniform(0.3, 0.7, size=(n, 4, 4, 1)).astype(np.float32)
@@ -245,9 +245,9 @@ def separated(norm, n=8):
 @pytest.mark.parametrize(
     "norm", ["l2", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("l1", "linf"))]
 )
-def test_on_a_linear_net_the_ensemble_breaks_what_can_be_broken_and_nothing_else(norm):
+def test_on_a_linear_net_the_ensemble_succeeds_exactly_where_the_boundary_is_in_reach(norm):
     w, x, y, distances = separated(norm)
-    # Square does least steps worth its name on images of this size; it must break nothing more.
+    # Square adds nothing on images this small.
     eps = (distances * np.where(np.arange(len(y)) % 2, 1.02, 0.98)).astype(np.float32)
     attacks = dict(evaluate.autoattack(norm))
     attacks.pop("square", None)
@@ -257,7 +257,7 @@ def test_on_a_linear_net_the_ensemble_breaks_what_can_be_broken_and_nothing_else
     assert (size <= eps * (1 + 1e-6)).all()
 
 
-def test_autoattack_in_l2_is_what_is_run_unless_others_are_given():
+def test_the_default_is_autoattack_in_l2():
     w, x, y, distances = separated("l2", n=3)
     of = {"eps": float(distances.max() * 1.1), "key": KEY, "bounds": (-5.0, 5.0)}
     result = evaluate.attack_and_score(linear, w, x, y, **of)
@@ -267,7 +267,7 @@ def test_autoattack_in_l2_is_what_is_run_unless_others_are_given():
     assert not result.outcome.robust.any()
 
 
-def test_autoattack_takes_the_norm_that_is_given():
+def test_the_default_autoattack_is_in_the_given_norm():
     w, x, y, _ = separated("l1", n=3)
     of = {"eps": 3.0, "norm": "l1", "key": KEY}
     result = evaluate.attack_and_score(linear, w, x, y, **of)
@@ -279,7 +279,7 @@ def test_autoattack_takes_the_norm_that_is_given():
 @pytest.mark.parametrize(
     "norm", ["l2", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("l1", "linf"))]
 )
-def test_on_a_linear_net_the_fast_ensemble_breaks_the_same(norm):
+def test_on_a_linear_net_the_fast_ensemble_succeeds_on_the_same_examples(norm):
     w, x, y, distances = separated(norm)
     eps = (distances * np.where(np.arange(len(y)) % 2, 1.02, 0.98)).astype(np.float32)
     attacks = evaluate.fast_autoattack(norm)
@@ -290,7 +290,7 @@ def test_on_a_linear_net_the_fast_ensemble_breaks_the_same(norm):
     assert all(stage.passes is not None for stage in stages.values())
 
 
-def test_near_the_boundary_is_where_little_is_left_of_the_lead():
+def test_near_the_boundary_means_that_little_of_the_lead_is_left():
     x = np.array([[1.0, 0], [2, 0], [4, 0]], np.float32)
 
     def watching(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
@@ -319,8 +319,8 @@ def test_near_the_boundary_is_where_little_is_left_of_the_lead():
     }
 
 
-def test_where_an_attack_gains_it_goes_farther_from_the_boundary():
-    shares = np.array([0.1, 0.15, 0.3, 0.7], np.float32)  # of the lead, left at first
+def test_as_long_as_an_attack_gains_it_is_run_farther_from_the_boundary():
+    shares = np.array([0.1, 0.15, 0.3, 0.7], np.float32)  # of the lead, left after the first attack
     x = np.stack([np.ones(4, np.float32), np.zeros(4, np.float32), shares], axis=1)
 
     def nearer(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
@@ -331,7 +331,7 @@ def test_where_an_attack_gains_it_goes_farther_from_the_boundary():
 
     def stage(method):
         def net(_, x):
-            return 2 + x[:, :2]  # not 1 and 0, which are probabilities
+            return 2 + x[:, :2]  # not 1 and 0, which would look like probabilities
 
         attacks = {"nearer": nearer, "near": evaluate.NearBoundary(method, 0.12)}
         y = np.zeros(4, int)
@@ -346,7 +346,7 @@ def test_where_an_attack_gains_it_goes_farther_from_the_boundary():
 
 
 def test_a_tie_is_near_the_boundary():
-    x = np.array([[1.0, 1.0], [1.0, 0.0]], np.float32)  # y wins a tie of the lower index
+    x = np.array([[1.0, 1.0], [1.0, 0.0]], np.float32)  # of tied classes, argmax takes the lower, y
 
     def nothing(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
         return jnp.zeros_like(x)
@@ -358,7 +358,7 @@ def test_a_tie_is_near_the_boundary():
     assert stages["near"].tried.tolist() == [True, False]
 
 
-def test_near_the_boundary_an_attack_is_itself():
+def test_called_directly_near_boundary_is_its_attack():
     near = evaluate.NearBoundary(functools.partial(attack.pgd, norm="linf", steps=3), 0.1)
     w, x, y = mostly_right(7)
     np.testing.assert_array_equal(
@@ -378,7 +378,7 @@ def test_near_the_boundary_an_attack_is_itself():
 # The score
 
 
-def test_the_stored_points_are_measured():
+def test_the_outcome_is_that_of_the_returned_perturbations():
     x, y = problem()
     result = evaluate.attack_and_score(net, 1.0, x, y, ATTACKS, eps=3.0, norm="l1", batch_size=4)
     want = evaluate.measure(net, 1.0, x, y, run().r, norm="l1")
@@ -395,7 +395,7 @@ def test_several_attacks_without_names_are_refused(attacks):
         evaluate.attack_and_score(net, 1.0, x, y, attacks, eps=2.0)
 
 
-def test_an_attack_that_is_no_function_is_named():
+def test_the_error_about_an_attack_that_is_no_function_names_it():
     x, y = problem()
     attacks = {"loss": perturb.loss, "pgd": "pgd"}
     with pytest.raises(TypeError, match=r"expected attack 'pgd' to be a function, got str"):
@@ -405,7 +405,7 @@ def test_an_attack_that_is_no_function_is_named():
 # One attack
 
 
-def test_one_attack_is_run_on_every_example_and_all_it_makes_is_kept():
+def test_one_attack_runs_on_every_example_and_all_its_perturbations_are_kept():
     x, y = problem()
     result = evaluate.attack_and_score(net, 1.0, x, y, push(1, 1.0), eps=1.0, batch_size=4)
     np.testing.assert_array_equal(result.r, np.tile([0.0, 1.0, 0.0], (N, 1)))
@@ -436,7 +436,7 @@ def test_the_batch_size_changes_no_random_perturbation(method, key):
 
 
 @pytest.mark.parametrize(("method", "several"), [(attack.fmn, True), (perturb.alpha, False)])
-def test_without_a_size_a_minimal_attack_finds_the_least_perturbation(method, several):
+def test_without_a_size_an_attack_searches_for_the_smallest_perturbation(method, several):
     w, x, y = mostly_right(7)
     attacks = {"it": method} if several else method
     result = evaluate.attack_and_score(linear, w, x, y, attacks, eps=None, batch_size=3)
@@ -454,7 +454,7 @@ def test_an_attack_that_needs_a_size_says_so():
 
 
 @pytest.mark.parametrize("lo", [-0.5, np.linspace(-0.5, -0.1, 5).astype(np.float32)])
-def test_bounds_are_handed_on(lo):
+def test_bounds_are_passed_on(lo):
     w, x, y = mostly_right(7)
     x = np.clip(x, lo, 0.5)
     result = evaluate.attack_and_score(
@@ -464,14 +464,14 @@ def test_bounds_are_handed_on(lo):
     assert np.all(x + r >= lo)
     assert np.all(x + r <= 0.5)
     np.testing.assert_allclose(outcome.norm, np.linalg.norm(r, axis=1), rtol=1e-6)
-    assert np.all(outcome.norm < 2)  # the box did bind
+    assert np.all(outcome.norm < 2)  # the box was binding
 
 
 # Transfer
 
 
 def turned(params, x):
-    """Class 2 is where `net` has class 1."""
+    """`net` with classes 1 and 2 swapped."""
     return params * x[:, jnp.array([0, 2, 1])]
 
 
@@ -506,7 +506,7 @@ def test_several_attacks_on_another_net_run_on_what_this_one_still_gets_right():
 
 
 @pytest.mark.parametrize("name", ["loss", "pgd"])
-def test_an_attack_is_traced_once_for_sizes_of_every_kind(name):
+def test_an_attack_is_traced_once_for_sizes_of_every_type(name):
     w, x, y = mostly_right(11)
     method = {"loss": perturb.loss, "pgd": functools.partial(attack.pgd, steps=3)}[name]
     traces = []
@@ -520,12 +520,12 @@ def test_an_attack_is_traced_once_for_sizes_of_every_kind(name):
     assert len(traces) == 1
 
 
-# What callers' attacks take and return
+# Users' attacks
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
 def test_a_gradient_that_is_not_finite_is_counted(norm):
-    def norm_at_zero(w, x):  # whose gradient is NaN at 0, and its logits finite
+    def norm_at_zero(w, x):  # its logits are finite at 0, but their gradient is NaN
         size = jnp.sqrt(jnp.sum(x**2, axis=1))[:, None]
         return linear(w, x) + jnp.where(jnp.arange(3) == 0, size, 0)
 
@@ -539,7 +539,7 @@ def test_a_gradient_that_is_not_finite_is_counted(norm):
 
 
 @pytest.mark.parametrize("name", ["the attack", "attack 'mine'"])
-def test_an_attack_of_another_signature_is_named_before_any_runs(name):
+def test_an_attack_with_a_wrong_signature_is_reported_before_any_attack_runs(name):
     def mine(apply_fn, params, x, y, eps):
         return 0 * x
 
@@ -548,7 +548,7 @@ def test_an_attack_of_another_signature_is_named_before_any_runs(name):
         evaluate.attack_and_score(linear, *mostly_right(4), attacks, eps=0.5)
 
 
-def test_what_a_method_returns_is_a_perturbation():
+def test_an_attack_that_returns_another_shape_is_an_error():
     w, x, y = mostly_right(4)
 
     def short(apply_fn, params, x, y, *, eps, key=None, bounds=None):

@@ -1,4 +1,4 @@
-"""The functions of `jaxadv.evaluate` that loop over a data set: what holds of all of them."""
+"""What all functions of `jaxadv.evaluate` that loop over a data set have in common."""
 
 import functools
 from functools import partial
@@ -14,7 +14,7 @@ from jaxadv import evaluate, perturb
 
 K = 3
 
-# Batches of different sizes may be compiled to sums in another order: a few roundings of 2^-24.
+# Batches of different sizes may be summed in a different order: a few roundings of 2^-24.
 ATOL = 1e-5
 
 
@@ -26,11 +26,11 @@ W, X, Y = mostly_right(7)
 
 
 def attacked(net, w, x, y, *, attacks=perturb.loss, eps=0.5, **some):
-    """Leave out how long each stage took."""
+    """`attack_and_score` without its stages, which include times."""
     return evaluate.attack_and_score(net, w, x, y, attacks, eps=eps, **some)[:2]
 
 
-# Each as a function of (net, w, x, y) and more, whose results have a row per example
+# name: a function of (net, w, x, y) whose results have a row per example
 DRIVERS = {
     "score": evaluate.score,
     "score of r": lambda net, w, x, y, **some: evaluate.score(net, w, x, y, -2.0 * x, **some),
@@ -47,7 +47,7 @@ every_attack = pytest.mark.parametrize(
 
 # Examples, sizes, keys and bounds
 
-# name: x, y, the error, what the error says of them
+# name: x, y, the error and its message
 SHAPES = {
     "one-hot floats": (
         X,
@@ -72,7 +72,7 @@ def test_an_error_about_a_data_set_shows_its_shape(name, driver):
 @pytest.mark.parametrize("size", [float("nan"), float("inf"), -1.0])
 @pytest.mark.parametrize("kind", [float, lambda v: jnp.full(7, v)], ids=["float", "array"])
 @every_attack
-def test_a_size_that_is_none_is_refused_whatever_array_it_is_in(driver, kind, size):
+def test_a_size_that_is_negative_or_not_finite_is_refused(driver, kind, size):
     with pytest.raises(ValueError, match="expected a finite eps >= 0"):
         driver(linear, W, X, Y, eps=kind(size))
 
@@ -92,7 +92,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_arguments_of_an_attack_raise_what_was_expected_and_what_came(name):
+def test_errors_about_bad_arguments_say_what_was_expected_and_what_was_passed(name):
     arguments, error = BAD[name]
     with pytest.raises(error, match=r"(?s)expected .*(got .*;|key)"):
         attacked(linear, W, X, Y, **arguments)
@@ -105,7 +105,7 @@ def test_a_checked_source_without_parameters_raises():
 
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
 @every_attack
-def test_a_data_set_outside_the_bounds_is_named(driver, as_array):
+def test_a_data_set_outside_the_bounds_is_an_error(driver, as_array):
     x, y = as_array(np.array([[0.0, 255.0], [3.0, 9.0]], np.float32)), np.array([0, 1])
     call = partial(driver, linear, jnp.eye(2), x, y, eps=0.1)
     with pytest.raises(
@@ -120,7 +120,7 @@ def test_a_data_set_outside_the_bounds_is_named(driver, as_array):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("mean", "std"), [(0.1307, 0.3081), (0.4914, 0.2470)])
-def test_standardised_black_and_white_lie_in_standardised_bounds(mean, std, dtype):
+def test_standardised_black_and_white_are_within_standardised_bounds(mean, std, dtype):
     pixels, w, y = jnp.array([[0.0, 1.0], [1.0, 0.0]], dtype), jnp.eye(2, dtype=dtype), np.arange(2)
     x = (pixels - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
     of = {"eps": 0.1, "bounds": ((0 - mean) / std, (1 - mean) / std)}
@@ -130,8 +130,8 @@ def test_standardised_black_and_white_lie_in_standardised_bounds(mean, std, dtyp
         attacked(linear, w, x * 1.25, y, **of)
 
 
-def test_float64_images_lie_in_their_bounds_to_float32():
-    # Made in float32, white is half a unit in its last place off; the net sees float32 too.
+def test_float64_images_are_within_bounds_up_to_float32_rounding():
+    # Computed in float32, white is off by half an ulp; the net sees float32 too.
     white = np.float32(1.1) - np.float32(0.1)
     x, y = np.full((2, 3), np.float64(white) + 5e-8), np.zeros(2, int)
     w = np.eye(3, dtype=np.float32)
@@ -141,7 +141,7 @@ def test_float64_images_lie_in_their_bounds_to_float32():
         attacked(linear, w, x + 1e-5, y, eps=0.1, bounds=(0.0, 1.0))
 
 
-def test_lists_are_data_sets_too():
+def test_a_data_set_may_be_lists():
     x, y = [[2.0, 1.0], [0.0, 3.0]], [0, 0]
 
     def identity(params, x):
@@ -152,7 +152,7 @@ def test_lists_are_data_sets_too():
         evaluate.score(identity, None, x, [0.0, 1.0])
 
 
-def test_an_empty_data_set_and_one_with_a_nan_lie_in_any_bounds():
+def test_an_empty_data_set_and_one_with_nan_are_within_any_bounds():
     w = jnp.eye(2)
     for x in (np.zeros((0, 2), np.float32), np.array([[np.nan, 0.5]], np.float32)):
         y = np.zeros(len(x), int)
@@ -172,7 +172,7 @@ def at_once(name):
 @every_driver
 @pytest.mark.parametrize("n", [0, 4, 10])
 def test_every_example_is_covered_once_and_in_order(name, n):
-    # None; equal to, and no multiple of the batch size.
+    # No example; one batch; not a multiple of the batch size.
     w, x, y = mostly_right(11)
     got = DRIVERS[name](linear, w, x[:n], y[:n], batch_size=4)
     want = jax.tree.map(lambda leaf: leaf[:n], at_once(name))
@@ -182,7 +182,7 @@ def test_every_example_is_covered_once_and_in_order(name, n):
         np.testing.assert_allclose(leaf, expected, atol=ATOL)
 
 
-def test_the_drivers_do_what_the_batch_functions_do():
+def test_loops_over_a_data_set_agree_with_the_functions_of_one_batch():
     w, x, y = mostly_right(11)
     r = perturb.loss(linear, w, x, y, eps=0.5)
     outcome = evaluate.measure(linear, w, x, y, r)
@@ -196,8 +196,7 @@ def test_the_drivers_do_what_the_batch_functions_do():
 
 @every_driver
 @pytest.mark.parametrize("kind", [np.float64, ">f4", np.longdouble])
-def test_data_of_numpys_other_dtypes_are_evaluated_in_float32(name, kind):
-    # JAX without x64 has none such.
+def test_data_of_dtypes_that_jax_lacks_are_evaluated_in_float32(name, kind):
     w, x, y = mostly_right(7)
     got = DRIVERS[name](linear, w, x.astype(kind), y.astype(">i8"))
     chex.assert_trees_all_equal(got, DRIVERS[name](linear, w, x, y))
@@ -250,11 +249,11 @@ def test_a_net_is_compiled_once_for_many_sizes_parameters_and_batches(name):
     for params in (w, 2 * w):
         for eps in (0.05, 0.5, 3.5):
             drive(params, eps)
-    assert len(traces) == once + 6  # what each call has captured is looked at anew
+    assert len(traces) == once + 6  # each call inspects anew what the net captures
 
 
 class Table:
-    """A column of a data frame after a shuffle: its rows have names, by which it is indexed."""
+    """Like a column of a shuffled data frame: indexed by the names of its rows."""
 
     def __init__(self, values):
         self.values = np.asarray(values)
@@ -270,6 +269,6 @@ class Table:
         return self.values[::-1][names]
 
 
-def test_labels_are_taken_by_their_place_and_not_by_the_names_of_rows():
+def test_labels_are_indexed_by_position_and_not_by_row_names():
     expected, got = (evaluate.score(linear, W, X, kind(Y)).clean for kind in (np.array, Table))
     np.testing.assert_array_equal(got, expected)

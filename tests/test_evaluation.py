@@ -1,4 +1,4 @@
-"""`experiments/evaluate.py`: robust accuracy of saved weights and of functions of one's own."""
+"""`experiments/evaluate.py`: robust accuracy of saved weights and of users' functions."""
 
 import dataclasses
 import importlib
@@ -23,12 +23,12 @@ RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnis
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Grey squares of 8x8 on both sides of a half, in two classes."""
+    """Grey 8x8 squares in two classes, darker and lighter than one half."""
     return squares(tmp_path_factory.mktemp("squares"), 6, dark=60, light=190)
 
 
 def squares(place, n, **levels):
-    """Grey squares of 8x8 pixels, n for each class, each lighter than the one before."""
+    """Write grey 8x8 squares, n for each class, each lighter than the one before."""
     for part, (name, level) in itertools.product(("train", "test"), levels.items()):
         (place / part / name).mkdir(parents=True)
         for i in range(n):
@@ -38,7 +38,7 @@ def squares(place, n, **levels):
 
 @pytest.fixture(autouse=True)
 def own_module(tmp_path, monkeypatch):
-    """A module in the working directory, and a cache of its own."""
+    """A module in a new working directory."""
     (tmp_path / "brightness.py").write_text(
         "import jax.numpy as jnp\n"
         "def apply_fn(params, x):\n"
@@ -88,7 +88,7 @@ def test_committed_weights_have_the_accuracy_of_their_record():
     assert right.mean() > 0.98
 
 
-def test_images_are_cropped_scaled_and_in_the_box_of_their_pixels(folder):
+def test_images_are_cropped_and_scaled_and_so_is_their_box(folder):
     scale = {"subtract": 51.0, "divide": 255.0, "crop": 4}
     problem = load("brightness:apply_fn", folder, **scale)
     assert problem.x.shape == (12, 4, 4, 1)
@@ -102,7 +102,7 @@ def test_images_are_cropped_scaled_and_in_the_box_of_their_pixels(folder):
     np.testing.assert_array_equal(whole.y, whole.x.mean(axis=(1, 2, 3)) > 0.5)
 
 
-def test_weights_reach_a_function_of_ones_own_as_a_tree(tmp_path, folder):
+def test_a_users_function_gets_its_weights_as_a_tree(tmp_path, folder):
     weights.save(Path("w.safetensors"), {"at": jnp.asarray(0.9)})
     settings = problems.Settings("brightness:apply_fn", weights=Path("w.safetensors"))
     apply_fn, params, name, classes = problems.load_net(
@@ -113,14 +113,14 @@ def test_weights_reach_a_function_of_ones_own_as_a_tree(tmp_path, folder):
     assert apply_fn(params, jnp.full((1, 2), 0.7)).argmax() == 0
 
 
-# What weights say of their net
+# The interface that weights record
 
 
 SQUARES = data.Interface(("dark", "light"), (8, 8, 1), subtract=0, divide=255)
 
 
 def saved(interface=SQUARES, classes=2, at=Path("run/net/params.safetensors")):
-    """The file of a net of 8x8 images, and its parameters."""
+    """Save a net of 8x8 images; return the path."""
     net = models.mlp((4,)).clone(classes=classes)
     params = models.init(net, jax.random.key(3), jnp.zeros((1, 8, 8, 1)))
     weights.save(at, params, interface=interface)
@@ -135,7 +135,7 @@ def three(tmp_path):
 
 @pytest.fixture
 def renamed(tmp_path):
-    """The squares under other names: light before night."""
+    """The squares under other names, which sort as light, night."""
     return str(squares(tmp_path / "renamed", 6, night=60, light=190))
 
 
@@ -154,7 +154,7 @@ def test_classes_that_the_weights_dont_name_are_an_error(three, renamed):
             load(net, place)
 
 
-def test_the_names_of_the_classes_say_which_logit_is_whose(folder):
+def test_class_names_assign_the_logits_to_classes(folder):
     usual = load(saved(), folder)
     turned = saved(SQUARES._replace(classes=("light", "dark")))
     problem = load(turned, folder)
@@ -162,7 +162,7 @@ def test_the_names_of_the_classes_say_which_logit_is_whose(folder):
     np.testing.assert_array_equal(problem.x, usual.x)
 
 
-def test_classes_may_be_given_their_names_in_the_data(folder, renamed):
+def test_classes_gives_the_nets_classes_the_datas_names(folder, renamed):
     usual = load(saved(), folder)
     for net in (saved(), saved(interface=None)):
         problem = load(net, renamed, classes=("night", "light"))
@@ -189,12 +189,12 @@ def test_classes_may_be_given_their_names_in_the_data(folder, renamed):
     ],
     ids=["one twice", "too few", "too many"],
 )
-def test_names_that_arent_one_for_each_class_are_an_error(renamed, classes, message):
+def test_classes_must_be_one_different_name_for_each_class(renamed, classes, message):
     with pytest.raises(ValueError, match=message):
         load(saved(), renamed, classes=classes)
 
 
-def test_data_without_some_of_the_nets_classes_is_said_to_be(folder):
+def test_classes_of_the_net_that_the_data_lacks_are_reported(folder):
     net = saved(SQUARES._replace(classes=("black", "dark", "light")), classes=3)
     rows = run(folder, net=net, attacks=("one-step",))
     assert "- run/net: the data has no images of its classes black." in evaluation.as_markdown(rows)
@@ -205,12 +205,12 @@ def test_images_are_scaled_as_the_weights_say(folder):
     net = models.mlp((4,)).clone(classes=2)
     params = models.init(net, jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
     weights.save(Path("small.safetensors"), params, interface=small)
-    said = load("small.safetensors", folder, box=False)
+    recorded = load("small.safetensors", folder, box=False)
     options = {"box": False, "subtract": 51.0, "divide": 204.0, "crop": 4}
-    told = load("brightness:apply_fn", folder, **options)
-    np.testing.assert_array_equal(said.x, told.x)
-    assert said.bounds == told.bounds
-    assert {name: said.identity[name] for name in options} == options
+    given = load("brightness:apply_fn", folder, **options)
+    np.testing.assert_array_equal(recorded.x, given.x)
+    assert recorded.bounds == given.bounds
+    assert {name: recorded.identity[name] for name in options} == options
     load("small.safetensors", folder, **options)
     with pytest.raises(
         ValueError, match=r"\(pixels - 51\) / 204 of the middle 4x4, got --subtract "
@@ -219,8 +219,8 @@ def test_images_are_scaled_as_the_weights_say(folder):
 
 
 def test_images_are_resized_as_the_weights_say(folder):
-    said = load(saved(SQUARES._replace(resize=8)), folder)  # to the size that they have
-    np.testing.assert_array_equal(said.x, load(saved(), folder).x)
+    resized = load(saved(SQUARES._replace(resize=8)), folder)  # 8x8 already
+    np.testing.assert_array_equal(resized.x, load(saved(), folder).x)
     with pytest.raises(ValueError, match=r"255, resized to 8x8, got --resize 9; leave"):
         load(saved(SQUARES._replace(resize=8)), folder, resize=9)
     net = models.mlp((4,)).clone(classes=2)
@@ -237,7 +237,7 @@ def test_images_are_resized_as_the_weights_say(folder):
         load("small.safetensors", folder)
 
 
-def test_images_that_were_held_out_are_said_to_be(folder):
+def test_a_note_says_if_every_fifth_image_was_held_out(folder):
     for place in (Path(folder, "test"), Path(folder)):
         for net in (saved(), saved(interface=None)):
             notes = load(net, str(place)).identity.get("notes", [])
@@ -246,7 +246,7 @@ def test_images_that_were_held_out_are_said_to_be(folder):
             )
 
 
-def test_weights_of_a_function_of_ones_own_say_so_too(folder):
+def test_the_interface_recorded_with_a_users_functions_weights_is_used_too(folder):
     turned = SQUARES._replace(classes=("light", "dark"), divide=204)
     weights.save(Path("w.safetensors"), {"at": jnp.asarray(0.5)}, interface=turned)
     problem = load("brightness:apply_fn", folder, weights=Path("w.safetensors"), box=False)
@@ -254,7 +254,7 @@ def test_weights_of_a_function_of_ones_own_say_so_too(folder):
     np.testing.assert_array_equal(problem.y, problem.x.mean(axis=(1, 2, 3)) < 0.5)
 
 
-def test_all_that_contradicts_the_weights_is_one_error(three):
+def test_all_contradictions_of_the_weights_are_in_one_error(three):
     net = saved(SQUARES._replace(shape=(9, 9, 1)))
     message = (
         r"scaled as the weights record, \(pixels - 0\) / 255, got --divide 256 --crop 7; leave .*\n"
@@ -265,12 +265,12 @@ def test_all_that_contradicts_the_weights_is_one_error(three):
         load(net, three, divide=256.0, crop=7)
 
 
-def test_a_crop_that_is_the_whole_image_is_none(folder):
+def test_a_crop_to_the_whole_image_is_recorded_as_none(folder):
     problem = load(saved(), folder, crop=8)
     assert problem.identity["crop"] is None
 
 
-def test_weights_that_say_nothing_are_taken_as_ever():
+def test_weights_without_an_interface_are_evaluated_with_the_default_one():
     identity = load(str(RECORD / "lwa" / "params.safetensors")).identity
     assert list(identity) == [
         "experiment", "method", "network", "weights", "data", "subtract", "divide", "crop", "box",
@@ -282,34 +282,34 @@ def test_weights_that_say_nothing_are_taken_as_ever():
 # Runs
 
 
-def test_it_reports_each_attack_with_its_interval_and_counts(folder):
+def test_each_attack_is_reported_with_its_interval_and_counts(folder):
     rows = run(folder)
     assert [row.to_json() for row in rows] == json.loads(Path("out/results.json").read_text())
     assert [row.attack for row in rows] == ["one-step", "pgd"]
     for row in rows:
-        # In l2, a size of 1 over 64 pixels moves the mean by 1/8 = 32/255: no square crosses.
+        # Size 1 in l2 over 64 pixels moves the mean by 1/8 = 32/255: no square crosses 1/2.
         assert row.columns == {"clean": 1, "robust": 1}
         assert row.interval[0] < 1 == row.interval[1]
         assert row.n == 12
         assert row.counts["nonfinite"] == 0
 
 
-def test_a_larger_size_breaks_what_it_can_reach(folder):
+def test_at_a_larger_size_the_attack_succeeds_where_the_boundary_is_in_reach(folder):
     (row,) = run(folder, attacks=("pgd",), eps=(2.0,))
-    # Two pixel values in eight apart from the half: 64 of the 127.5 that count.
+    # Size 2 moves the mean by 2/8, which is 64 of the pixels' 255 levels.
     levels = np.array([level + 5 * i for level in (60, 190) for i in range(6)])
     reach = np.abs(levels - 127.5) <= 2 / 8 * 255
     assert row.columns["robust"] == 1 - reach.mean()
     stage = row.stages["pgd"]
     assert (stage["tried"], stage["fooled"]) == (12, reach.sum())
-    assert stage["passes"] == 202  # of 100 steps, the last point and the check
+    assert stage["passes"] == 202  # 100 forward and backward, the last point and the check
     assert "- " + row.method + ": PGD-100 took 202 passes per image, and " in "\n".join(
         evaluation.as_markdown([row])
     )
     assert 1.9 < row.counts["max_norm"] <= 2 * (1 + 1e-6)
 
 
-def test_what_is_there_is_not_attacked_again(folder, monkeypatch):
+def test_stored_results_are_not_computed_again(folder, monkeypatch):
     first = run(folder)
 
     def none(*args, **kwargs):
@@ -323,7 +323,7 @@ def test_what_is_there_is_not_attacked_again(folder, monkeypatch):
         assert one == other
 
 
-def test_an_interrupted_run_goes_on_with_the_block_it_was_at(folder, monkeypatch):
+def test_an_interrupted_run_resumes_at_the_interrupted_block(folder, monkeypatch):
     whole = run(folder, out=Path("whole"), attacks=("pgd",))
     attack_and_score, calls = blocks.evaluate.attack_and_score, []
 
@@ -342,7 +342,7 @@ def test_an_interrupted_run_goes_on_with_the_block_it_was_at(folder, monkeypatch
         assert getattr(cut[0], key) == getattr(whole[0], key)
 
 
-def test_other_nets_and_sizes_stay_in_the_record_and_the_table_has_them_all(folder):
+def test_results_of_other_nets_and_sizes_stay_in_the_record_and_its_tables(folder):
     run(folder, name="first")
     run(folder, name="second", attacks=("pgd",), eps=(1.0, 2.0))
     rows = run(folder, name="second", attacks=("pgd",), seed=1)
@@ -359,7 +359,7 @@ def test_other_nets_and_sizes_stay_in_the_record_and_the_table_has_them_all(fold
     assert text.count(want) == 2
 
 
-def test_rows_of_other_inputs_stand_beside_each_other(folder):
+def test_results_on_different_inputs_are_kept_in_separate_tables(folder):
     run(folder, attacks=("pgd",))
     run(folder, attacks=("pgd",), box=False)
     rows = run(folder, attacks=("pgd",), crop=4, subtract=51.0)
@@ -372,7 +372,7 @@ def test_rows_of_other_inputs_stand_beside_each_other(folder):
     assert "(pixels - 51) / 255, of the middle 4x4. Perturbed images stay" in text
 
 
-def test_a_function_that_answers_otherwise_is_evaluated_anew(folder, monkeypatch):
+def test_a_function_whose_outputs_changed_is_evaluated_anew(folder, monkeypatch):
     (before,) = run(folder, attacks=("pgd",))
     module = importlib.import_module("brightness")
     apply_fn = module.apply_fn
@@ -382,7 +382,7 @@ def test_a_function_that_answers_otherwise_is_evaluated_anew(folder, monkeypatch
 
 
 @pytest.mark.slow
-def test_flags_are_reported_with_the_table(folder):
+def test_flags_of_the_check_are_reported_with_the_table(folder):
     Path("rounded.py").write_text(
         "import jax.numpy as jnp, brightness\n"
         "def apply_fn(params, x):\n"
@@ -393,14 +393,14 @@ def test_flags_are_reported_with_the_table(folder):
     assert "gradient of exactly 0" in "\n".join(evaluation.as_markdown(rows))
 
 
-def test_a_net_is_called_by_the_folder_of_its_weights(tmp_path, monkeypatch):
+def test_a_net_is_named_after_the_folder_of_its_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for net in ("params.safetensors", str(tmp_path / "params.safetensors")):
         name = problems._short_name(problems.Settings(net))
         assert name == f"{tmp_path.parent.name}/{tmp_path.name}"
 
 
-def test_nets_of_one_folder_stand_beside_each_other(folder, tmp_path):
+def test_nets_in_one_folder_have_different_names(folder, tmp_path):
     for at in (0.2, 0.5):
         weights.save(tmp_path / "run" / f"at{at}.safetensors", {"at": jnp.asarray(at)})
         rows = run(folder, weights=tmp_path / "run" / f"at{at}.safetensors", attacks=("one-step",))
@@ -438,13 +438,13 @@ def test_errors_name_what_is_wrong(folder, tmp_path):
     ],
     ids=["tiny divisor", "huge offset", "outside the box"],
 )
-def test_a_scale_that_no_net_can_be_attacked_at_is_an_error(folder, changes, message):
+def test_an_unusable_scale_is_an_error(folder, changes, message):
     with pytest.raises(options.UsageError, match=message):
         run(folder, **changes)
     assert not Path("out").exists()
 
 
-def test_results_without_what_a_table_needs_are_an_error_before_any_attack(folder, monkeypatch):
+def test_stored_results_that_lack_a_key_are_an_error_before_any_attack(folder, monkeypatch):
     (row, _) = run(folder)
     monkeypatch.setattr(blocks.evaluate, "attack_and_score", pytest.fail)
     content = row.to_json()
@@ -472,7 +472,7 @@ def test_a_damaged_block_is_an_error_that_names_it(folder, damage):
     assert len(run(folder, attacks=("one-step",), block=12)) == 1
 
 
-def test_weights_that_dont_fit_are_an_error_naming_the_file(folder):
+def test_the_error_about_weights_that_dont_fit_names_the_file(folder):
     net = saved(interface=None)
     message = (
         r"in run/net/params\.safetensors: expected the parameters of 4 for images of 5x5x1, got "
@@ -501,7 +501,7 @@ def test_a_function_that_doesnt_take_its_weights_and_images_is_an_error(folder, 
         load("own:f", folder, weights=Path("w.safetensors"))
 
 
-def test_labels_outside_of_the_classes_are_counted_and_said(folder, monkeypatch):
+def test_labels_outside_the_classes_are_counted_and_reported(folder, monkeypatch):
     images = data.image_folder(folder)
     labels = np.array([-1, 2, *images.test_labels[2:]], np.int32)
     monkeypatch.setattr(data, "named", lambda *_, **__: images._replace(test_labels=labels))
@@ -514,14 +514,14 @@ def test_labels_outside_of_the_classes_are_counted_and_said(folder, monkeypatch)
     assert remark in evaluation.as_markdown(rows)
 
 
-def test_what_can_not_run_is_said_before_anything_runs(folder, monkeypatch):
+def test_devices_that_cant_share_a_block_are_an_error_before_anything_runs(folder, monkeypatch):
     monkeypatch.setattr(blocks, "attack", pytest.fail)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="--devices to divide 5, 2"):
         run(folder, devices=2)  # 12 images in blocks of 5
 
 
-def test_ten_starts_of_pgd_are_ten_attacks_on_what_is_left(folder):
+def test_ten_starts_of_pgd_are_ten_attacks_on_the_survivors(folder):
     (row,) = run(folder, attacks=("pgd-100x10",), eps=(1.6,))
     stages = list(row.stages.values())
     assert len(stages) == 10
@@ -542,11 +542,11 @@ def test_ten_starts_of_pgd_are_ten_attacks_on_what_is_left(folder):
 
 @pytest.fixture
 def few_draws(monkeypatch):
-    """Certificates of few draws."""
+    """Certificates from few draws."""
     monkeypatch.setitem(evaluation.CERTIFY, "stages", [100, 400])
 
 
-def test_what_is_certified_of_the_smoothed_net_stands_beside_the_attacks(folder, few_draws):
+def test_certified_accuracy_of_the_smoothed_net_is_in_the_attacks_table(folder, few_draws):
     settings = {"attacks": ("pgd",), "eps": (0.5, 1.4)}
     plain = run(folder, **settings, out=Path("plain"))
     rows = run(folder, **settings, certify=1.0)
@@ -560,7 +560,7 @@ def test_what_is_certified_of_the_smoothed_net_stands_beside_the_attacks(folder,
         problem.apply_fn, None, problem.x, problem.y, sigma=1.0, radii=(0.5, 1.4),
         stages=(100, 400), key=jax.random.key(0),
     )  # fmt: skip
-    # The exact radius is that of the linear net: 8 times the distance of the level from a half.
+    # The net is linear, so the exact radius is the distance to the boundary: 8 |mean - 1/2|.
     exact = 8 * np.abs(problem.x.mean(axis=(1, 2, 3)) - 0.5)
     for row in rows[2:]:
         assert row.method == "brightness:apply_fn, smoothed by noise 1"
@@ -578,12 +578,13 @@ def test_what_is_certified_of_the_smoothed_net_stands_beside_the_attacks(folder,
     assert f"- {rows[3].method}: this isn't the attacked net but another classifier" in text
 
 
-def test_certificates_are_kept_for_all_sizes_and_beside_those_of_other_noise(
+def test_certificates_are_stored_once_for_all_sizes_and_separately_for_each_noise(
     folder, few_draws, monkeypatch
 ):
     settings = {"attacks": ("one-step",), "eps": (0.2, 0.8)}
     first = run(folder, **settings, certify=0.5)
-    assert sum(path.is_dir() for path in Path("out/blocks").iterdir()) == 1  # both sizes' draws
+    # Both sizes use the same draws.
+    assert sum(path.is_dir() for path in Path("out/blocks").iterdir()) == 1
     rows = run(folder, **settings, certify=0.4)
     assert rows[: len(first)] == first
     assert [row.sigma for row in rows if row.attack == "certify"] == [0.5, 0.5, 0.4, 0.4]

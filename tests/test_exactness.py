@@ -1,8 +1,8 @@
-"""Algorithm 1 and Adv_Loss are exact at any confidence: against references of thousands of digits.
+"""Algorithm 1 and Adv_Loss are exact at any confidence: tests against thousands of digits.
 
-The nets come in float32 and the reference evaluates the same float32 parameters in float64. That
-makes the logits' own rounding part of what is tested, and it is what bounds a size: a logit z is
-known to about an ulp, 2^-24 |z| for each rounding on its way, and a size grows as exp(z_y - z_j).
+The nets run in float32; the reference evaluates the same float32 parameters in float64. So the
+rounding of the logits is part of the test, and it limits the accuracy of sizes: each operation
+rounds a logit z by up to 2^-24 |z|, and a size grows as exp(z_y - z_j).
 """
 
 import functools
@@ -19,7 +19,7 @@ from references import NORMS
 
 from jaxadv import jacobian, perturb
 
-# name: layer sizes D, ..., K and the batch size, no two of B, K and D alike
+# name: layer sizes D, ..., K and the batch size B; no two of B, K and D are equal
 NETS = {
     "linear-2": ((7, 2), 10),
     "linear-3": ((8, 3), 10),
@@ -37,7 +37,7 @@ every_scale = pytest.mark.parametrize("scale", SCALES)
 
 @functools.partial(jax.jit, static_argnums=0)
 def of_size_half(*data):
-    """Each method that takes eps in each norm, compiled at once: [method, norm] -> r."""
+    """All methods that take eps, in all norms, as one program: {(method, norm): r}."""
     return {
         **{("alpha", norm): perturb.alpha(*data, norm=norm, eps=0.5) for norm in NORMS},
         **{("loss", norm): perturb.loss(*data, norm=norm, eps=0.5) for norm in NORMS},
@@ -47,7 +47,7 @@ def of_size_half(*data):
 
 @functools.partial(jax.jit, static_argnums=0)
 def everything(*data):
-    """These, and the minimal perturbations."""
+    """The same and the minimal perturbations."""
     minimal = {("minimal", norm): perturb.alpha(*data, norm=norm) for norm in NORMS}
     return {**minimal, **of_size_half(*data)}
 
@@ -56,7 +56,7 @@ softmax_jacobian = jax.jit(jacobian.softmax_jacobian, static_argnums=0)
 
 
 def apply(params, x):
-    """The JAX twin of `references.net`, in the parameters' dtype."""
+    """`references.net` in JAX, in the dtype of the parameters."""
     *hidden, (w, b) = params
     h = x.reshape(x.shape[0], -1).astype(w.dtype)
     for v, c in hidden:
@@ -65,23 +65,23 @@ def apply(params, x):
 
 
 def apply_low(params, x):
-    """Dot products that accumulate in float32, logits in the input's dtype."""
+    """`apply` with its logits rounded to the input's dtype."""
     return apply(params, x).astype(x.dtype)
 
 
 class Problem(NamedTuple):
     params: list
     x: np.ndarray  # [B, D]
-    y: np.ndarray  # [B]; even rows are classified right, odd rows wrong, with any rank
+    y: np.ndarray  # [B]; even rows are classified correctly; in odd rows y has another rank
     logits: np.ndarray  # [B, K], float64
     jac: np.ndarray  # [B, K, D], float64
 
     @property
     def slack(self):
-        """Relative rounding that sizes and coordinates of directions may show in float32.
+        """Relative tolerance of a direction's coordinates in float32.
 
-        DESIGN's bar for a size is 1e-4 + 8 ulps of the largest logit; coordinates of d_j are sums
-        of rows weighed by the same exponentials, without the 1e-4.
+        DESIGN requires 1e-4 + 8 ulps of the largest logit of sizes; coordinates of d_j are sums
+        of rows weighted by the same exponentials, with 1e-5 in place of the 1e-4.
         """
         return 1e-5 + 8 * 2**-24 * np.abs(self.logits).max()
 
@@ -122,10 +122,11 @@ def exact(name, scale, norm):
 
 
 def closeness(r, row, norm, slack):
-    """Cosine of r with the steepest direction of `row`, whose jumps are given `slack`.
+    """Cosine of r with the steepest direction of `row`, up to ties within `slack`.
 
-    Only l2's direction is continuous. A sign is rounding where |row_k| is under slack of the
-    largest, and l1's coordinate is any whose |row_k| is within slack of the largest.
+    Only the l2 direction is continuous in `row`. In linf, the sign of an entry with |row_k| below
+    `slack` is decided by rounding; in l1, so is the coordinate if several are within `slack` of
+    the largest, which is 1.
     """
     want = references.steepest(row, norm)
     r = np.asarray(r).astype(np.float64)
@@ -140,20 +141,20 @@ def closeness(r, row, norm, slack):
 
 
 def acceptable(found):
-    """Classes whose distance is within 1% of the least: just I, mostly."""
+    """Classes whose distance is within 1% of the smallest: usually only I."""
     if found.log_size == -math.inf:
         return [found.cls]
     return np.flatnonzero(found.log_sizes <= found.log_size + math.log(1.01))
 
 
 def direction_of(found, r, norm, slack):
-    """How near r is to the direction of I, or of a class that is as near as I."""
+    """Largest cosine of r with the direction of an acceptable class."""
     return max(closeness(r, found.rows[j], norm, slack) for j in acceptable(found))
 
 
 def check_minimal(found, r, norm, p):
-    """That r has the size, and the direction, of the exact minimal perturbation."""
-    tolerance = 1e-4 + 8 * 2**-24 * np.abs(p.logits).max()  # DESIGN's bar
+    """Assert that r has the size and the direction of the exact minimal perturbation."""
+    tolerance = 1e-4 + 8 * 2**-24 * np.abs(p.logits).max()  # as DESIGN requires
     if found.log_size == -math.inf:
         np.testing.assert_array_equal(r, np.zeros_like(r))
     elif found.log_size < LOG_MAX - tolerance:
@@ -167,7 +168,7 @@ def check_minimal(found, r, norm, p):
         assert direction_of(found, np.sign(r), signs, p.slack) >= 0.9999
 
 
-# The references agree with plainer arithmetic where that is good enough
+# The references agree with simpler arithmetic where that is accurate enough
 
 
 @every_net
@@ -177,7 +178,7 @@ def test_the_reference_jacobian_is_the_slope_of_the_reference_net(name):
         steps = h * np.eye(x.size)
         logits = [[references.net(p.params, x + s * e)[0] for e in steps] for s in (1, -1)]
         slope = (np.array(logits[0]) - np.array(logits[1])).T / (2 * h)
-        # Central differences: 2^-53 / h = 1e-10 of rounding and h^2 of truncation, with room.
+        # Central differences: 2^-53 / h = 1e-10 of rounding, h^2 of truncation, and a margin.
         np.testing.assert_allclose(slope, jac, atol=5e-9)
 
 
@@ -244,7 +245,7 @@ def test_nearly_every_point_has_one_nearest_class():
 
 @pytest.mark.parametrize("scale", [100, 1000])
 def test_the_plain_softmax_jacobian_is_lost_on_these_points(scale):
-    # What a peer would do in float32. If it passed, the points above would prove nothing.
+    # The usual formula in float32. If it were accurate here, the tests above would prove nothing.
     lost = []
     for name in NETS:
         p = problem(name, scale)
@@ -258,16 +259,16 @@ def test_the_plain_softmax_jacobian_is_lost_on_these_points(scale):
 # Adv_Loss, and the virtual adversary
 
 
-def test_vat_goes_the_way_in_which_the_divergence_bends_most():
+def test_vat_finds_the_direction_of_the_largest_curvature_of_the_divergence():
     p = problem("mlp-3", 1)
     keys = jax.random.split(jax.random.key(0), len(p.x))
     r, ratios = perturb.vat(apply, p.params, p.x, eps=0.5, steps=10, key=keys), []
     for z, jac, row in zip(p.logits, p.jac, r, strict=True):
         top, values = references.virtual(z, jac)
-        # Ten power iterations, by the ratio of two eigenvalues, from 86 degrees off at the most.
+        # Ten power iterations, converging at the ratio of the top eigenvalues, from <= 86 degrees.
         assert abs(references.cosine(row, top)) >= 1 - 1e-4 - 100 * values[-2] ** 20
         ratios.append(values[-2])
-    assert np.median(ratios) < 0.5  # or little would be asked
+    assert np.median(ratios) < 0.5  # otherwise the bound above would be loose
 
 
 @every_norm
@@ -304,7 +305,7 @@ def test_loss_sign_is_the_sign_direction_at_l2_size_eps(name, scale):
 def test_float64_is_exact_to_float64(name, scale, norm, x64):
     p, r = problem(name, scale), solved_in_float64(name, scale)
     for i, found in enumerate(exact(name, scale, norm)):
-        # Logits of some thousands are known to 2^-53 of that: 1e-12, with room for the sums.
+        # Logits of some thousands are accurate to 2^-53 of that, 1e-12; sums add some error.
         np.testing.assert_allclose(r["alpha", norm][i], found.r(0.5), atol=1e-9)
         want = 0.5 * references.loss(p.logits[i], p.jac[i], p.y[i], norm=norm)
         np.testing.assert_allclose(r["loss", norm][i], want, atol=1e-9)
@@ -320,11 +321,11 @@ def test_float64_is_exact_to_float64(name, scale, norm, x64):
 @pytest.mark.parametrize("net", [apply, apply_low])
 def test_low_precision_keeps_the_direction(scale, dtype, net):
     p = problem("mlp-10", scale, dtype)
-    # Logits that the net rounded are the logits there are, and exactly known.
+    # If the net itself rounds its logits, the rounded ones are the exact problem.
     logits = p.logits if net is apply else np.asarray(net(p.params, p.x)).astype(np.float64)
     r = of_size_half(net, p.params, p.x, p.y)
     assert all(v.dtype == dtype for v in r.values())
-    # A gradient rounded to the dtype on its way through the net: four roundings.
+    # On its way through the net, the gradient is rounded to the dtype four times.
     slack = p.slack + 4 * float(jnp.finfo(dtype).eps)
     for i, (z, jac, y) in enumerate(zip(logits, p.jac, p.y, strict=True)):
         fastest = references.loss_row(z, jac, y)
@@ -346,13 +347,13 @@ def test_proposition_4_by_brute_force_on_the_linearised_net(name, norm):
     for i in range(0, len(r), 2):
         a, t = references.softmax_jacobian(p.logits[i], p.jac[i])
         size = references.length(r[i], norm)
-        # Linear programs (SLSQP for l2), one for each class: their tolerance is 1e-7, float32's
-        # logits of order 1 add a few 1e-7 relative.
+        # Linear programs (SLSQP for l2), one for each class, solved to 1e-7; logits of order 1 in
+        # float32 add a relative error of a few 1e-7.
         best = references.proposition_4(a, t, p.y[i], norm=norm)
         assert size == pytest.approx(references.length(best, norm), rel=1e-5)
         # r reaches the boundary of the linearised net, neither sooner nor later.
         assert references.flip_length(a, t, p.y[i], r[i][None])[0] == pytest.approx(1, abs=1e-5)
-        # Nothing shorter does: at random and, as extreme points matter, at signs and axes.
+        # No shorter perturbation does, in random directions nor at the balls' extreme points.
         u = rng.normal(size=(2000, r.shape[1]))
         u = np.concatenate([u, np.sign(u), np.eye(r.shape[1]), -np.eye(r.shape[1])])
         u = np.array([v / references.length(v, norm) for v in u])
@@ -360,7 +361,7 @@ def test_proposition_4_by_brute_force_on_the_linearised_net(name, norm):
 
 
 def test_proposition_4_by_exhaustion_in_the_plane():
-    # Two inputs that are used, so that a fine grid of directions must come as short as r.
+    # With only two inputs in use, a fine grid of directions must get as short as r.
     p = problem("linear-3", 1)
     ((w, b),) = p.params
     params = [(np.where(np.arange(len(w))[:, None] < 2, w, 0), b)]
@@ -387,18 +388,18 @@ def test_the_linearised_gap_is_closed_exactly(name, norm):
     for i, found in list(enumerate(exact(name, 1, norm)))[::2]:
         a, t = references.softmax_jacobian(p.logits[i], p.jac[i])
         gap = a[p.y[i]] - a[found.cls]
-        # Corrected Prop. 3. Float32's probabilities and rows: a few 1e-7, relative to alpha_y.
+        # Corrected Prop. 3, with float32's rounding of a few 1e-7 relative to alpha_y.
         assert (t[found.cls] - t[p.y[i]]) @ r[i] == pytest.approx(gap, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1, 10, 100])
-def test_two_classes_are_sinh_of_the_margin_apart(scale, x64):
+def test_the_distance_between_two_classes_is_the_sinh_of_the_margin(scale, x64):
     p, r = problem("mlp-2", scale), solved_in_float64("mlp-2", scale)["minimal", "l2"]
     for i in range(0, len(r), 2):
         y, j = p.y[i], 1 - p.y[i]
         margin, slope = p.logits[i, y] - p.logits[i, j], p.jac[i, y] - p.jac[i, j]
         want = math.sinh(margin) / references.length(slope, "l2")
-        # exp of a margin of hundreds that is known to 2^-53 of that.
+        # exp of a margin of some hundreds, which has a relative error of 2^-53.
         assert references.length(r[i], "l2") == pytest.approx(want, rel=1e-11)
 
 
@@ -407,7 +408,7 @@ def test_softmax_jacobian_is_the_papers_t_and_its_rows_sum_to_0(name):
     p = problem(name, 1)
     t = np.asarray(softmax_jacobian(apply, p.params, p.x))
     want = [references.softmax_jacobian(z, jac)[1] for z, jac in zip(p.logits, p.jac, strict=True)]
-    # Sums of K rows of order 1: some roundings of 2^-24.
+    # Sums of K rows of order 1: a few roundings of 2^-24.
     np.testing.assert_allclose(t, want, atol=1e-6)
     np.testing.assert_allclose(t.sum(axis=1), 0, atol=1e-6)
 
@@ -416,9 +417,9 @@ def test_softmax_jacobian_is_the_papers_t_and_its_rows_sum_to_0(name):
 
 
 def with_logits(logits):
-    """A linear net of problem linear-3's shapes, compiled already, and x with these logits exactly.
+    """A linear net with the shapes of linear-3, compiled already, and x with exactly these logits.
 
-    The first three inputs are the logits; the others are 0 and have slopes.
+    The first three inputs are the logits; the others are 0, but have nonzero weights.
     """
     p = problem("linear-3", 1)
     ((w, b),) = p.params
@@ -429,8 +430,8 @@ def with_logits(logits):
 
 
 @pytest.mark.parametrize("gap", [0.03, 7e-5, 1.3e-6])
-def test_a_narrow_margin_keeps_its_size(gap):
-    # 1 - e^-gap has lost its digits in float32; the logits themselves are exact.
+def test_the_size_is_accurate_at_a_narrow_margin(gap):
+    # 1 - e^-gap would lose its digits in float32; the logits themselves are exact.
     logits = [[1 + gap, 1, -1], [gap, 0, 0], [500 + gap, 500, -500], [500 + gap, -500, 500]]
     params, x = with_logits(logits)
     p = problem("linear-3", 1)
@@ -440,21 +441,21 @@ def test_a_narrow_margin_keeps_its_size(gap):
         for norm in NORMS:
             found = references.alpha(z, jac, 0, norm=norm)
             check_minimal(found, r["minimal", norm][i], norm, p._replace(logits=z))
-            # The gap is what it is in float32, or a tie where float32 has no room for it.
+            # Where float32 can't represent the gap, the two classes tie.
             assert (found.log_size > -math.inf) == (row[0] > max(row[1:3]))
 
 
 REACHED = [
     # logits, y, I
     ([1, 1, 0], 0, 1),  # a tie counts as reached
-    ([1, 1, 1], 1, 0),  # the lowest j of two
-    ([5, 5, 0], 2, 0),  # wrong, and the lowest of two on top
-    ([0, 3, 5], 0, 2),  # wrong, and the top is not the lowest
-    ([-300, 499, 500], 0, 2),  # the same where probabilities are 0 and 1
+    ([1, 1, 1], 1, 0),  # the lower of two j
+    ([5, 5, 0], 2, 0),  # misclassified; the lower of the two top classes
+    ([0, 3, 5], 0, 2),  # misclassified; the top class isn't the lowest j
+    ([-300, 499, 500], 0, 2),  # the same, with y's probability 0
 ]
 
 
-def test_what_is_reached_already_has_size_0_and_a_way_on():
+def test_an_example_on_or_past_the_boundary_has_size_0_and_a_direction():
     p = problem("linear-3", 1)
     logits, y, classes = zip(*REACHED * (len(p.y) // len(REACHED)), strict=True)
     params, x = with_logits(logits)
@@ -467,10 +468,10 @@ def test_what_is_reached_already_has_size_0_and_a_way_on():
             assert closeness(r["alpha", norm][i], found.rows[cls], norm, p.slack) >= 0.9999
 
 
-def test_a_tie_with_a_class_that_never_parts_is_reached():
+def test_a_tie_with_a_class_of_equal_weights_has_size_0():
     p = problem("linear-3", 1)
     ((w, _),) = p.params
-    w = w[:, [0, 0, 2]]  # classes 0 and 1 are one: d_1 is 0, and class 2 must not be taken instead
+    w = w[:, [0, 0, 2]]  # classes 0 and 1 tie everywhere; d_1 is 0, but it counts, not class 2
     params = [(w, np.array([1, 1, 0], np.float32))]
     r = everything(apply, params, np.zeros_like(p.x), np.zeros_like(p.y))
     for norm in NORMS:
@@ -478,9 +479,10 @@ def test_a_tie_with_a_class_that_never_parts_is_reached():
 
 
 @pytest.mark.parametrize("margin", [1, 100])
-def test_of_two_classes_equally_near_the_lower_one_is_taken(margin):
+def test_of_two_equally_near_classes_the_lower_is_taken(margin):
     p = problem("linear-3", 1)
-    # Inputs 0 and 1 drive classes 1 and 2 alike. l1, as its dual is free of sums: the tie is exact.
+    # Inputs 0 and 1 have the same effect on classes 1 and 2. In l1 the tie is exact: its dual norm
+    # needs no sum.
     w = np.zeros_like(p.params[0][0])
     w[0, 1] = w[1, 2] = 1
     params = [(w, np.array([margin, -margin, -margin], np.float32))]
@@ -493,7 +495,7 @@ def test_of_two_classes_equally_near_the_lower_one_is_taken(margin):
 
 @pytest.mark.parametrize("scale", [1, 100])
 @pytest.mark.parametrize("masked", [[0, 4, 7], [1, 2], list(range(9))])
-def test_a_class_at_minus_infinity_is_no_candidate(scale, masked):
+def test_a_class_at_minus_infinity_is_ignored(scale, masked):
     p = problem("mlp-10", scale)
     mask = ~np.isin(np.arange(10), masked)
     logits = np.where(mask, p.logits, -np.inf)
@@ -516,7 +518,7 @@ def test_a_class_at_minus_infinity_is_no_candidate(scale, masked):
 
 @jax.jit
 def derivatives(params, x, y):
-    """Of r in x at one example: {method: [D, D]}."""
+    """Jacobians of r with respect to x at one example: {method: [D, D]}."""
 
     def methods(x):
         data = apply, params, x[None], y[None]
@@ -541,9 +543,9 @@ def test_derivatives_of_r_match_finite_differences_of_the_reference(scale, x64):
         loss = 0.5 * references.loss(z, jac, y, norm="l2")
         return {"minimal": found.r(), "alpha": found.r(0.5), "loss": loss}
 
-    h = 1e-5 / scale  # the net bends at a length of 1 / scale
+    h = 1e-5 / scale  # the net is curved on a scale of 1 / scale
     steps = [(reference(x + e), reference(x - e)) for e in h * np.eye(x.size)]
     for method, got in derivatives(params, x, y).items():
         want = np.stack([(up[method] - down[method]) / (2 * h) for up, down in steps], axis=1)
-        # Central differences: (h scale)^2 of truncation, 2^-53 / h scale of rounding.
+        # Central differences: (h scale)^2 of truncation, 2^-53 / (h scale) of rounding.
         np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max(), err_msg=method)

@@ -1,4 +1,4 @@
-"""Every function of arrays lowers for CPU, GPU and TPU; no accelerator is needed for that."""
+"""Every function of arrays lowers for CPU, GPU and TPU, which needs no accelerator."""
 
 import jax
 import jax.export

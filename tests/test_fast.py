@@ -14,7 +14,7 @@ from experiments.lib import models, records, weights
 
 
 @pytest.mark.slow
-def test_both_ensembles_are_run_and_their_verdicts_kept(tmp_path):
+def test_both_ensembles_run_and_their_verdicts_are_stored(tmp_path):
     net = models.mlp((7, 5))
     params = models.init(net, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     weights.save(tmp_path / "mnist_mlp" / "normal" / "params.safetensors", params)

@@ -1,4 +1,4 @@
-"""The questions put to other libraries: what of them needs no other library."""
+"""`experiments/features.py`, as far as it needs no other library."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ def problem_of(net, n=3):
     return problems.Problem(models.function(net), params, x, np.arange(n), (0.0, 1.0), {})
 
 
-def test_a_question_has_an_answer_or_an_error():
+def test_each_question_is_answered_or_gives_an_error():
     net = models.mlp((7,))
     problem = problem_of(net, 6)
     y = np.asarray(problem.apply_fn(problem.params, problem.x)).argmax(-1)

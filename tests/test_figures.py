@@ -1,4 +1,4 @@
-"""Figures: drawn from JSON alone, every record's by one command."""
+"""One command draws every record's figures from its JSON."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def row(experiment, method, seed=0, **extra):
 
 
 def lines_of(figure):
-    """The lines of each panel, by label; unlabelled ones numbered."""
+    """The lines of each panel by label."""
     return [
         {line.get_label(): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()), line)
          for line in panel.get_lines()}
@@ -68,7 +68,7 @@ def test_figure_1_has_the_authors_curves_dashed():
     assert len(dashed) == 3
     by_colour = {line.get_color(): line for line in dashed}
     alpha = by_colour[lines["Adv_Alpha"][2].get_color()]
-    # The notebook's figures at the sizes .4 and 3.8.
+    # The notebook's accuracies at sizes 0.4 and 3.8.
     assert (alpha.get_xdata()[0], alpha.get_ydata()[0]) == (0.4, 0.9545)
     assert (alpha.get_xdata()[-1], alpha.get_ydata()[-1]) == (3.8, 0.0684)
     (panel,) = figure.axes
@@ -77,7 +77,7 @@ def test_figure_1_has_the_authors_curves_dashed():
     assert panel.get_ylabel() == "accuracy"
 
 
-def test_figure_2_has_both_nets_against_size_and_over_training():
+def test_figure_2_shows_both_nets_against_size_and_over_training():
     rows = [row("mnist_lenet", "normal"), row("mnist_lenet", "lwa")]
     sizes, epochs = lines_of(figures.plot_figure_2(rows))
     assert len(sizes) == 6
@@ -96,13 +96,13 @@ def test_histories_at_different_sizes_arent_mixed():
         figures.plot_learning([row("cifar10", "lwa"), other])
 
 
-def test_a_folder_of_several_runs_has_the_figures_of_what_goes_together(tmp_path):
+def test_of_several_runs_only_comparable_ones_are_drawn_together(tmp_path):
     plain = {"accuracy_vs_eps.png", "learning_curves.png"}
     watched = [{**epoch, "watched_eps": 0.5} for epoch in row("mnist_lenet", "lwa").history]
     last = row("mnist_lenet", "normal")
     at_other_size = row("mnist_lenet", "lwa", history=watched, eps=0.5)
     assert drawn(tmp_path, [last, at_other_size]) == {*plain, "figure_1.png"}
-    # Of a method's seeds, those that were trained alike.
+    # Of a method's seeds, those trained with the same settings.
     longer = row(
         "mnist_lenet", "normal", seed=1, settings={"holdout": 0, "epochs": 3},
         history=[*last.history, last.history[0]],
@@ -110,7 +110,7 @@ def test_a_folder_of_several_runs_has_the_figures_of_what_goes_together(tmp_path
     assert drawn(tmp_path, [longer, last]) == {*plain, "figure_1.png"}
 
 
-def test_seeds_are_averaged_and_a_second_size_isnt_another_net():
+def test_seeds_are_averaged_and_a_second_size_is_not():
     first = row("cifar10", "lwa")
     curves = {**first.curves, "adv_loss": [0.7, 0.3, 0.1]}
     second = row("cifar10", "lwa", seed=1, curves=curves)
@@ -125,7 +125,7 @@ def test_without_results_there_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
-def test_one_command_draws_all_figures_of_a_record_again(record, tmp_path, monkeypatch, capsys):
+def test_one_command_redraws_all_figures_of_a_record(record, tmp_path, monkeypatch, capsys):
     for path in record.glob("*.json"):
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(sys, "argv", ["figures.py", str(tmp_path)])
@@ -137,9 +137,7 @@ def test_one_command_draws_all_figures_of_a_record_again(record, tmp_path, monke
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_worst_images_are_drawn_whatever_their_classes_are_called(
-    tmp_path, monkeypatch, channels
-):
+def test_the_worst_images_are_drawn_with_any_class_names(tmp_path, monkeypatch, channels):
     kept = []
     save = figures._save
     monkeypatch.setattr(
@@ -154,9 +152,9 @@ def test_the_worst_images_are_drawn_whatever_their_classes_are_called(
     axes = kept[0].axes
     shown = [np.asarray(axis.get_images()[0].get_array()).ravel() for axis in axes]
     np.testing.assert_array_equal(shown[0], 0.75)
-    np.testing.assert_array_equal(shown[2], 0)  # all of it is the largest
+    np.testing.assert_array_equal(shown[2], 0)  # every pixel has the largest change
     np.testing.assert_array_equal(shown[4], 0.5)
-    assert shown[5].max() == 1  # and not 1.25
+    assert shown[5].max() == 1  # clipped from 1.25
     assert [axis.get_title() for axis in axes] == [
         "a $_{$", "a class of a very l…", "size 0.123", "size 2", "d", "a",
     ]  # fmt: skip
@@ -170,7 +168,7 @@ def test_digits_show_what_was_saved(tmp_path):
     content = json.loads(path.read_text())
     figure = figures.plot_digits(content)
     shown = [axis.get_images()[0].get_array() for axis in figure.axes]
-    np.testing.assert_allclose(shown[0], images[0, ..., 0], atol=5e-4)  # kept in thousandths
+    np.testing.assert_allclose(shown[0], images[0, ..., 0], atol=5e-4)  # saved to three decimals
     np.testing.assert_allclose(shown[2], -images[0, ..., 0] / 2, atol=5e-4)
     assert [axis.get_title() for axis in figure.axes] == [
         "label 1", "label 2", "", "", "1 → 1", "2 → 3",

@@ -1,4 +1,4 @@
-"""`jaxadv.attack.fmn`: what is its own; the contract is in test_contract."""
+"""`jaxadv.attack.fmn`; test_contract tests what all attacks have in common."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ fmn = jax.jit(
 
 
 @pytest.mark.parametrize("norm", ORDER)
-def test_walls_that_stop_half_of_the_entries_do_not_keep_fmn_from_the_boundary(norm):
+def test_fmn_reaches_the_boundary_with_most_entries_on_their_bounds(norm):
     def net(params, x):
         w, v = params
         return jax.nn.relu(x @ w) @ v
@@ -38,7 +38,7 @@ def test_fmn_is_no_longer_than_deepfool_on_a_curved_net():
     assert np.quantile(ratio, 0.9) < 1.1
 
 
-def test_a_targeted_r_reaches_the_class_and_is_0_where_it_is_there():
+def test_a_targeted_r_reaches_the_class_and_is_0_where_it_wins_already():
     params, x, y = curved_problem()
     target = np.full(len(x), 2)
     r = np.asarray(fmn(curved, params, x, target, norm="l2", targeted=True))
@@ -48,14 +48,14 @@ def test_a_targeted_r_reaches_the_class_and_is_0_where_it_is_there():
     np.testing.assert_array_equal(r[~hit], 0)
 
 
-def test_fmn_takes_the_step_size_that_suits_the_units_of_x():
+def test_scaling_x_and_step_size_scales_r():
     (w, b), x, y = linear_problem(2, seed=2)
     r = fmn(linear, (w, b), x, y, norm="l2")
     thousand = fmn(linear, (w / 1000, b), 1000 * x, y, norm="l2", step_size=1000.0)
     np.testing.assert_allclose(thousand, 1000 * np.asarray(r), rtol=1e-2, atol=1)
 
 
-def test_r_is_no_longer_than_any_point_of_the_way_that_misled_the_net():
+def test_r_is_no_longer_than_any_visited_point_that_misled_the_net():
     params, x, y = curved_problem()
     seen = []
 
@@ -69,7 +69,7 @@ def test_r_is_no_longer_than_any_point_of_the_way_that_misled_the_net():
     sizes = np.array([lengths(at - x, "l2") for at, _ in seen])
     own = np.eye(4, dtype=bool)[y]
     lead = np.array([np.where(own, -np.inf, z).max(axis=1) - z[own] for _, z in seen])
-    # A hit by no more than rounding, a ten-thousandth of the way, counts for none.
+    # A lead within rounding, 1e-4 of the initial one, doesn't count as a hit.
     hits = lead > 2e-4 * np.abs(lead[0]) + 1e-4
     assert hits.any(axis=0).mean() > 0.9
     assert (r <= 1.001 * np.where(hits, sizes, np.inf).min(axis=0)).all()

@@ -1,4 +1,4 @@
-"""The gallery: what of it can be computed otherwise, and every picture."""
+"""The gallery: its exact direction, and that every picture is drawn."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
-"""Every message of `jaxadv.inputs`: what was expected, what came, and the cure; never silent.
+"""Every error message of `jaxadv.inputs`: what was expected, what was passed, and a remedy.
 
-Methods check their arguments as test_contract says.
+test_contract tests that the methods check their arguments.
 """
 
 import re
@@ -38,7 +38,7 @@ def keys_of(key):
     return partial(inputs.keys, key, B, "it")
 
 
-# What is called, the error, and of its message: expected, got, cure.
+# The call, the error and three parts of its message: expected, got, remedy.
 ONE_ROW, COLUMN, ARGMAX = "one row of K", "y[:, 0]", "jnp.argmax(y, axis=-1)"
 FLOATS, CAST = "x of a floating-point dtype", "y.astype(int); turn names into numbers with np.uni"
 WRONG = [
@@ -101,14 +101,16 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("call", "error", "expected", "got", "cure"), WRONG)
-def test_an_error_says_what_was_expected_what_came_and_the_cure(call, error, expected, got, cure):
-    pattern = ".*".join(re.escape(part) for part in (expected, got, cure))
+@pytest.mark.parametrize(("call", "error", "expected", "got", "remedy"), WRONG)
+def test_an_error_says_what_was_expected_and_passed_and_a_remedy(
+    call, error, expected, got, remedy
+):
+    pattern = ".*".join(re.escape(part) for part in (expected, got, remedy))
     with pytest.raises(error, match=f"(?s)^expected .*{pattern}", check=lambda e: type(e) is error):
         call()
 
 
-# Who checks, besides the methods
+# Other functions that check their arguments
 
 X_0, SIGNS = X[0], np.ones(B)
 CHECKED = {
@@ -158,10 +160,10 @@ def test_functions_of_arrays_check_too(what):
             jax.eval_shape(call)
 
 
-# What is taken
+# What is accepted
 
 
-def test_an_empty_batch_is_a_batch():
+def test_an_empty_batch_is_accepted():
     assert inputs.examples(X[:0]).shape == (0, D)
 
 
@@ -175,7 +177,7 @@ def test_labels_of_any_integer_dtype_become_int32(y):
 
 
 @pytest.mark.parametrize("kind", [">f4", ">f8", ">f2", np.longdouble])
-def test_numpys_other_floats_are_taken(kind):
+def test_numpys_other_floats_are_accepted(kind):
     got = inputs.examples(X.astype(kind))
     np.testing.assert_array_equal(np.float32(got), np.float32(X.astype(kind)))
 
@@ -186,7 +188,7 @@ def test_labels_beyond_int32_do_not_wrap_into_a_class(x64):
 
 
 @pytest.mark.parametrize("fn", [attack.pgd, perturb.loss])
-def test_a_numpy_label_beyond_int32_is_no_class(fn):
+def test_a_numpy_label_beyond_int32_is_invalid(fn):
     r = fn(net, W, X, np.int64([2**32, 0, 2**32 + 1, -(2**32)]), eps=1.0)
     assert jnp.any(r != 0, axis=1).tolist() == [False, True, False, False]
 
@@ -210,7 +212,7 @@ def test_one_key_becomes_one_per_example(key):
     assert (inputs.keys(jax.random.key_data(keys), B, "") == keys).all()
 
 
-def test_an_integer_of_numpy_is_an_integer():
+def test_a_numpy_integer_is_an_integer():
     inputs.at_least(1, "n", np.int64(2), "")
 
 
@@ -218,7 +220,7 @@ def test_an_integer_of_numpy_is_an_integer():
     ("samples", "takes_key", "notes"),
     [(0, True, ["samples=1"]), (2, False, ["apply_fn(params, x, key)", "samples=0"])],
 )
-def test_what_a_net_raises_says_what_it_was_called_with(samples, takes_key, notes):
+def test_an_error_raised_in_a_net_notes_how_it_was_called(samples, takes_key, notes):
     apply_fn = (lambda w, x, key: net(w, x)) if takes_key else net
     with pytest.raises(TypeError) as caught:
         attack.pgd(apply_fn, W, X, Y, eps=0.5, samples=samples, key=KEY)
@@ -226,7 +228,7 @@ def test_what_a_net_raises_says_what_it_was_called_with(samples, takes_key, note
         assert note in "".join(caught.value.__notes__)
 
 
-# Values that only a run knows
+# Traced values
 
 
 def test_a_row_is_sound_without_nan_or_infinity_in_x_and_nan_or_plus_infinity_in_logits():

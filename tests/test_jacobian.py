@@ -1,4 +1,4 @@
-"""`jaxadv.jacobian` against closed forms in float64 NumPy, and where no float64 could follow."""
+"""`jaxadv.jacobian` against closed forms in float64 NumPy, and beyond the range of float64."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ def net(params, x):
 
 
 def identity(params, x):
-    """Logits are the input, so that what is pulled back are the rows of V themselves."""
+    """The logits are the input, so pulling back gives the rows of V themselves."""
     return x
 
 
@@ -48,7 +48,7 @@ def differences(f, x, h):
 
 
 def others(y, n_classes=K):
-    """The classes but y, ascending, [B, K - 1]."""
+    """All classes except y, ascending, [B, K - 1]."""
     return np.array([np.delete(np.arange(n_classes), label) for label in y])
 
 
@@ -102,7 +102,7 @@ def test_the_scaled_rows_times_their_scales_are_t_j_minus_t_y(x64):
     rows, _, t, y = unconfident()
     each = np.arange(B)[:, None]
     want = t[each, others(y)] - t[each, y[:, None]]
-    # Some twenty roundings of 2^-53.
+    # About twenty roundings of 2^-53.
     np.testing.assert_allclose(np.exp(rows.log_scale)[..., None] * rows.d, want, atol=1e-14)
 
 
@@ -114,7 +114,7 @@ def test_log_gap_is_the_logarithm_of_the_distance_in_probability(x64):
     np.testing.assert_allclose(rows.log_gap, np.log(gap), atol=1e-13)
 
 
-def test_the_scale_is_the_larger_of_the_two_entries_that_v_has_at_j_and_y(x64):
+def test_the_scale_is_the_larger_of_entries_j_and_y_of_v(x64):
     rows, a, _, y = unconfident()
     each = np.arange(B)[:, None]
     a_y, a_j = a[each, y[:, None]], a[each, others(y)]
@@ -123,7 +123,7 @@ def test_the_scale_is_the_larger_of_the_two_entries_that_v_has_at_j_and_y(x64):
 
 
 def extremes(scale):
-    """Logits [B, K] of that size, with ties, and labels of all ranks."""
+    """Logits [B, K] of size `scale`, with ties, and labels of all ranks."""
     z = scale * np.random.default_rng(2).normal(size=(B, K))
     z[3, 1] = z[3, 2]
     z[4] = z[4, 0]
@@ -135,15 +135,15 @@ def test_each_scaled_row_of_v_is_bounded_by_1_reaches_it_and_sums_to_0(scale):
     z, y = extremes(scale)
     v = np.asarray(rows_of(identity, None, z, y).d)
     assert np.isfinite(v).all()
-    # The larger of entries j and y is 1, and what is summed to 0 are K entries of at most 1: a few
-    # roundings of 2^-24 and, in the exponent of a logarithm c, of 2^-24 |c|.
+    # The larger of entries j and y is 1, and K entries of at most 1 sum to 0: a few roundings of
+    # 2^-24, and of 2^-24 |c| in the exponent c of a scale.
     slack = 2**-22 * (1 + np.ptp(z)) if scale <= 100 else 1e-3
     np.testing.assert_allclose(np.abs(v).max(axis=2), 1, atol=slack)
     np.testing.assert_allclose(v.sum(axis=2), 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 100.0, 1e4, 1e30])
-def test_entry_j_of_a_scaled_row_is_positive_and_entry_y_negative_but_for_rounding(scale):
+def test_up_to_rounding_entry_j_of_a_scaled_row_is_positive_and_entry_y_negative(scale):
     z, y = extremes(scale)
     rows = rows_of(identity, None, z, y)
     each = np.arange(B)[:, None]
@@ -151,7 +151,7 @@ def test_entry_j_of_a_scaled_row_is_positive_and_entry_y_negative_but_for_roundi
     v_jj = d[each, np.arange(K - 1)[None], others(y)]
     v_jy = d[each, np.arange(K - 1)[None], y[:, None]]
     assert (v_jj >= 0).all()
-    # Minus the sum of the others, of which the largest is 1: rounding where it is next to nothing.
+    # It is minus the sum of the others, the largest of which is 1, so it may be off by rounding.
     assert (v_jy <= 2**-22).all()
     assert (np.maximum(v_jj, -v_jy) > 0.5).all()
 
@@ -179,7 +179,7 @@ def test_a_masked_class_adds_nothing_to_the_rows_of_the_others():
     i, j = i.reshape(B, 2), j.reshape(B, 2)
     np.testing.assert_allclose(np.asarray(got.d)[i, j][..., keep], want.d, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(np.asarray(got.d)[i, j, 2], 0)
-    # Logarithms of a size of about 10.
+    # The logarithms are of order 10.
     for name in ("log_scale", "log_gap"):
         np.testing.assert_allclose(
             np.asarray(getattr(got, name))[i, j], getattr(want, name), rtol=1e-6, atol=1e-6
@@ -214,6 +214,6 @@ def test_class_differences_cost_one_forward_pass_and_one_pull_back_for_each_clas
     fn = jax.jit(functools.partial(jacobian.class_differences, mlp))
     flops = fn.lower(*args).compile().cost_analysis()["flops"]
     forward = 2 * n * sum(w.size for w in params)
-    # What is not a matrix product is linear in the width: a few per cent. A second forward pass
-    # would make it (classes + 1) / classes.
+    # Everything but the matrix products is linear in the width: a few per cent. A second forward
+    # pass would give (classes + 1) / classes.
     assert 0.99 < flops / (classes * forward) < 1.1

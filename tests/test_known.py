@@ -1,4 +1,4 @@
-"""`experiments/known.py`: nets and figures of others."""
+"""`experiments/known.py`: other people's nets and their published figures."""
 
 import io
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_both_nets_are_attacked_and_checked(tmp_path, monkeypatch):
     assert text.count("\n- ") == 2
 
 
-def test_weights_that_are_not_there_are_an_error(tmp_path):
+def test_missing_weights_are_an_error(tmp_path):
     pytest.importorskip("torch")
     with pytest.raises(ValueError, match=r"advertorch's weights, got no .*--help show where"):
         known.load(tmp_path / "gone.pt")

@@ -1,4 +1,4 @@
-"""experiments/ by purpose: commands on top, and what they share below them."""
+"""The layout of experiments/: commands at the top, the code they share in lib/."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ MODULES = sorted(ROOT.rglob("[a-z]*.py"))
 
 
 def imported(path):
-    """The modules of experiments/ that one imports, by their names there."""
+    """The modules of experiments/ that a file imports, by their names there."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments"):
             place = node.module.removeprefix("experiments").lstrip(".")
@@ -24,10 +24,10 @@ def test_no_module_imports_a_command(path):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_whatever_is_on_top_is_a_command(name):
+def test_every_module_at_the_top_is_a_command(name):
     assert COMMANDS[name].read_text().endswith(("    main()\n", "    sys.exit(main())\n"))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("lib/*.py")), ids=lambda path: path.stem)
-def test_what_is_shared_needs_no_other_library_and_no_benchmark(path):
+def test_lib_imports_only_from_lib(path):
     assert not [name for name in imported(path) if not name.startswith("lib.")]

@@ -1,4 +1,4 @@
-"""`attack.ddn` and `fmn` beside the published algorithms; `apgd` in search of the least ball."""
+"""`attack.ddn` and `fmn` against the published algorithms; `apgd` searching for a smallest ball."""
 
 import functools
 
@@ -41,7 +41,7 @@ def anneal(i, steps):
 
 
 def published_ddn(params, x, y, steps=100, gamma=0.05):
-    """DDN as its authors publish it, without rounding to 256 levels: the least r of one x."""
+    """The smallest r that the authors' DDN finds for one x, without rounding to 256 levels."""
     r, size, best = np.zeros_like(x), 1.0, np.full_like(x, np.inf)
     largest = np.linalg.norm(np.maximum(x, 1 - x))
     for i in range(steps):
@@ -58,7 +58,7 @@ def published_ddn(params, x, y, steps=100, gamma=0.05):
 
 
 def published_fmn(params, x, y, steps=100):
-    """FMN in l2 as its authors publish it: the least r of one x, infinite if none was found."""
+    """The smallest r that the authors' FMN finds for one x in l2; infinite if it finds none."""
     r, radius, best = np.zeros_like(x), np.inf, np.full_like(x, np.inf)
     largest, found = np.linalg.norm(np.maximum(x, 1 - x)), False
     for i in range(steps):
@@ -85,14 +85,14 @@ def published_fmn(params, x, y, steps=100):
 @pytest.mark.parametrize(
     ("fn", "published"), [(attack.ddn, published_ddn), (attack.fmn, published_fmn)]
 )
-def test_it_is_no_longer_than_the_published_one(fn, published):
+def test_r_is_no_longer_than_that_of_the_published_algorithm(fn, published):
     params, x, y = boxed_problem()
     r = fn(tanh_net, as_float32(params), as_float32(x), y, bounds=BOX)
     ours = lengths(r, "l2")
     theirs = np.array([np.linalg.norm(published(params, *row)) for row in zip(x, y, strict=True)])
     moved = x + np.asarray(r, np.float64)
     assert (np.argmax(np.tanh(moved @ params[0]) @ params[1], axis=1) != y).all()
-    # Both take the same steps; the bisection at the end makes ours the smaller.
+    # Both take the same steps; the bisection at the end makes ours smaller.
     assert np.median(ours / theirs) <= 1
     assert np.mean(ours > 1.02 * theirs) <= 0.05
 
@@ -106,7 +106,7 @@ def linear(w, x):
 
 
 def linear_problem():
-    """Two classes; the distance of each example to the boundary through 0, by norm."""
+    """A linear net of two classes, and by norm each example's distance to the boundary."""
     rng = np.random.default_rng(1)
     w, x = (rng.normal(size=shape).astype(np.float32) for shape in ((D, 2), (B, D)))
     y = np.argmax(x @ w, axis=1)
@@ -129,7 +129,7 @@ every_search = pytest.mark.parametrize("fn", SEARCHES.values(), ids=SEARCHES)
     ("fn", "norm"),
     [(attack.ddn, "l2"), *((fn, norm) for fn in SEARCHES.values() for norm in ORDER)],
 )
-def test_of_a_linear_net_the_size_is_the_distance_to_the_boundary(fn, norm):
+def test_on_a_linear_net_the_size_is_the_distance_to_the_boundary(fn, norm):
     w, x, y, distances = linear_problem()
     options = {} if fn is attack.ddn else {"norm": norm}
     r = np.asarray(fn(linear, w, x, y, **options))
@@ -140,8 +140,8 @@ def test_of_a_linear_net_the_size_is_the_distance_to_the_boundary(fn, norm):
 
 
 @pytest.mark.parametrize("fn", [attack.ddn, *SEARCHES.values()])
-def test_what_nothing_misleads_and_what_is_wrong_already_are_0(fn):
-    def net(params, x):  # class 2 is out of reach in the box
+def test_r_is_0_where_no_attack_can_succeed_or_the_net_is_wrong_already(fn):
+    def net(params, x):  # in the box, class 2 is out of reach
         lead = jnp.stack([0 * x[:, 0], x[:, 0] - 0.5, jnp.sum(x, axis=1) - 10], axis=1)
         return jnp.where(x[:, 1:2] == 0.25, jnp.array([9.0, 0.0, 0.0]), lead)
 
@@ -152,7 +152,7 @@ def test_what_nothing_misleads_and_what_is_wrong_already_are_0(fn):
     np.testing.assert_array_equal(r[1:], 0)
 
 
-def test_ddn_reaches_a_target_and_takes_the_units_of_x():
+def test_ddn_reaches_a_target_and_step_size_sets_the_units_of_x():
     params, x, _ = boxed_problem()
     params, x = as_float32((params, x))
     target = np.full(B, 2)
@@ -165,12 +165,12 @@ def test_ddn_reaches_a_target_and_takes_the_units_of_x():
     np.testing.assert_allclose(thousand / 1024, r, rtol=1e-2, atol=1e-2)
 
 
-def test_ddn_begins_within_a_small_box():
+def test_ddns_first_step_fits_a_small_box():
     w = linear_problem()[0]
     away = w[:, 1] - w[:, 0]
     half = 0.0005
 
-    def net(params, x):  # class 1 from `half` along w on
+    def net(params, x):  # class 1 begins at a distance of `half` along w
         lead = (x - 0.5) @ away - half * jnp.linalg.norm(away)
         return jnp.stack([0 * lead, lead], axis=1)
 
@@ -180,13 +180,13 @@ def test_ddn_begins_within_a_small_box():
 
 
 def trap(params, x):
-    """A hill beside x whose top is no success, a valley, and success from 3 on."""
+    """Class 1's lead has a local maximum below 0 near x, and is positive from t = 2.83 on."""
     t = x[:, 0]
     lead = 4 * jnp.exp(-8 * (t - 0.6) ** 2) - 5 + jnp.maximum(t - 2, 0) * 6
     return jnp.stack([0 * t, lead], axis=1)
 
 
-def test_fmn_gets_out_of_a_trap_of_misleading_gradients():
+def test_fmn_escapes_a_local_maximum():
     x, y = np.zeros((1, 2), np.float32), np.array([0])
     r = np.asarray(attack.fmn(trap, None, x, y))
     assert int(jnp.argmax(trap(None, x + r))) == 1
@@ -194,7 +194,7 @@ def test_fmn_gets_out_of_a_trap_of_misleading_gradients():
 
 
 @every_search
-def test_a_search_charges_each_run_of_each_of_its_balls(fn):
+def test_a_search_counts_the_passes_of_every_ball(fn):
     w, x, y, _ = linear_problem()
     _, info = attack.with_info(fn)(linear, w, x, y)
     np.testing.assert_array_equal(info.backward, 1 + 20 * 26)

@@ -1,4 +1,4 @@
-"""`jaxadv.logistic`: Appendix A, against brute force over the ball and scipy's optimum."""
+"""`jaxadv.logistic`: Appendix A against brute force over the ball and SciPy's optimum."""
 
 from functools import partial
 
@@ -79,7 +79,7 @@ def test_sizes_are_per_example(norm):
     np.testing.assert_allclose(loss_at(w, x + r, y), want, rtol=RTOL)
 
 
-def test_without_a_ball_it_is_logistic_regression():
+def test_at_size_0_the_loss_is_that_of_logistic_regression():
     w, x, y = draw()
     np.testing.assert_allclose(
         logistic.loss(w, x, y, eps=0.0, norm="l2"), loss_at(w, x, y), rtol=RTOL
@@ -111,10 +111,10 @@ def test_the_logits_are_those_whose_cross_entropy_is_the_logistic_loss():
     np.testing.assert_allclose(-np.array(log_p), loss_at(w, x, y), rtol=RTOL)
 
 
-# name: a general method; and what of the exact maximum it may miss
+# name: a general method, and the relative error that it may have
 METHODS = {
     "loss": (perturb.loss, RTOL),
-    "alpha": (perturb.alpha, RTOL),  # for two classes it has the direction of loss
+    "alpha": (perturb.alpha, RTOL),  # for two classes, its direction is that of loss
     "pgd": (partial(attack.pgd, steps=20), 1e-5),
 }
 
@@ -128,7 +128,7 @@ def test_the_general_methods_hit_the_closed_form(name, norm):
     r = np.asarray(run(w, x, (y + 1) // 2), np.float64)
     want = logistic.loss(w, x, y, eps=EPS, norm=norm)
     if name == "alpha":
-        # It crosses the boundary; a misclassified x goes on away from y: both raise the loss.
+        # It moves away from y whether x is misclassified or not, so it always raises the loss.
         assert np.any(y * (x @ w) < 0)
     np.testing.assert_allclose(loss_at(w, x + r, y), want, rtol=tolerance)
 
@@ -141,18 +141,18 @@ def test_the_objective_is_convex_along_every_segment(norm):
     _, x, y = draw()
     rng = np.random.default_rng(2)
     ends = 3 * rng.normal(size=(2, 500, D))
-    ends[1, :100] = -ends[0, :100] * rng.random((100, 1))  # through 0, where the norm has its kink
+    ends[1, :100] = -ends[0, :100] * rng.random((100, 1))  # through the norm's kink at 0
     t = rng.random((500, 1))
     value = jax.jit(jax.vmap(partial(logistic.objective, x=x, y=y, eps=EPS, norm=norm)))
     first, second = value(jnp.float32(ends[0])), value(jnp.float32(ends[1]))
     between = value(jnp.float32(t * ends[0] + (1 - t) * ends[1]))
     chord = t[:, 0] * first + (1 - t[:, 0]) * second
     assert np.all(between <= chord * (1 + 1e-6))
-    assert np.mean(between < 0.99 * chord) > 0.5  # and it is no straight line
+    assert np.mean(between < 0.99 * chord) > 0.5  # not just a straight line
 
 
 def regularisation(w):
-    """R of Proposition C for x = y = 1 and c = 1/2, from the library, [n] of scalars w."""
+    """R of Proposition C for x = y = 1 and c = 1/2 at each w [n], computed by the library."""
     one = jnp.ones((1, 1))
 
     def of_one(w):
@@ -166,24 +166,24 @@ def regularisation(w):
 
 def test_proposition_c_the_regularisation_is_the_corrected_formula():
     w = np.linspace(-6, 12, 37)
-    # The print has exp(-w / 2), which holds for w >= 0 only.
+    # The paper prints exp(-w / 2), which holds only for w >= 0.
     want = np.logaddexp(0, -(w - 0.5 * np.abs(w))) - np.logaddexp(0, -w)
     np.testing.assert_allclose(regularisation(jnp.float32(w)), want, rtol=RTOL, atol=1e-7)
 
 
 def test_proposition_c_the_regularisation_is_not_convex():
     start, middle, end = regularisation(jnp.array([0.0, 2.0, 12.0]))
-    # On w >= 0 it starts at 0, is positive, and falls to 0 again: above its chord.
+    # For w >= 0 it rises from 0 and falls to 0 again, so it is above its chord.
     assert start == 0
     assert middle > 10 * max(start, end)
     assert middle > start + (end - start) * 2 / 12
 
 
 def scipy_optimum(x, y, norm):
-    """The least objective, by a search without gradients in float64, since the norm has kinks."""
+    """The minimal objective by a derivative-free search in float64, since the norm has kinks."""
     options = {"xatol": 1e-9, "fatol": 1e-13, "maxiter": 10_000, "maxfev": 10_000}
     best = optimize.OptimizeResult(x=np.full(D, 0.1))
-    for _ in range(5):  # a simplex that has collapsed begins anew
+    for _ in range(5):  # restarts a collapsed simplex
         best = optimize.minimize(
             lambda w: exact(w, x, y, EPS, norm).mean(),
             best.x,
@@ -194,27 +194,27 @@ def scipy_optimum(x, y, norm):
 
 
 def draw_problem(seed=5):
-    """Thirty noisy examples whose robust solution is neither 0 nor without bound."""
+    """Thirty noisy examples whose robust solution is finite and not 0."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(30, D)) * np.array([1.5, 1, 0.7, 0.4])
     y = np.where(x @ np.array([2.0, -1.0, 0.5, 0]) + 0.7 * rng.normal(size=30) > 0, 1, -1)
     return x.astype(np.float32), y
 
 
-def test_fit_meets_scipys_optimum_in_l2():
+def test_fit_reaches_scipys_optimum_in_l2():
     x, y = draw_problem()
     least, at = scipy_optimum(x, y, "l2")
     w, values = logistic.fit(jnp.full(D, 0.1), x, y, eps=EPS, norm="l2")
-    # The objective in float32 near its minimum: a few roundings.
+    # Near its minimum, the objective in float32 is off by a few roundings.
     np.testing.assert_allclose(values[-1], least, rtol=1e-6)
-    # It is flat there, so that roundings of 2^-24 move w by their root.
+    # As it is flat there, errors of 2^-24 in it allow errors of their square root in w.
     np.testing.assert_allclose(w, at, atol=2e-3)
     np.testing.assert_allclose(exact(w, x, y, EPS, "l2").mean(), least, rtol=1e-6)
     assert 0.1 < np.linalg.norm(at) < 10
 
 
 @pytest.mark.parametrize("norm", ["l1", "linf"])
-def test_fit_with_a_decaying_subgradient_method_meets_scipys_optimum(norm):
+def test_fit_with_a_decaying_subgradient_method_reaches_scipys_optimum(norm):
     x, y = draw_problem()
     least, at = scipy_optimum(x, y, norm)
     steps = 3000
@@ -241,10 +241,10 @@ def test_fit_reports_the_objective_before_each_update():
 
 
 def separable():
-    """Data whose full gap between the classes is 2 in every norm.
+    """Data whose margin, from class to class, is 2 in every norm.
 
-    y is the sign of the first entry, at distance 1 from the hyperplane e_1 through 0; the second
-    entries come in both signs, so that no other hyperplane does better.
+    y is the sign of the first entry, which is 1 away from the hyperplane x_1 = 0; the second
+    entries have both signs, so no other hyperplane through 0 does better.
     """
     x = np.array([[1, 0.5], [1, -0.5], [-1, 0.5], [-1, -0.5], [2, 0]], np.float32)
     return x, np.array([1, 1, -1, -1, 1])
@@ -268,7 +268,7 @@ def test_proposition_d_a_margin_of_less_than_2_eps_has_a_bounded_minimiser(norm)
         w, values = logistic.fit(jnp.array(start), x, y, eps=1.1, norm=norm, tx=tx, steps=2000)
         ends.append((w, values[-1]))
     (w, value), (other, other_value) = ends
-    # From near and from far, to one point.
+    # From near and from far, it ends at the same point.
     np.testing.assert_allclose(w, other, atol=0.02)
     np.testing.assert_allclose(value, other_value, atol=1e-4)
     assert np.linalg.norm(w) < 5
@@ -278,7 +278,7 @@ def test_proposition_d_a_margin_of_less_than_2_eps_has_a_bounded_minimiser(norm)
 @every_norm
 def test_proposition_d_a_margin_of_more_than_2_eps_lets_w_grow_and_the_loss_vanish(norm):
     x, y = separable()
-    # Steps of one length, since the gradient vanishes with the loss.
+    # Steps of constant length, since the gradient vanishes with the loss.
     tx = optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.25))
     w, sizes, values = jnp.array([0.1, 0.1]), [], []
     for _ in range(3):
@@ -303,7 +303,7 @@ def test_at_w_of_0_the_gradient_is_finite(norm):
     objective = partial(logistic.objective, x=x, y=y, eps=EPS, norm=norm)
     value, grad = jax.jit(jax.value_and_grad(objective))(jnp.zeros(D))
     np.testing.assert_allclose(value, np.log(2), rtol=RTOL)
-    # The ball's part has 0 among its subgradients there; what is left is that of the plain loss.
+    # There, 0 is a subgradient of the norm; the gradient of the plain loss is left.
     np.testing.assert_allclose(grad, -(y[:, None] * x).mean(axis=0) / 2, rtol=1e-5, atol=1e-7)
     assert not np.any(logistic.adversary(jnp.zeros(D), x, y, eps=EPS, norm=norm))
 
@@ -322,13 +322,13 @@ FUNCTIONS = (logistic.loss, logistic.adversary, logistic.objective, logistic.fit
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_labels_0_and_1_raise_with_the_cure(function):
+def test_labels_0_and_1_raise_with_a_remedy(function):
     w, x, y = draw()
     with pytest.raises(ValueError, match=r"-1 and \+1.*got.*2 \* y - 1"):
         function(w, x, (y + 1) // 2, eps=EPS, norm="l2")
 
 
-# name: w, x and y of w [D], x [B, D], y [B]
+# name: how w [D], x [B, D] and y [B] are changed
 SHAPES = {
     "w of another size": lambda w, x, y: (w[:-1], x, y),
     "y of another batch": lambda w, x, y: (w, x, y[:-1]),
@@ -357,6 +357,6 @@ def test_no_steps_raise():
         logistic.fit(*draw(), eps=EPS, norm="l2", steps=0)
 
 
-def test_lists_are_taken():
+def test_lists_are_accepted():
     r = logistic.adversary([3.0, 4.0], [[1.0, 1.0]], [1], eps=5.0, norm="l2")
     np.testing.assert_allclose(r, [[-3, -4]], rtol=1e-6)

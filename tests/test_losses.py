@@ -32,7 +32,7 @@ def test_the_gradient_of_cross_entropy_is_a_sigmoid_times_that_of_the_margin(x64
     np.testing.assert_allclose(g / (1 + np.exp(-m))[:, None], want, atol=1e-14)
 
 
-def test_the_gradient_of_the_margin_has_no_confidence_at_which_it_vanishes():
+def test_the_gradient_of_the_margin_vanishes_at_no_confidence():
     y = np.array([0, 3, 1, 2, 3])
     for scale in (1, 1e2, 1e4, 1e30):
         z = np.float32(scale) * np.eye(K, dtype=np.float32)[y]
@@ -41,7 +41,7 @@ def test_the_gradient_of_the_margin_has_no_confidence_at_which_it_vanishes():
         np.testing.assert_allclose(g.sum(axis=1), 0, atol=1e-6)
 
 
-def test_the_margin_is_minus_infinity_where_no_class_but_y_is_left():
+def test_the_margin_is_minus_infinity_if_all_wrong_classes_are_masked():
     z = np.array([[-np.inf, 2, -np.inf], [1, 2, -np.inf]], np.float32)
     np.testing.assert_array_equal(losses.margin(jnp.asarray(z), np.array([1, 0])), [-np.inf, 1])
 
@@ -88,7 +88,7 @@ def logits_and_labels(scale=1.0):
 @pytest.mark.parametrize("scale", [1e-4, 1, 1e4])
 def test_dlr_is_its_formula(scale):
     z, y, t = logits_and_labels(scale)
-    # Three roundings of differences, relative to the largest logit.
+    # Three differences, rounded relative to the largest logit.
     np.testing.assert_allclose(losses.dlr(z, y), dlr_of(z, y), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(
         losses.targeted_dlr(jnp.asarray(z), jnp.asarray(y), target=jnp.asarray(t)),
@@ -98,7 +98,7 @@ def test_dlr_is_its_formula(scale):
     )
 
 
-def test_dlr_is_positive_where_misclassified_and_at_most_1():
+def test_dlr_is_positive_where_misclassified_and_at_least_minus_1_elsewhere():
     z, y, _ = logits_and_labels()
     loss = np.asarray(losses.dlr(z, y))
     np.testing.assert_array_equal(loss > 0, z.argmax(axis=1) != y)
@@ -137,7 +137,7 @@ def test_dlr_takes_integer_labels():
         losses.dlr(jnp.zeros((2, 3)), jnp.zeros(2))
 
 
-def test_with_two_or_three_classes_dlr_is_what_is_left_of_it():
+def test_dlr_with_two_and_three_classes():
     z, y, t = jnp.array([[3.0, 1, 2], [0, 5, 7]]), jnp.array([0, 1]), jnp.array([2, 0])
     np.testing.assert_allclose(losses.dlr(z, y), [-1 / 2, 2 / 7])
     np.testing.assert_allclose(losses.targeted_dlr(z, y, target=t), [-1 / 2, -5 / 7])

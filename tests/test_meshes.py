@@ -1,4 +1,4 @@
-"""Arrays on a mesh of Explicit axes give what arrays on none give; results lie as arguments do."""
+"""Arrays on a mesh of Explicit axes give the same results, sharded as the arguments are."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ def spread(mesh, plain):
     )
 
 
-def lies_as(a, b):
+def sharded_as(a, b):
     return a.sharding.mesh == b.sharding.mesh and a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
@@ -71,21 +71,21 @@ METHODS = {name: partial(method, eps=0.3) for name, method in METHODS.items()}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_gives_the_same_r_which_lies_as_x(name, plain, spread):
+def test_a_method_gives_the_same_r_sharded_as_x(name, plain, spread):
     (params, x, y, keys), method = spread, METHODS[name]
     r = method(net, params, x, y, key=keys)
-    assert lies_as(r, x)
+    assert sharded_as(r, x)
     same(r, jax.jit(partial(method, net))(*plain[:3], key=plain[3]))
 
 
 @pytest.mark.parametrize("name", ["alpha", "pgd"])
-def test_a_method_in_the_jit_of_its_caller(name, plain, spread):
+def test_a_method_in_its_callers_jit(name, plain, spread):
     @jax.jit
     def perturbed(params, x, y, keys):
         return x + METHODS[name](net, params, x, y, key=keys)
 
     moved = perturbed(*spread)
-    assert lies_as(moved, spread[1])
+    assert sharded_as(moved, spread[1])
     same(moved, perturbed(*plain))
 
 
@@ -95,8 +95,8 @@ def test_a_method_in_the_context_of_the_mesh(name, mesh, plain, spread):
     with jax.set_mesh(mesh):
         r = method(net, params, x, y, key=keys)
         in_jit = jax.jit(partial(method, net))(params, x, y, key=keys)
-    assert lies_as(r, x)
-    assert lies_as(in_jit, x)
+    assert sharded_as(r, x)
+    assert sharded_as(in_jit, x)
     same([r, in_jit], [method(net, *plain[:3], key=plain[3])] * 2)
 
 
@@ -143,12 +143,12 @@ def test_a_loop_of_the_callers(plain, spread):
 # Evaluation
 
 
-def test_masks_of_a_batch_lie_as_its_rows(mesh, plain, spread):
+def test_masks_of_a_batch_are_sharded_as_its_rows(mesh, plain, spread):
     def both(params, x, y, keys):
         return (evaluate.measure(net, params, x, y), evaluate.measure(net, params, x, y, 0.1 * x))
 
     got = jax.jit(both)(*spread)
-    assert all(lies_as(leaf, spread[2]) for leaf in jax.tree.leaves(got))
+    assert all(sharded_as(leaf, spread[2]) for leaf in jax.tree.leaves(got))
     same(got, both(*plain))
 
 
@@ -186,7 +186,7 @@ def test_an_evaluation_in_the_context_of_the_mesh(mesh, plain, spread):
     same(got, EVALUATIONS["one attack"](*plain))
 
 
-def test_an_evaluation_under_a_trace_says_so_as_without_a_mesh(spread):
+def test_the_error_of_an_evaluation_under_a_trace_is_the_same_on_a_mesh(spread):
     with pytest.raises(TypeError, match=r"got a tracer: evaluate.score loops over a data set"):
         jax.jit(partial(evaluate.score, net))(*spread[:3])
 
@@ -209,14 +209,14 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_gradient_of_an_objective_lies_as_the_parameters(name, plain, spread):
+def test_the_gradient_of_an_objective_is_sharded_as_the_parameters(name, plain, spread):
     @jax.jit
     def gradient(params, x, y, keys):
         loss = partial(OBJECTIVES[name], key=KEY, step=jnp.int32(0))
         return jax.value_and_grad(loss, has_aux=True)(params, None, (x, y))
 
     got = gradient(*spread)
-    assert all(map(lies_as, jax.tree.leaves(got[1]), jax.tree.leaves(spread[0])))
+    assert all(map(sharded_as, jax.tree.leaves(got[1]), jax.tree.leaves(spread[0])))
     same(got, gradient(*plain))
 
 
@@ -235,7 +235,7 @@ def trained(kind, params, x, y, keys):
     return train.make_epoch(objective, tx)(state, (x, y), jnp.array([[0, 1], [3, 2]]))
 
 
-def test_a_memory_lies_as_it_did(plain, spread):
+def test_a_memory_keeps_its_sharding(plain, spread):
     step = partial(attack.pgd, steps=1, keep="last", bounds=(0.0, 1.0))
     objective = objectives.with_memory(objectives.adversarial(net, step, eps=0.3))
     ends = []
@@ -244,19 +244,19 @@ def test_a_memory_lies_as_it_did(plain, spread):
         data, order = (x, y, jnp.arange(B)), jnp.array([[0, 1], [3, 0]])
         state, info = train.make_epoch(objective, ADAM)(state, data, order)
         ends.append((state.model_state.r, state.params, info))
-    assert lies_as(ends[0][0], spread[1])
+    assert sharded_as(ends[0][0], spread[1])
     same(*ends)
 
 
 @pytest.mark.parametrize("kind", ["update", "step", "batches", "order"])
-def test_training_gives_the_same_and_parameters_lie_as_they_did(kind, plain, spread):
+def test_training_gives_the_same_and_parameters_keep_their_sharding(kind, plain, spread):
     (state, info), (expected, expected_info) = (trained(kind, *a) for a in (spread, plain))
-    assert all(map(lies_as, jax.tree.leaves(state.params), jax.tree.leaves(spread[0])))
+    assert all(map(sharded_as, jax.tree.leaves(state.params), jax.tree.leaves(spread[0])))
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(info))
     same((state.params, info), (expected.params, expected_info))
 
 
-def test_a_step_is_traced_no_more_once_its_state_is_on_the_mesh(mesh, spread):
+def test_a_step_is_not_traced_again_once_its_state_is_on_the_mesh(mesh, spread):
     params, x, y, _ = spread
     traces = []
 
@@ -267,7 +267,7 @@ def test_a_step_is_traced_no_more_once_its_state_is_on_the_mesh(mesh, spread):
     tx = optax.adam(1e-2)
     step = train.make_step(objectives.natural(counted), tx)
     state = train.init(params, tx, key=KEY)
-    state, _ = step(state, (x, y))  # which also puts the step's number and the key there
+    state, _ = step(state, (x, y))  # this also puts the step counter and the key on the mesh
     state, _ = step(state, (x, y))
     known = len(traces)
     for _ in range(3):
@@ -275,10 +275,10 @@ def test_a_step_is_traced_no_more_once_its_state_is_on_the_mesh(mesh, spread):
     assert len(traces) == known <= 2
 
 
-# What a net may do
+# Nets and other axes
 
 
-def test_a_net_that_names_shardings_brings_its_axes_back(plain, spread):
+def test_a_net_may_make_its_axes_explicit_again(plain, spread):
     @partial(jax.sharding.explicit_axes, in_sharding=(P(), P("data")))
     def explicit(params, x):
         h = jnp.tanh(x.reshape(len(x), -1) @ params["w"])

@@ -1,4 +1,4 @@
-"""Attacks for least perturbations, `deepfool` and `fmn`: what holds of both."""
+"""What the searches for a smallest perturbation, `deepfool` and `fmn`, have in common."""
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,14 @@ def test_r_is_the_distance_to_the_nearest_hyperplane(fn, n_classes, norm):
     assert misled(linear, params, x, y, r).all()
     np.testing.assert_allclose(lengths(r, norm), to_each.min(axis=1), rtol=0.01)
     assert (lengths(r, norm) >= to_each.min(axis=1)).all()
-    # Which isn't always that of the likeliest class.
+    # The nearest class isn't always the top wrong class.
     z = np.where(np.eye(n_classes, dtype=bool)[y], -np.inf, linear(params, x))
     assert (to_each.argmin(axis=1) != z.argmax(axis=1)).any() == (n_classes > 2)
 
 
 @both
-def test_what_a_net_of_convolutions_has_wrong_needs_no_perturbation(fn):
-    # Within a loop such a net runs in another program, which rounds otherwise.
+def test_examples_that_a_convolutional_net_misclassifies_need_no_perturbation(fn):
+    # In a loop such a net is compiled to another program, which rounds differently.
     rng = np.random.default_rng(0)
     params = [rng.normal(size=(5, 5, *io)).astype(np.float32) / 5 for io in ((1, 8), (8, 4))]
 
@@ -54,7 +54,7 @@ def test_what_a_net_of_convolutions_has_wrong_needs_no_perturbation(fn):
 
 
 @both
-def test_the_answer_is_wrong_by_more_than_rounding(fn):
+def test_the_wrong_class_leads_by_more_than_rounding(fn):
     params, x, y = linear_problem(2, seed=2)
     w, b = (p.astype(np.float64) for p in params)
     before = x.astype(np.float64) @ w + b
@@ -74,7 +74,7 @@ def test_r_is_0_where_x_is_misclassified_by_no_more_than_rounding(fn):
 
 
 @both
-def test_in_l1_the_way_leads_along_the_walls_of_the_box(fn):
+def test_in_l1_the_largest_entries_go_to_the_bounds_of_the_box_first(fn):
     rng = np.random.default_rng(0)
     n, room = 20, 0.1
     w = rng.normal(size=(n, 2)).astype(np.float32)
@@ -82,13 +82,13 @@ def test_in_l1_the_way_leads_along_the_walls_of_the_box(fn):
     y = rng.integers(2, size=B)
     away = (w.T[1] - w.T[0]).astype(np.float64)
     best = np.sort(np.abs(away))[::-1]
-    # So far from x that the best entries go to their walls, and another a part of its way.
+    # So far from x that the best entries reach their bounds and one more goes part of the way.
     entries = np.linspace(0.5, 8, B)
     most = np.concatenate([[0], room * np.cumsum(best)])
     gap = np.interp(entries, np.arange(n + 1), most)
     b = np.where(y == 0, -gap, gap) - x.astype(np.float64) @ away
 
-    def net(w, x):  # the last entry moves the boundary, and can't be moved itself
+    def net(w, x):  # the last entry, which is fixed, shifts the boundary
         s = x[:, :-1] @ (w[:, 1] - w[:, 0]) + x[:, -1]
         return jnp.stack([jnp.zeros_like(s), s], axis=1)
 
@@ -99,13 +99,13 @@ def test_in_l1_the_way_leads_along_the_walls_of_the_box(fn):
     bounds = beside(np.full((B, n), 0.8)), beside(np.full((B, n), 1.0))
     r = np.asarray(fn(net, w, at, y, norm="l1", bounds=bounds))
     assert (np.asarray(net(w, at + r)).argmax(axis=1) != y).all()
-    # The bisection's thousandth, and FMN's, at most, of the way to the boundary.
+    # Bisection and FMN each overshoot the boundary by at most a thousandth of the distance.
     np.testing.assert_allclose(lengths(r, "l1"), room * entries, rtol=0.01)
 
 
 @both
-def test_a_boundary_behind_which_the_net_is_hardly_surer_is_found(fn):
-    def net(w, x):  # 100 ahead at x, and never more than 5e-3 behind
+def test_a_boundary_beyond_which_the_lead_stays_small_is_found(fn):
+    def net(w, x):  # class 0 leads by 100 at x; class 1 never by more than 5e-3
         s = jnp.sum(x, axis=1)
         ahead = -100 + 10 * s
         return jnp.stack([jnp.zeros_like(s), jnp.minimum(ahead, 5e-3)], axis=1)
@@ -119,8 +119,8 @@ def test_a_boundary_behind_which_the_net_is_hardly_surer_is_found(fn):
 @every_norm
 @pytest.mark.parametrize("gap", [0.1, 0.3])
 @both
-def test_a_class_that_walls_keep_away_does_not_hide_another(fn, gap, norm):
-    def net(gap, x):  # class 1 is nearest, were the first entry not at its wall; class 2 isn't far
+def test_a_class_that_the_box_makes_unreachable_does_not_hide_another(fn, gap, norm):
+    def net(gap, x):  # class 1 would be nearest if the first entry weren't at its bound
         return jnp.stack([0 * x[:, 0], -gap - 10 * x[:, 0], x[:, 1] - 0.7], axis=1)
 
     x = np.array([[0.0, 0.5]], np.float32)
@@ -130,8 +130,8 @@ def test_a_class_that_walls_keep_away_does_not_hide_another(fn, gap, norm):
 
 
 @both
-def test_it_is_found_whichever_class_wins_a_tie(fn):
-    # On the hyperplane itself, argmax answers class 0, and rounding never leaves it.
+def test_the_boundary_is_crossed_whichever_class_wins_a_tie(fn):
+    # On the hyperplane itself, argmax gives class 0, and no rounding error leads off it.
     x, y = np.array([[1.0, 0], [-1, 0]], np.float32), np.array([0, 1])
     w = np.array([[1.0, -1], [0, 0]], np.float32)
     r = fn(linear, (w, np.zeros(2, np.float32)), x, y, norm="linf")
@@ -140,8 +140,8 @@ def test_it_is_found_whichever_class_wins_a_tie(fn):
 
 @pytest.mark.parametrize("bounds", [None, (-9.0, 9.0)], ids=["free", "box"])
 @both
-def test_a_masked_class_is_no_way_to_go(fn, bounds):
-    def net(b, x):  # flat around 0 but for class 2, which is masked; from 3.5 on class 1 wins
+def test_a_masked_class_is_no_target(fn, bounds):
+    def net(b, x):  # near 0 only class 2, which is masked, has a gradient; class 1 wins from 3.5 on
         flat = jnp.maximum(x[:, 0] - 3, 0)
         return jnp.stack([5 - 10 * flat, 0 * flat, 2 * x[:, 0]], axis=1) + b[None]
 

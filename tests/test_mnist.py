@@ -1,4 +1,4 @@
-"""The main job: on a small data set here; on MNIST, killed ten times, by `pytest -m slow`."""
+"""`experiments/mnist.py` on a small data set; with `-m slow`, on MNIST, killed ten times."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def digits(n, seed):
-    """Images of a bright bar whose place is the label: learnt in a few steps."""
+    """Images with a bright bar whose position is the label, learnt in a few steps."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, n).astype(np.int32)
     images = rng.integers(0, 60, (n, 28, 28, 1), dtype=np.uint8)
@@ -36,7 +36,7 @@ def digits(n, seed):
 
 @pytest.fixture
 def small(monkeypatch):
-    """A small data set in MNIST's place, and settings to match."""
+    """Settings for a small data set, which replaces MNIST."""
     monkeypatch.setattr(
         data, "mnist", lambda: data.Dataset(*digits(300, 0), *digits(120, 1), data.DIGITS)
     )
@@ -54,7 +54,7 @@ def run(settings, out):
     return mnist.run(dataclasses.replace(settings, out=out), Console(file=io.StringIO()))
 
 
-def test_it_writes_rows_tables_figures_and_weights(small, tmp_path):
+def test_a_run_writes_rows_tables_figures_and_weights(small, tmp_path):
     rows = run(small, tmp_path)
     assert [row.to_json() for row in rows] == json.loads((tmp_path / "results.json").read_text())
     assert [row.method for row in rows] == list(small.methods)
@@ -74,13 +74,13 @@ def test_it_writes_rows_tables_figures_and_weights(small, tmp_path):
             assert counted["max_norm"] == pytest.approx(1.5, rel=1e-6)
         stored = load_file(tmp_path / row.method / "params.safetensors")
         assert stored["params/hidden_0/kernel"].shape == (784, 12)
-    assert rows[0].columns["validation"] > 0.9  # it learnt, in 30 steps
+    assert rows[0].columns["validation"] > 0.9  # learnt in 30 steps
     for name in ("accuracy_vs_eps.png", "learning_curves.png", "adversarial_digits.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_what_was_scored_is_kept_until_a_run_comes_to_it(small, tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_the_scores_it_has_not_reached(small, tmp_path, monkeypatch):
     small = dataclasses.replace(small, methods=("normal", "lwa"))
     before = run(small, tmp_path)
     scored = []
@@ -94,15 +94,13 @@ def test_what_was_scored_is_kept_until_a_run_comes_to_it(small, tmp_path, monkey
 
     monkeypatch.setattr(train_and_score, "score", counting)
     with pytest.raises(KeyboardInterrupt):
-        run(dataclasses.replace(small, pgd_steps=4), tmp_path)  # all is to be scored anew
+        run(dataclasses.replace(small, pgd_steps=4), tmp_path)  # everything must be scored anew
     assert records.load(tmp_path / "results.json", records.TableRow) == before
     assert run(small, tmp_path) == before
     assert len(scored) == 1
 
 
-def test_each_seed_is_a_row_with_its_weights_and_the_same_command_again_changes_nothing(
-    small, tmp_path
-):
+def test_each_seed_has_a_row_and_weights_and_running_again_changes_nothing(small, tmp_path):
     small = dataclasses.replace(small, methods=("lwa",), seed=(4, 5))
     rows = run(small, tmp_path)
     assert [row.seed for row in rows] == [4, 5]
@@ -125,7 +123,7 @@ def test_held_out_images_are_scored_without_touching_the_test_images(small, tmp_
     assert row.n == 90
 
 
-def test_quick_and_whole_runs_have_their_own_folders():
+def test_quick_and_full_runs_have_different_folders():
     for network in ("mlp", "lenet"):
         whole = mnist.defaults(["--network", network])
         quick = mnist.defaults(["--network", network, "--quick"])
@@ -189,8 +187,8 @@ def final_states(out):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Couldn't find sharding info:UserWarning")  # restored on a host
-def test_killed_at_ten_random_moments_it_ends_bit_for_bit_the_same(tmp_path):
+@pytest.mark.filterwarnings("ignore:Couldn't find sharding info:UserWarning")  # no devices
+def test_a_run_killed_at_ten_random_moments_ends_bit_for_bit_the_same(tmp_path):
     cache = tmp_path / "cache"
     data.mnist(data_dir=cache)
     start = time.perf_counter()

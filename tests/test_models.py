@@ -1,4 +1,4 @@
-"""The nets: two parts that make a whole, the paper's sizes, convolutions that are convolutions."""
+"""The nets: their two parts, the paper's sizes, convolutions, and parameters from files."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def shapes(net, x):
     }
 
 
-def test_the_two_parts_make_the_whole():
+def test_the_two_parts_compose_to_the_net():
     net, params = made()
     h = function(net, "encode")(params, X)
     assert h.shape == (5, 7)
@@ -40,7 +40,7 @@ def test_the_two_parts_make_the_whole():
 
 
 @pytest.mark.parametrize(("split", "shape"), [(0, (4, 3, 1)), (1, (7,)), (2, (6,))])
-def test_split_says_where_the_representation_is(split, shape):
+def test_split_sets_where_the_representation_is(split, shape):
     net, params = made(split=split)
     assert function(net, "encode")(params, X).shape == (5, *shape)
 
@@ -52,23 +52,23 @@ def test_an_mlp_is_the_net_of_section_7_2():
     for name in ("hidden_0", "hidden_1"):
         h = np.maximum(h @ p[name]["kernel"] + p[name]["bias"], 0)
     logits = h @ p["logits"]["kernel"] + p["logits"]["bias"]
-    # Sums of at most 12 products of order 1, in another order.
+    # Sums of at most 12 products of order 1, in a different order.
     np.testing.assert_allclose(function(net)(params, X), logits, atol=1e-6)
 
 
-def test_a_pooled_nets_dense_layers_take_the_means_of_the_channels():
+def test_a_pooled_nets_dense_layers_get_the_means_of_the_channels():
     net = models.conv((5,))
     params = init(net, jax.random.key(0), PHOTOS)
     p = jax.tree.map(np.asarray, params["params"])
     means = np.asarray(net.clone(split=3, pooled=False).apply(params, PHOTOS, method="encode"))
     h = np.maximum(means.mean((1, 2)) @ p["hidden_0"]["kernel"] + p["hidden_0"]["bias"], 0)
     logits = h @ p["logits"]["kernel"] + p["logits"]["bias"]
-    # Sums of at most 64 products of order 1, in another order.
+    # Sums of at most 64 products of order 1, in a different order.
     np.testing.assert_allclose(function(net)(params, PHOTOS), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("widths", [(), (5,)])
-def test_a_pooled_net_takes_images_of_any_size(widths):
+def test_a_pooled_net_accepts_images_of_any_size(widths):
     net = models.conv(widths)
     params = stored(net, PHOTOS)
     for shape in ((28, 28, 3), (8, 8, 3), (19, 40, 3)):
@@ -119,7 +119,7 @@ def test_the_representation_of_a_convolutional_net(net, x, shape):
 
 
 def convolved(x, kernel, padding):
-    """By the definition, in float64."""
+    """The convolution by its definition, in float64."""
     x, kernel = (np.asarray(a, np.float64) for a in (x, kernel))
     x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     size = len(kernel)
@@ -131,7 +131,7 @@ def convolved(x, kernel, padding):
     return out
 
 
-SIZES = [(1, 0), (3, 1), (5, 0)]  # of a kernel, with its padding
+SIZES = [(1, 0), (3, 1), (5, 0)]  # kernel size and padding
 IMAGES = [(6, 8, 4), (7, 6, 9)]
 FORMS = (models._convolve, models._by_windows)
 
@@ -139,19 +139,19 @@ FORMS = (models._convolve, models._by_windows)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize(("size", "padding"), SIZES)
-def test_each_form_of_the_convolution_is_the_convolution(form, image, size, padding):
+def test_each_form_of_the_convolution_matches_the_definition(form, image, size, padding):
     rng = np.random.default_rng(size)
     x, kernel = rng.normal(size=(3, *image)), rng.normal(size=(size, size, image[2], 5))
     x, kernel = (jnp.asarray(a, jnp.float32) for a in (x, kernel))
     reference = convolved(x, kernel, padding)
-    # Sums of at most 225 products of order 1: each at most 225 ulp off.
+    # Sums of at most 225 products of order 1 are off by at most 225 ulps.
     np.testing.assert_allclose(form(x, kernel, padding), reference, atol=225 * 2**-23)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize(("size", "padding"), SIZES)
-def test_its_gradients_are_those_of_the_definition(x64, form, image, size, padding):
+def test_the_gradients_of_each_form_match_the_definition(x64, form, image, size, padding):
     rng = np.random.default_rng(size)
     x, kernel = (rng.normal(size=s) for s in ((3, *image), (size, size, image[2], 5)))
     g = rng.normal(size=convolved(x, kernel, padding).shape)
@@ -178,7 +178,7 @@ def test_on_cpu_large_kernels_over_few_channels_are_matrix_products(net, x):
 
 
 @pytest.mark.parametrize("n", [101, 250])
-def test_large_batches_go_through_lenet_in_parts_that_make_no_difference(n):
+def test_large_batches_go_through_lenet_in_parts_with_the_same_result(n):
     net, rng = lenet((9,)), np.random.default_rng(n)
     x = jnp.asarray(rng.uniform(size=(n, *DIGITS.shape[1:])), jnp.float32)
     y = jnp.asarray(rng.integers(10, size=n))
@@ -199,7 +199,7 @@ def test_large_batches_go_through_lenet_in_parts_that_make_no_difference(n):
         for part in np.split(np.arange(n), range(50, n, 50))
     ]
     logits, in_params, in_x = zip(*parts, strict=True)
-    # Sums of some hundred float32 products, and for the parameters of n examples, in other orders.
+    # Sums of some hundred float32 products, over n examples for the parameters, in other orders.
     close = partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-4)
     whole = logits_and_slopes(params, x, y)
     close(whole[0], jnp.concatenate(logits))
@@ -207,8 +207,8 @@ def test_large_batches_go_through_lenet_in_parts_that_make_no_difference(n):
     close(whole[2], jnp.concatenate(in_x))
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="parts are for CPU's caches")
-def test_the_windows_of_a_large_batch_arent_all_there_at_once():
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="batches are split only on CPU")
+def test_the_windows_of_a_large_batch_are_not_all_in_memory_at_once():
     params = init(lenet((9,)), jax.random.key(0), DIGITS)
 
     def bytes_of(n):
@@ -216,7 +216,7 @@ def test_the_windows_of_a_large_batch_arent_all_there_at_once():
         attack = jax.jit(partial(perturb.loss, function(lenet((9,))), eps=1.0))
         return attack.lower(params, x, y).compile().memory_analysis().temp_size_in_bytes
 
-    # What a backward pass needs of the forward one stays, a third of it all.
+    # What the backward pass needs of the forward pass, a third of the total, is kept.
     assert bytes_of(1000) < 0.4 * 10 * bytes_of(100)
 
 
@@ -241,11 +241,11 @@ def test_in_bfloat16_perturbations_keep_their_direction(net, x, scale):
         attacked = [jax.jit(partial(method, function(n), eps=1.0)) for n in (net, low)]
         r = [np.ravel(fn(params, x, y)) for fn in attacked]
         assert r[0].dtype == np.float32
-        # bfloat16 has 8 bits; a few of the ReLUs turn over.
+        # bfloat16 has 8 bits, so a few ReLUs switch.
         assert np.dot(*r) / np.prod(np.linalg.norm(r, axis=1)) > 0.99
 
 
-def test_parameters_are_float32_whatever_is_computed_in():
+def test_parameters_are_float32_in_bfloat16_nets_too():
     low = lenet((32,)).clone(dtype=jnp.dtype("bfloat16"))
     params = init(low, jax.random.key(0), DIGITS)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
@@ -253,7 +253,7 @@ def test_parameters_are_float32_whatever_is_computed_in():
     assert h.dtype == jnp.bfloat16
 
 
-def test_dropout_acts_in_training_alone_and_by_key():
+def test_dropout_acts_only_in_training_and_depends_on_the_key():
     net, params = made(dropout=0.5)
     clean = function(net)(params, X)
     np.testing.assert_array_equal(clean, function(made()[0])(params, X))
@@ -271,7 +271,7 @@ def test_equal_nets_share_their_compiled_functions():
     assert function(lenet((9,))) is function(lenet([9]))
 
 
-# Parameters from elsewhere
+# Parameters from files
 
 
 def stored(net, x):
@@ -306,7 +306,7 @@ LAYER = "params/hidden_"
     ids=["missing kernel", "missing bias", "scalar kernel", "empty kernel", "another layer",
          "another collection", "several"],
 )  # fmt: skip
-def test_parameters_that_arent_those_of_the_net_are_named(change, message):
+def test_the_error_about_parameters_that_dont_fit_the_net_names_them(change, message):
     params = change(stored(mlp((500, 400)), DIGITS))
     start = "expected the parameters of 500x400 for images of 28x28x1, got .*"
     with pytest.raises(ValueError, match=start + message):
@@ -341,6 +341,6 @@ def test_parameters_for_other_images_are_an_error(net, x, shape, message):
     ],
     ids=["none", "list", "array", "array for a layer", "no hidden layer"],
 )
-def test_what_isnt_a_net_at_all_is_an_error(params):
+def test_trees_that_arent_a_nets_parameters_are_an_error(params):
     with pytest.raises(ValueError, match=r"expected the parameters of an mlp, lenet, vgg or conv"):
         models.recognised(params, (28, 28, 1))

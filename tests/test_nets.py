@@ -1,4 +1,4 @@
-"""`jaxadv.nets`: nets of one logit, and random nets by the mean of their draws."""
+"""`jaxadv.nets`: nets with one logit, and means of random nets."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def noisy(params, x, key):
 
 
 @pytest.mark.parametrize("of_columns", [False, True])
-def test_two_logits_have_the_sigmoid_for_class_1(of_columns):
+def test_two_logits_give_class_1_the_probability_sigmoid(of_columns):
     w = np.array([3.0, -4.0], np.float32)
     x = np.array([[1, 1], [2, 0.5], [0, 0]], np.float32)
     net = nets.two_logits(lambda w, x: binary(w, x)[:, None] if of_columns else binary(w, x))
@@ -27,7 +27,7 @@ def test_two_logits_have_the_sigmoid_for_class_1(of_columns):
     np.testing.assert_allclose(jax.nn.softmax(net(w, x))[:, 1], want, rtol=1e-6)
 
 
-def test_a_net_of_one_logit_is_attacked_at_its_distance():
+def test_attacks_on_a_net_of_one_logit_find_the_distance():
     w, x = np.array([3.0, -4.0], np.float32), np.array([[1, 0], [0, 1]], np.float32)
     found = evaluate.distances(
         nets.two_logits(binary), w, x, np.array([1, 0]), attacks={"fmn": attack.fmn}
@@ -35,7 +35,7 @@ def test_a_net_of_one_logit_is_attacked_at_its_distance():
     np.testing.assert_allclose(found.size, [3 / 5, 4 / 5], rtol=0.01)
 
 
-def test_the_same_net_gives_equal_functions():
+def test_wrapping_the_same_net_twice_gives_equal_functions():
     assert nets.two_logits(binary) == nets.two_logits(binary)
     assert hash(nets.two_logits(binary)) == hash(nets.two_logits(binary))
 
@@ -45,7 +45,7 @@ def test_more_than_one_logit_is_refused():
         nets.two_logits(lambda params, x: x)(None, np.zeros((3, 2), np.float32))
 
 
-def test_the_mean_is_that_of_the_probabilities():
+def test_the_mean_is_taken_of_the_probabilities():
     x = np.array([[1, 0, -jnp.inf], [0, 2, 5]], np.float32)
     net = nets.mean_of_draws(noisy, KEY, draws=7)
     total = 0
@@ -57,7 +57,7 @@ def test_the_mean_is_that_of_the_probabilities():
     np.testing.assert_allclose(np.exp(net(2.0, x[1:])), total[1:] / 7, rtol=1e-5)
 
 
-def test_a_random_net_is_attacked_by_averages_and_measured_by_its_mean():
+def test_a_random_net_is_attacked_with_averaged_gradients_and_measured_by_its_mean():
     x = np.array([[1, 0, 0], [0, 9, 0]], np.float32)
     found = evaluate.attack_and_score(
         nets.mean_of_draws(noisy, KEY, draws=50), 0.1, x, np.array([0, 1]),
@@ -77,6 +77,6 @@ def test_a_random_net_is_attacked_by_averages_and_measured_by_its_mean():
         ({"key": jax.random.split(KEY, 2)}, ValueError, r"one key"),
     ],
 )
-def test_what_mean_of_draws_refuses(kwargs, error, match):
+def test_arguments_that_mean_of_draws_refuses(kwargs, error, match):
     with pytest.raises(error, match=match):
         nets.mean_of_draws(noisy, **{"key": KEY, **kwargs})

@@ -1,4 +1,4 @@
-"""`jaxadv.norms` against float64 references, closed forms and the properties that define it."""
+"""`jaxadv.norms` against float64 references, closed forms and defining properties."""
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -16,13 +16,13 @@ every_norm = pytest.mark.parametrize("norm", references.NORMS)
 # A float32 sum of n terms, then a division or a root: a few roundings of 2^-24 each.
 RTOL = 1e-6
 
-# Nearly all tests share one shape, and so one compilation per dtype.
+# Nearly all tests share one shape, so that they compile once per dtype.
 SHAPE = (3, 5)
 
 
 @jax.jit
 def geometry(v, eps):
-    """Every function in every norm, compiled at once: [function, norm] -> array."""
+    """All functions in all norms, as one program: {(function, norm): array}."""
     functions = {
         "norm": norms.norm,
         "steepest": norms.steepest,
@@ -61,7 +61,7 @@ def test_low_precision_is_measured_in_float32_and_moved_in_its_own_dtype(norm, d
     np.testing.assert_allclose(got["norm", norm], rowwise(references.length, v, norm), rtol=RTOL)
     steepest, project = (np.asarray(got[k, norm]) for k in ("steepest", "project"))
     assert steepest.dtype == project.dtype == dtype
-    # Each entry, of 1 at most, is rounded to nearest once: half of the gap above 1, its eps.
+    # Each entry is at most 1 and rounded to nearest once: an error of eps / 2 at most.
     atol = float(jnp.finfo(dtype).eps) / 2 + RTOL
     want = rowwise(references.steepest, v, norm)
     np.testing.assert_allclose(steepest.astype(np.float64), want, atol=atol)
@@ -99,13 +99,13 @@ def test_the_largest_magnitudes_have_a_norm_and_a_direction(norm):
 
 @every_norm
 @pytest.mark.parametrize("magnitude", [1e-23, 1e20])
-def test_magnitudes_whose_squares_leave_float32_have_a_geometry(norm, magnitude):
+def test_norms_whose_squares_overflow_or_underflow_float32_are_right(norm, magnitude):
     v = np.full((2, 784), magnitude, np.float32)
     v[1] *= np.where(np.arange(784) % 3 == 0, -0.5, 1).astype(np.float32)
-    # 784 terms may be added one by one: 784 roundings of half an ulp at the very most.
+    # Adding 784 terms one by one: at most 784 roundings of half an ulp.
     rtol = 784 * 2**-24
     size = rowwise(references.length, v, norm)
-    # Half of the norm, so that the ball cuts.
+    # Half of the norm, so that projection shortens v.
     eps = (size / 2).astype(np.float32)
     got = geometry(v, eps)
     np.testing.assert_allclose(got["norm", norm], size, rtol=rtol)
@@ -130,7 +130,7 @@ def test_a_zero_row_stays_zero_and_has_finite_derivatives(norm):
 
 
 @every_norm
-def test_a_row_that_is_not_a_number_spoils_no_other(norm):
+def test_a_row_of_nan_affects_no_other(norm):
     v, eps = gaussian(4), radii(0.5)
     spoiled = v.copy()
     spoiled[1, 2] = np.nan
@@ -138,14 +138,14 @@ def test_a_row_that_is_not_a_number_spoils_no_other(norm):
     for name in ("norm", "steepest", "rescale", "project"):
         if name in ("norm", "project"):
             assert np.any(np.isnan(got[name, norm][1])), name
-        else:  # no direction, as that of zero
+        else:  # it has no direction, like a row of zeros
             np.testing.assert_array_equal(got[name, norm][1], 0)
         np.testing.assert_array_equal(got[name, norm][::2], want[name, norm][::2])
 
 
 @every_norm
-def test_projection_keeps_what_is_inside_or_on_the_ball_and_moves_the_rest_to_the_nearest(norm):
-    # The middle row has norm 1 in every norm without a rounding.
+def test_projection_keeps_points_of_the_ball_and_moves_others_to_the_nearest_one(norm):
+    # The middle row has norm exactly 1 in every norm.
     v = np.array([[0.125, -0.25, 0, 0.0625, 0], [0, 0, -1, 0, 0], [2, -3, 0.25, 1, 0]], np.float32)
     got = np.asarray(geometry(v, radii(1))["project", norm])
     np.testing.assert_array_equal(got[:2], v[:2])
@@ -153,10 +153,10 @@ def test_projection_keeps_what_is_inside_or_on_the_ball_and_moves_the_rest_to_th
 
 
 @every_norm
-def test_radii_are_per_example_and_those_under_0_count_as_0(norm):
+def test_radii_are_per_example_and_negative_ones_count_as_0(norm):
     v, eps = gaussian(5), radii(0, 0.25, 100)
     got = geometry(v, eps)
-    # Entries up to 3 less a threshold, or times a scale: a few roundings.
+    # Entries up to 3, minus a threshold or times a scale: a few roundings.
     np.testing.assert_allclose(got["project", norm], projected(v, eps, norm), atol=3 * RTOL)
     np.testing.assert_array_equal(got["project", norm][2], v[2])
     np.testing.assert_allclose(rowwise(references.length, got["rescale", norm], norm), eps, RTOL)
@@ -180,7 +180,7 @@ def test_derivatives_match_finite_differences_of_the_reference(norm, derivative,
         for i, row in enumerate(v):
             steps = h * np.eye(row.size)
             columns = [(reference(row + e) - reference(row - e)) / (2 * h) for e in steps]
-            # h^2 of truncation and 2^-53 / h = 1e-10 of rounding, with some room.
+            # Central differences: h^2 of truncation, 2^-53 / h = 1e-10 of rounding, and a margin.
             want = np.stack(columns, axis=-1)
             np.testing.assert_allclose(jac[name, norm][i, ..., i, :], want, atol=1e-8, err_msg=name)
 
@@ -193,13 +193,13 @@ sizes = st.sampled_from([1e-3, 0.5, 3.0])
 
 
 def properties(test):
-    # Derandomised: the same examples in every run.
+    # The same examples in every run.
     settings = hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
     return every_norm(settings(hypothesis.given(entries, magnitudes, sizes)(test)))
 
 
 def at(entries, magnitude):
-    """Entries times a magnitude, without the subnormals that a processor may flush to 0."""
+    """Entries times a magnitude, without subnormals, which a processor may flush to 0."""
     return np.where(np.abs(entries) < 1e-12, 0, entries) * np.float32(magnitude)
 
 
@@ -229,19 +229,19 @@ def test_rescaled_has_size_eps_and_the_same_direction(norm, entries, magnitude, 
 
 
 @properties
-def test_projection_is_the_nearest_point_no_longer_than_eps(norm, entries, magnitude, eps):
+def test_projection_is_the_nearest_point_of_norm_at_most_eps(norm, entries, magnitude, eps):
     v, eps = at(entries, magnitude), radii(eps)
     got = np.asarray(geometry(v, eps)["project", norm])
-    # Entries as large as max|v| are summed for a threshold: an error of their ulps, not eps's.
+    # The threshold is a sum of entries as large as max|v|, so its error is in their ulps.
     atol = RTOL * max(float(np.abs(v).max()), eps[0])
     np.testing.assert_allclose(got, projected(v, eps, norm), atol=atol)
-    # The bar of every perturbation with a budget.
+    # The tolerance for the size of every perturbation.
     assert np.all(rowwise(references.length, got, norm) <= eps * (1 + RTOL))
     again = geometry(got, eps)["project", norm]
     np.testing.assert_allclose(again, got, atol=RTOL * eps[0])
 
 
-# Strictness
+# Dtypes and clipping
 
 
 @every_norm
@@ -249,14 +249,14 @@ def test_projection_is_the_nearest_point_no_longer_than_eps(norm, entries, magni
 def test_no_dtype_is_promoted_by_accident(norm, dtype, strict_dtypes):
     v = jax.ShapeDtypeStruct(SHAPE, dtype)
     functions = [norms.norm, norms.steepest, lambda v, norm: norms.rescale(v, 0.5, norm)]
-    if norm != "l1":  # optax's projection promotes
+    if norm != "l1":  # there, optax's projection promotes
         functions.append(lambda v, norm: norms.project(v, 0.5, norm))
     measured, *moved = (jax.eval_shape(lambda v, f=f: f(v, norm), v) for f in functions)
     assert measured.dtype == jnp.float32
     assert all(r.dtype == dtype for r in moved)
 
 
-def test_without_a_box_confine_rounds_toward_0():
+def test_without_a_box_clip_to_box_rounds_toward_0():
     x, r = jnp.zeros((1, 2), jnp.bfloat16), jnp.array([[1.00390625 + 2**-9, -(1 + 2**-9)]])
     confined = norms.clip_to_box(x, r, None)
     assert confined.dtype == jnp.bfloat16
@@ -276,7 +276,7 @@ clip_to_box = jax.jit(norms.clip_to_box)
     size=st.sampled_from([1e-4, 0.3, 3.0, 1e4]),
     wide=...,
 )
-def test_clipped_entries_shrink_keep_their_sign_and_reach_no_further_than_the_box(
+def test_clipped_entries_shrink_keep_their_sign_and_stay_in_the_box(
     dtype, clip, seed, width, shape, size, wide: bool
 ):
     rng = np.random.default_rng(seed)
@@ -309,6 +309,6 @@ def test_one_key_draws_a_point_for_each_example():
     assert len(np.unique(one, axis=0)) == 4
 
 
-def test_directions_of_lists():
+def test_lists_are_accepted():
     for got in (norms.steepest([[3.0, 4.0]], "l2"), norms.rescale([[3.0, 4.0]], 5.0, "l2")):
         np.testing.assert_allclose(got / jnp.max(got), [[0.75, 1.0]], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The documentation's notebooks: a cell's error is the build's, and Colab waits for an address."""
+"""The documentation's notebooks: errors in cells, and links to Colab."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ Back to [the site](../index.md).
 
 
 def build(folder, cell, *options):
-    """Build a site of one notebook, as the documentation is built; return its folder."""
+    """Build a site of one notebook like the documentation; return the process and the site."""
     source = folder / "docs"
     (source / "notebooks").mkdir(parents=True)
     (source / "index.md").write_text("# A site\n\n```{toctree}\nnotebooks/one\n```\n")
@@ -50,14 +50,14 @@ def build(folder, cell, *options):
         ("import warnings\nwarnings.warn('of an old name')", "stderr"),
     ],
 )
-def test_what_goes_wrong_in_a_cell_fails_the_build(tmp_path, cell, message):
+def test_an_error_or_a_warning_in_a_cell_fails_the_build(tmp_path, cell, message):
     done, _ = build(tmp_path, cell)
     assert done.returncode != 0
     assert message in done.stderr
 
 
 @pytest.mark.slow
-def test_a_notebook_is_run_and_without_an_address_colab_is_not_mentioned(tmp_path):
+def test_a_notebook_is_run_and_without_a_repository_has_no_link_to_colab(tmp_path):
     table = "Markdown(f'| a | b |\\n|---|---|\\n| {6 * 7} | |')"
     done, site = build(tmp_path, f"from IPython.display import Markdown\n{table}")
     assert done.returncode == 0, done.stderr
@@ -68,7 +68,7 @@ def test_a_notebook_is_run_and_without_an_address_colab_is_not_mentioned(tmp_pat
 
 
 @pytest.mark.slow
-def test_with_an_address_a_notebook_opens_in_colab(tmp_path):
+def test_with_a_repository_a_notebook_has_a_link_to_colab(tmp_path):
     address = "https://github.com/somebody/jaxadv"
     done, site = build(tmp_path, "print(6 * 7)", "-D", f"repository={address}")
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """`jaxadv.objectives` against explicit gradients, float64 NumPy and Danskin's theorem.
 
-The adversary is an argument there, so most tests bring their own: one that returns a fixed r, or
-one that records what it is called with.
+Objectives take the adversary as an argument, so most tests pass their own: one that returns a fixed
+r, or one that records its arguments.
 """
 
 import functools
@@ -58,7 +58,7 @@ R = np.random.default_rng(2).normal(size=(B, D)).astype(np.float32)
 
 
 def fixed(r):
-    """An adversary that returns r whatever it is asked."""
+    """An adversary that always returns r."""
 
     def perturb_fn(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
         return jnp.asarray(r, x.dtype)
@@ -66,12 +66,12 @@ def fixed(r):
     return perturb_fn
 
 
-# Compiled, because op by op each call costs half a second.
+# Compiled, since op by op each call takes half a second.
 adv_loss = jax.jit(perturb.loss, static_argnums=0)
 
 
 def recorder(calls):
-    """`perturb.loss` that keeps what it was called with."""
+    """`perturb.loss`, which appends its arguments and its result to `calls`."""
 
     def perturb_fn(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
         r = adv_loss(apply_fn, params, x, y, eps=eps, bounds=bounds)
@@ -85,12 +85,12 @@ def recorder(calls):
 
 
 def call(objective, params=PARAMS, batch=BATCH, model_state=None, step=0):
-    """Op by op, so that a recorder sees numbers."""
+    """Call it op by op, so that a recorder sees concrete values."""
     return objective(params, model_state, batch, key=KEY, step=jnp.int32(step))
 
 
 def trace(objective, batch=BATCH):
-    """What is static only: enough to raise."""
+    """Trace it only, which is enough to raise errors."""
     jax.eval_shape(partial(objective, key=KEY, step=jnp.int32(0)), PARAMS, None, batch)
 
 
@@ -134,7 +134,7 @@ def close(got, want, rtol=RTOL, atol=ATOL):
 
 
 def furthest(a, b):
-    """Greatest difference between two trees, relative to the greatest entry."""
+    """The largest difference between two trees, relative to the largest entry."""
     a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(t)]) for t in (a, b))
     return np.abs(a - b).max() / np.abs(b).max()
 
@@ -154,7 +154,7 @@ def test_natural_is_the_mean_cross_entropy():
 # adversarial, Equation 2
 
 
-def test_adversarial_of_size_0_is_plain_training_exactly():
+def test_adversarial_of_size_0_is_exactly_natural_training():
     tx = optax.adam(0.1)
     results = []
     for objective in (objectives.natural(mlp), objectives.adversarial(mlp, perturb.loss, eps=0.0)):
@@ -180,11 +180,11 @@ def test_adversarial_gradient_holds_r_constant():
     def through_r(params):
         return mean_loss(params, x + perturb.loss(mlp, params, x, y, eps=0.5), y)
 
-    # r does depend on the parameters, and differentiating through it gives something else.
+    # r does depend on the parameters: differentiating through it gives another gradient.
     assert furthest(grad, compiled_grad(through_r, PARAMS)) > 1e-3
 
 
-def test_an_adversary_that_cannot_be_differentiated_is_trained_against():
+def test_training_works_with_an_adversary_that_has_no_derivative():
     x, y = BATCH
 
     def on_the_host(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
@@ -200,7 +200,7 @@ def test_an_adversary_that_cannot_be_differentiated_is_trained_against():
 
 
 def in_l2(perturb_fn, norm):
-    """Step 5 of Algorithm 2: an adversary of any norm, its r* divided by its l2 norm."""
+    """Step 5 of Algorithm 2: divide the r* of an adversary in any norm by its l2 norm."""
 
     def rescaled(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
         r = perturb_fn(apply_fn, params, x, y, norm=norm)
@@ -212,7 +212,7 @@ def in_l2(perturb_fn, norm):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["alpha", "loss"])
 def test_algorithm_2_normalises_in_l2_whatever_the_adversarys_norm(name, norm):
-    # Algorithm 1 has a minimal r of its own size; Adv_Loss is asked for one of size 1.
+    # Algorithm 1 gives the minimal r; Adv_Loss needs a size, here 1.
     method = {"alpha": perturb.alpha, "loss": partial(perturb.loss, eps=1.0)}[name]
     x, y = BATCH
     y = np.argmax(mlp(PARAMS, x), axis=1)  # where r* isn't 0
@@ -245,7 +245,7 @@ def test_danskin_gradient_is_that_of_the_exact_maximum(norm, x64):
     np.testing.assert_allclose(grad, want, atol=1e-9)
 
 
-# mixed, Goodfellow
+# mixed
 
 
 WEIGHTS = (0, 0.25, 0.5, 1)
@@ -253,7 +253,7 @@ WEIGHTS = (0, 0.25, 0.5, 1)
 
 @functools.cache
 def natural_adversarial_and_mixed():
-    """Loss and gradient of each, mixed at each of the weights; compiled together."""
+    """Loss and gradient of each, and of mixed at each weight, as one program."""
     several = [
         objectives.natural(mlp),
         objectives.adversarial(mlp, perturb.loss, eps=0.5),
@@ -278,7 +278,7 @@ def test_mixed_is_the_weighted_sum_of_natural_and_adversarial(weight):
     assert furthest(natural, lwa) > 0.1
 
 
-def test_a_weight_that_is_no_share_or_no_factor_raises():
+def test_weights_outside_their_range_raise():
     for weight in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="weight"):
             objectives.mixed(mlp, perturb.loss, eps=0.5, weight=weight)
@@ -287,7 +287,7 @@ def test_a_weight_that_is_no_share_or_no_factor_raises():
             objectives.kl_regularized(mlp, perturb.vat, eps=0.5, weight=weight)
 
 
-# virtual, Miyato
+# kl_regularized, virtual adversarial training
 
 
 def test_virtual_value_is_cross_entropy_plus_weighted_divergence():
@@ -300,18 +300,18 @@ def test_virtual_value_is_cross_entropy_plus_weighted_divergence():
     clean, moved = net(x.astype(np.float64)), net(x.astype(np.float64) + 3 * R)
     entropy = np.mean([-references.log_softmax(z)[k] for z, k in zip(clean, y, strict=True)])
     divergence = np.mean([references.kl(p, q) for p, q in zip(clean, moved, strict=True)])
-    assert divergence > 0.1, divergence  # or its weight would not be tested
+    assert divergence > 0.1, divergence  # otherwise its weight would not be tested
     loss, _ = call(objectives.kl_regularized(mlp, fixed(3 * R), eps=0.5, weight=3.0))
     np.testing.assert_allclose(loss, entropy + 3 * divergence, rtol=RTOL)
 
 
-def test_virtual_gradient_of_the_divergence_goes_through_the_perturbed_output_only():
+def test_the_gradient_of_the_virtual_divergence_passes_only_through_the_perturbed_output():
     x, y = BATCH
     p = jax.nn.softmax(mlp(PARAMS, x))
 
     def explicit(params, p):
         log_q = jax.nn.log_softmax(mlp(params, x + R))
-        # p log p is constant in the parameters where p is.
+        # p is a constant, and so is p log p.
         divergence = jnp.sum(jax.scipy.special.xlogy(p, p) - p * log_q, axis=1)
         return mean_loss(params, x, y) + 3 * jnp.mean(divergence)
 
@@ -323,7 +323,7 @@ def test_virtual_gradient_of_the_divergence_goes_through_the_perturbed_output_on
     assert furthest(grad, through_p) > 1e-3
 
 
-def test_virtual_with_masked_classes_is_that_of_the_classes_that_remain():
+def test_virtual_ignores_masked_classes():
     def masked(params, x):
         z = mlp(params, x)
         return jnp.concatenate([z, jnp.full_like(z[:, :1], -jnp.inf)], axis=1)
@@ -335,7 +335,7 @@ def test_virtual_with_masked_classes_is_that_of_the_classes_that_remain():
     close(with_mask[:2], kept[:2])
 
 
-# noisy: Gaussian noise and consistency
+# noisy, Gaussian noise and consistency
 
 
 def noise(copies, sigma):
@@ -367,7 +367,7 @@ def test_noisy_value_is_cross_entropy_plus_weighted_divergence_and_entropy(
     np.testing.assert_allclose(aux.accuracy, right.mean(), rtol=1e-6)
 
 
-def test_noisy_gradients_go_through_the_mean():
+def test_noisy_gradients_pass_through_the_mean():
     x, y = BATCH
     moved = jnp.asarray(np.tile(x, (2, 1)) + noise(2, 0.7), jnp.float32)
 
@@ -384,7 +384,7 @@ def test_noisy_gradients_go_through_the_mean():
     close(grad, compiled_grad(explicit, PARAMS))
 
 
-def test_noisy_with_masked_classes_is_that_of_the_classes_that_remain():
+def test_noisy_ignores_masked_classes():
     def masked(params, x):
         z = mlp(params, x)
         return jnp.concatenate([z, jnp.full_like(z[:, :1], -jnp.inf)], axis=1)
@@ -408,7 +408,7 @@ def test_noisy_with_masked_classes_is_that_of_the_classes_that_remain():
         ({"consistency": 1.0}, "copies >= 2 for consistency, got 1"),
     ],
 )
-def test_noise_that_regularizes_nothing_raises(kwargs, message):
+def test_arguments_that_noisy_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
         objectives.noisy(mlp, **{"sigma": 0.5, **kwargs})
 
@@ -427,7 +427,7 @@ def test_representation_gradients_are_those_of_algorithm_3(relative):
     @jax.jit
     def algorithm_3(params):
         h, back = jax.vjp(lambda params: encode(params, x), params)
-        # A relative size is a constant as well, however it depends on the encoder.
+        # A relative size is held constant too, although it depends on the encoder.
         eps = 0.5 * jnp.sqrt(jnp.sum(h**2, axis=1)) if relative else 0.5
         r = perturb.loss(classify, params, h, y, eps=eps)
         # Step 10: the classifier part at h + r. Step 12: dl/dh at h + r, times dh/dW at x.
@@ -446,7 +446,7 @@ def test_representation_gradients_are_those_of_algorithm_3(relative):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_representation_of_a_relative_size_moves_h_by_a_fraction_of_its_norm(norm):
+def test_representation_with_a_relative_size_moves_h_by_a_fraction_of_its_norm(norm):
     calls = []
     call(rep(eps=objectives.Relative(0.25, norm), perturb_fn=recorder(calls)))
     h = np.asarray(encode(PARAMS, BATCH[0]))
@@ -457,7 +457,7 @@ def test_representation_of_a_relative_size_moves_h_by_a_fraction_of_its_norm(nor
 # Sizes
 
 SCHEDULE = optax.linear_schedule(0.0, 1.0, 4)
-# name: eps, and the sizes [B] that it means at a step
+# name: eps, and its sizes [B] at a step
 SIZES = {
     "number": (0.5, lambda step: np.full(B, 0.5)),
     "schedule": (SCHEDULE, lambda step: np.full(B, step / 4)),
@@ -487,7 +487,7 @@ def test_a_size_that_changes_with_the_step_is_traced_once():
         compiled(PARAMS, None, BATCH, key=KEY, step=jnp.int32(step))
 
 
-def test_bounds_are_handed_on_and_kept():
+def test_bounds_are_passed_on_and_respected():
     x, y = BATCH
     box = (-0.5, 0.5)
     for factory in (objectives.adversarial, objectives.mixed, objectives.kl_regularized):
@@ -499,11 +499,11 @@ def test_bounds_are_handed_on_and_kept():
         assert end.max() == 0.5
 
 
-# Nets that are trained otherwise than they are attacked
+# Nets with a train_fn
 
 
 class Net(nn.Module):
-    """Dropout and batch norm, both of which `train` switches."""
+    """A net with dropout and batch norm, which `train` switches."""
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -554,7 +554,7 @@ def test_batch_norm_statistics_are_those_of_the_perturbed_batch():
     state = train.init(variables[0], tx, model_state=variables[1], key=KEY)
     state, _ = train.make_step(objective, tx)(state, BATCH)
     r = adv_loss(net_apply, variables, x, y, eps=0.5)
-    _, want = net_train(*variables, x + r, KEY)  # batch norm comes before dropout: any key
+    _, want = net_train(*variables, x + r, KEY)  # any key, as batch norm comes before dropout
     close(state.model_state, want)
     assert furthest(want, variables[1]) > 0.01
 
@@ -571,7 +571,7 @@ def test_two_passes_update_the_model_state_one_after_the_other():
 
 
 @every_factory
-def test_without_a_train_fn_the_model_state_is_seen_by_apply_fn_and_kept(name):
+def test_without_a_train_fn_apply_fn_gets_the_model_state_which_stays_unchanged(name):
     def shifted(variables, x):
         params, shift = variables
         return mlp(params, x) + shift[None]
@@ -584,7 +584,7 @@ def test_without_a_train_fn_the_model_state_is_seen_by_apply_fn_and_kept(name):
     np.testing.assert_array_equal(state, shift)
 
 
-def test_each_step_has_a_key_of_its_own_for_dropout_and_another_for_the_adversary():
+def test_each_step_has_new_and_different_keys_for_dropout_and_the_adversary():
     attack_keys, train_keys = [], []
 
     def perturb_fn(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
@@ -616,7 +616,7 @@ def test_the_two_passes_of_one_step_share_their_dropout():
         assert keys[0] == keys[1]
 
 
-def test_representation_trains_both_parts_by_their_own_train_fns():
+def test_representation_trains_each_part_with_its_own_train_fn():
     def encode_train(params, model_state, x, key):
         return 2 * encode(params, x), model_state + 1
 
@@ -644,7 +644,7 @@ def test_representation_trains_both_parts_by_their_own_train_fns():
 
 
 @every_factory
-def test_losses_logits_and_labels_of_another_kind_raise(name):
+def test_losses_logits_and_labels_of_a_wrong_kind_raise(name):
     def mean(logits, labels):
         return jnp.mean(cross_entropy(logits, labels))
 
@@ -663,13 +663,13 @@ def test_losses_logits_and_labels_of_another_kind_raise(name):
 
 @every_factory
 @pytest.mark.parametrize("label", [-1, K])
-def test_a_label_out_of_range_is_seen_and_teaches_nothing(name, label):
+def test_a_label_out_of_range_makes_the_loss_nan_and_has_no_gradient(name, label):
     x, y = BATCH
     bad = np.where(np.arange(B) == 2, label, y)
     objective = every_objective()[name]
-    if name == "virtual":  # whose divergence has no use for labels, and is the same for any
+    if name == "virtual":  # its divergence doesn't depend on labels
         objective = objectives.kl_regularized(mlp, perturb.loss, eps=0.5, weight=0.0)
-    if name == "noisy":  # likewise, and the noise of fewer examples would be another
+    if name == "noisy":  # nor does its consistency; fewer examples would get other noise
         objective = objectives.noisy(mlp, sigma=1e-9)
     differentiated = jax.jit(
         jax.value_and_grad(partial(objective, key=KEY, step=jnp.int32(0)), has_aux=True)
@@ -683,7 +683,7 @@ def test_a_label_out_of_range_is_seen_and_teaches_nothing(name, label):
     np.testing.assert_allclose(aux.accuracy, among.accuracy * (B - 1) / B, rtol=1e-6)
 
 
-def test_float_labels_of_a_loss_of_ones_own_are_compared_as_they_are():
+def test_float_labels_for_a_users_loss_count_in_the_accuracy():
     x, y = BATCH
 
     def loss_fn(logits, y):
@@ -722,7 +722,7 @@ def test_soft_labels_train_against_pgd_on_a_soft_loss():
 @pytest.mark.parametrize(
     "name", ["a schedule at 0", "sizes of examples", "relative to an input of 0"]
 )
-def test_examples_that_nobody_asked_to_perturb_are_not_counted_as_zero(name):
+def test_examples_of_size_0_are_not_counted_as_zero(name):
     y, x = jnp.zeros(3, int), jnp.ones((3, 2)).at[1:].set(0)
     eps, counted = {
         "a schedule at 0": (optax.linear_schedule(0.0, 1.0, 10), 0),
@@ -737,7 +737,7 @@ def test_examples_that_nobody_asked_to_perturb_are_not_counted_as_zero(name):
 def test_aux_counts_perturbations_that_are_zero_and_that_are_not_finite():
     r = R.copy()
     r[0] = r[2] = 0
-    r[1, 1:] = 0  # but not all of it
+    r[1, 1:] = 0  # except one entry
     r[3, 1], r[4, 0], r[5, 2] = np.nan, np.inf, -np.inf
     _, (_, aux) = call(objectives.adversarial(mlp, fixed(r), eps=0.5))
     assert (int(aux.zero), int(aux.nonfinite)) == (2, 3)
@@ -745,7 +745,7 @@ def test_aux_counts_perturbations_that_are_zero_and_that_are_not_finite():
 
 @pytest.mark.parametrize("name", FACTORIES[2:])
 def test_aux_accuracy_is_that_at_the_perturbed_inputs(name):
-    # All is right as it is, and x + r is one row for all: the label of those alone is right.
+    # Every x is classified correctly; x + r is the same row for all, right for its label only.
     x, _ = BATCH
     labels = np.asarray(jnp.argmax(mlp(PARAMS, x), axis=1))
     share = np.mean(labels == labels[0])
@@ -755,29 +755,29 @@ def test_aux_accuracy_is_that_at_the_perturbed_inputs(name):
     np.testing.assert_allclose(aux.accuracy, share, rtol=RTOL)
 
 
-def test_aux_counts_no_row_of_nan_as_right():
-    # argmax of a row of NaN is 0, the label of some.
+def test_aux_counts_no_row_of_nan_as_correct():
+    # argmax of a row of NaN is 0, which is the label of some.
     everything = np.full_like(R, np.nan)
     _, (_, aux) = call(objectives.adversarial(mlp, fixed(everything), eps=0.5))
     assert float(aux.accuracy) == 0
 
 
-# Perturbations that go on from the last
+# Starting from earlier perturbations
 
 
 def onward(apply_fn, params, x, y, /, *, eps, start=None, key=None, bounds=None):
-    """One step from `start`, which is not brought into the ball."""
+    """One step from `start`, without a projection to the ball."""
     r = jnp.zeros_like(x) if start is None else start
     return r + perturb.loss(apply_fn, params, x + r, y, eps=eps)
 
 
 @pytest.mark.parametrize("name", [name for name in FACTORIES[1:] if name != "noisy"])
-def test_a_batch_of_three_starts_the_adversary_and_its_end_is_in_the_aux(name):
+def test_a_third_part_of_the_batch_is_the_adversarys_start_and_aux_has_its_end(name):
     objective, (x, y) = every_objective(perturb_fn=onward)[name], BATCH
     loss, grad, aux = value_and_grad(objective, batch=(x, y, R))
     want = onward(mlp, PARAMS, jnp.asarray(x), y, eps=0.5, start=R)
     np.testing.assert_allclose(aux.r, want, rtol=1e-5, atol=1e-6)
-    # The same r as a constant of another adversary: the derivative doesn't pass through it.
+    # An adversary that returns the same r as a constant has the same gradient.
     by_hand = every_objective(perturb_fn=fixed(aux.r))[name]
     expected = value_and_grad(by_hand)
     assert expected[2].r is None
@@ -793,7 +793,7 @@ def test_no_derivative_passes_through_the_start():
     np.testing.assert_array_equal(jax.grad(loss)(jnp.asarray(R)), 0)
 
 
-def test_an_adversary_without_a_start_says_so():
+def test_a_start_for_an_adversary_that_takes_none_is_an_error():
     with pytest.raises(TypeError, match=r"perturb_fn that takes start= .*, got .*loss.*; use"):
         trace(objectives.adversarial(mlp, perturb.loss, eps=0.5), (*BATCH, R))
 
@@ -811,7 +811,7 @@ def data(n=N):
     return jnp.asarray(x), jnp.arange(n) % K, jnp.arange(n)
 
 
-def test_memory_is_a_loop_that_gathers_and_scatters():
+def test_memory_gathers_and_scatters_as_a_hand_written_loop():
     (x, y, numbers), tx = data(), optax.sgd(0.1)
     order = jnp.array([[7, 0, 3], [10, 2, 7], [3, 4, 5]])
     memory, state = jnp.asarray(MEMORY.r), train.init(PARAMS, tx, key=KEY)
@@ -826,11 +826,11 @@ def test_memory_is_a_loop_that_gathers_and_scatters():
     np.testing.assert_allclose(info.loss, losses, rtol=1e-5)
     np.testing.assert_allclose(got.model_state.r, memory, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(got.params, state.params, rtol=1e-4, atol=1e-5)
-    rest = np.array([1, 6, 8, 9])  # which no step has visited
+    rest = np.array([1, 6, 8, 9])  # no step visits these
     np.testing.assert_array_equal(np.asarray(got.model_state.r)[rest], MEMORY.r[rest])
 
 
-def test_memory_has_the_nets_own_state_beside_it():
+def test_memory_also_holds_the_nets_own_state():
     def train_fn(params, model_state, x, key):
         return mlp(params, x), model_state + 1
 
@@ -858,7 +858,7 @@ def test_no_step_of_an_epoch_copies_the_memory():
     assert used.temp_size_in_bytes < memory.r.nbytes
 
 
-def test_an_example_that_the_memory_lacks_is_seen():
+def test_an_index_outside_the_memory_makes_the_loss_nan():
     x, y, _ = (part[:3] for part in data())
     objective = objectives.with_memory(PGD)
     loss, (memory, _) = objective(
@@ -878,7 +878,7 @@ def test_an_example_that_the_memory_lacks_is_seen():
         (MEMORY._replace(r=R[:, :2]), data(), ValueError, r"start of x's shape \(11, 5\), got"),
     ],
 )  # fmt: skip
-def test_what_is_no_memory_or_index_is_refused(model_state, batch, error, message):
+def test_memories_and_indices_that_are_refused(model_state, batch, error, message):
     objective = partial(objectives.with_memory(PGD), key=KEY, step=jnp.int32(0))
     with pytest.raises(error, match=f"expected .*{message}"):
         jax.eval_shape(objective, PARAMS, model_state, batch)
@@ -908,12 +908,12 @@ def test_a_bfloat16_net_is_perturbed_in_bfloat16_and_scored_in_float32():
     loss, _ = call(objectives.adversarial(mlp, recorder(calls), eps=0.5), BFLOAT16, (x, y))
     assert calls[0]["r"].dtype == jnp.bfloat16
     z = np.float64(mlp(BFLOAT16, x + calls[0]["r"]))
-    # The logits are bfloat16, what is made of them is not: float32's tolerance holds.
+    # The logits are bfloat16, but the loss is computed from them in float32.
     want = [-references.log_softmax(row)[k] for row, k in zip(z, y, strict=True)]
     np.testing.assert_allclose(loss, np.mean(want), rtol=RTOL)
 
 
-# What is refused
+# Refused arguments
 
 
 @pytest.mark.parametrize(
@@ -921,7 +921,7 @@ def test_a_bfloat16_net_is_perturbed_in_bfloat16_and_scored_in_float32():
     [
         (lambda x, y: {"image": x, "label": y}, r"got \['image', 'label'\]; pass a pair"),
         (lambda x, y: (x, y, y), "got tuple; pass a pair"),
-        (lambda x, y: x[:2], r"got \w+; pass a pair"),  # of two rows, which are no pair
+        (lambda x, y: x[:2], r"got \w+; pass a pair"),  # an array of two rows isn't a pair
     ],
 )
 def test_a_batch_is_a_pair(make, message):
@@ -929,17 +929,17 @@ def test_a_batch_is_a_pair(make, message):
         trace(objectives.natural(mlp), make(*BATCH))
 
 
-def test_an_empty_batch_is_an_error_and_no_loss_of_nan():
+def test_an_empty_batch_is_an_error():
     with pytest.raises(ValueError, match="batch of at least one example, got none"):
         trace(objectives.natural(mlp), (BATCH[0][:0], BATCH[1][:0]))
 
 
-def test_tokens_are_no_inputs_of_an_adversary():
+def test_integer_inputs_of_an_adversary_are_an_error():
     with pytest.raises(TypeError, match=r"got int64; cast pixels.*embeddings as x"):
         call(every_objective()["adversarial"], batch=(BATCH[0].astype(int), BATCH[1]))
 
 
-def test_a_train_fn_without_a_state_is_told_to_return_one():
+def test_a_train_fn_that_returns_no_state_is_an_error():
     natural = objectives.natural(mlp, train_fn=lambda params, state, x, key: mlp(params, x))
     with pytest.raises(TypeError, match=r"train_fn to return \(output, model_state\), got Array"):
         call(natural)

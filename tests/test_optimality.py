@@ -1,4 +1,4 @@
-"""`experiments/optimality.py`: AttackBench's measure, and the attacks that it compares."""
+"""`experiments/optimality.py`: AttackBench's optimality, and a run."""
 
 import io
 
@@ -14,14 +14,14 @@ from experiments.optimality import Settings
 
 
 def area(sizes, largest, n=20000):
-    """Below the curve of accuracy against size, whose steps are joined by lines."""
+    """The area below the curve of accuracy against size, interpolated linearly."""
     at = np.unique([0, *np.minimum(sizes, largest)])
-    accuracy = [(sizes > size).mean() for size in at]  # of what is never found, at the end as well
+    accuracy = [(sizes > size).mean() for size in at]  # sizes of inf count at the end too
     grid = np.linspace(at[0], at[-1], n)
     return np.trapezoid(np.interp(grid, at, accuracy), grid)
 
 
-def test_the_envelope_has_optimality_1_and_what_finds_nothing_0():
+def test_the_envelope_has_optimality_1_and_an_attack_that_finds_nothing_0():
     best = np.array([0, 0.5, 1, 1.5, 3])
     assert optimality.optimality(best, best) == pytest.approx(1)
     nothing = np.where(best == 0, 0, np.inf)
@@ -39,7 +39,7 @@ def test_optimality_is_the_area_between_the_curves():
 
 
 @pytest.mark.slow
-def test_each_attack_is_run_within_the_budget_and_its_sizes_kept(tmp_path):
+def test_each_attack_runs_within_the_budget_and_its_sizes_are_stored(tmp_path):
     net = models.mlp((7, 5))
     params = models.init(net, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     weights.save(tmp_path / "mnist_mlp" / "lwa" / "params.safetensors", params)
@@ -60,7 +60,7 @@ def test_each_attack_is_run_within_the_budget_and_its_sizes_kept(tmp_path):
     assert "| distances | jaxadv |" in text
 
 
-def test_curves_start_at_0_where_every_image_is_right():
+def test_curves_start_at_0_if_every_image_is_classified_correctly():
     best = np.array([1.0, 2, 3])
     assert optimality.optimality(np.full(3, np.inf), best) == pytest.approx(0)
     assert optimality.optimality(np.array([2.5, 3, 3]), best) < 0.7

@@ -1,7 +1,7 @@
-"""`jaxadv.perturb`: sizes and hidden classes; exact directions are in test_exactness, what all
-methods share in test_contract.
+"""`jaxadv.perturb`: sizes, classes of equal gradients, and logits near overflow.
 
-All methods are one program, and the net takes what a test changes as parameters.
+test_exactness tests directions, test_contract what all methods have in common. All methods are
+compiled as one program, and the net takes what a test changes as parameters.
 """
 
 import functools
@@ -50,7 +50,7 @@ B, D, H, K = 5, 6, 4, 3
 
 
 def problem():
-    """Arguments of `every` after the net: all examples are classified right."""
+    """Arguments of `every` after the net, which classifies all examples correctly."""
     rng = np.random.default_rng(0)
     shapes = {"w": (D, H), "b": (H,), "v": (H, K), "c": (B, K)}
     params = {k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
@@ -76,15 +76,15 @@ def in_dtype(dtype):
 )
 def test_a_single_step_has_exactly_the_size_eps_of_its_example(name, dtype, rtol):
     r, eps = in_dtype(dtype)
-    # Float32: a handful of roundings of 6e-8. The others: the entries of r have 8 and 11 bits.
+    # In float32, a few roundings of 6e-8; in the others, entries of r have 8 and 11 bits.
     np.testing.assert_allclose(lengths(r[name], norm_of(name)), eps, rtol=rtol)
 
 
-# Op by op, each intermediate result is rounded to x's dtype, where a compiler keeps it in float32.
+# Op by op, each intermediate result is rounded to x's dtype; a compiler may keep it in float32.
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("width", [0.5, 255.0])
 @pytest.mark.parametrize("name", ["alpha-l2", "loss_sign-l2"])
-def test_bounds_that_are_numbers_hold_op_by_op_in_low_precision(name, dtype, width):
+def test_scalar_bounds_hold_op_by_op_in_low_precision(name, dtype, width):
     params, _, y, _, key = problem()
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -98,7 +98,7 @@ def test_bounds_that_are_numbers_hold_op_by_op_in_low_precision(name, dtype, wid
         assert (lengths(r, norm_of(name)) <= 1 + 1e-6).all()
 
 
-# Classes of one gradient, and logits near the largest float
+# Classes of equal gradients, and logits near overflow
 
 alpha, loss = (
     jax.jit(fn, static_argnums=0, static_argnames="norm") for fn in (perturb.alpha, perturb.loss)
@@ -106,7 +106,7 @@ alpha, loss = (
 
 
 def same_gradient(gap, kind):
-    """A net whose top wrong class has y's gradient, and the ascent of the third class."""
+    """A net whose top wrong class has y's gradient, and the direction toward the third class."""
     g, v = np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)
     g = 0 * g if kind == "constant" else g
     shift = jnp.array([gap, 0, -gap], jnp.float32)[None]
@@ -122,22 +122,22 @@ def same_gradient(gap, kind):
 @pytest.mark.parametrize("gap", [20.0, 300.0])
 @pytest.mark.parametrize("kind", ["stack", "constant", "matrix"])
 @pytest.mark.parametrize("method", [alpha, loss], ids=["alpha", "loss"])
-def test_a_third_class_is_found_behind_one_with_the_true_class_s_gradient(method, kind, gap):
+def test_the_third_class_is_found_if_the_top_wrong_class_has_ys_gradient(method, kind, gap):
     apply_fn, ascent = same_gradient(gap, kind)
     x, y = 0.1 * np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32), np.zeros(4, int)
     want = 0.5 * ascent / np.linalg.norm(ascent)
-    # Some ulps of float32, over 6 entries.
+    # A few float32 ulps over 6 entries.
     np.testing.assert_allclose(method(apply_fn, None, x, y, eps=0.5), [want] * 4, atol=1e-5)
 
 
-def test_two_classes_of_one_gradient_leave_no_direction():
+def test_two_classes_of_equal_gradients_give_no_direction():
     w, x, y = np.ones((D, 2), np.float32), problem()[1], np.zeros(B, int)
     for method in (alpha, loss):
         np.testing.assert_array_equal(method(lambda w, x: x @ w, w, x, y, eps=0.5), 0)
 
 
 def near_overflow(scale):
-    """A net, its weights, examples and labels, with logits of at most this size."""
+    """A net, its weights, examples and labels, with logits of at most `scale`."""
     rng = np.random.default_rng(0)
     w, x = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 3), (50, 8)))
     w /= np.abs(x @ w).max()
@@ -145,13 +145,13 @@ def near_overflow(scale):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_logits_of_1e29_have_the_nearest_class(norm):
+def test_the_nearest_class_is_found_at_logits_of_1e29(norm):
     apply_fn, w, x, y = near_overflow(1e29)
     r = alpha(apply_fn, w, x, y, norm=norm, eps=0.5)
-    # Probabilities fall so steeply there that the second largest logit is the nearest class.
+    # Probabilities fall so steeply there that the class with the second largest logit is nearest.
     d = w.T[np.argsort(x @ w, axis=1)[:, -2]] - w.T[y]
     want = [0.5 * steepest(row, norm) for row in d]
-    # A direction is rounded some ulps of its largest entry.
+    # A direction is off by a few ulps of its largest entry.
     np.testing.assert_allclose(r, want, rtol=1e-5, atol=1e-6)
 
 
@@ -176,4 +176,4 @@ def test_an_ensemble_of_parameters_is_perturbed_under_vmap():
     ensemble = jax.tree.map(lambda a: np.stack([a, 2 * a, -a]), params)
     several = jax.jit(jax.vmap(lambda p: perturb.alpha(net, p, x, y, eps=eps)))(ensemble)
     one = alpha(net, jax.tree.map(lambda a: a[2], ensemble), x, y, eps=eps)
-    np.testing.assert_allclose(several[2], one, rtol=1e-5, atol=1e-6)  # other programs round so
+    np.testing.assert_allclose(several[2], one, rtol=1e-5, atol=1e-6)  # a different program

@@ -1,4 +1,4 @@
-"""`jaxadv.attack.pgd`: what is its own; the contract of all methods is in test_contract."""
+"""`jaxadv.attack.pgd`; test_contract tests what all methods have in common."""
 
 import functools
 
@@ -37,7 +37,7 @@ def linear(params, x):
 
 
 def problem(seed=0):
-    """Most of the labels are those of the net itself."""
+    """A net, examples and labels; only the last label isn't the net's own."""
     rng = np.random.default_rng(seed)
     shapes = (D, H), (H, K), (K,)
     params = tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
@@ -56,7 +56,7 @@ def outcome(params, x, y, r):
 # The best iterate
 
 
-def test_a_custom_loss_of_soft_targets_never_falls_with_more_steps():
+def test_a_custom_loss_of_soft_targets_never_decreases_with_more_steps():
     params, x, y = problem()
     soft = 0.8 * np.eye(K, dtype=np.float32)[y] + np.float32(0.2 / K)
     losses = [optax.softmax_cross_entropy(net(params, x), soft)]
@@ -71,14 +71,14 @@ def test_a_custom_loss_of_soft_targets_never_falls_with_more_steps():
     assert (rise.sum(axis=0) > 0.1).all()
 
 
-def test_the_start_itself_is_kept_where_each_step_does_worse():
+def test_the_start_is_kept_if_no_step_does_better():
     params, x, y = problem()
     r = pgd(net, params, x, y, eps=1.0, steps=3, loss_fn=lambda z, y: 0 * z[:, 0])
     np.testing.assert_array_equal(r, 0)
 
 
 def test_success_comes_before_loss():
-    def ramp(params, x):  # class 1 from 0.8 on
+    def ramp(params, x):  # class 1 wins from 0.8 on
         t = x[:, 0]
         return jnp.stack([jnp.zeros_like(t), t - 0.8, jnp.full_like(t, -9)], axis=1)
 
@@ -87,7 +87,7 @@ def test_success_comes_before_loss():
 
     x, y = np.zeros((1, 2), np.float32), np.array([0])
     r = pgd(ramp, None, x, y, eps=1.0, norm="linf", steps=2, step_size=0.5, loss_fn=hill)
-    np.testing.assert_array_equal(r, [[1, 0]])  # of 0, 0.5 and 1
+    np.testing.assert_array_equal(r, [[1, 0]])  # among 0, 0.5 and 1
 
 
 # Closed forms
@@ -121,9 +121,9 @@ def test_on_a_linear_net_the_loss_reaches_minus_the_margin_plus_eps_times_the_du
 @pytest.mark.parametrize(
     ("box", "dtype"),
     [((0.8, 1.0), np.float32), ((-1.0, 0.2), np.float32), ((0.0, 1.0), jnp.bfloat16)],
-    ids=["symmetric", "rounded walls", "bfloat16"],
+    ids=["symmetric", "rounded bounds", "bfloat16"],
 )
-def test_in_l1_it_goes_on_where_the_box_stops_an_entry(box, dtype):
+def test_in_l1_other_entries_grow_once_the_box_stops_the_best_ones(box, dtype):
     rng = np.random.default_rng(0)
     n, lo, hi = 20, *box
     w = rng.normal(size=(n, 2)).astype(np.float32)
@@ -133,7 +133,7 @@ def test_in_l1_it_goes_on_where_the_box_stops_an_entry(box, dtype):
     x_64 = np.asarray(x, np.float64)
     room = np.where(away > 0, hi - x_64, x_64 - lo)
     best = np.argsort(-np.abs(away), axis=1)[:, :10]
-    # The ten best entries, each as far as its wall, are the radius.
+    # The radius lets exactly the ten best entries reach their bounds.
     eps = np.take_along_axis(room, best, 1).sum(axis=1)
     want = np.take_along_axis(room * np.abs(away), best, 1).sum(axis=1)
     r = pgd(
@@ -141,7 +141,7 @@ def test_in_l1_it_goes_on_where_the_box_stops_an_entry(box, dtype):
         steps=400, bounds=box,
     )  # fmt: skip
     gained = (away * np.asarray(r, np.float64)).sum(axis=1)
-    # What is rounded in bfloat16 is 2^-9 of an entry; float32 loses the last step's end.
+    # bfloat16 rounds by 2^-9 of an entry; in float32, part of the last step may be missing.
     assert (gained >= 0.98 * want).all()
     assert (lengths(r, "l1") <= eps * (1 + 1e-2)).all()
 
@@ -149,7 +149,7 @@ def test_in_l1_it_goes_on_where_the_box_stops_an_entry(box, dtype):
 @pytest.mark.parametrize(
     ("norm", "bounds"), [("l1", (0.0, 1.0)), ("l2", None), ("linf", (0.0, 1.0)), ("linf", None)]
 )
-def test_steps_much_shorter_than_what_bfloat16_can_tell_apart_add_up(bounds, norm):
+def test_steps_far_below_the_resolution_of_bfloat16_add_up(bounds, norm):
     rng = np.random.default_rng(1)
     w = rng.normal(size=(20, 2)).astype(np.float32)
     x = jnp.asarray(rng.uniform(0.4, 0.6, (B, 20)), jnp.bfloat16)
@@ -160,7 +160,7 @@ def test_steps_much_shorter_than_what_bfloat16_can_tell_apart_add_up(bounds, nor
     away = (w.T[1 - y] - w.T[y]).astype(np.float64)
     gained = (away * np.asarray(r, np.float64)).sum(axis=1)
     most = 0.3 * np.linalg.norm(away, DUAL_ORDER[norm], axis=1)
-    # Rounding the last point takes 2^-8 of an entry, at most.
+    # Rounding the last point costs at most 2^-8 of an entry.
     assert (gained >= 0.99 * most).all()
 
 
@@ -168,7 +168,7 @@ def test_a_targeted_attack_lowers_the_loss_of_its_target_to_the_closed_form():
     params, x, y = linear_problem()
     away = pgd(linear, params, x, y, eps=0.5, steps=4)
     toward = pgd(linear, params, x, 1 - y, eps=0.5, steps=4, targeted=True)
-    # With two classes, to reach one is to leave the other.
+    # With two classes, reaching one means leaving the other.
     np.testing.assert_allclose(toward, away, atol=1e-6)
 
 
@@ -186,7 +186,7 @@ def test_a_random_start_is_a_point_of_the_ball_and_not_x(norm):
     assert (size <= 0.5 * (1 + 1e-6)).all()
 
 
-def test_each_example_has_its_own_radius_and_step():
+def test_radius_and_step_size_are_per_example():
     params, x, y = problem()
     eps = np.linspace(0.1, 1.2, B).astype(np.float32)
     together = pgd(net, params, x, y, eps=eps, steps=3, step_size=eps / 2)
@@ -203,14 +203,14 @@ def test_the_default_step_is_two_and_a_half_times_eps_over_the_steps():
     np.testing.assert_allclose(fn(), fn(step_size=2.5 * 0.8 / 4), atol=1e-6)
 
 
-# From given perturbations, to the last point
+# Given starts, and the last point
 
 START = np.random.default_rng(5).normal(size=(B, D)).astype(np.float32)
 
 
 @every_norm
 @pytest.mark.parametrize("steps", [1, 3])
-def test_the_last_point_is_so_many_steps_from_the_start_brought_into_the_ball(norm, steps):
+def test_the_last_point_is_steps_away_from_the_projected_start(norm, steps):
     (w, b), x, y = linear_problem()
     away = (w[:, 1] - w[:, 0]).astype(np.float64) * np.where(y == 0, 1, -1)[:, None]
     radii = np.linspace(0.5, 3, B)
@@ -228,7 +228,7 @@ def test_the_last_point_is_so_many_steps_from_the_start_brought_into_the_ball(no
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_the_first_gradient_is_that_at_the_start_brought_into_the_box(norm):
+def test_the_first_gradient_is_taken_at_the_start_clipped_to_the_box(norm):
     params, x, y = problem()
     x, eps = np.clip(x, 0, 1), 0.7
     start = np.clip([references.project(v, eps, norm) for v in START], 0 - x, 1 - x)
@@ -241,12 +241,12 @@ def test_the_first_gradient_is_that_at_the_start_brought_into_the_box(norm):
         net, params, x, y, eps=eps, norm=norm, steps=1, step_size=0.3, start=START, keep="last",
         bounds=(0.0, 1.0),
     )  # fmt: skip
-    # The direction of a gradient of about 1, whose entries are rounded by 2^-24.
+    # The entries of a gradient of order 1 are rounded by 2^-24.
     np.testing.assert_allclose(r, np.clip(want, 0 - x, 1 - x), atol=2e-6)
 
 
 @pytest.mark.parametrize(("keep", "end"), [("best", 0.5), ("last", 1.0)])
-def test_the_last_point_is_kept_where_an_earlier_one_is_worse_for_the_net(keep, end):
+def test_keep_last_returns_the_last_point_even_if_an_earlier_one_is_better(keep, end):
     def hill(logits, y):  # highest at 0.6, and still rising at 0.5
         return -((logits[:, 0] - 0.6) ** 2)
 
@@ -297,7 +297,7 @@ def test_a_start_that_is_not_finite_makes_its_row_nan_and_no_other(how, bad):
         ({"keep": "last", "restarts": 3}, ValueError, r"restarts=1 with keep='last', got 3; .*out"),
     ],
 )
-def test_what_can_not_be_started_from_or_kept_is_refused(wrong, error, match):
+def test_values_of_start_and_keep_that_are_refused(wrong, error, match):
     with pytest.raises(error, match=match):
         attack.pgd(net, *problem(), eps=0.5, key=KEYS, **wrong)
 
@@ -324,7 +324,7 @@ def test_labels_reach_the_loss_unchanged(labels):
 # Compilation
 
 
-def test_the_number_of_steps_does_not_multiply_the_traces():
+def test_the_number_of_traces_does_not_depend_on_steps():
     traces = {2: [], 50: []}
     for steps, calls in traces.items():
 
@@ -339,7 +339,7 @@ def test_the_number_of_steps_does_not_multiply_the_traces():
 # Restarts
 
 
-def test_more_restarts_never_do_worse_and_leave_the_fooled_alone():
+def test_more_restarts_never_do_worse_and_keep_earlier_successes():
     params, x, y = problem()
     eps = np.linspace(0.02, 0.6, B).astype(np.float32)
     fn = functools.partial(pgd, net, params, x, y, eps=eps, steps=1, key=KEYS)
@@ -358,17 +358,17 @@ def test_the_first_of_several_runs_starts_at_x(random_start):
     fn = functools.partial(
         pgd, net, params, x, y, eps=0.4, steps=1, step_size=0.0, random_start=random_start, key=KEYS
     )
-    # Without steps the best point is the start, and more of them are never worse than x.
+    # With steps of 0, the best point is a start, which is never worse than x.
     worse = outcome(params, x, y, fn(restarts=2))[1] < outcome(params, x, y, 0 * x)[1] - 1e-5
     assert not worse.any()
-    np.testing.assert_array_equal(fn(restarts=2)[-1], 0)  # that one is misclassified at x
+    np.testing.assert_array_equal(fn(restarts=2)[-1], 0)  # misclassified at x
 
 
-# Nets that draw random numbers
+# Random nets
 
 
 def flipping(params, x, key):
-    """A net whose gradient has the wrong sign three times in ten."""
+    """A random net whose gradient has the wrong sign with probability 0.3."""
     sign = jnp.where(jax.random.bernoulli(key, 0.7), 1.0, -1.0)
     t = sign * (x @ params)
     return jnp.stack([-t, t], axis=1)
@@ -379,21 +379,20 @@ def cosines(samples):
     w = np.array([3.0, -4.0, 1.0], np.float32)
     x, y = np.zeros((n, 3), np.float32), np.zeros(n, np.int32)
     keys = jax.random.split(jax.random.key(2), n)
-    # One step from x, at which all draws tie and the start's loss is 0: what is kept is the step
-    # where the loss has risen, or else x.
+    # At x all draws tie and the loss is 0; the step's end is kept if its loss is higher, or else x.
     r = pgd(flipping, w, x, y, eps=1.0, steps=1, step_size=1.0, samples=samples, key=keys)
     return np.asarray(r) @ w / np.linalg.norm(w)
 
 
-def test_with_many_draws_the_step_is_that_of_the_mean_gradient():
+def test_with_many_draws_the_step_follows_the_mean_gradient():
     assert (cosines(64) > 0.9).all()
 
 
-def test_with_one_draw_it_often_is_not():
+def test_with_one_draw_the_step_often_does_not():
     assert 0.2 < (cosines(1) > 0.9).mean() < 0.8
 
 
-def test_each_step_of_each_run_has_draws_of_its_own():
+def test_each_step_of_each_run_has_its_own_draws():
     seen = []
 
     def noisy(params, x, key):
@@ -406,7 +405,7 @@ def test_each_step_of_each_run_has_draws_of_its_own():
     assert len(set(seen)) == 3 * (4 + 1) * 2
 
 
-def test_what_is_drawn_for_an_example_does_not_depend_on_its_batch():
+def test_an_examples_draws_do_not_depend_on_its_batch():
     w = np.array([3.0, -4.0, 1.0], np.float32)
     x = np.random.default_rng(0).normal(size=(B, 3)).astype(np.float32)
     y, order = np.zeros(B, np.int32), np.array([3, 0, 4, 2, 5, 1])
@@ -417,11 +416,11 @@ def test_what_is_drawn_for_an_example_does_not_depend_on_its_batch():
     assert (np.asarray(fn(x, y, key=KEYS[::-1])) != r).any()
 
 
-# Away from the net's own output
+# Virtual attacks
 
 
 def divergence(params, x, r):
-    """Of the net's output at x from that at x + r."""
+    """KL divergence of the output at x + r from that at x."""
     return np.array(
         [references.kl(*z) for z in zip(net(params, x), net(params, x + r), strict=True)]
     )
@@ -430,8 +429,9 @@ def divergence(params, x, r):
 virtual = jax.jit(attack.pgd_kl, static_argnums=0, static_argnames=("norm", "steps"))
 
 
-@pytest.mark.parametrize("norm", ["l2", "linf"])  # steps along one axis suit no curved net
-def test_the_virtual_attack_moves_the_output_further_than_random_points_of_the_ball(norm):
+# Without l1, whose steps along one axis don't suit a curved net.
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_the_virtual_attack_changes_the_output_more_than_random_points_of_the_ball(norm):
     params, x, _ = problem()
     r = virtual(net, params, x, eps=0.5, norm=norm, steps=20, key=KEYS)
     assert (lengths(r, norm) <= 0.5 * (1 + 1e-6)).all()
@@ -439,7 +439,7 @@ def test_the_virtual_attack_moves_the_output_further_than_random_points_of_the_b
     sizes = np.linalg.norm(draws, ORDER[norm], axis=2, keepdims=True)
     random = np.array([divergence(params, x, 0.5 * v) for v in draws / sizes])
     found = divergence(params, x, np.asarray(r))
-    # A start on the wrong side of a hill may end on the lower of two.
+    # A start on the wrong side may end at the lower of two maxima.
     assert (found >= random.max(axis=0)).sum() >= B - 2
     assert (found > np.median(random, axis=0)).all()
 
@@ -452,7 +452,7 @@ def test_the_virtual_attack_needs_no_labels():
     )
 
 
-def test_a_third_class_is_found_behind_one_with_the_true_class_s_gradient():
+def test_the_third_class_is_found_if_the_top_wrong_class_has_ys_gradient():
     g, v = np.random.default_rng(0).normal(size=(2, D)).astype(np.float32)
     for gap in (90.0, 300.0):
 
@@ -467,7 +467,7 @@ def test_a_third_class_is_found_behind_one_with_the_true_class_s_gradient():
 
 
 @pytest.mark.parametrize("method", [attack.pgd, attack.apgd])
-def test_a_mean_over_the_batch_is_no_loss_of_an_attack(method):
+def test_a_loss_that_averages_over_the_batch_is_an_error(method):
     def mean(logits, labels):
         return jnp.mean(losses.dlr(logits, labels))
 

@@ -1,4 +1,4 @@
-"""`jaxadv.problem`: what attacks are made of; the contract of attacks is in test_contract."""
+"""`jaxadv.problem`: the parts of attacks; test_contract tests whole attacks."""
 
 import functools
 
@@ -19,7 +19,7 @@ def problem(x, norm="l2", eps=None):
     return Problem.of(lambda _, x: x, None, x, y, norm=norm, eps=eps, bounds=None, minimal=True)
 
 
-def test_what_starts_at_r_knows_the_gradient_there():
+def test_start_at_r_also_gives_the_gradient_there():
     w = jnp.array([[3.0, -3.0, 0.0], [4.0, -4.0, 1.0]])
     x = jnp.array([[1.0, 0.5], [jnp.nan, 1.0], [-1.0, 2.0]])[:, :, None]
     y, r = jnp.array([0, 1, 5]), jnp.array([[0.5, -0.5], [0.25, 0.0], [0.0, -1.0]])[:, :, None]
@@ -32,7 +32,7 @@ def test_what_starts_at_r_knows_the_gradient_there():
         np.testing.assert_array_equal(got, want)
 
 
-def test_an_attack_works_on_rows_and_answers_in_the_shape_of_x():
+def test_an_attack_works_on_rows_and_its_result_has_the_shape_of_x():
     x = jnp.arange(12.0).reshape(2, 3, 2)
     seen = []
 
@@ -40,7 +40,7 @@ def test_an_attack_works_on_rows_and_answers_in_the_shape_of_x():
         seen.append(x.shape)
         return x.sum(axis=1)
 
-    bounds = np.zeros((3, 2)), 20.0  # one of the image's shape, one a number
+    bounds = np.zeros((3, 2)), 20.0  # one of the image's shape, one scalar
     posed = Problem.of(
         apply_fn, None, x, jnp.array([1, 1]), norm="l2", eps=1.0, bounds=bounds
     ).start()
@@ -75,7 +75,7 @@ def test_success_comes_before_loss_in_the_best():
     np.testing.assert_array_equal(best.with_point(*other).r[:, 0], [-1, 1, -3, 3])
     np.testing.assert_array_equal(best.with_point(*other).success, [True, True, True, False])
     np.testing.assert_array_equal(best.with_point(*other).loss, [2, 1, 0, 1])
-    # What succeeds is left alone, though the other has a higher loss.
+    # Rows that succeed are kept, even if the other has a higher loss.
     np.testing.assert_array_equal(best.unless_done(other).r[:, 0], [0, 1, -3, 3])
     np.testing.assert_array_equal(best.unless_done(other).loss, [1, 1, 0, 1])
 
@@ -90,7 +90,7 @@ def test_bisection_finds_the_boundary_to_a_thousandth():
     assert got[4] == 1
 
 
-def test_bisecting_one_takes_no_longer_for_another():
+def test_an_examples_bisection_does_not_depend_on_others():
     near, far = jnp.array([0.9]), jnp.array([0.9, 1e-6])
     (one, tries), (two, more) = (
         bisect_to_boundary(lambda r, e=e: r[:, 0] >= e, jnp.ones((e.size, 1)), e > 0)
@@ -100,7 +100,7 @@ def test_bisecting_one_takes_no_longer_for_another():
     assert tries[0] == more[0] < more[1]
 
 
-def test_bisecting_0_asks_nothing():
+def test_bisecting_0_evaluates_nothing():
     asked = []
 
     def succeeds(r):
@@ -115,7 +115,7 @@ def test_bisecting_0_asks_nothing():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_clip_to_ball_leaves_no_bfloat16_outside_of_the_ball(norm):
+def test_clip_to_ball_keeps_bfloat16_in_the_ball(norm):
     r = jnp.asarray(np.random.default_rng(3).normal(size=(50, 7)), jnp.bfloat16)
     eps = np.linspace(0, 6, 50).astype(np.float32)
     got = problem(r, norm, eps).clip_to_ball(r)
@@ -125,11 +125,11 @@ def test_clip_to_ball_leaves_no_bfloat16_outside_of_the_ball(norm):
     fits = lengths(r, norm) <= eps
     assert 0 < fits.sum() < 50
     np.testing.assert_array_equal(got[fits], r[fits])
-    # Toward 0 by an ulp of each entry at the most.
+    # Each entry is rounded toward 0 by at most an ulp.
     assert (size >= 0.99 * eps)[~fits].all()
 
 
-def test_runs_stop_once_all_are_fooled():
+def test_runs_stop_once_all_examples_are_fooled():
     def run(i):
         hit = jnp.array([True, i >= 1])
         return Best(jnp.full((2, 1), i, jnp.float32), hit, jnp.full(2, i, jnp.float32))
@@ -139,13 +139,13 @@ def test_runs_stop_once_all_are_fooled():
         best, runs = run_restarts(run, restarts, x)
         np.testing.assert_array_equal(best.r[:, 0], r)
         np.testing.assert_array_equal(runs, needed)
-    # Of failures the one of greatest loss is kept.
+    # Among failures, the one of largest loss is kept.
     best, runs = run_restarts(lambda i: run(i)._replace(success=jnp.zeros(2, bool)), 4, x)
     np.testing.assert_array_equal(best.r, [[3], [3]])
     np.testing.assert_array_equal(runs, 4)
 
 
-# What an attack reports
+# Reports of attacks
 
 
 W = jnp.array([[3.0, -3.0, 1.0], [4.0, -4.0, 2.0]])
@@ -171,18 +171,18 @@ def test_every_attack_reports():
 
 
 @pytest.mark.parametrize("name", REPORTING)
-def test_the_report_is_of_the_same_r(name):
+def test_with_info_returns_the_same_r(name):
     method, key = REPORTING[name], jax.random.split(jax.random.key(0), 3)
     r, info = with_info(method)(net, W, X, Y, key=key)
     np.testing.assert_array_equal(r, method(net, W, X, Y, key=key))
     for leaf in info:
         assert leaf.shape == (3,)
-    if name != "pgd_kl":  # which knows no labels
+    if name != "pgd_kl":  # it ignores labels
         np.testing.assert_array_equal(info.success, net(W, X + r).argmax(1) != Y)
 
 
 def calls(method):
-    """The forward and backward passes that an attack makes, and those that it reports."""
+    """The numbers of passes, forward and backward, that an attack makes and reports."""
     forward, backward = [], []
 
     @jax.custom_vjp
@@ -205,17 +205,17 @@ def calls(method):
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd", "apgd_multitargeted", "fab", "square"])
-def test_passes_are_counted_as_they_are_made(name):
+def test_the_reported_passes_are_those_made(name):
     made, reported = calls(REPORTING[name])
     assert made == reported
 
 
-def test_a_last_point_is_not_judged():
+def test_keep_last_does_not_evaluate_the_last_point():
     method = functools.partial(attack.pgd, eps=3.0, start=0.1 * X[:1], steps=2, keep="last")
     assert calls(method) == ((2, 2), (2, 2))
 
 
-def test_what_a_restart_does_not_look_at_any_more_costs_nothing():
+def test_restarts_cost_nothing_for_examples_that_are_fooled_already():
     method = functools.partial(attack.pgd, eps=1.0, steps=4, restarts=3, key=jax.random.key(0))
     _, info = with_info(method)(net, W, X, Y)
     fooled = np.asarray(info.success)
@@ -224,7 +224,7 @@ def test_what_a_restart_does_not_look_at_any_more_costs_nothing():
     np.testing.assert_array_equal(info.forward, 1 + np.where(fooled, 5, 15))
 
 
-def test_info_under_jit_and_of_a_method_that_counts_nothing():
+def test_with_info_works_under_jit_and_refuses_methods_that_do_not_report():
     run = jax.jit(lambda w, x: with_info(REPORTING["fmn"])(net, w, x, Y))
     r, info = run(W, X)
     np.testing.assert_allclose(r, REPORTING["fmn"](net, W, X, Y), atol=1e-6)

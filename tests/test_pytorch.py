@@ -1,4 +1,4 @@
-"""Our nets in PyTorch, and nets of PyTorch as ours."""
+"""PyTorch nets converted to ours."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def drawn(seed=0):
 
 
 def in_pytorch(params):
-    """The arrays of a `state_dict`: outputs first, and images channels first when flattened."""
+    """The arrays of a `state_dict`: outputs first, and channels first in flattened images."""
     layers = jax.tree.map(np.asarray, params)["params"]
     state = {}
     for i, name in enumerate(("convs_0_0", "convs_1_0")):
@@ -29,7 +29,7 @@ def in_pytorch(params):
     return state
 
 
-def test_a_net_of_pytorch_becomes_one_of_ours():
+def test_a_pytorch_net_is_converted_to_ours():
     params = drawn()
     got = pytorch.params_of(in_pytorch(params))
     assert models.recognised(got, (28, 28, 1)) == NET
@@ -42,7 +42,7 @@ def test_a_net_of_pytorch_becomes_one_of_ours():
         pytorch.params_of(odd)
 
 
-def test_a_library_that_is_missing_is_named_before_any_work():
+def test_the_error_about_a_missing_library_names_it():
     pytorch.need("json")
     with pytest.raises(
         ModuleNotFoundError, match=r"expected json, nowhere, got no nowhere; .*help"

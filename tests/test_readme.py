@@ -1,4 +1,4 @@
-"""The README says what is so: its example runs, its table is the record's, its links lead on."""
+"""The README is right: its example runs, its table matches the record, its links exist."""
 
 import json
 import re
@@ -15,7 +15,7 @@ NETS = {"MLP": "mnist_mlp", "LeNet": "mnist_lenet"}
 METHODS = {"Normal": "normal", "LWA": "lwa", "LWA, multi-step": "lwa_multi"}
 
 
-def test_it_is_short():
+def test_the_readme_is_short():
     assert len(README.splitlines()) <= 120
 
 
@@ -27,7 +27,7 @@ def test_the_example_runs_as_printed(capsys):
     assert 0 < float(loss) < 10
 
 
-def test_the_table_is_the_boards():
+def test_the_table_matches_the_boards_record():
     rows = json.loads((RESULTS / "board" / "results.json").read_text())
     recorded = {
         (row["method"], row["n"], row["attack"]): row["columns"]
@@ -51,7 +51,7 @@ def test_the_table_is_the_boards():
             )
 
 
-def test_the_picture_is_what_its_caption_says():
+def test_the_picture_matches_its_caption():
     content = json.loads((RESULTS / "gallery" / "robust.json").read_text())
     normal, lwa = content["perturbed"]["normal"], content["perturbed"]["lwa"]
     assert len(content["images"]) == len(set(content["labels"])) == 4
@@ -60,10 +60,10 @@ def test_the_picture_is_what_its_caption_says():
     assert right == [0, 3]
     for net in (normal, lwa):
         sizes = np.linalg.norm(np.asarray(net["r"]).reshape(4, -1) / 1000, axis=1)
-        np.testing.assert_allclose(sizes, 1.5, atol=28 * 0.5e-3)  # 784 pixels, in thousandths
+        np.testing.assert_allclose(sizes, 1.5, atol=28 * 0.5e-3)  # 784 rounded pixels
 
 
-def test_the_record_of_table_1_is_what_the_results_say():
+def test_the_record_of_table_1_has_the_methods_and_seeds_that_the_results_name():
     rows = json.loads((RESULTS / "mnist_mlp" / "results.json").read_text())
     methods = ("normal", "dropout", "goodfellow", "lwa", "lwa_rep")
     seeds = dict.fromkeys(methods, (0, 1, 2)) | {"lwa_noisy": (0,), "lwa_multi": (0,)}
@@ -74,11 +74,11 @@ def test_the_record_of_table_1_is_what_the_results_say():
 
 
 @pytest.mark.parametrize("target", re.findall(r'(?:\]\(|src=")([^)#"]+)', README))
-def test_its_links_lead_somewhere(target):
+def test_the_readmes_links_exist(target):
     assert (ROOT / target).exists()
 
 
-def test_every_command_is_there_and_on_the_page_of_commands():
+def test_commands_that_are_named_exist_and_all_are_on_the_page_of_commands():
     named = {page.name: set(re.findall(r"experiments/\w+\.py", page.read_text())) for page in PAGES}
     there = {f"experiments/{path.name}" for path in (ROOT / "experiments").glob("[a-z]*.py")}
     assert set().union(*named.values()) <= there

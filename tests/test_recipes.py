@@ -1,4 +1,4 @@
-"""How nets are made: adversaries of several steps and of one, averaged weights, moved images."""
+"""Training recipes: adversaries of one and several steps, averaged weights, shifted images."""
 
 import functools
 
@@ -54,7 +54,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_multi_step_method_is_its_objective_in_the_box(name):
+def test_a_multi_step_method_makes_its_objective_with_the_box(name):
     method, make = METHODS[name]
     box = (-0.1, 0.9)
     got, aux = value(recipes.make_objective(NET, method, 10, box))
@@ -62,16 +62,16 @@ def test_a_multi_step_method_is_its_objective_in_the_box(name):
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(aux.accuracy, want_aux.accuracy)
     free, _ = value(make(eps=0.7))
-    assert free != got  # the box is in the way
+    assert free != got  # the box is binding
 
 
-def test_its_size_rises_over_the_first_epochs():
+def test_the_size_rises_over_the_warmup_epochs():
     method = MultiStep((6, 5), 4, 0.1, eps=0.8, warmup=2, steps=1)
     _, aux = value(recipes.make_objective(NET, method, 3))  # step 3 of 6
     np.testing.assert_allclose(aux.eps, 0.4, rtol=1e-6)
 
 
-def test_the_average_is_of_all_at_first_and_moves_with_the_share_of_the_past():
+def test_the_average_is_of_all_steps_at_first_and_then_decays():
     decay, tx = 0.75, optax.chain(optax.sgd(0.1), recipes.averaging(0.75))
     params = {"w": jnp.array([1.0, -2.0])}
     state = tx.init(params)
@@ -81,7 +81,7 @@ def test_the_average_is_of_all_at_first_and_moves_with_the_share_of_the_past():
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         seen.append(np.asarray(params["w"], np.float64))
-        if step <= 4:  # 1 / step is at least 1 - decay
+        if step <= 4:  # as long as 1 / step >= 1 - decay
             want = np.mean(seen, axis=0)
         else:
             want = decay * want + (1 - decay) * seen[-1]
@@ -89,7 +89,7 @@ def test_the_average_is_of_all_at_first_and_moves_with_the_share_of_the_past():
         np.testing.assert_allclose(average, want, rtol=1e-6)
 
 
-def test_the_average_is_the_result_where_there_is_one():
+def test_the_result_is_the_average_if_there_is_one():
     params, x, y = problem()
     for average in (0.0, 0.9):
         method = MultiStep((6, 5), 2, 0.1, eps=0.7, steps=1, average=average)
@@ -106,14 +106,14 @@ def test_the_average_is_the_result_where_there_is_one():
         assert not average or not any(same)
 
 
-def test_images_are_moved_each_by_itself_and_no_further_than_told():
+def test_images_are_shifted_independently_by_at_most_the_given_pixels():
     x = jnp.zeros((500, 5, 6, 2)).at[:, 2, 3, 1].set(jnp.arange(1, 501))
     moved = np.asarray(recipes.shifted(1)(KEY, x))
     example, row, column, channel = np.nonzero(moved)
     np.testing.assert_array_equal(example, np.arange(500))
     np.testing.assert_array_equal(moved[moved > 0], np.arange(1, 501))
     assert set(channel) == {1}
-    # All nine places, each about as often: 500 / 9 = 56, standard deviation 7.
+    # All nine shifts, about equally often: 500 / 9 = 56, standard deviation 7.
     _, counts = np.unique((row - 2) * 3 + column - 3, return_counts=True)
     assert len(counts) == 9
     assert 56 - 5 * 7 < min(counts) <= max(counts) < 56 + 5 * 7
@@ -121,17 +121,17 @@ def test_images_are_moved_each_by_itself_and_no_further_than_told():
     assert (abs(column - 3) <= 1).all()
 
 
-def test_what_leaves_the_image_is_lost():
+def test_pixels_shifted_out_of_the_image_are_lost():
     x = jnp.ones((300, 3, 3, 1))
     left = np.asarray(recipes.shifted(2)(KEY, x)).sum(axis=(1, 2, 3))
-    assert set(left) == {9.0, 6.0, 3.0, 4.0, 2.0, 1.0}  # (3 or 2 or 1) rows times columns
+    assert set(left) == {9.0, 6.0, 3.0, 4.0, 2.0, 1.0}  # 1 to 3 rows times 1 to 3 columns
 
 
-# Perturbations that are kept
+# Remembered perturbations
 
 
 def ending(change):
-    """An objective whose aux has what becomes of r."""
+    """An objective whose aux has `change` of r."""
 
     def objective(params, model_state, batch, /, *, key, step):
         aux = objectives.Aux(0.0, 0.0, 0, 0, change(batch[2]))
@@ -140,19 +140,19 @@ def ending(change):
     return objective
 
 
-def test_a_perturbation_is_moved_with_its_image_and_back():
-    x = jnp.arange(1.0, 1 + 40 * 12).reshape(40, 4, 3, 1)  # each pixel its own number, none is 0
+def test_a_perturbation_is_shifted_with_its_image_and_back():
+    x = jnp.arange(1.0, 1 + 40 * 12).reshape(40, 4, 3, 1)  # pixels are different numbers, none 0
     r = -x
     moving = recipes.augmented(ending(lambda r: r - 1000), recipes.shifted(2))
     _, ((moved_x, _, moved_r), aux) = moving(None, None, (x, x[:, 0, 0, 0], r), key=KEY, step=0)
     np.testing.assert_array_equal(moved_r, -moved_x)
     kept = np.stack([np.isin(a, b) for a, b in zip(np.asarray(x), moved_x, strict=True)])
     assert 0.2 < kept.mean() < 0.8
-    # What came into the image where there was none, and was changed there, is lost.
+    # Changes in the area that the shift filled in are lost.
     np.testing.assert_array_equal(aux.r, np.where(kept, r - 1000, r))
 
 
-def test_images_that_are_scaled_as_they_are_moved_take_no_perturbation_along():
+def test_shifting_perturbations_with_unscaled_images_is_an_error():
     x = jnp.zeros((2, 4, 3, 1), jnp.uint8)
     moving = recipes.augmented(ending(lambda r: r), recipes.shifted(1))
     with pytest.raises(TypeError, match=r"dtype, float32, got uint8; scale them first"):
@@ -160,7 +160,7 @@ def test_images_that_are_scaled_as_they_are_moved_take_no_perturbation_along():
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_perturbations_are_made_anew_in_each_first_epoch_of_so_many(noise):
+def test_perturbations_are_drawn_anew_every_few_epochs(noise):
     _, x, y = problem()
     r = 3 + 0 * x
     renew = recipes.renewed(ending(lambda r: r), optax.constant_schedule(noise), 10, 3)
@@ -182,13 +182,13 @@ def test_steps_of_adv_loss_from_a_point_are_those_of_pgd(steps):
         function(NET), params, x, y, eps=eps, steps=steps, step_size=0.4 * eps, start=start,
         keep="last", bounds=BOX,
     )  # fmt: skip
-    # Two ways to a gradient's direction, each rounded by some 2^-24 of its largest entries.
+    # A direction computed in two ways, each off by a few 2^-24 of its largest entries.
     np.testing.assert_allclose(r, want, atol=3e-6)
 
 
-def test_steps_of_alpha_are_toward_the_nearest_of_so_many_classes():
+def test_steps_of_alpha_go_to_the_nearest_of_the_candidates():
     params, x, _ = problem()
-    y, losses = function(NET)(params, x).argmax(axis=1), []  # all are right
+    y, losses = function(NET)(params, x).argmax(axis=1), []  # all classified correctly
     for candidates, compared in ((1, 1), (0, None)):
         method = FewSteps((6, 5), 1, 0.1, eps=0.7, adversary="alpha", candidates=candidates)
         nearest = functools.partial(perturb.alpha, candidates=compared)
@@ -202,7 +202,7 @@ def test_steps_of_alpha_are_toward_the_nearest_of_so_many_classes():
     assert losses[0] != losses[1]
 
 
-def test_a_net_that_remembers_goes_on_from_where_its_last_epoch_ended():
+def test_an_adversary_with_a_memory_starts_where_the_last_epoch_ended():
     method = FewSteps((6, 5), 1, 0.1, eps=0.7, stride=0.4, memory=2, steps=2)
     params, x, y = problem()
     objective = recipes.make_objective(NET, method, 5, BOX)
@@ -224,7 +224,7 @@ def curved(params, x):
 
 
 @pytest.mark.parametrize(("noise", "stride", "reach"), [(1.0, 1.25, 1.0), (0.5, 1.0, 2.0)])
-def test_the_step_starts_ends_and_stops_where_it_is_told(noise, stride, reach):
+def test_noise_stride_and_reach_set_start_length_and_end_of_the_step(noise, stride, reach):
     params, x, y = problem()
     eps = jnp.float32(0.7)
     r = recipes.few_steps(
@@ -251,14 +251,14 @@ def test_the_step_stays_in_the_box():
     assert bool(jnp.any(x + r == BOX[1]))
 
 
-def test_without_noise_it_is_lwas():
+def test_without_noise_one_step_is_lwa():
     method = OneStep((6, 5), 1, 0.1, eps=0.7)
     by_hand = objectives.adversarial(function(NET), perturb.loss, eps=0.7, bounds=BOX)
     got = value(recipes.make_objective(NET, method, 10, BOX))[0]
     np.testing.assert_allclose(got, value(by_hand)[0], rtol=1e-6)
 
 
-def test_aligned_gradients_cost_nothing_and_turned_ones_the_weight_of_their_angle():
+def test_the_alignment_penalty_is_1_minus_the_cosine_of_the_gradients():
     x, y = jax.random.normal(jax.random.key(3), (400, 3)), jnp.zeros(400, jnp.int32)
     natural = objectives.natural(curved)
     w, eps, weight = jnp.array([1.0, -2.0, 0.5]), 0.5, 3.0
@@ -270,7 +270,7 @@ def test_aligned_gradients_cost_nothing_and_turned_ones_the_weight_of_their_angl
         return float(with_it - without)
 
     assert abs(penalty(0.0)) < 1e-5
-    # In float64, the mean over the ball from many draws of our own.
+    # The mean over the ball, in float64 from many independent draws.
     rng = np.random.default_rng(0)
     u = rng.normal(size=(200, *x.shape))
     r = eps * u / np.linalg.norm(u, axis=2, keepdims=True) * rng.random((200, 400, 1)) ** (1 / 3)
@@ -278,7 +278,7 @@ def test_aligned_gradients_cost_nothing_and_turned_ones_the_weight_of_their_angl
     near = at + 2.0 * r
     sizes = np.linalg.norm(near, axis=2) * np.linalg.norm(at, axis=1)
     turned = 1 - np.sum(at * near, axis=2) / sizes
-    # One draw for each of 400 examples: the mean's own deviation is that of turned over sqrt(400).
+    # One draw for each of 400 examples: the deviation of their mean is smaller by sqrt(400).
     np.testing.assert_allclose(
         penalty(2.0), weight * turned.mean(), atol=4 * weight * turned.mean(axis=0).std() / 20
     )
@@ -299,19 +299,19 @@ def test_training_can_align_the_gradients():
 
     c, h = jnp.float32(2.0), 0.05
     difference = (turned(c + h) - turned(c - h)) / (2 * h)
-    # Central: h^2 of the third derivative, and float32 rounding of 1e-7 / h.
+    # Central differences: h^2 of truncation and 1e-7 / h of rounding in float32.
     np.testing.assert_allclose(jax.grad(turned)(c), difference, rtol=0.02, atol=1e-5)
     assert abs(difference) > 1e-3
 
 
-def test_where_the_input_has_no_gradient_those_of_the_parameters_are_finite():
+def test_the_penaltys_gradients_are_finite_where_the_input_gradient_is_0():
     x, y = jnp.ones((4, 3)), jnp.zeros(4, jnp.int32)
     w, c = jax.grad(penalised)((jnp.zeros(3), jnp.float32(0.0)), x, y)
     assert np.isfinite(w).all()
     assert np.isfinite(c)
 
 
-def test_a_rate_that_rises_for_all_of_the_training_but_the_last_epoch_is_taken():
+def test_a_rate_may_rise_until_the_last_epoch():
     recipes.check("normal", recipes.Method((6, 5), 2, 0.1), lr_warmup=1)
 
 
@@ -334,7 +334,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "method", "lr_warmup", "message"), REFUSED)
-def test_a_recipe_that_makes_no_sense_is_refused(name, method, lr_warmup, message):
+def test_inconsistent_recipes_are_refused(name, method, lr_warmup, message):
     with pytest.raises(ValueError, match=message):
         recipes.check(name, method, lr_warmup=lr_warmup)
 

@@ -1,4 +1,4 @@
-"""What must hold of the library's attacks on trained nets, here those of the records."""
+"""Properties of the library's attacks on the recorded, trained nets."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ ITERATED = {
 @pytest.mark.parametrize(
     ("record", "names"), [("mnist_mlp", list(ITERATED)), ("mnist_lenet", ["pgd", "apgd"])]
 )
-def test_trained_nets_hardly_feel_the_batch_size(record, names):
+def test_results_on_trained_nets_hardly_depend_on_the_batch_size(record, names):
     params = weights.load(RESULTS / record / "lwa" / "params.safetensors")
     apply_fn = models.function(models.recognised(params, (28, 28, 1)))
     images = data.mnist()
@@ -39,7 +39,7 @@ def test_trained_nets_hardly_feel_the_batch_size(record, names):
         )
         apart = np.linalg.norm((many - few).reshape(n, -1), axis=1)
         size = np.linalg.norm(many.reshape(n, -1), axis=1)
-        # Sums of a few hundred products in another order; a tie of two classes may turn over.
+        # Sums of a few hundred products in another order; a near tie of two classes may flip.
         assert np.quantile(apart / size, 0.998) < 1e-5, method
     for name in names:
         many, few = (
@@ -66,12 +66,12 @@ def checked(net, scale, **kwargs):
 
 
 @pytest.mark.slow
-def test_on_a_plain_net_one_step_is_doubted_and_not_the_net():
+def test_on_a_plain_net_the_check_flags_one_step_and_not_the_net():
     flags = checked("normal", 1.0, eps=1.5, bounds=(0.0, 1.0))
     assert "it is on many sound nets; report iterated attacks" in flags["one step"].message
     assert {flag.kind for flag in flags.values()} == {"weak attack"}
 
 
 @pytest.mark.slow
-def test_a_small_scale_of_the_logits_that_weakens_pgd_is_noticed():
+def test_a_small_logit_scale_that_weakens_pgd_is_flagged():
     assert checked("normal", 1e-6, eps=1.0)["minimal norm"].kind == "weak attack"

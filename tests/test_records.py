@@ -1,4 +1,4 @@
-"""Rows written whole, read back, and refused where they are others."""
+"""Rows of records: written, read back, and refused if they are another command's."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from rows import check_row, published_row, robust_row
 from experiments.lib import options, records
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
+def test_rows_are_read_back_as_written(tmp_path):
     path = tmp_path / "results.json"
     assert records.load(path, records.AttackRow) == []
     rows = [robust_row(crop=28), check_row(flags={"far": "far off"}), published_row(n=3)]
@@ -21,7 +21,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_what_is_not_finite_is_null_which_json_has(tmp_path):
+def test_nonfinite_numbers_are_written_as_null(tmp_path):
     path = tmp_path / "results.json"
     records.save(path, [{"loss": [1.0, float("nan")], "sizes": {"fmn": np.inf, "n": 3}}])
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == [
@@ -44,7 +44,7 @@ def test_what_is_not_finite_is_null_which_json_has(tmp_path):
     ],
     ids=["cut off", "not text", "no list", "no rows", "empty row", "null"],
 )
-def test_a_broken_file_is_an_error_naming_it_and_the_cure(tmp_path, content, message):
+def test_the_error_about_a_broken_file_names_it_and_a_remedy(tmp_path, content, message):
     path = tmp_path / "results.json"
     path.write_bytes(content)
     with pytest.raises(options.UsageError, match=message + ".*move the file"):
@@ -67,7 +67,7 @@ class Device(NamedTuple):
     device_kind: str
 
 
-def test_a_cpu_says_how_many_cores_a_run_may_use_and_another_device_its_kind(monkeypatch):
+def test_a_cpus_description_has_its_number_of_cores_and_another_devices_its_kind(monkeypatch):
     kinds = iter([("cpu", "Xeon"), ("cpu", "Xeon"), ("gpu", "H100")])
     monkeypatch.setattr(jax, "devices", lambda: [Device(*next(kinds))])
     monkeypatch.setattr(jax, "device_count", lambda: 2)
@@ -94,20 +94,20 @@ RECORDED = {
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_a_records_rows_are_its_json_to_the_byte(name, tmp_path):
+def test_saving_a_records_rows_reproduces_its_json_exactly(name, tmp_path):
     path = records.RESULTS / name / "results.json"
     records.save(tmp_path / "again.json", records.load(path, RECORDED[name]))
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
 
 
-def test_a_row_with_what_no_row_has_is_an_error(tmp_path):
+def test_a_row_with_an_unknown_key_is_an_error(tmp_path):
     content = robust_row().to_json() | {"unheard": 1}
     records.save(tmp_path / "results.json", [content])
     with pytest.raises(options.UsageError, match="got some with unheard; move the file"):
         records.load(tmp_path / "results.json", records.AttackRow)
 
 
-def test_what_is_there_is_found_and_what_is_not_is_run(tmp_path):
+def test_a_stored_row_is_found_and_a_missing_one_is_run(tmp_path):
     path = tmp_path / "results.json"
     rows = [robust_row(seed=seed, eps=eps) for seed in (0, 1) for eps in (1.0, 2.0)]
     records.save(path, rows)
@@ -118,4 +118,4 @@ def test_what_is_there_is_found_and_what_is_not_is_run(tmp_path):
     assert found(pytest.fail, seed=1, eps=2.0) == rows[3]
     new = robust_row(seed=1, eps=2.0, n=7)
     assert found(lambda: new, seed=1, eps=2.0, n=7) == new
-    assert records.load(path, records.AttackRow) == [*rows[:3], new]  # in the old one's place
+    assert records.load(path, records.AttackRow) == [*rows[:3], new]  # in place of the old one

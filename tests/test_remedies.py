@@ -13,7 +13,7 @@ from experiments.lib import attack_tables, records, tasks, train_and_score
 from experiments.lib.recipes import FewSteps, MultiStep, OneStep
 
 
-def test_the_ways_differ_in_the_step_alone():
+def test_the_ways_differ_only_in_the_step():
     settings = remedies.Settings()
     made = settings.nets()
     assert list(made) == list(attack_tables.WAYS)
@@ -34,12 +34,12 @@ def test_the_ways_differ_in_the_step_alone():
     [{"precision": "bfloat16"}, {"coordinator": "localhost:1", "processes": 2, "process": 0}],
     ids=["bfloat16", "processes"],
 )
-def test_what_autoattack_is_not_run_with_is_refused(changes):
+def test_settings_that_autoattack_does_not_support_are_refused(changes):
     with pytest.raises(ValueError, match=r"--precision float32 and no --processes.*; leave these"):
         remedies.Settings(**changes)
 
 
-def test_images_held_out_leave_the_test_images_alone(tmp_path, monkeypatch):
+def test_with_a_holdout_the_test_images_are_not_attacked(tmp_path, monkeypatch):
     rows = [table_row(method="four", ratio_to_lwa=2.5)]
     monkeypatch.setattr(remedies.train_and_score, "run", lambda *_: (rows, {}))
     monkeypatch.setattr(remedies.evaluation, "run", pytest.fail)
@@ -47,8 +47,8 @@ def test_images_held_out_leave_the_test_images_alone(tmp_path, monkeypatch):
     assert remedies.run(settings, Console(file=io.StringIO())) == (rows, [])
 
 
-def test_a_ratio_is_the_median_of_those_of_each_round_and_is_measured_once(tmp_path, monkeypatch):
-    # A machine that slows down between the rounds: the ratio of medians would be another.
+def test_a_ratio_is_the_median_over_rounds_and_is_measured_once(tmp_path, monkeypatch):
+    # The machine slows down between rounds, so the ratio of the medians would be different.
     seconds = {"from_x": [1.0, 2.0, 8.0], "four": [2.5, 5.0, 8.0]}
 
     def timed(methods, *_, **how):
@@ -68,7 +68,7 @@ def test_a_ratio_is_the_median_of_those_of_each_round_and_is_measured_once(tmp_p
 
 
 @pytest.mark.slow
-def test_each_way_is_trained_attacked_and_set_beside_the_others(tmp_path, monkeypatch):
+def test_each_way_is_trained_attacked_and_listed_in_the_table(tmp_path, monkeypatch):
     few = {"widths": (5,), "epochs": 1, "lr": 0.05, "eps": 1.0}
     made = {"from_x": OneStep(**few), "memory": FewSteps(memory=1, shift=1, **few)}
     monkeypatch.setattr(remedies.Settings, "nets", lambda settings: made)

@@ -1,4 +1,4 @@
-"""`report`: what a report says, and what it costs, known before."""
+"""`jaxadv.report`: the contents of a report, and its cost, predicted beforehand."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ def net(w, x):
 
 @functools.cache
 def problem():
-    """A linear net of two classes, examples none of which is at nearly the size EPS; distances."""
+    """A linear net of two classes, examples not near distance EPS, labels and distances."""
     rng = np.random.default_rng(0)
     w, x = rng.normal(size=(D, 2)), rng.normal(size=(200, D))
     normal = w[:, 0] - w[:, 1]
@@ -50,7 +50,7 @@ def found():
     return run()
 
 
-# What it says
+# Contents
 
 
 def test_on_a_linear_net_the_accuracies_are_exact():
@@ -60,7 +60,7 @@ def test_on_a_linear_net_the_accuracies_are_exact():
     assert accuracy["one step"] == accuracy["robust"] == np.mean(distance > EPS)
     masks = found().masks
     np.testing.assert_array_equal(masks["robust"], distance > EPS)
-    # Of two classes of a linear net the smoothed classifier is the net itself.
+    # For a linear net with two classes, the smoothed classifier is the net itself.
     assert not np.any(masks["certified"] & (distance <= EPS))
     assert np.all(masks["certified"][distance > 1.3 * EPS])
     assert not np.any(masks["smoothed"] & (distance == 0))
@@ -82,7 +82,7 @@ def test_each_part_is_the_direct_call_with_the_same_key():
 
 @pytest.fixture
 def checked(monkeypatch):
-    """Lets the check find nothing; what it is given."""
+    """Replaces the check by one that finds nothing; lists its arguments."""
     given = []
 
     def check(apply_fn, params, x, y, **kwargs):
@@ -93,7 +93,7 @@ def checked(monkeypatch):
     return given
 
 
-def test_flags_are_raised_on_examples_from_the_whole_of_many(monkeypatch, checked):
+def test_the_check_runs_on_examples_spread_over_the_data_set(monkeypatch, checked):
     monkeypatch.setattr(report, "_CHECKED", 4)
     assert run(sigma=None).checked.flags == ()
     _, x, y, _ = problem()
@@ -101,8 +101,8 @@ def test_flags_are_raised_on_examples_from_the_whole_of_many(monkeypatch, checke
 
 
 @pytest.mark.usefixtures("checked")
-def test_one_step_is_one_step():
-    def wave(params, x):  # class 0 up to 0.52, and again from 1.05 on
+def test_one_step_accuracy_is_that_under_a_single_step():
+    def wave(params, x):  # class 1 wins only between 0.52 and 1.05
         lead = 0.5 + jnp.cos(4 * x[:, 0])
         return jnp.stack([lead, jnp.zeros_like(lead)], axis=1)
 
@@ -112,7 +112,7 @@ def test_one_step_is_one_step():
 
 
 @pytest.mark.usefixtures("checked")
-def test_it_says_what_it_depends_on():
+def test_the_setting_has_everything_the_figures_depend_on():
     bounds = -np.inf, np.array([8.0, np.inf, 9.0])
     setting = run({"one": ATTACKS["one"]}, sigma=None, bounds=bounds).setting
     assert (setting["n"], setting["eps"], setting["norm"]) == (N, EPS, "l2")
@@ -195,7 +195,7 @@ Attacks run on the net itself.
     )
 
 
-def test_markdown_names_autoattack_and_says_that_no_flag_proves_nothing():
+def test_markdown_names_autoattack_and_warns_that_no_flag_proves_nothing():
     standard = evaluate.autoattack("linf")
     text = by_hand(norm="linf", bounds=None, methods=report._described(standard)).to_markdown()
     assert "| AutoAttack | 0.2500 |" in text
@@ -204,7 +204,7 @@ def test_markdown_names_autoattack_and_says_that_no_flag_proves_nothing():
     assert "- `evaluate.check` raised no flag on 4 of the examples, which proves nothing.\n" in text
 
 
-def test_a_report_goes_on_where_it_was_interrupted(tmp_path):
+def test_a_report_resumes_where_it_was_interrupted(tmp_path):
     first = run(store=tmp_path)
     again = run(store=tmp_path, progress=pytest.fail)  # no batch is run again
     assert again.figures() == first.figures()
@@ -212,11 +212,11 @@ def test_a_report_goes_on_where_it_was_interrupted(tmp_path):
         run(store=tmp_path, eps=0.3)
 
 
-# What it costs
+# Cost
 
 
 def passes_of(method, n_classes, norm):
-    """What an attack counts on a net that nothing fools: all logits are equal, y the lowest."""
+    """The passes of an attack on a net that nothing fools: all logits tie, and y is class 0."""
     x, y = jnp.zeros((1, 4, 4, 1)), jnp.zeros(1, int)
 
     def tied(z, x):
@@ -228,7 +228,7 @@ def passes_of(method, n_classes, norm):
 
 
 FEW = {"steps": 4}
-# name: an attack, number of classes, norm; how many forward passes fewer it takes
+# name: attack, number of classes, norm, and how many fewer forward passes it takes
 EXACT = {
     "apgd": (partial(attack.apgd, **FEW), 4, "l2", 0),
     "apgd, restarts": (partial(attack.apgd, restarts=3, **FEW), 4, "linf", 0),
@@ -246,7 +246,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_the_most_passes_are_those_on_a_net_that_nothing_fools(name):
+def test_the_predicted_passes_are_those_on_a_net_that_nothing_fools(name):
     method, n_classes, norm, fewer = EXACT[name]
     method = partial(method, norm=norm)
     forward, backward = _budget.most(method, n_classes)
@@ -255,7 +255,7 @@ def test_the_most_passes_are_those_on_a_net_that_nothing_fools(name):
     assert _budget.most(partial(near), n_classes) == (forward, backward)
 
 
-def test_all_attacks_of_ensembles_and_checks_are_known():
+def test_the_passes_of_all_attacks_of_ensembles_and_checks_are_predicted():
     for norm in ("l1", "l2", "linf"):
         ensembles = evaluate.autoattack(norm), evaluate.fast_autoattack(norm)
         for attacks in (*ensembles, _check.attacks_of(norm, 50)):
@@ -265,7 +265,7 @@ def test_all_attacks_of_ensembles_and_checks_are_known():
 
 
 def counting(tally):
-    """The net, which adds each row that goes through it forward and backward to a tally."""
+    """The net, which adds the rows that pass through it, forward and backward, to `tally`."""
 
     def add(place, rows):
         tally[place] += rows
@@ -286,7 +286,7 @@ def counting(tally):
     return lambda w, x: counted(x @ w)
 
 
-def test_a_report_costs_no_more_passes_than_it_was_said_to():
+def test_a_report_takes_no_more_passes_than_predicted():
     w, x, y, _ = problem()
     tally = np.zeros(2, int)
     counted = counting(tally)
@@ -298,12 +298,12 @@ def test_a_report_costs_no_more_passes_than_it_was_said_to():
     jax.effects_barrier()
     parts = [cost.one_step, *cost.attacks.values(), cost.check, cost.certify]
     most = sum(part.examples * np.array(part.passes) for part in parts)
-    # Two of seven examples are done at once, and the rest of the draws are spared.
+    # Some examples are done early, and not all draws are needed.
     assert np.all(tally <= most)
     assert np.all(tally > most / 3)
 
 
-def test_seconds_are_those_of_passes_on_a_batch(monkeypatch):
+def test_seconds_are_computed_from_passes_timed_on_a_batch(monkeypatch):
     times = iter([2.0, 6.0])  # forward; forward and backward
     monkeypatch.setattr(report, "_timed", lambda call: next(times) + 0 * len(call()))
     w, x, *_ = problem()
@@ -333,7 +333,7 @@ def never(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
 
 
 W, X, Y, _ = problem()
-# name: what is called, the error
+# name: the call, the error
 BAD = {
     "sizes": (lambda: run(eps=np.full(N, EPS)), ValueError),
     "no size": (lambda: run(eps=None), TypeError),
@@ -355,14 +355,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_raises_what_was_expected_and_what_came(name):
+def test_errors_about_bad_input_say_what_was_expected_and_what_was_passed(name):
     function, error = BAD[name]
     with pytest.raises(error, match=r"(?s)expected .*got .*;"):
         function()
 
 
 @pytest.mark.parametrize("function", [report.cost, report.robustness])
-def test_under_a_trace_it_says_that_it_loops_on_the_host(function):
+def test_under_a_trace_the_error_says_that_it_loops_on_the_host(function):
     how = {} if function is report.cost else {"eps": EPS, "key": KEY}
     labels = () if function is report.cost else (Y,)
     with pytest.raises(TypeError, match="loops over a data set on the host"):

@@ -1,4 +1,4 @@
-"""`jaxadv.attack.square`: the search and its schedule; the contract is in test_contract."""
+"""`jaxadv.attack.square`, its search and schedule; test_contract tests what attacks share."""
 
 import functools
 import itertools
@@ -19,8 +19,8 @@ B, S, C, K = 6, 8, 2, 3
 D = S * S * C
 KEYS = jax.random.split(jax.random.key(9), B)
 
-# Compiling is what costs here, so that few lengths of the search serve all tests.
-SHORT, LONG, LONGEST = 9, 60, 1200  # of one size of windows, of three, of seven
+# Compilation dominates the run time, so all tests use a few numbers of steps.
+SHORT, LONG, LONGEST = 9, 60, 1200  # they use windows of one, three and seven sizes
 
 compiled = jax.jit(
     eager, static_argnums=0, static_argnames=("norm", "steps", "p_init", "patience", "targeted")
@@ -42,7 +42,7 @@ def net(params, x):
 
 
 def problem(seed=0):
-    """The last label is wrong, those before are right by a lot."""
+    """A problem whose last label is wrong and whose others are right by a wide margin."""
     rng = np.random.default_rng(seed)
     w, b = rng.normal(size=(D, K)).astype(np.float32), np.zeros(K, np.float32)
     x = rng.uniform(size=(B, S, S, C)).astype(np.float32)
@@ -52,7 +52,7 @@ def problem(seed=0):
 
 
 def robust():
-    """A linear net whose class 0 is far ahead of class 1, and that is far ahead of class 2."""
+    """A linear net with class 0 far ahead of class 1, and class 1 far ahead of class 2."""
     rng = np.random.default_rng(1)
     w = rng.normal(size=(D, K)).astype(np.float32)
     b = np.array([1e3, 0, -1e3], np.float32)
@@ -60,7 +60,7 @@ def robust():
 
 
 def margin(params, x, y):
-    """How far y is ahead of the other classes; below 0 it is fooled."""
+    """By how much y leads the other classes; negative where the net is fooled."""
     z = np.array(net(params, jnp.asarray(x)), np.float64)
     own = z[np.arange(B), y].copy()
     z[np.arange(B), y] = -np.inf
@@ -79,7 +79,7 @@ def test_on_a_linear_net_the_margin_falls_toward_the_closed_form(norm):
     for steps in (SHORT, LONGEST):
         r = square(net, params, x, y, eps=eps, norm=norm, steps=steps, key=KEYS)
         shares.append(np.asarray(r, np.float64).reshape(B, D) @ away)
-    # Errors of rounding don't add up.
+    # Rounding errors don't accumulate.
     np.testing.assert_allclose(lengths(r, norm), eps.astype(np.float32), rtol=5e-7)
     shares = np.array(shares) / (eps * np.linalg.norm(away, DUAL_ORDER[norm]))[None]
     assert (shares <= 1 + 1e-6).all()
@@ -88,7 +88,7 @@ def test_on_a_linear_net_the_margin_falls_toward_the_closed_form(norm):
 
 
 @every_norm
-def test_more_steps_never_do_worse_and_fooled_rows_stay_as_they_are(norm):
+def test_more_steps_never_do_worse_and_fooled_rows_do_not_change(norm):
     params, x, y = problem()
     eps = {"l1": 6.0, "l2": 1.4, "linf": 0.12}[norm]
     fn = functools.partial(square, net, params, x, y, eps=eps, norm=norm, key=KEYS)
@@ -98,14 +98,14 @@ def test_more_steps_never_do_worse_and_fooled_rows_stay_as_they_are(norm):
     for i, j in itertools.pairwise(range(len(runs))):
         assert (fooled[j] >= fooled[i]).all()
         assert (margins[j] <= margins[i] + 1e-5)[~fooled[i]].all()
-        # Programs of other lengths round otherwise.
+        # Programs with different numbers of steps may round differently.
         np.testing.assert_allclose(runs[j][fooled[i]], runs[i][fooled[i]], atol=1e-6)
-    # Some are fooled on the way, before others.
+    # Some are fooled later than others.
     assert fooled[0, :-1].sum() < fooled[-1, :-1].sum()
     assert (margins[-1] < margins[0])[~fooled[0]].all()
 
 
-def test_the_search_ends_with_the_last_row_that_is_fooled():
+def test_the_search_ends_once_all_rows_are_fooled():
     params, x, y = problem()
     queries = []
 
@@ -120,8 +120,8 @@ def test_the_search_ends_with_the_last_row_that_is_fooled():
     queries.clear()
     square(counted, params, x, y, eps=0.01, norm="linf", steps=LONG, key=KEYS)
     jax.effects_barrier()
-    assert len(queries) == LONG + 2  # of x and of the start
-    # Nor does it wait for what can't be fooled.
+    assert len(queries) == LONG + 2  # with those of x and of the start
+    # Rows that can't be fooled don't prolong it.
     w, b = params
     one_class, broken = np.float32([[0, -np.inf, -np.inf], [0, -1e3, np.nan]])
     for eps, bias, labels in ((0, b, y), (0.01, one_class, 0 * y), (0.01, broken, 0 * y)):
@@ -147,19 +147,19 @@ def test_a_targeted_search_lowers_the_cross_entropy_until_it_reaches_the_target(
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_logits_that_are_not_finite_fool_nobody(bad):
-    def broken(params, x):  # everywhere but at the origin
+    def broken(params, x):  # everywhere except at the origin
         total = jnp.sum(jnp.abs(x), axis=(1, 2, 3))
         logits = jnp.stack([jnp.zeros_like(total), 1 - total], axis=1)
         return jnp.where(total[:, None] > 0, jnp.where(jnp.arange(2) == 0, bad, logits), logits)
 
     x = np.zeros((B, S, S, C), np.float32)
-    for targeted in (False, True):  # argmax takes NaN for the largest, so that class 0 would win
+    for targeted in (False, True):  # argmax takes NaN for the largest, so class 0 would win
         y = np.full(B, 0 if targeted else 1)
         r = square(broken, None, x, y, eps=1.0, norm="linf", steps=1, targeted=targeted, key=KEYS)
         np.testing.assert_array_equal(r, 0)
 
 
-def test_a_search_without_hope_is_given_up():
+def test_a_search_that_makes_little_progress_is_given_up():
     params, x, y = problem()
     eps = np.float32([0.3, 0.3, 0.3, 1e-3, 1e-3, 1e-3])
     report = jax.jit(
@@ -167,15 +167,15 @@ def test_a_search_without_hope_is_given_up():
     )
     of = {"eps": eps, "norm": "linf", "steps": LONGEST, "key": KEYS}
     whole, patient = report(net, params, x, y, **of), report(net, params, x, y, patience=20, **of)
-    assert whole[1].success.tolist() == [True] * 3 + [False] * 2 + [True]  # the last was wrong
+    assert whole[1].success.tolist() == [True] * 3 + [False] * 2 + [True]  # the last label is wrong
     assert patient[1].success.tolist() == whole[1].success.tolist()
     np.testing.assert_allclose(whole[0][:3], patient[0][:3], atol=1e-6)
-    # Given up where a pace was taken: after the start and some 20 queries each.
+    # Progress is checked every 20 queries after the start.
     given_up = np.asarray(patient[1].forward[3:5])
     assert (given_up < 200).all()
     assert ((given_up - 2) % 20 == 0).all()
     assert (whole[1].forward[3:5] == LONGEST + 2).all()
-    # Each for itself, whatever the others do.
+    # Each example is given up independently of the others.
     alone, info = report(
         net, params, x[3:4], y[3:4], patience=20, **of | {"eps": eps[3:4], "key": KEYS[3:4]}
     )
@@ -184,7 +184,7 @@ def test_a_search_without_hope_is_given_up():
 
 
 def test_a_targeted_search_among_many_classes_is_not_given_up():
-    # The target's cross-entropy is far from 0, and yet it has nearly the largest logit.
+    # The target's cross-entropy is far from 0 although its logit is nearly the largest.
     signs = np.where(np.random.default_rng(0).uniform(size=D) < 0.5, -1, 1).astype(np.float32)
 
     def among(bias, x):
@@ -195,14 +195,14 @@ def test_a_targeted_search_among_many_classes_is_not_given_up():
         norm="linf", steps=LONGEST, patience=100, targeted=True, key=KEYS,
     )  # fmt: skip
     assert info.success.all()
-    assert info.forward.max() > 102  # so long that it might have been given up
+    assert info.forward.max() > 102  # long enough for giving up
 
 
-# The windows
+# Windows
 
 
 def published_sides(size, norm):
-    """For steps 0, 11, 51, ...; written out from the definition."""
+    """The windows' sides from steps 0, 11, 51, ... on, by the definition."""
     for halvings in range(10):
         side = round(math.sqrt(0.8 * 2.0**-halvings * size * size))
         if norm != "linf":
@@ -216,7 +216,7 @@ def published_sides(size, norm):
 def test_the_sides_are_the_published_ones(norm, size):
     want = list(published_sides(size, norm))
     assert [_side(norm, 0.8, n, size, size) for n in range(10)] == want
-    if size == 28:  # and by hand
+    if size == 28:  # also by hand
         by_hand = {
             "linf": [25, 18, 13, 9, 6, 4, 3, 2, 2, 1],
             "l2": [25, 19, 13, 9, 7, 5, 3, 3, 3, 3],
@@ -229,7 +229,7 @@ def test_the_sides_are_the_published_ones(norm, size):
 def test_the_windows_shrink_after_the_published_steps(steps):
     seen = []
 
-    def constant(params, x):  # keeps the start: every query is one window away from it
+    def constant(params, x):  # no query improves it, so each is one window away from the start
         io_callback(lambda x: seen.append(np.array(x)), None, x, ordered=True)
         return jnp.broadcast_to(jnp.arange(2.0)[None], (x.shape[0], 2))
 
@@ -240,7 +240,7 @@ def test_the_windows_shrink_after_the_published_steps(steps):
     np.testing.assert_array_equal(clean, 0)
     np.testing.assert_array_equal(start, np.broadcast_to(start[:, :1], start.shape))  # stripes
     assert {-1.0, 1.0} == set(np.unique(start))
-    # A window may agree with the stripes below it, but not with those of all examples.
+    # A window may equal the stripes that it replaces, but not in all examples.
     found = [(query != start).any(axis=(2, 3)).sum(axis=1).max() for query in queries]
     first, second, third = itertools.islice(published_sides(20, "linf"), 3)
     assert found == ([first] * 11 + [second] * 40 + [third] * 9)[:steps]
@@ -248,7 +248,7 @@ def test_the_windows_shrink_after_the_published_steps(steps):
 
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("shape", [(5, 5), (2, 5), (3, 5), (4, 9), (1, 3), (6, 6)])
-def test_a_peak_is_a_pile_of_squares(shape, p):
+def test_a_peak_is_a_sum_of_nested_squares(shape, p):
     pile = np.zeros(shape)
     middle = shape[0] // 2, shape[1] // 2
     for k in range(max(middle) + 1):
@@ -259,7 +259,7 @@ def test_a_peak_is_a_pile_of_squares(shape, p):
 
 
 def windows(u, side):
-    """The two windows' slices, from the uniform numbers of a move."""
+    """The slices of a move's two windows, from its uniform numbers."""
     corners = np.floor(np.asarray(u[C : C + 4], np.float64) * (S - side + 1)).astype(int)
     rows = [slice(a, a + side) for a in corners]
     return tuple(rows[:2]), tuple(rows[2:])
@@ -267,13 +267,13 @@ def windows(u, side):
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize("side", [3, 5])
-def test_a_move_hands_the_energy_of_two_windows_to_one(side, norm):
+def test_a_move_concentrates_the_energy_of_two_windows_in_one(side, norm):
     p = ORDER[norm]
     move = jax.jit(functools.partial(_SEARCHES[norm].move, side=side))
     rng = np.random.default_rng(side)
     for turned in (0.2, 0.7):
         r = rng.normal(size=(S, S, C))
-        r = 2e-3 * 0.9 * r / np.linalg.norm(r.ravel(), p)  # the box took a tenth
+        r = 2e-3 * 0.9 * r / np.linalg.norm(r.ravel(), p)  # as if the box had cut a tenth
         r = r.astype(np.float32)
         u = rng.uniform(size=C + 5).astype(np.float32)
         u[-1] = turned
@@ -318,7 +318,7 @@ def test_the_start_tiles_the_image(size, norm):
 
 
 @every_norm
-def test_a_window_is_anywhere_in_the_image(norm):
+def test_a_window_may_be_anywhere_in_the_image(norm):
     u = jax.random.uniform(KEYS[0], (2000, C + 5))
     r = jnp.zeros((4, 5, C))
     move = functools.partial(_SEARCHES[norm].move, side=3)
@@ -337,7 +337,7 @@ def test_a_window_is_anywhere_in_the_image(norm):
 # The ball
 
 
-def test_the_l2_ball_has_any_size():
+def test_the_l2_ball_may_have_any_size():
     (w, b), x, y = robust()
     tiny, huge = (
         np.asarray(square(net, (w / size, b), x, y, eps=size, steps=LONG, key=KEYS)) / size
@@ -350,7 +350,7 @@ def test_the_l2_ball_has_any_size():
 # Compilation
 
 
-def test_the_number_of_steps_and_of_windows_does_not_multiply_the_traces():
+def test_the_number_of_traces_does_not_depend_on_steps_and_windows():
     params, x, y = problem()
     traces = []
     for steps in (2, 5000):
@@ -370,7 +370,7 @@ def test_the_number_of_steps_and_of_windows_does_not_multiply_the_traces():
     ("shape", "norm", "bounds"),
     [((7,), "l2", None), ((3, 5), "linf", (-1.0, 1.0)), ((2, 3, 2, 2), "l2", (-1.0, 1.0))],
 )
-def test_square_takes_vectors(shape, norm, bounds):
+def test_square_accepts_inputs_that_are_not_images(shape, norm, bounds):
     rng = np.random.default_rng(0)
     w = rng.normal(size=(math.prod(shape), 3)).astype(np.float32)
     x = rng.normal(size=(B, *shape)).clip(-1, 1).astype(np.float32)
@@ -385,6 +385,6 @@ def test_square_takes_vectors(shape, norm, bounds):
     assert bounds is None or (np.abs(x + r) <= 1).all()
     reach = perturb.loss(linear, w, x, y, eps=3.0, norm=norm, bounds=bounds)
     fooled, by_one_step = (np.asarray(linear(w, x + v)).argmax(axis=1) != y for v in (r, reach))
-    # A linear net that one step misleads, random search misleads as well.
+    # Where one step misleads a linear net, random search does so too.
     assert (fooled >= by_one_step).all()
     assert by_one_step.any()

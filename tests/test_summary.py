@@ -1,4 +1,4 @@
-"""The results' README: its tables are the records', and what it names exists."""
+"""The results' README: its tables match the records, and everything it names exists."""
 
 import importlib
 import re
@@ -15,11 +15,11 @@ TEXT = (summary.RESULTS / "README.md").read_text()
 TESTS = "\n".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
 
 
-def test_the_tables_are_the_records():
+def test_the_tables_match_the_records():
     assert summary.fill(TEXT) == TEXT
 
 
-def test_what_is_printed_stands_above_ours_and_the_boards_figures_beside(monkeypatch, tmp_path):
+def test_a_table_has_the_papers_rows_above_ours_and_columns_of_the_board(monkeypatch, tmp_path):
     columns = dict.fromkeys(tables.LABELS, 0.5)
     rows = [table_row(experiment="cifar10", eps=eps, columns=columns) for eps in (0.5, 0.25)]
     (tmp_path / "cifar10").mkdir()
@@ -33,7 +33,7 @@ def test_what_is_printed_stands_above_ours_and_the_boards_figures_beside(monkeyp
     assert lines[:2] == ["a", "<!-- table cifar10 -->"]
     ours = "| LWA | ours | " + " | ".join(["0.5000"] * 6) + " |  | 0.4000 |  |"
     plain = "| LWA | ours | " + " | ".join(["0.5000"] * 6) + " |"  # not on the board
-    # The size that the paper names, then the one that its code amounts to.
+    # First the size in the paper, then the effective size of its code.
     assert lines[lines.index("l2 size 0.5:") + 4 :][:2] == [
         "| LWA | printed | 0.838 | 0.776 | 0.606 | 0.492 | 0.520 |  |  |  |  |", ours,
     ]  # fmt: skip
@@ -45,7 +45,7 @@ def test_what_is_printed_stands_above_ours_and_the_boards_figures_beside(monkeyp
     assert summary.fill("\n".join(lines)) == "\n".join(lines)
 
 
-def test_ways_of_training_by_one_step_stand_beside_what_autoattack_leaves(monkeypatch, tmp_path):
+def test_the_table_of_remedies_has_accuracy_under_autoattack(monkeypatch, tmp_path):
     columns = {"validation": 0.99, "adv_loss": 0.95, "pgd": 0.7}
     row = table_row(method="four", epochs=2, train_seconds=10.0, columns=columns)
     left = robust_row(method="four, seed 0", n=5, columns={"clean": 1.0, "robust": 0.6})
@@ -59,17 +59,17 @@ def test_ways_of_training_by_one_step_stand_beside_what_autoattack_leaves(monkey
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", TEXT))))
-def test_its_links_lead_somewhere(target):
+def test_the_links_exist(target):
     assert (summary.RESULTS / target).exists()
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", TEXT))))
-def test_the_tests_that_it_names_exist(name):
+def test_the_named_tests_exist(name):
     assert re.search(rf"^def {name}\(", TESTS, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(jaxadv\.\w+\.\w+)`", TEXT))))
-def test_the_functions_that_it_names_exist(name):
+def test_the_named_functions_exist(name):
     module, _, function = name.rpartition(".")
     assert callable(getattr(importlib.import_module(module), function))
 
@@ -77,7 +77,7 @@ def test_the_functions_that_it_names_exist(name):
 @pytest.mark.parametrize(
     "name", sorted(set(re.findall(r"`(?:python )?(experiments/\w+\.py)", TEXT)))
 )
-def test_the_commands_that_it_names_exist(name):
+def test_the_named_commands_exist(name):
     assert (ROOT / name).exists()
 
 

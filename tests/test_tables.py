@@ -1,4 +1,4 @@
-"""Tables that say what the rows say."""
+"""`experiments/lib/tables.py`: the tables of the records."""
 
 import dataclasses
 import io
@@ -28,13 +28,13 @@ def test_several_seeds_are_a_mean_with_their_standard_deviation():
     assert tables.mean_and_spread(ROWS[1:], "pgd") == "0.7500 ± 0.0707"
 
 
-def test_a_note_says_which_methods_seeds_differ():
+def test_a_note_lists_the_seeds_and_methods_with_others():
     assert tables.seeds(ROWS[:2], NAMES) == "Seeds 0."
     note = "Seeds 0, 1 (mean ± standard deviation); of Normal 0."
     assert tables.seeds(ROWS, NAMES) == tables.seeds(ROWS[::-1], NAMES) == note
 
 
-def test_a_note_names_the_figure_of_each_net_that_a_fixed_set_was_made_on():
+def test_a_note_gives_the_accuracy_of_each_net_that_a_fixed_set_was_made_on():
     def of(eps, value):
         return table_row(eps=eps, columns={"fixed_source": value})
 
@@ -68,13 +68,13 @@ def headings(lines):
     return [line for line in lines if line.startswith("#")]
 
 
-def test_figures_printed_with_four_digits_keep_them(tmp_path):
+def test_the_papers_figures_of_four_digits_keep_them(tmp_path):
     paper = {"lwa": (0.9932, 0.9817, 0.98, 0.9533, 0.9529)}
     lines = written(tmp_path, ROWS, tables.by_size(ROWS, NAMES, paper))
     assert "| paper | 0.9932 | 0.9817 | 0.9800 | 0.9533 | 0.9529 |  |" in lines
 
 
-def test_each_size_has_a_table_and_the_paper_stands_beside_the_first(tmp_path):
+def test_each_size_has_a_table_and_the_papers_row_is_in_the_first(tmp_path):
     small = [row(r.method, r.seed, 0.9, eps=0.251) for r in ROWS]
     _, lines = shown(tmp_path, [*ROWS, *small])
     assert headings(lines) == ["# A title", "## l2 size 1.5", "## l2 size 0.251"]
@@ -83,7 +83,7 @@ def test_each_size_has_a_table_and_the_paper_stands_beside_the_first(tmp_path):
     assert lines[-1].startswith("- Training took 6 s")  # each net was trained once
 
 
-def test_grouped_tables_have_one_for_each_question(tmp_path):
+def test_there_is_a_table_for_each_group(tmp_path):
     groups = {"normal": {"objective": "none"}, "lwa": {"objective": "LWA", "size": "1.5"}}
     rows = [dataclasses.replace(r, groups=groups[r.method]) for r in ROWS]
     lines = written(tmp_path, rows, tables.by_group(rows, ["objective", "size"]))
@@ -93,7 +93,7 @@ def test_grouped_tables_have_one_for_each_question(tmp_path):
     ]  # fmt: skip
 
 
-def test_sizes_arent_averaged_as_if_they_were_seeds(tmp_path):
+def test_different_sizes_are_not_averaged(tmp_path):
     rows = [row("lwa", 0, v, eps=e, groups={"q": "a"}) for e, v in ((1.5, 0.2), (1.0, 0.4))]
     lines = written(tmp_path, rows, tables.by_group(rows, ["q"]))
     assert headings(lines) == ["# A title", "## q, l2 size 1.5", "## q, l2 size 1"]
@@ -102,7 +102,7 @@ def test_sizes_arent_averaged_as_if_they_were_seeds(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_printed_table_shows_whole_figures_in_80_columns(tmp_path):
+def test_the_printed_table_fits_80_columns_without_cutting_figures(tmp_path):
     printed, _ = shown(tmp_path, ROWS[:2])
     assert "LWA" in printed
     assert "…" not in printed

@@ -1,4 +1,4 @@
-"""`jaxadv.train` against optax by hand, and its compilation: traced once, donated, pure."""
+"""`jaxadv.train` against hand-written optax loops; state, donation, tracing, errors."""
 
 import functools
 
@@ -14,7 +14,7 @@ from jaxadv import objectives, perturb, train
 B, D, K, S = 4, 5, 3, 6  # S batches of B examples
 KEY = jax.random.key(11)
 
-# The same operations, fused in another way: a few roundings of 2^-24 each.
+# The same operations, fused differently: a few roundings of 2^-24 each.
 RTOL = 2e-6
 ATOL = 2e-7
 
@@ -35,7 +35,7 @@ def draw_params(seed=0):
 
 
 def draw_batches(seed=1):
-    """Stacked, [S, B, D] and [S, B]."""
+    """Stacked batches, [S, B, D] and [S, B]."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(S, B, D)).astype(np.float32)
     return jnp.asarray(x), jnp.asarray(np.arange(S * B).reshape(S, B) % K)
@@ -68,7 +68,7 @@ def noise(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
     return eps[:, None] * jax.random.uniform(key, x.shape, x.dtype, -1, 1)
 
 
-# Its adversary draws from the key of the step.
+# Its adversary draws random numbers with the key of the step.
 KEYED = objectives.adversarial(linear, noise, eps=0.5)
 ADAM = optax.adam(0.1)
 
@@ -89,7 +89,7 @@ def start(key=KEY):
 
 
 def report_key(params, model_state, batch, /, *, key, step):
-    """An objective whose aux is what a step hands to it."""
+    """An objective whose aux is the key and the step that it gets."""
     return jnp.sum(params["w"] ** 2), (model_state, (jax.random.key_data(key), step))
 
 
@@ -104,7 +104,7 @@ TRANSFORMATIONS = {
     "reduce on plateau": (
         lambda: optax.chain(
             optax.sgd(0.1),
-            # Every second loss counts as no better, so that the scale does change.
+            # Every second loss counts as no improvement, so the scale does change.
             optax.contrib.reduce_on_plateau(factor=0.5, patience=1, atol=10.0),
         ),
         True,
@@ -132,7 +132,7 @@ def test_a_step_is_the_gradient_and_the_optax_update(name):
     chex.assert_trees_all_close(state.params, params, rtol=RTOL, atol=ATOL)
     chex.assert_trees_all_close(state.opt_state, opt_state, rtol=RTOL, atol=ATOL)
     if takes_value:
-        assert opt_state[1].scale < 1  # the plateau was met
+        assert opt_state[1].scale < 1  # there was a plateau
 
 
 # State
@@ -177,8 +177,8 @@ def test_donation_leaves_the_callers_model_state_and_key():
     assert jax.random.uniform(key) == jax.random.uniform(state.key)
 
 
-def test_an_array_that_appears_twice_in_the_parameters_is_donated_twice():
-    # JAX refuses to donate one buffer twice; tied weights and states that hold the parameters do.
+def test_an_array_that_appears_twice_in_the_parameters_can_be_donated():
+    # JAX refuses to donate a buffer twice, as tied weights and states with parameters would.
     shared = jnp.ones((D, K))
     objective = objectives.natural(lambda params, x: x @ (params["a"] + params["b"]))
     tx = optax.sgd(0.1)
@@ -187,7 +187,7 @@ def test_an_array_that_appears_twice_in_the_parameters_is_donated_twice():
     chex.assert_trees_all_equal(state.params["a"], state.params["b"])
 
 
-def test_without_donation_the_state_stays():
+def test_without_donation_the_state_stays_valid():
     tx = optax.adam(0.1)
     state = train.init(PARAMS, tx, key=KEY)
     step = train.make_step(NATURAL, tx, donate=False)
@@ -199,7 +199,7 @@ def test_without_donation_the_state_stays():
 
 
 @pytest.mark.parametrize("made", [jax.random.key, jax.random.PRNGKey])
-def test_the_key_of_a_step_is_the_runs_with_the_step_folded_in(made):
+def test_a_steps_key_is_the_runs_key_with_the_step_folded_in(made):
     tx, key = optax.sgd(0.0), made(5)
     state, infos = run(train.make_step(report_key, tx), train.init(PARAMS, tx, key=key))
     for s, info in enumerate(infos):
@@ -209,7 +209,7 @@ def test_the_key_of_a_step_is_the_runs_with_the_step_folded_in(made):
     np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(key))
 
 
-def test_same_key_same_bits_and_another_key_others():
+def test_the_same_key_gives_the_same_bits_and_another_key_others():
     first, again, other = (
         run(keyed_step(), start(key), 3)[0].params for key in (KEY, KEY, jax.random.key(12))
     )
@@ -221,7 +221,7 @@ def test_a_run_resumed_from_its_state_ends_in_the_same_bits():
     whole, _ = run(keyed_step(), start())
     half, _ = run(keyed_step(), start(), 2)
     key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(half.key)))
-    stored = jax.tree.map(np.asarray, half._replace(key=None))  # what a checkpoint holds
+    stored = jax.tree.map(np.asarray, half._replace(key=None))  # as in a checkpoint
     resumed, step = stored._replace(key=key), train.make_step(KEYED, ADAM)
     for s in range(2, S):
         resumed, _ = step(resumed, batch(s))
@@ -235,13 +235,13 @@ def test_an_epoch_is_the_loop_of_its_steps():
     stepped, infos = run(keyed_step(), start())
     scanned, info = keyed_epoch()(start(), BATCHES)
     assert scanned.step == S
-    # One program in a loop and alone is compiled twice: a rounding here and there, over S steps.
+    # In a scan the step is compiled differently, so some roundings differ.
     want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *infos)
     chex.assert_trees_all_close(info, want, rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(scanned[:3], stepped[:3], rtol=1e-6, atol=1e-6)
 
 
-def test_an_epoch_in_an_order_is_the_epoch_of_the_batches_it_names():
+def test_an_epoch_with_an_order_is_the_epoch_of_the_gathered_batches():
     x, y = BATCHES
     examples = x.reshape(S * B, D), y.reshape(S * B)
     order = jax.random.permutation(jax.random.key(3), S * B).reshape(S, B)
@@ -253,7 +253,7 @@ def test_an_epoch_in_an_order_is_the_epoch_of_the_batches_it_names():
     chex.assert_trees_all_close(ordered[:3], want[:3], rtol=1e-6, atol=1e-6)
 
 
-def test_two_epochs_go_on_counting():
+def test_the_second_epoch_continues_the_step_count():
     tx = optax.sgd(0.0)
     epoch = train.make_epoch(report_key, tx)
     state, first = epoch(train.init(PARAMS, tx, key=KEY), BATCHES)
@@ -304,14 +304,14 @@ def test_an_epoch_is_traced_once():
     epoch = train.make_epoch(counted, tx)
     state = train.init(WEAK, tx, key=KEY)
     state, _ = epoch(state, BATCHES)
-    once = len(traces)  # scan may look at its body more than once in one compilation
+    once = len(traces)  # scan may trace its body more than once
     for _ in range(2):
         state, _ = epoch(state, BATCHES)
     assert len(traces) == once
     assert state.step == 3 * S
 
 
-# Objectives of every kind
+# All objectives
 
 
 def layers(params, x):
@@ -356,10 +356,7 @@ def test_the_loss_falls_with_every_objective(name):
     assert means[-1] < means[0] / 2
 
 
-# The pure form
-
-
-# Transformations that take more than gradients
+# Transformations that need more than gradients
 
 EXTRA = {
     "opaque sam": lambda: optax.contrib.sam(
@@ -371,18 +368,18 @@ EXTRA = {
 
 
 @pytest.mark.parametrize("name", EXTRA)
-def test_a_transformation_that_wants_more_than_gradients_trains(name):
+def test_a_transformation_that_needs_more_than_gradients_trains(name):
     tx = EXTRA[name]()
     adversarial = objectives.adversarial(linear, perturb.loss, eps=0.1)
     step = train.make_step(adversarial, tx, donate=False)
     state, losses = train.init(PARAMS, tx, key=KEY), []
-    for _ in range(12):  # with patience for those that move at every second step
+    for _ in range(12):  # some move only every second step
         state, info = step(state, batch(0))
         losses.append(float(info.loss))
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_lbfgs_in_a_step_is_lbfgs_by_hand():
+def test_lbfgs_in_a_step_matches_a_hand_written_loop():
     tx, (x, y) = optax.lbfgs(), batch(0)
     step = train.make_step(NATURAL, tx, donate=False)
     state = train.init(PARAMS, tx, key=KEY)
@@ -405,7 +402,7 @@ def test_lbfgs_in_a_step_is_lbfgs_by_hand():
     chex.assert_trees_all_close(state.params, params, rtol=1e-4, atol=1e-5)
 
 
-def test_a_transformation_that_wants_what_nobody_has_says_so():
+def test_a_transformation_that_needs_unknown_arguments_is_an_error():
     def update(updates, state, params=None, *, teacher):
         return updates, state
 
@@ -417,7 +414,7 @@ def test_a_transformation_that_wants_what_nobody_has_says_so():
 
 @pytest.mark.parametrize("make", [train.make_step, train.make_epoch])
 @pytest.mark.parametrize("tx", [optax.adam, NATURAL, 0.1])
-def test_what_is_no_transformation_is_refused_with_the_cure(make, tx):
+def test_objects_that_are_no_transformation_are_refused_with_a_remedy(make, tx):
     with pytest.raises(
         TypeError, match=r"optax transformation, got .*; make one, e\.g\. optax\.adam"
     ):
@@ -439,7 +436,7 @@ UNTRAINABLE = {
 
 
 @pytest.mark.parametrize("name", UNTRAINABLE)
-def test_a_leaf_that_can_not_be_trained_is_named_with_the_cure(name):
+def test_an_untrainable_leaf_is_named_with_a_remedy(name):
     leaf, kind = UNTRAINABLE[name]
     params, tx = PARAMS | {"bn.num_batches_tracked": leaf}, optax.sgd(0.1)
     message = rf"arrays, got {kind}.* at \['bn\.num_batches_tracked'\].*model_state.*eqx\.partition"
@@ -453,7 +450,7 @@ def test_a_leaf_that_can_not_be_trained_is_named_with_the_cure(name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64, np.float32, float])
-def test_every_inexact_leaf_can_be_trained(dtype):
+def test_every_inexact_leaf_is_trainable(dtype):
     leaf = 1.0 if dtype is float else jnp.ones(2, dtype)
     train.init({"w": leaf}, optax.sgd(0.1), key=KEY)
 
@@ -469,13 +466,13 @@ def epoch_loss(order):
     return epoch(start(), batch(0), order)[1].loss
 
 
-def test_an_example_beyond_the_last_is_seen_and_is_not_the_last():
+def test_an_index_beyond_the_last_example_makes_the_loss_nan():
     np.testing.assert_array_equal(
         np.isnan(epoch_loss(jnp.array([[0, 1, 2, 3], [1, 2, 3, 4]]))), [False, True]
     )
 
 
 @pytest.mark.parametrize("order", [jnp.array([[1.0, 2.0]]), jnp.array([1, 2])])
-def test_an_order_is_of_integers_for_each_step(order):
+def test_an_order_must_be_integers_for_each_step(order):
     with pytest.raises(ValueError, match=r"expected order of integers \[S, B\], got"):
         epoch_loss(order)

@@ -1,4 +1,4 @@
-"""What the experiments share: a net is trained as its recipe says, in the precision asked for."""
+"""`experiments/lib/train_and_score.py`: nets trained by a recipe, scored and recorded."""
 
 import dataclasses
 import io
@@ -22,7 +22,7 @@ METHOD = recipes.Method((6, 5), 1, 0.1)
 
 
 def task_of(methods, make_net=lambda _: NET, **more):
-    """Forty small images, which a net is trained on and scored on."""
+    """A task with forty small images, for both training and scoring."""
     x, y = jax.random.uniform(jax.random.key(2), (40, 6, 6, 1)), jnp.arange(40) % 10
     images = train_and_score.Images(x, y)
     return train_and_score.Task(
@@ -31,7 +31,7 @@ def task_of(methods, make_net=lambda _: NET, **more):
     )  # fmt: skip
 
 
-def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
+def test_training_shifts_images_if_the_method_says_so(tmp_path):
     trained = []
     for shift in (0, 1):
         method = MultiStep((6, 5), 1, 0.1, eps=0.7, steps=1, shift=shift)
@@ -43,7 +43,7 @@ def test_training_moves_the_images_of_a_method_that_says_so(tmp_path):
     assert not np.array_equal(*trained)
 
 
-def test_perturbations_of_a_method_that_remembers_are_in_the_state_it_ends_in(tmp_path):
+def test_the_final_state_of_a_method_with_a_memory_has_its_perturbations(tmp_path):
     method = FewSteps((6, 5), 2, 0.1, eps=0.7, memory=2, stride=0.6, shift=1)
     settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20)
     with training.bars(Console(file=io.StringIO())) as progress:
@@ -51,10 +51,10 @@ def test_perturbations_of_a_method_that_remembers_are_in_the_state_it_ends_in(tm
     r = net.fitted.state.model_state.r
     assert r.shape == (40, 6, 6, 1)
     sizes = np.linalg.norm(r.reshape(40, -1), axis=1)
-    assert np.median(sizes) > 0.3  # where the box leaves room
+    assert np.median(sizes) > 0.3  # the box limits some
 
 
-def test_steps_are_timed_in_turn_and_no_method_is_left_out():
+def test_steps_of_every_method_are_timed_in_every_round():
     methods = {"one": OneStep((6, 5), 2, 0.1), "kept": FewSteps((6, 5), 2, 0.1, memory=2)}
     settings = train_and_score.Settings(batch_size=10)
     taken = train_and_score.step_seconds(methods, settings, task_of({}), steps=3, rounds=4)
@@ -62,7 +62,7 @@ def test_steps_are_timed_in_turn_and_no_method_is_left_out():
     assert all((times > 0).all() for times in taken.values())
 
 
-def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, monkeypatch):
+def test_the_fixed_sets_net_is_trained_once_for_equal_settings(tmp_path, monkeypatch):
     task = task_of({})
     settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20)
     trained = []
@@ -94,14 +94,14 @@ def test_the_net_of_the_fixed_set_is_trained_once_for_equal_settings(tmp_path, m
         fixed(fixed_seed=7, batch_size=20)
 
 
-def test_a_record_has_the_rows_of_earlier_runs_that_were_scored_alike(tmp_path):
+def test_a_record_keeps_earlier_rows_that_were_scored_with_the_same_settings(tmp_path):
     def row(method, seed=0, eps=1.5, run=1, **scored):
         settings = {"data": "squares", "holdout": 0, "n_eval": 10, "epochs": run, **scored}
         return table_row(method=method, seed=seed, eps=eps, settings=settings)
 
     others = [row("lwa", run=2), row("normal", seed=1), row("normal", eps=1.0)]
     elsewhere = [row("dropout", n_eval=9), row("dropout", data="circles"), row("dropout", n_pgd=1)]
-    # A table has the mean of a method's seeds.
+    # A table averages over a method's seeds, so they must be trained with the same settings.
     otherwise = [row("normal", seed=2, run=2), row("lwa", seed=1)]
     rows = [row("normal")]
     assert train_and_score.record(tmp_path, rows) == rows
@@ -110,7 +110,7 @@ def test_a_record_has_the_rows_of_earlier_runs_that_were_scored_alike(tmp_path):
     assert train_and_score.record(tmp_path, rows) == [*rows, *others]
 
 
-def test_what_is_scored_is_what_is_stored(tmp_path):
+def test_the_scored_weights_are_the_stored_ones(tmp_path):
     task = task_of({"normal": METHOD}, stored=jnp.float16)
     settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20, pgd_steps=2)
     (row,), nets = train_and_score.run(settings, task, Console(file=io.StringIO()))
@@ -124,13 +124,13 @@ def test_what_is_scored_is_what_is_stored(tmp_path):
         weights.load(tmp_path / "normal" / "params.safetensors", jnp.float32),
         strict=True,
     )
-    # And the Fixed set is the same where its net is read.
+    # The Fixed set is the same if its net is read from the file.
     with training.bars(Console(file=io.StringIO())) as progress:
         read = train_and_score._make_fixed(settings, task, progress)[1.5]
     assert read.accuracy == row.columns["fixed_source"]
 
 
-def test_nets_in_another_precision_are_called_so():
+def test_the_description_of_a_net_names_another_precision():
     task = task_of({}, lambda method: mlp(method.widths))
     low = train_and_score.in_precision(task, "bfloat16")
     assert low.network(task.normal) == "6x5, bfloat16"
@@ -138,9 +138,7 @@ def test_nets_in_another_precision_are_called_so():
     assert train_and_score.in_precision(task, "float32") is task
 
 
-def test_a_net_that_is_split_above_its_layers_is_refused_before_any_is_trained(
-    tmp_path, monkeypatch
-):
+def test_a_net_split_above_its_last_layer_is_refused_before_any_training(tmp_path, monkeypatch):
     monkeypatch.setattr(train_and_score, "train", pytest.fail)
     task = task_of({"lwa_rep": recipes.Method((), 1, 0.1)}, lambda m: mlp(m.widths, split=1))
     with pytest.raises(options.UsageError, match=r"at least 1 blocks .*, got 0; .*--.*\.widths"):
@@ -149,7 +147,7 @@ def test_a_net_that_is_split_above_its_layers_is_refused_before_any_is_trained(
         )
 
 
-def test_rows_of_another_command_in_the_folder_are_an_error(tmp_path):
+def test_another_commands_rows_in_the_folder_are_an_error(tmp_path):
     records.save(tmp_path / "results.json", [{"experiment": "benchmark", "part": "steps"}])
     with pytest.raises(
         options.UsageError, match=r"of the same command in .*, got some without network; move"

@@ -1,4 +1,4 @@
-"""`experiments/train.py`: any images, any net, from the command line's settings to a robust net."""
+"""`experiments/train.py`: training a robust net on a user's images."""
 
 import csv
 import dataclasses
@@ -27,7 +27,7 @@ SIDE = 12
 
 
 def drawn(n, seed):
-    """Grey images with a bright half, the class being which."""
+    """Grey images with a bright half, left or right, which is the class."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 2
     pixels = rng.integers(0, 100, (n, SIDE, SIDE), dtype=np.uint8)
@@ -88,7 +88,7 @@ def test_a_folder_of_images_makes_a_robust_net(trained):
     assert (out / "history.png").stat().st_size > 10_000
 
 
-def test_what_it_saves_is_what_was_scored(folder, trained):
+def test_the_saved_net_is_the_scored_one(folder, trained):
     out, rows = trained
     problem = problems.load(
         problems.Settings(net=str(out / "params.safetensors"), data=str(folder), n=20)
@@ -97,7 +97,7 @@ def test_what_it_saves_is_what_was_scored(folder, trained):
     assert clean.mean() == rows[0].columns["clean"]
 
 
-def test_a_net_that_has_learnt_nothing_is_told_of_before_it_is_attacked(folder, tmp_path):
+def test_a_net_that_has_learnt_nothing_is_reported(folder, tmp_path):
     said = {}
     for lr in (1e6, 0.1):
         console = Console(file=io.StringIO(), width=1000)
@@ -112,17 +112,17 @@ def test_a_net_that_has_learnt_nothing_is_told_of_before_it_is_attacked(folder, 
     )
 
 
-def test_advice_is_given_to_whom_it_helps():
+def test_advice_about_a_net_that_has_learnt_nothing_fits_the_settings():
     labels = np.array([0, 1, 1, 2])
     own = train.Settings(data="mnist", eps=0.5)
     assert train.untaught(0.75, labels, own) == ""
     assert "0.5000 right, and that would have 0.5000" in train.untaught(0.5, labels, own)
-    assert train.untaught(1.0, np.array([1, 1]), own) == ""  # there is nothing to learn
+    assert train.untaught(1.0, np.array([1, 1]), own) == ""  # there is only one class
     plain = dataclasses.replace(own, method="normal")
     assert "eps" not in train.untaught(0.5, labels, plain)
 
 
-def test_images_attacked_by_blocks_fare_as_they_do_together(folder, trained, tmp_path, monkeypatch):
+def test_attacks_in_blocks_and_at_once_give_the_same(folder, trained, tmp_path, monkeypatch):
     problem = problems.load(
         problems.Settings(net=str(trained[0] / "params.safetensors"), data=str(folder), n=20)
     )
@@ -146,10 +146,10 @@ def test_images_attacked_by_blocks_fare_as_they_do_together(folder, trained, tmp
     assert 0 < fared[0].sum() < 20
     np.testing.assert_array_equal(*fared)
     assert [len(of_run) for of_run in keys] == [3, 1]
-    np.testing.assert_array_equal(*map(np.concatenate, keys))  # each image keeps its own
+    np.testing.assert_array_equal(*map(np.concatenate, keys))  # each image keeps its key
 
 
-def test_size_and_rate_rise_for_all_epochs_but_the_last_at_most(folder, tmp_path, monkeypatch):
+def test_warmups_are_cut_to_leave_the_last_epoch(folder, tmp_path, monkeypatch):
     asked = []
 
     def asking(place, name, field):
@@ -164,11 +164,11 @@ def test_size_and_rate_rise_for_all_epochs_but_the_last_at_most(folder, tmp_path
         more = {"epochs": epochs, "attacks": ()}
         run(folder, tmp_path / str(epochs), eps_warmup=5, lr_warmup=5, **more)
     assert [warmup for warmup in asked if warmup != ()] == [0, 0, 2, 2]
-    # And it is the same training as one that was told so.
+    # It is the same run as with these settings given.
     run(folder, tmp_path / "3", eps_warmup=2, lr_warmup=2, **more)
 
 
-def test_an_attack_that_has_run_isnt_run_again(folder, trained, tmp_path, monkeypatch):
+def test_an_attack_is_not_run_twice(folder, trained, tmp_path, monkeypatch):
     out, rows = trained
     shutil.copytree(out, tmp_path / "again")
     ran = []
@@ -193,7 +193,7 @@ def test_an_attack_that_has_run_isnt_run_again(folder, trained, tmp_path, monkey
     ],
     ids=["fewer images", "another size", "another size of a plain net"],
 )
-def test_a_trained_net_is_attacked_anew_and_not_trained_anew(
+def test_settings_of_the_attacks_can_change_without_training_anew(
     folder, tmp_path, monkeypatch, first, then, n, eps
 ):
     run(folder, tmp_path, attacks=("one-step",), **first)
@@ -207,13 +207,13 @@ def test_a_trained_net_is_attacked_anew_and_not_trained_anew(
     assert (tmp_path / "history.csv").read_bytes() == history
 
 
-def test_another_size_in_training_is_trained_elsewhere(folder, tmp_path):
+def test_another_training_size_needs_another_folder(folder, tmp_path):
     run(folder, tmp_path, attacks=())
     with pytest.raises(ValueError, match=r"train_eps: '0\.5' then, '0\.6' now.*choose another"):
         run(folder, tmp_path, attacks=(), eps=0.6)
 
 
-def test_it_goes_on_where_it_was(folder, trained, tmp_path):
+def test_a_second_run_continues_the_first_and_refuses_other_settings(folder, trained, tmp_path):
     _, rows = trained
     run(folder, tmp_path, attacks=())
     again = run(folder, tmp_path)
@@ -234,7 +234,7 @@ def test_it_goes_on_where_it_was(folder, trained, tmp_path):
 )
 def test_every_method_trains(folder, tmp_path, changes):
     rows = run(folder, tmp_path, attacks=("one-step",), **changes)
-    # Mirrored, the two classes are one.
+    # Mirroring swaps the two classes, so they can't be told apart.
     assert rows[0].columns["clean"] > (0.3 if changes.get("mirror") else 0.9)
 
 
@@ -261,11 +261,11 @@ class Normalised(Own):
         ("vgg", "conv32-conv32-conv32-conv64-conv64-conv64-512x512"),
     ],
 )
-def test_the_nets_it_knows(folder, tmp_path, name, layers):
+def test_the_nets_that_can_be_named(folder, tmp_path, name, layers):
     net = train.make_net(settings(folder, tmp_path, net=name, widths=()), 7)
     assert models.describe(net) == layers
     assert net.classes == 7
-    # Sides that pooling can't halve.
+    # Sides that pooling can't divide evenly.
     x = jnp.zeros((1, 17, 19, 1))
     assert jax.eval_shape(net.init_with_output, jax.random.key(0), x)[0].shape == (1, 7)
 
@@ -277,14 +277,14 @@ def test_the_nets_it_knows(folder, tmp_path, name, layers):
         ({"batch_size": 81}, r"--batch-size to be at most 80, the training images .*, got 81; cho"),
         ({"shift": 12}, r"--shift to be less than 12, the pixels of a side, got 12; choose"),
     ],
-    ids=["too small", "too few", "moved out of sight"],
+    ids=["too small", "too few", "shifted out of the image"],
 )
-def test_images_that_cant_be_trained_on_are_an_error(folder, tmp_path, changes, message):
+def test_images_that_dont_fit_the_settings_are_an_error(folder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(folder, tmp_path, **changes)
 
 
-def test_other_images_are_an_error(folder, trained, tmp_path):
+def test_resuming_with_other_images_is_an_error(folder, trained, tmp_path):
     run(folder, tmp_path, attacks=())
     other = tmp_path / "other"
     shutil.copytree(folder, other)
@@ -307,7 +307,7 @@ def test_a_net_that_cant_be_trained_is_an_error(folder, tmp_path, net, message):
         run(folder, tmp_path, net=net, widths=())
 
 
-# What it chooses, draws and says
+# Defaults and output
 
 
 def of_size(*shape, n_test=7):
@@ -315,7 +315,7 @@ def of_size(*shape, n_test=7):
     return data.Dataset(np.zeros(shape, np.uint8), labels, labels, labels[:n_test], ("a", "b"))
 
 
-def test_what_isnt_said_is_chosen_by_the_images(monkeypatch):
+def test_settings_that_arent_given_depend_on_the_images(monkeypatch):
     own = train.Settings(data="mnist")
     photos = train.settled(own, of_size(2000, 48, 64, 3), 40)
     assert (photos.epochs, photos.shift, photos.mirror, photos.average) == (
@@ -331,7 +331,7 @@ def test_what_isnt_said_is_chosen_by_the_images(monkeypatch):
     assert settled == dataclasses.replace(said, lr_warmup=0, eps_warmup=0)
 
 
-def test_it_says_what_it_trains_on(folder, tmp_path):
+def test_the_description_of_the_images_and_the_training(folder, tmp_path):
     images = of_size(2000, 150, 200, 3)
     text = train.describe(train.settled(train.Settings(data="mnist"), images, 40), images)
     assert text.splitlines()[0] == (
@@ -347,7 +347,7 @@ def test_it_says_what_it_trains_on(folder, tmp_path):
         assert "--resize" not in text
 
 
-def test_the_least_changes_are_drawn_and_a_verdict_ends_it(folder, trained, monkeypatch, capsys):
+def test_a_run_draws_smallest_changes_and_ends_with_a_verdict(folder, trained, monkeypatch, capsys):
     out, rows = trained
     drawn_worst, drew = [], train.figures.draw_worst
     monkeypatch.setattr(train.figures, "draw_worst", lambda *a: drawn_worst.append(a) or drew(*a))
@@ -392,7 +392,7 @@ def test_the_verdict_is_one_plain_sentence(folder, tmp_path, trained):
     )
 
 
-def test_images_of_any_sizes_are_resized_in_training_and_in_evaluation(folder, tmp_path):
+def test_images_of_any_size_are_resized_in_training_and_evaluation(folder, tmp_path):
     place = tmp_path / "images"
     shutil.copytree(folder, place)
     for path in (place / "test").rglob("*.png"):
@@ -411,7 +411,7 @@ def test_images_of_any_sizes_are_resized_in_training_and_in_evaluation(folder, t
     assert np.mean(problem.correct(problem.x)) == row.columns["clean"]
 
 
-# The catalogue
+# The catalogue of tensorflow-datasets
 
 
 class HalvesForTest(tfds.core.GeneratorBasedBuilder):
@@ -434,7 +434,7 @@ class HalvesForTest(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": io.BytesIO(png.getvalue()), "label": int(label)}
 
 
-def test_a_data_set_of_the_catalogue():
+def test_a_data_set_of_the_catalogue_is_read():
     dataset = data.from_tfds("halves_for_test")
     pixels, labels = drawn(30, 1)
     order = np.lexsort(np.asarray(dataset.test_images).reshape(30, -1).T)
@@ -457,10 +457,10 @@ def test_a_data_set_of_the_catalogue():
     ],
     ids=["name", "hyphen", "configuration", "version", "nothing like it", "empty"],
 )
-def test_a_name_that_the_catalogue_hasnt_is_an_error_with_those_like_it(name, suggestion):
+def test_a_name_that_the_catalogue_lacks_is_an_error_with_similar_names(name, suggestion):
     with pytest.raises(ValueError, match=rf"catalogue, got '{name}'; {suggestion}") as caught:
         data.from_tfds(name)
-    assert len("".join(traceback.format_exception(caught.value))) < 3000  # not the catalogue
+    assert len("".join(traceback.format_exception(caught.value))) < 3000  # not the whole catalogue
 
 
 class UnlabelledForTest(HalvesForTest):
@@ -469,7 +469,7 @@ class UnlabelledForTest(HalvesForTest):
         return ((i, {**example, "label": -1} if part else example) for i, example in examples)
 
 
-def test_a_part_whose_labels_arent_known_is_an_error():
+def test_a_part_without_labels_is_an_error():
     with pytest.raises(
         ValueError, match=r"labels in 0\.\.1, got 30 others .* split test, .*; write"
     ):
@@ -494,7 +494,7 @@ class ArraysForTest(HalvesForTest):
         yield 0, {"image": drawn(1, 0)[0][0, ..., None], "label": 0}
 
 
-def test_a_data_set_that_takes_tensorflow_is_an_error_that_says_so(monkeypatch):
+def test_the_error_about_a_data_set_that_needs_tensorflow_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(ModuleNotFoundError, match=r"arrays_for_test can't be .*pip install tens"):
         data.from_tfds("arrays_for_test")
@@ -505,12 +505,12 @@ class TrainOnlyForTest(HalvesForTest):
         return {"train": self._generate_examples(0)}
 
 
-def test_a_data_set_without_a_part_is_an_error():
+def test_a_data_set_without_a_test_part_is_an_error():
     with pytest.raises(ValueError, match=r"expected splits train and test, got \['train'\]; write"):
         data.from_tfds("train_only_for_test")
 
 
-def test_pixels_are_moved_and_mirrored_by_the_key(folder, tmp_path):
+def test_the_key_decides_how_pixels_are_shifted_and_mirrored(folder, tmp_path):
     def seen(params, state, batch, /, *, key, step):
         return batch[0], (state, None)
 

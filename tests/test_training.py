@@ -1,4 +1,4 @@
-"""Training that is interrupted anywhere ends where it would have ended."""
+"""`experiments/lib/training.py`: an interrupted run ends as it would have without."""
 
 import functools
 import io
@@ -38,7 +38,7 @@ REMEMBERING = objectives.with_memory(objectives.adversarial(apply_fn, STEP, eps=
 
 
 def fit(directory, *, epochs=4, settings=SETTINGS, interrupt_at=None, file=None, remembering=False):
-    """Train by LWA; `interrupt_at` raises at that update of the progress bar."""
+    """Train by LWA; raise `Interrupted` at update `interrupt_at` of the progress bar."""
     console = Console(file=file or io.StringIO())
     with training.bars(console) as progress:
         if interrupt_at is not None:
@@ -76,7 +76,7 @@ def uninterrupted(tmp_path_factory):
     return fit(tmp_path_factory.mktemp("uninterrupted"))
 
 
-def test_it_takes_every_step_of_every_epoch(uninterrupted):
+def test_fit_takes_every_step_of_every_epoch(uninterrupted):
     assert int(uninterrupted.state.step) == 4 * (N // 8)
     assert len(uninterrupted.history) == 4
     assert uninterrupted.history[-1]["loss"] < uninterrupted.history[0]["loss"]
@@ -84,13 +84,13 @@ def test_it_takes_every_step_of_every_epoch(uninterrupted):
     assert uninterrupted.history[0]["nonfinite"] == 0
 
 
-def test_the_time_that_is_left_is_said_once_without_that_of_compiling(tmp_path, monkeypatch):
+def test_the_remaining_time_is_printed_once_and_excludes_compilation(tmp_path, monkeypatch):
     clock = itertools.chain([0, 0], range(7000, 10**6, 100))  # 7000 s of compiling
     monkeypatch.setattr(training, "_CHUNK", 4)  # an epoch of 8 steps is two chunks
     monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
     said = io.StringIO()
     fit(tmp_path, epochs=4, file=said)
-    # The second chunk takes 100 s, which is how long 6 more will take each.
+    # The second chunk took 100 s, and six more are left.
     (line,) = [line for line in said.getvalue().splitlines() if "to go" in line]
     assert line.rstrip() == "lwa: about 10 min of training to go"
     said = io.StringIO()
@@ -98,8 +98,8 @@ def test_the_time_that_is_left_is_said_once_without_that_of_compiling(tmp_path, 
     assert "to go" not in said.getvalue()
 
 
-def test_without_a_gradient_the_first_steps_are_counted(uninterrupted):
-    # With w = 0 all logits are equal and constant: no gradient for the first batch of 8.
+def test_perturbations_of_0_are_counted(uninterrupted):
+    # At w = 0 the logits don't depend on x, so the first batch of 8 has no gradient.
     assert uninterrupted.history[0]["zero"] == 8
 
 
@@ -113,13 +113,13 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path,
     assert resumed.seconds > 0
 
 
-def test_perturbations_that_are_kept_outlast_an_interruption(tmp_path):
+def test_remembered_perturbations_survive_an_interruption(tmp_path):
     whole = fit(tmp_path / "whole", remembering=True)
     with pytest.raises(Interrupted):
         fit(tmp_path / "interrupted", remembering=True, interrupt_at=2)
     resumed = fit(tmp_path / "interrupted", remembering=True)
     assert bits(resumed.state) == bits(whole.state)
-    # Two steps of half the radius, at least, lead to where one can't.
+    # Two steps of half the radius get farther than one could.
     sizes = np.linalg.norm(resumed.state.model_state.r, axis=1)
     assert (sizes > 0.075).mean() > 0.9
 
@@ -130,13 +130,13 @@ def test_a_finished_run_is_restored_and_not_trained_again(tmp_path, uninterrupte
     assert bits(again.state) == bits(uninterrupted.state)
 
 
-def test_other_settings_are_an_error_with_the_cure(tmp_path):
+def test_resuming_with_other_settings_is_an_error_with_a_remedy(tmp_path):
     fit(tmp_path, epochs=1)
     with pytest.raises(ValueError, match=r"lr: 0\.1 then, 0\.2 now.*choose another --out"):
         fit(tmp_path, epochs=1, settings={**SETTINGS, "lr": 0.2})
 
 
-def test_without_a_terminal_every_epoch_is_a_line(tmp_path):
+def test_without_a_terminal_every_epoch_prints_a_line(tmp_path):
     log = io.StringIO()
     fit(tmp_path, epochs=2, file=log)
     assert "lwa: epoch 1 of 2, loss" in log.getvalue()
@@ -166,7 +166,7 @@ def test_every_epoch_has_its_own_order_of_examples(tmp_path, monkeypatch):
 def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path, damaged):
     fit(tmp_path, epochs=1)
     (tmp_path / "1" / damaged).write_bytes(b"")
-    # In a process of its own: orbax may leave reads behind that fail after the error.
+    # In another process, since orbax may leave reads running that fail after the error.
     again = "import pathlib, sys; sys.path.insert(0, 'tests'); from test_training import fit"
     done = subprocess.run(
         [sys.executable, "-c", f"{again}; fit(pathlib.Path({str(tmp_path)!r}))"],

@@ -1,4 +1,4 @@
-"""The repository stays small enough to be carried to a machine that lends its accelerator."""
+"""The repository stays small enough to be copied to a machine with an accelerator."""
 
 import subprocess
 from pathlib import Path
@@ -13,9 +13,9 @@ def test_tracked_files_stay_small():
     try:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
     except FileNotFoundError:
-        pytest.skip("git isn't installed: which files are tracked can't be told")
+        pytest.skip("git isn't installed, so the tracked files are unknown")
     if listed.returncode:
-        pytest.skip("these files are no git checkout, of whose tracked files this is the sum")
+        pytest.skip("this isn't a git checkout, so the tracked files are unknown")
     paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
     sizes = {path: path.stat().st_size for path in paths if path.is_file()}
     largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:10]

@@ -1,4 +1,4 @@
-"""`jaxadv.types`: the signatures it names are those that the library's own functions have."""
+"""`jaxadv.types`: the library's own functions match its protocols."""
 
 import inspect
 import typing
@@ -21,7 +21,7 @@ OBJECTIVES["memory"] = objectives.with_memory(OBJECTIVES["adversarial"])
 
 
 def accepts(function, protocol):
-    """Bind every call that the protocol allows, with its names for what goes by name."""
+    """Bind the calls that the protocol allows to the function's signature."""
     parameters = list(inspect.signature(protocol.__call__).parameters.values())[1:]
     positional = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
     keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -50,7 +50,7 @@ PROTOCOLS = ("ApplyFn", "EncodeFn", "LossFn", "Objective", "PerturbFn", "TrainFn
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_a_call_signature_is_a_documented_protocol(name):
+def test_every_protocol_is_documented(name):
     protocol = getattr(types, name)
     assert typing.Protocol in protocol.__mro__
     assert protocol.__doc__

@@ -1,4 +1,4 @@
-"""Supported versions: what declares them agrees, and no version is given a flag it may not know."""
+"""Declared and tested versions agree; XLA flags, private modules, pickle and connections."""
 
 import re
 import tomllib
@@ -20,7 +20,7 @@ PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 @pytest.mark.parametrize(
     ("version", "known"), [((0, 8, 0), True), ((0, 10, 2), True), ((0, 11, 0), False)]
 )
-def test_xla_is_given_flags_only_where_they_are_known(version, known):
+def test_xla_flags_are_set_only_for_versions_known_to_accept_them(version, known):
     assert bool(xla_flags(version)) == known
 
 
@@ -33,19 +33,19 @@ def files_with(pattern, *folders):
     }
 
 
-def test_no_other_file_sets_a_flag_of_xla():
-    # One that a version of XLA does not know ends the process.
+def test_no_other_file_sets_an_xla_flag():
+    # XLA ends the process at a flag that it doesn't know.
     found = files_with(r"--xla_\w", "jaxadv", "experiments", "tests", "docs")
     assert found == {"tests/conftest.py"}
 
 
-def test_no_module_of_jax_is_used_whose_names_may_change_without_a_warning():
+def test_no_unstable_module_of_jax_is_used():
     assert not files_with(
         r"\bjax(\.| import )(_src|extend|interpreters|lib)\b", "jaxadv", "experiments"
     )
 
 
-def test_the_declared_pythons_are_those_that_are_tested():
+def test_the_declared_pythons_are_the_tested_ones():
     name = "Programming Language :: Python :: "
     declared = [c.removeprefix(name) for c in PROJECT["classifiers"] if c.startswith(f"{name}3.")]
     assert declared == PYTHONS
@@ -56,7 +56,7 @@ def test_the_declared_pythons_are_those_that_are_tested():
     assert listed.split() == declared
 
 
-def test_the_lowest_versions_tested_are_the_lowest_declared():
+def test_the_lowest_tested_versions_are_the_lowest_declared_ones():
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     extras = PROJECT["optional-dependencies"]
@@ -68,8 +68,8 @@ def test_the_lowest_versions_tested_are_the_lowest_declared():
             assert pinned in SpecifierSet(f"~={least.version}.0"), line
 
 
-def test_the_extras_that_ci_adds_to_one_environment_include_those_before():
-    # So that the README's command for the tests finds in .venv what it would install itself.
+def test_the_extra_dev_includes_the_other_extras_of_ci():
+    # So that in CI's .venv the README's command for the tests has nothing left to install.
     extras = PROJECT["optional-dependencies"]
     (everything,) = (Requirement(line) for line in extras["dev"] if line.startswith("jaxadv"))
     assert everything.extras == {"docs", "test"}
@@ -82,8 +82,8 @@ def test_the_version_is_the_same_everywhere():
     assert newest == cited == jaxadv.__version__
 
 
-def test_nothing_is_read_by_pickle():
-    # As SECURITY.md says. NumPy's and PyTorch's loaders must be told, or default, not to.
+def test_nothing_is_read_with_pickle():
+    # As SECURITY.md says. NumPy's loader doesn't by default; PyTorch's must be told not to.
     folders = ("jaxadv", "experiments")
     assert not files_with(r"^\s*(import|from) (pickle|cloudpickle|dill|joblib|marshal)", *folders)
     assert not files_with(r"allow_pickle=True|torch\.load\((?!.*weights_only=True)", *folders)

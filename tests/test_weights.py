@@ -1,4 +1,4 @@
-"""Weights by path, with what their net takes and gives."""
+"""`experiments/lib/weights.py`: files of weights, with the interface of their net."""
 
 import json
 
@@ -20,19 +20,19 @@ def test_weights_are_named_by_their_paths(tmp_path):
     np.testing.assert_array_equal(stored["params/hidden_0/kernel"], np.arange(6.0).reshape(2, 3))
 
 
-def test_weights_say_how_they_were_made_and_what_their_net_takes_if_they_were_told(tmp_path):
-    told, untold = tmp_path / "told.safetensors", tmp_path / "untold.safetensors"
+def test_weights_are_stored_with_how_they_were_made_and_their_interface(tmp_path):
+    full, bare = tmp_path / "full.safetensors", tmp_path / "bare.safetensors"
     made = {"seed": 3, "widths": [4, 5]}
-    weights.save(told, {"w": jnp.ones(2)}, interface=PHOTOS, made=made)
-    weights.save(untold, {"w": jnp.ones(2)})
-    assert (weights.made(told), weights.interface(told)) == (made, PHOTOS)
-    assert (weights.made(untold), weights.interface(untold)) == (None, None)
+    weights.save(full, {"w": jnp.ones(2)}, interface=PHOTOS, made=made)
+    weights.save(bare, {"w": jnp.ones(2)})
+    assert (weights.made(full), weights.interface(full)) == (made, PHOTOS)
+    assert (weights.made(bare), weights.interface(bare)) == (None, None)
     assert weights.made(tmp_path / "none.safetensors") is None
     older = PHOTOS._asdict()
     del older["resize"]
-    save_file({"w": np.ones(2)}, untold, {"interface": json.dumps(older)})
-    assert weights.interface(untold) == PHOTOS
-    np.testing.assert_array_equal(weights.load(told)["w"], np.ones(2))
+    save_file({"w": np.ones(2)}, bare, {"interface": json.dumps(older)})
+    assert weights.interface(bare) == PHOTOS
+    np.testing.assert_array_equal(weights.load(full)["w"], np.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -49,14 +49,14 @@ def test_weights_say_how_they_were_made_and_what_their_net_takes_if_they_were_to
         ),
     ],
 )
-def test_another_text_in_its_place_is_an_error(tmp_path, text, message):
+def test_an_interface_that_cant_be_parsed_is_an_error(tmp_path, text, message):
     save_file({"w": np.ones(2)}, tmp_path / "w.safetensors", {"interface": text})
     with pytest.raises(ValueError, match=message):
         weights.interface(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("read", [weights.load, weights.interface, weights.made])
-def test_a_truncated_file_of_weights_is_an_error_whatever_is_read(tmp_path, read):
+def test_a_truncated_file_of_weights_is_an_error_for_every_reader(tmp_path, read):
     path = tmp_path / "params.safetensors"
     weights.save(path, {"w": jnp.ones(20)})
     path.write_bytes(path.read_bytes()[:-9])
@@ -65,7 +65,7 @@ def test_a_truncated_file_of_weights_is_an_error_whatever_is_read(tmp_path, read
 
 
 @pytest.mark.parametrize("read", [weights.load, weights.interface])
-def test_a_file_of_weights_that_isnt_there_is_an_error(tmp_path, read):
+def test_a_missing_file_of_weights_is_an_error(tmp_path, read):
     with pytest.raises(FileNotFoundError, match=r"expected a file of weights, got .*gone"):
         read(tmp_path / "gone.safetensors")
 
@@ -77,12 +77,12 @@ def test_a_name_that_is_both_an_array_and_a_folder_is_an_error(tmp_path):
         weights.load(path)
 
 
-def test_paths_that_would_be_one_name_are_an_error(tmp_path):
+def test_paths_that_would_get_the_same_name_are_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"different name for each array, .* called a/b; use no"):
         weights.save(tmp_path / "w.safetensors", {"a": {"b": np.ones(2)}, "a/b": np.ones(2)})
 
 
-def test_arrays_that_arent_laid_out_by_rows_come_back_as_they_were(tmp_path):
+def test_arrays_that_arent_in_row_major_order_are_read_back_as_saved(tmp_path):
     array = np.arange(6.0, dtype=np.float32).reshape(2, 3).T
     weights.save(tmp_path / "w.safetensors", {"w": array, "s": np.float32(2)})
     params = weights.load(tmp_path / "w.safetensors")
