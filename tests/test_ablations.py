@@ -34,7 +34,7 @@ def test_a_question_needs_only_its_own_nets():
         ("split of LWA_Rep", {"split", "objective", "eps", "warmup", "lr"}),
     ],
 )
-def test_the_nets_of_a_question_differ_in_what_it_asks(question, differs):
+def test_a_questions_nets_differ_only_in_what_it_asks(question, differs):
     made = ablations.Settings(groups=(question,)).nets()
     nets = [dataclasses.asdict(method) for method in made.values()]
     assert {field for field in nets[0] if len({net[field] for net in nets}) > 1} == differs

@@ -130,7 +130,7 @@ def faulty():
     return x, y, r
 
 
-def test_measure_tells_what_went_wrong_with_each_example():
+def test_measure_reports_the_problems_of_each_example():
     outcome = evaluate.measure(identity, None, *faulty(), norm="l2")
     np.testing.assert_array_equal(outcome.clean, [1, 1, 1, 1, 0, 0, 0, 0])
     np.testing.assert_array_equal(outcome.robust, [1, 1, 0, 0, 0, 0, 0, 0])
@@ -242,7 +242,7 @@ def split(n, only_first, only_second):
     return first, second
 
 
-def test_a_comparison_counts_what_only_one_of_two_has():
+def test_a_comparison_counts_the_examples_that_only_one_gets_right():
     found = evaluate.compare(*split(200, 12, 5))
     assert (found.only_first, found.only_second, found.difference) == (12, 5, 7 / 200)
     b, c, n = 12.5, 5.5, 202  # Agresti and Min, 2005

@@ -163,7 +163,7 @@ def test_targets_are_in_the_order_of_their_linearised_distances(order, norm):
         assert got[i].tolist() == sorted(others, key=size.get)
 
 
-def test_what_the_order_of_targets_costs_is_counted():
+def test_the_passes_for_ordering_the_targets_are_counted():
     x, y = np.zeros((2, 5), np.float32), np.zeros(2, int)
     for order, passes in (("logit", (1, 0)), ("distance", (2, 4)), ("alpha", (2, 4))):
         _, info = attack.with_info(attack.apgd_multitargeted)(

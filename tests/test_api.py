@@ -133,7 +133,7 @@ def test_every_argument_is_documented(module, name):
 
 
 @pytest.mark.parametrize(("module", "name"), CITING)
-def test_what_is_from_a_paper_says_which_and_where(module, name):
+def test_docstrings_of_published_methods_cite_the_paper(module, name):
     _, sections = documentation(module, name)
     assert re.search(r"(et al\.|and \w+), .*20\d\d", sections["References"], re.DOTALL)
 

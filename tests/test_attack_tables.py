@@ -29,7 +29,7 @@ def figures(rows, method="mnist_mlp/lwa", eps=1.5):
     return attack_tables.figures_of(rows, method, "l2", eps)
 
 
-def test_figures_beside_a_table_are_those_of_that_net_and_size():
+def test_columns_added_to_a_table_are_of_the_same_net_and_size():
     assert figures(ROWS) == ["0.8000", "0.7500", "0.1500"]
     assert figures(ROWS, eps=2.0) == ["", "0.3000", ""]
     assert figures(ROWS, "mnist_lenet/lwa") == ["", "", ""]

@@ -100,7 +100,7 @@ def test_an_interrupted_evaluation_resumes_where_it_stopped(run, tmp_path):
 
 
 @pytest.mark.parametrize("run", [ensemble, distances])
-def test_what_was_stored_at_one_batch_size_serves_another(run, tmp_path):
+def test_batches_stored_at_one_batch_size_serve_another(run, tmp_path):
     whole = run()
     with pytest.raises(Stopped):
         run(store=tmp_path, progress=stop_after(3))
@@ -202,7 +202,7 @@ def test_a_store_tells_sources_without_parameters_apart(tmp_path):
         ensemble(store=tmp_path, source=(lambda params, x: 2 * x[:, :4], None))
 
 
-def test_what_is_refused_leaves_no_store(tmp_path):
+def test_refused_arguments_leave_no_store(tmp_path):
     store = tmp_path / "store"
     for wrong in ({"eps": -1.0}, {"attacks": {"a": functools.partial(attack.pgd, steps=-1)}}):
         with pytest.raises(ValueError, match="expected"):

@@ -247,7 +247,7 @@ def test_bad_arguments_are_refused_before_the_net_is_called(some, message):
 # Flags on the net's outputs and gradients
 
 
-def test_probabilities_are_told_from_logits():
+def test_probabilities_are_distinguished_from_logits():
     assert outputs(lambda w, x: jax.nn.softmax(linear(w, x))) == {"probabilities"}
     assert outputs(lambda w, x: jax.nn.log_softmax(linear(w, x))) == set()
 
