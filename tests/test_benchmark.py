@@ -211,7 +211,7 @@ def test_losses_are_the_same_on_any_number_of_devices():
 
 
 def test_a_net_in_pytorch_gives_the_same_logits():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="the extra bench has it")
     x = np.random.default_rng(0).random((3, 28, 28, 3), np.float32)
     for net in (models.mlp((8, 7)), models.lenet((9,)), models.vgg((8, 8), width=0.02)):
         params = models.init(net, jax.random.key(0), x)

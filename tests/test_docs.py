@@ -90,7 +90,7 @@ def test_an_onnx_net_is_attacked_and_onnxruntime_agrees(tmp_path):
     wheel = ["--no-deps", "--only-binary=:all:", "--dest", tmp_path, "rapidocr==3.10.0"]
     download = [sys.executable, "-m", "pip", "download", "--quiet", *wheel]
     if subprocess.run(download, capture_output=True).returncode != 0:
-        pytest.skip("no package registry to get the net from")
+        pytest.skip("no package registry, from which the net is downloaded")
     (path,) = tmp_path.glob("*.whl")
     net = tmp_path / "net.onnx"
     with zipfile.ZipFile(path) as packed:

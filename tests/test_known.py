@@ -37,6 +37,6 @@ def test_both_nets_are_attacked_and_checked(tmp_path, monkeypatch):
 
 
 def test_missing_weights_are_an_error(tmp_path):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="the extra bench has it")
     with pytest.raises(ValueError, match=r"advertorch's weights, got no .*--help show where"):
         known.load(tmp_path / "gone.pt")
