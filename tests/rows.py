@@ -1,6 +1,9 @@
-"""Complete rows of results.json; a test passes only the fields that it is about."""
+"""Complete rows of results.json, of which a test passes only some fields; a small problem."""
 
-from experiments.lib import records, tables
+import jax
+import numpy as np
+
+from experiments.lib import models, problems, records, tables
 
 VERSIONS = {"jax": "0"}
 
@@ -36,3 +39,11 @@ def published_row(**fields):
 
 def check_row(**fields):
     return records.CheckRow(**_problem({"device": "cpu", "attack": "check"} | fields))
+
+
+def problem_of(net, n=3):
+    """A problem of n images of 2x2 pixels."""
+    rng = np.random.default_rng(0)
+    x = 0.4 + 0.2 * rng.random((n, 2, 2, 1), np.float32)  # far from the edges of the box
+    params = models.init(net, jax.random.key(0), x)
+    return problems.Problem(models.function(net), params, x, np.arange(n), (0.0, 1.0), {})

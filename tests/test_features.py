@@ -1,17 +1,10 @@
 """`experiments/features.py`, as far as it needs no other library."""
 
-import jax
 import numpy as np
+from rows import problem_of
 
 from experiments import features
-from experiments.lib import models, problems, records
-
-
-def problem_of(net, n=3):
-    rng = np.random.default_rng(0)
-    x = 0.4 + 0.2 * rng.random((n, 2, 2, 1), np.float32)  # far from the edges of the box
-    params = models.init(net, jax.random.key(0), x)
-    return problems.Problem(models.function(net), params, x, np.arange(n), (0.0, 1.0), {})
+from experiments.lib import models, records
 
 
 def test_each_question_is_answered_or_gives_an_error():

@@ -6,16 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from rows import problem_of
 
 from experiments import gallery
-from experiments.lib import models, problems
-
-
-def problem_of(net, n=3):
-    rng = np.random.default_rng(0)
-    x = 0.4 + 0.2 * rng.random((n, 2, 2, 1), np.float32)  # far from the edges of the box
-    params = models.init(net, jax.random.key(0), x)
-    return problems.Problem(models.function(net), params, x, np.arange(n), (0.0, 1.0), {})
+from experiments.lib import models
 
 
 def test_the_exact_direction_is_that_of_the_margin():
