@@ -24,6 +24,10 @@ from jaxadv.types import Bounds, Eps, Norm, PerturbFn
 
 __all__ = ["counted", "keep", "most", "norm_of"]
 
+_COUNTED = (
+    attack.apgd, attack.apgd_multitargeted, attack.fab, attack.fmn, attack.pgd, attack.square,
+)  # fmt: skip
+
 
 def norm_of(attacks: Iterable[PerturbFn], norm: Norm | None) -> Norm:
     """Return the norm of some attacks: `norm`, or the one that they are set to, or else l2.
@@ -75,16 +79,16 @@ def most(method: PerturbFn, n_classes: int) -> Passes | None:
     own: Any = method
     while isinstance(own, partial | NearBoundary):
         own = own.func if isinstance(own, partial) else own.method
+    if own is perturb.loss:
+        return Passes(1, 1)
+    if own not in _COUNTED:
+        return None
     given: dict[str, Any] = {
         name: parameter.default for name, parameter in inspect.signature(method).parameters.items()
     }
     others = n_classes - 1
-    steps, draws = given.get("steps"), max(given.get("samples", 0), 1)
+    steps, draws = given["steps"], max(given.get("samples", 0), 1)
     runs = given.get("restarts", 1) * min(given.get("n_targets", 1), others)
-    if own is perturb.loss:
-        return Passes(1, 1)
-    if steps is None:
-        return None
     if own is attack.square:
         return Passes(2 + steps, 0)
     if own is attack.pgd:
@@ -93,12 +97,11 @@ def most(method: PerturbFn, n_classes: int) -> Passes | None:
         return Passes(1 + runs * (steps + 1), runs * steps)
     if own is attack.fmn:  # its bisection makes at most 64 tries
         return Passes(steps + 70, steps + min(10, others))
-    if own in (attack.apgd, attack.apgd_multitargeted):  # in l1 a run uses three balls
-        climb = draws * runs * (max(steps, 3) + 3 if given["norm"] == "l1" else steps + 1)
-        ranked = given.get("order", "logit") != "logit"
-        targets = min(max(given["n_targets"], 100), others) if ranked else 0
-        return Passes(draws + ranked + climb, targets + climb)
-    return None
+    # APGD; in l1 a run uses three balls.
+    climb = draws * runs * (max(steps, 3) + 3 if given["norm"] == "l1" else steps + 1)
+    ranked = given.get("order", "logit") != "logit"
+    targets = min(max(given["n_targets"], 100), others) if ranked else 0
+    return Passes(draws + ranked + climb, targets + climb)
 
 
 def keep(
