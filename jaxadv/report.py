@@ -105,8 +105,11 @@ class Robustness(NamedTuple):
         outcome, sampled = self.attacked.outcome, self.certificate
         masks = {"clean": outcome.clean, "one step": self.one_step.robust, "robust": outcome.robust}
         if sampled is not None:
-            certified = sampled.radius >= self.setting["eps"]
-            masks |= {"smoothed": ~sampled.abstained, "certified": certified}
+            # Of draws, not by `abstained`: an example that eps is out of reach for stops early,
+            # with no bound at all. Those of which A is the wrong class have no draws.
+            frequent = sampled.counts.argmax(axis=1) == sampled.label
+            masks["smoothed"] = frequent & (sampled.samples > 0)
+            masks["certified"] = sampled.radius >= self.setting["eps"]
         return masks
 
     def figures(self) -> dict[str, Any]:

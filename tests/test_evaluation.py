@@ -566,7 +566,7 @@ def test_certified_accuracy_of_the_smoothed_net_is_in_the_attacks_table(folder, 
         assert row.method == "brightness:apply_fn, smoothed by noise 1"
         assert row.columns["certified"] == np.mean(found.radius >= row.eps)
         assert row.columns["certified"] <= np.mean(exact >= row.eps)
-        assert row.columns["clean"] == np.mean(~found.abstained)
+        assert row.columns["clean"] == np.mean(exact > 0)
         assert row.samples == found.samples.sum()
     assert 0 < rows[3].columns["certified"] < rows[2].columns["certified"]
     text = "\n".join(evaluation.as_markdown(rows)).split("# a folder of PNG")[2]
@@ -576,6 +576,12 @@ def test_certified_accuracy_of_the_smoothed_net_is_in_the_attacks_table(folder, 
     assert "| Net | Clean | PGD-100 | Certified |" in text
     assert f"| {rows[3].method} | {clean} |  | {certified} |" in text
     assert f"- {rows[3].method}: this isn't the attacked net but another classifier" in text
+
+
+def test_what_no_certificate_reaches_is_classified_all_the_same(folder, few_draws):
+    *_, row = run(folder, attacks=("one-step",), eps=(2.0,), certify=1.0)
+    assert row.abstained > 0
+    assert row.columns["clean"] == 1 > row.columns["certified"]
 
 
 def test_certificates_are_stored_once_for_all_sizes_and_separately_for_each_noise(

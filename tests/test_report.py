@@ -101,6 +101,15 @@ def test_the_check_runs_on_examples_spread_over_the_data_set(monkeypatch, checke
 
 
 @pytest.mark.usefixtures("checked")
+def test_what_no_certificate_reaches_is_classified_all_the_same():
+    *_, distance = problem()
+    found = run({"one": ATTACKS["one"]}, eps=1.4)
+    assert np.any(found.certificate.abstained & (distance > 0.3 * EPS))
+    assert np.all(found.masks["smoothed"][distance > 0.3 * EPS])
+    assert not np.any(found.masks["smoothed"] & (distance == 0))
+
+
+@pytest.mark.usefixtures("checked")
 def test_one_step_accuracy_is_that_under_a_single_step():
     def wave(params, x):  # class 1 wins only between 0.52 and 1.05
         lead = 0.5 + jnp.cos(4 * x[:, 0])
@@ -160,9 +169,9 @@ def by_hand(certificate=None, flags=(), **setting):
 
 def test_markdown_of_a_small_case():
     certificate = certify.Certificate(
-        label=np.zeros(4, int), counts=np.zeros((4, 2), int), samples=np.zeros(4, int),
-        lower=np.zeros(4), radius=np.array([0.6, 0.5, 0.4, 0.0]),
-        abstained=np.array([0, 0, 0, 1], bool),
+        label=np.zeros(4, int), counts=np.array([[9, 1], [9, 1], [6, 4], [4, 6]]),
+        samples=np.full(4, 10), lower=np.zeros(4), radius=np.array([0.6, 0.5, 0.0, 0.0]),
+        abstained=np.array([0, 0, 1, 1], bool),
     )  # fmt: skip
     flags = (evaluate.Flag("budget", "it has not converged; raise steps", "weak attack"),)
     assert (
