@@ -306,7 +306,7 @@ def cost(
         check=part(
             min(_CHECKED, n), *checks, _budget.most(checked["pgd"], n_classes), Passes(21, 6)
         ),
-        certify=None if sigma is None else part(n, Passes(_FIRST_DRAWS + max(draws), 0)),
+        certify=None if sigma is None else part(n, Passes(_FIRST_DRAWS + int(np.max(draws)), 0)),
     )
 
 
@@ -431,8 +431,8 @@ def robustness(
         "bounds": None if bounds is None else [_plain(bound) for bound in host.fetch(bounds)],
         "key": np.asarray(jax.random.key_data(key)).tolist(),
         "methods": _described(attacks),
-        "sigma": sigma,
-        "draws": None if sigma is None else list(draws),
+        "sigma": None if sigma is None else float(sigma),
+        "draws": None if sigma is None else np.atleast_1d(draws).tolist(),
         "versions": {
             "python": platform.python_version(),
             "jaxadv": jaxadv.__version__,

@@ -121,6 +121,16 @@ def test_one_step_accuracy_is_that_under_a_single_step():
 
 
 @pytest.mark.usefixtures("checked")
+@pytest.mark.parametrize("draws", [1000, np.array([1000])], ids=["one", "array"])
+def test_numbers_may_be_numpys(draws):
+    found = run({"one": ATTACKS["one"]}, eps=np.float32(0.5), sigma=np.float32(0.5), draws=draws)
+    said = json.loads(found.to_json())
+    assert (said["eps"], said["sigma"], said["draws"]) == (0.5, 0.5, [1000])
+    cost = report.cost(net, *problem()[:2], ATTACKS, sigma=np.float32(0.5), draws=draws)
+    assert cost.certify.passes == (1100, 0)
+
+
+@pytest.mark.usefixtures("checked")
 def test_the_setting_has_everything_the_figures_depend_on():
     bounds = -np.inf, np.array([8.0, np.inf, 9.0])
     setting = run({"one": ATTACKS["one"]}, sigma=None, bounds=bounds).setting
