@@ -401,6 +401,8 @@ def robustness(
             f"expected one eps for all examples, got shape {np.shape(eps)}; a report is for one "
             "size: evaluate.distances gives the accuracy at every size"
         )
+    apply_fn = closures.keyed(apply_fn, params, host.one_batch(x, batch_size))
+    _batches.warn_of_probabilities(apply_fn, params, x)
     shared: dict[str, Any] = {"key": key, "batch_size": batch_size}
     attack = partial(evaluate.attack_and_score, apply_fn, params, x, y, eps=eps, bounds=bounds)
     one_step = attack(_check.attacks_of(norm, _CHECK_STEPS)["one step"], **shared).outcome

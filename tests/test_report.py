@@ -110,6 +110,18 @@ def test_what_no_certificate_reaches_is_classified_all_the_same():
 
 
 @pytest.mark.usefixtures("checked")
+def test_probabilities_are_pointed_out_once():
+    w, x, y, _ = problem()
+
+    def softmax(w, x):
+        return jax.nn.softmax(x @ w)
+
+    with pytest.warns(UserWarning, match="expected logits, got outputs in") as caught:
+        report.robustness(softmax, w, x, y, {"one": ATTACKS["one"]}, eps=EPS, key=KEY)
+    assert [each.filename for each in caught] == [__file__]
+
+
+@pytest.mark.usefixtures("checked")
 def test_one_step_accuracy_is_that_under_a_single_step():
     def wave(params, x):  # class 1 wins only between 0.52 and 1.05
         lead = 0.5 + jnp.cos(4 * x[:, 0])
