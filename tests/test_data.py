@@ -760,6 +760,9 @@ def alone(classes):
 
 # name: how to damage the folder, and the error
 BROKEN = {
+    "no folder": (shutil.rmtree, r"a folder of images .*images, got none; the layout is"),
+    "a file": (lambda p: (shutil.rmtree(p), p.touch()),
+               r"a folder of images .*images, got none; the layout is"),
     "no train": (lambda p: shutil.rmtree(p / "train"), r"a folder .*train with a folder of image"),
     "test by another name": (lambda p: (p / "test").rename(p / "val"),
                              r"for testing in .*test, got val beside train; rename their folder"),

@@ -55,8 +55,11 @@ def unsplit(folder: Path) -> Path | None:
     """Return the folder of the classes if there is no part `test`, so that images are held out.
 
     Raises:
+      FileNotFoundError: if there is no such folder.
       UsageError: if there are other folders beside `train`, one of which may be for testing.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder of images {folder}, got none; {_LAYOUT}")
     there = [path.name for path in _visible(folder) if path.is_dir()]
     if "test" in there:
         return None
