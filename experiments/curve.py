@@ -100,10 +100,11 @@ def as_markdown(rows: Sequence[CurveRow]) -> list[str]:
     """Return a table of each net's accuracy by the smallest perturbations, and under attacks."""
     cells = []
     for row in rows:
+        median = "none" if row.median is None else f"{row.median:.4f}"
         for eps, accuracy in row.accuracy.items():
             others = {name: found[eps] for name, found in row.attacks.items() if eps in found}
             cells += [
-                [row.method, row.norm, f"{row.n:,}", f"{row.median:.4f}", eps, f"{accuracy:.4f}",
+                [row.method, row.norm, f"{row.n:,}", median, eps, f"{accuracy:.4f}",
                  LABELS[name], f"{robust:.4f}", f"{accuracy - robust:+.4f}"]
                 for name, robust in others.items()
             ]  # fmt: skip

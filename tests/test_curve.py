@@ -57,6 +57,18 @@ def test_attacks_are_compared_with_it_at_their_sizes(ran):
     ]
 
 
+def test_images_that_nothing_misleads_have_no_median(ran, tmp_path, monkeypatch):
+    size = np.where(np.arange(12) < 6, 0, np.inf)
+    none = evaluate.Passes(*np.zeros((2, 12), int))
+    found = evaluate.Distances(size, np.zeros((12, 28, 28, 1)), np.full(12, ""), {"fmn": none})
+    monkeypatch.setattr(evaluate, "distances", lambda *_, **__: found)
+    settings = curve.Settings(**vars(ran[0]) | {"out": tmp_path, "attacks": ("one-step",)})
+    rows = curve.run(settings, Console(file=io.StringIO()))
+    assert records.load(tmp_path / "results.json", records.CurveRow) == rows
+    assert rows[0].accuracy == {"0.5": 0.5, "1.5": 0.5}
+    assert "| 12 | none | 0.5 | 0.5000 |" in "\n".join(curve.as_markdown(rows))
+
+
 def test_rows_of_other_nets_are_kept(ran):
     settings, (row,) = ran
     rows = records.load(settings.out / "results.json", records.CurveRow)

@@ -244,7 +244,7 @@ def curve(
     at = np.linspace(0, finite.max(initial=0), _POINTS)
     row = CurveRow(
         **{name: value for name, value in identity.items() if name in fields},
-        median=found.median,
+        median=found.median if np.isfinite(found.median) else None,
         curve={"eps": at.tolist(), "accuracy": found.accuracy(at).tolist()},
         accuracy={f"{size:g}": float(found.accuracy(size)) for size in eps},
         attacks={name: dict(robust) for name, robust in attacks.items()},

@@ -324,7 +324,7 @@ class CurveRow(Row):
 
     Attributes:
       budget: most forward plus backward passes that the search may take per image.
-      median: median size of the perturbations.
+      median: median size of the perturbations; None if at least half of the images have none.
       curve: `eps`, and the `accuracy` at each.
       accuracy: robust accuracy from these perturbations, by size.
       attacks: robust accuracy under other attacks, by attack and size.
@@ -344,7 +344,7 @@ class CurveRow(Row):
     norm: str
     seed: int
     budget: int
-    median: float
+    median: float | None
     curve: dict[str, list[float]]
     accuracy: dict[str, float]
     attacks: dict[str, dict[str, float]]
