@@ -85,10 +85,11 @@ class Robustness(NamedTuple):
 
     Attributes:
       setting: the arguments and the environment, as plain types: `n`, `eps`, `norm`, `bounds`,
-        `key`, the `methods` by name with their settings, `sigma`, `draws`, `versions`, `device`.
+        `key`, the `methods` by name with their settings, `checked`, `sigma`, `draws`, `versions`,
+        `device`.
       one_step: the score under one step of Adv_Loss (`perturb.loss`).
       attacked: the result of the attacks.
-      checked: the report of `evaluate.check` on at most 300 evenly spaced examples.
+      checked: the report of `evaluate.check` on `checked` evenly spaced examples, at most 300.
       certificate: the certificates of the smoothed classifier, which isn't the net itself; None if
         not requested.
     """
@@ -179,7 +180,7 @@ class Robustness(NamedTuple):
         remarks += [
             f"Flag `{flag['name']}`, {flag['kind']}: {flag['message']}." for flag in found["flags"]
         ] or [
-            f"`evaluate.check` raised no flag on {min(n, _CHECKED):,} of the examples, which "
+            f"`evaluate.check` raised no flag on {found['checked']:,} of the examples, which "
             "proves nothing."
         ]
         versions = ", ".join(f"{name} {of}" for name, of in found["versions"].items())
@@ -304,7 +305,7 @@ def cost(
         },
         # PGD runs twice. The last passes score each r, and check outputs and gradients.
         check=part(
-            min(_CHECKED, n), *checks, _budget.most(checked["pgd"], n_classes), Passes(21, 6)
+            len(_looked_at(x)), *checks, _budget.most(checked["pgd"], n_classes), Passes(21, 6)
         ),
         certify=None if sigma is None else part(n, Passes(_FIRST_DRAWS + int(np.max(draws)), 0)),
     )
@@ -420,11 +421,10 @@ def robustness(
         certified(sigma, x[:0], y[:0])  # raise its errors before any attack runs
     attacked = attack(attacks, **shared, **kept("attacks"))
     certificate = None if sigma is None else certified(sigma, x, y, **kept("certificate"))
-    on = host.spread(x)
-    m = on.multiple(min(_CHECKED, len(y)))
+    rows = _looked_at(x)
     checked = evaluate.check(
-        apply_fn, params, *on.take((x, y), np.arange(m) * len(y) // m), eps=eps, norm=norm,
-        bounds=bounds, steps=_CHECK_STEPS, **shared,
+        apply_fn, params, *host.spread(x).take((x, y), rows), eps=eps, norm=norm, bounds=bounds,
+        steps=_CHECK_STEPS, **shared,
     )  # fmt: skip
     setting = {
         "n": len(y),
@@ -433,6 +433,7 @@ def robustness(
         "bounds": None if bounds is None else [_plain(bound) for bound in host.fetch(bounds)],
         "key": np.asarray(jax.random.key_data(key)).tolist(),
         "methods": _described(attacks),
+        "checked": len(rows),
         "sigma": None if sigma is None else float(sigma),
         "draws": None if sigma is None else np.atleast_1d(draws).tolist(),
         "versions": {
@@ -443,6 +444,13 @@ def robustness(
         "device": _device(x),
     }
     return Robustness(setting, one_step, attacked, checked, certificate)
+
+
+def _looked_at(x: Any) -> NDArray[np.intp]:
+    """Return the rows that `check` looks at: evenly spaced, as many for each device."""
+    devices = host.spread(x).devices
+    m = min(max(_CHECKED // devices, 1) * devices, len(x))
+    return np.arange(m) * len(x) // m
 
 
 def _plain(bound: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxadv
-from jaxadv import attack, certify, evaluate, perturb, report
+from jaxadv import attack, certify, evaluate, host, perturb, report
 from jaxadv.evaluate import _budget, _check
 
 N, D, SIGMA, EPS = 40, 3, 0.5, 0.4
@@ -95,9 +95,13 @@ def checked(monkeypatch):
 
 def test_the_check_runs_on_examples_spread_over_the_data_set(monkeypatch, checked):
     monkeypatch.setattr(report, "_CHECKED", 4)
-    assert run(sigma=None).checked.flags == ()
+    found = run(sigma=None)
+    assert (found.checked.flags, found.setting["checked"]) == ((), 4)
     _, x, y, _ = problem()
     chex.assert_trees_all_equal(checked, [(x[::10], y[::10])])
+    # On three devices, one example for each: four wouldn't be so many for each, and six too many.
+    monkeypatch.setattr(host, "spread", lambda x: host.Spread(None, 3))
+    assert report._looked_at(x).tolist() == [0, 13, 26]
 
 
 @pytest.mark.usefixtures("checked")
@@ -181,7 +185,7 @@ def by_hand(certificate=None, flags=(), **setting):
     }  # fmt: skip
     setting = {
         "n": 4, "eps": 0.5, "norm": "l2", "bounds": [0.0, 1.0], "key": [0, 7],
-        "methods": {"pgd": "pgd", "mine": "mine"}, "sigma": None, "draws": None,
+        "methods": {"pgd": "pgd", "mine": "mine"}, "checked": 4, "sigma": None, "draws": None,
         "versions": {"jaxadv": "0.2.0", "jax": "0.10.2"}, "device": "cpu x1",
     } | setting  # fmt: skip
     one_step = outcome._replace(robust=np.array([1, 1, 0, 0], bool), zero=outcome.invalid)
