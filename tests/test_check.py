@@ -177,6 +177,7 @@ def test_a_net_without_a_correct_prediction_is_flagged_and_not_attacked():
     report = evaluate.check(linear, w, x, (y + 1) % K, eps=3.0, key=KEY)
     (flag,) = report.flags
     assert (flag.name, flag.kind) == ("nothing right", "invalid input")
+    assert flag.message.endswith("in training")  # readers of flags end sentences by them
     assert report.figures["clean"] == 0
     assert "pgd" not in report.figures
 
