@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 
 import jaxadv
 from jaxadv import certify, closures, evaluate, host, inputs, meshes
-from jaxadv.certify import Certificate
 from jaxadv.evaluate import Outcome, Passes, Progress, Result, _batches, _budget, _check, _ensemble
 from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
@@ -98,7 +97,7 @@ class Robustness(NamedTuple):
     one_step: Outcome
     attacked: Result
     checked: evaluate.Report
-    certificate: Certificate | None
+    certificate: certify.Certificate | None
 
     @property
     def masks(self) -> dict[str, NDArray[np.bool_]]:
@@ -115,11 +114,12 @@ class Robustness(NamedTuple):
 
     def figures(self) -> dict[str, Any]:
         """Return the report as plain types, ready for JSON."""
-        n, outcome = self.setting["n"], self.attacked.outcome
+        n, masks = self.setting["n"], self.masks
+        seen = self.attacked.outcome._replace(zero=self.one_step.zero)._asdict()
         return {
             **self.setting,
-            "accuracy": {name: evaluate.accuracy(mask) for name, mask in self.masks.items()},
-            "interval": {name: list(evaluate.interval(mask)) for name, mask in self.masks.items()},
+            "accuracy": {name: evaluate.accuracy(mask) for name, mask in masks.items()},
+            "interval": {name: list(evaluate.interval(mask)) for name, mask in masks.items()},
             "attacks": {
                 name: {
                     "tried": int(stage.tried.sum()),
@@ -129,11 +129,7 @@ class Robustness(NamedTuple):
                 }
                 for name, stage in self.attacked.stages.items()
             },
-            "counts": {
-                "zero": int(self.one_step.zero.sum()),
-                "nonfinite": int(outcome.nonfinite.sum()),
-                "invalid": int(outcome.invalid.sum()),
-            },
+            "counts": {name: int(seen[name].sum()) for name in ("zero", "nonfinite", "invalid")},
             "flags": [flag._asdict() for flag in self.checked.flags],
         }
 
@@ -145,17 +141,13 @@ class Robustness(NamedTuple):
         """Return the report as Markdown: two tables, and notes on them."""
         found = self.figures()
         n, norm, methods, sigma = (found[name] for name in ("n", "norm", "methods", "sigma"))
-        standard = _described(evaluate.autoattack(norm))
-        names = {
-            "clean": "Clean",
-            "one step": "One step",
-            "robust": "AutoAttack" if methods == standard else f"Worst of {len(methods)} attacks",
-            "smoothed": "Clean, smoothed",
-            "certified": "Certified, smoothed",
-        }
+        standard = methods == _described(evaluate.autoattack(norm))
+        worst = "AutoAttack" if standard else f"Worst of {len(methods)} attacks"
+        names = ("Clean", "One step", worst, "Clean, smoothed", "Certified, smoothed")
+        figures = zip(found["accuracy"].values(), found["interval"].values(), strict=True)
         accuracies = [
-            [names[name], f"{accuracy:.4f}", "{:.4f} to {:.4f}".format(*found["interval"][name])]
-            for name, accuracy in found["accuracy"].items()
+            [name, f"{accuracy:.4f}", f"{low:.4f} to {high:.4f}"]
+            for name, (accuracy, (low, high)) in zip(names, figures, strict=False)
         ]
         attacks = [
             [name, f"{stage['tried']:,}", f"{stage['fooled']:,}",
@@ -186,20 +178,17 @@ class Robustness(NamedTuple):
         versions = ", ".join(f"{name} {of}" for name, of in found["versions"].items())
         remarks.append(f"Key {found['key']}; {versions}; {found['device']}.")
         return "\n".join([
-            f"# Robustness in {norm} at eps {found['eps']:g}",
-            "",
-            *_table(f"On {n:,} examples", "Accuracy", "95% interval", rows=accuracies),
-            "",
-            *_table("Attack", "Tried", "Misclassified", "Passes per example", rows=attacks),
-            "",
+            f"# Robustness in {norm} at eps {found['eps']:g}\n",
+            _table(f"On {n:,} examples", "Accuracy", "95% interval", rows=accuracies),
+            _table("Attack", "Tried", "Misclassified", "Passes per example", rows=attacks),
             *(f"- {remark}" for remark in remarks),
             "",
         ])  # fmt: skip
 
 
-def _table(*headings: str, rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(*headings: str, rows: Sequence[Sequence[str]]) -> str:
     first, *others = ("| " + " | ".join(cells) + " |" for cells in (headings, *rows))
-    return [first, "|" + "---|" * len(headings), *others]
+    return "\n".join([first, "|" + "---|" * len(headings), *others, ""])
 
 
 def _described(attacks: Mapping[str, PerturbFn]) -> dict[str, str]:
@@ -281,7 +270,8 @@ def cost(
     shape, on = host.one_batch(x, batch_size), host.spread(x)
     batch = jnp.asarray(*on.take((x,), np.resize(np.arange(len(x)), shape.shape[0])))
     apply_fn = closures.keyed(apply_fn, params, shape)
-    n_classes = jax.eval_shape(partial(inputs.apply, apply_fn), params, batch).shape[1]
+    logits = jax.eval_shape(partial(inputs.apply, apply_fn), params, batch)
+    most = partial(_budget.most, n_classes=logits.shape[1])
     forward = _timed(partial(_logits, apply_fn, params, batch)) / len(batch)
     both = _timed(partial(_gradient, apply_fn, params, batch)) / len(batch)
 
@@ -293,20 +283,14 @@ def cost(
         seconds = total.forward * forward + total.backward * max(both - forward, 0)
         return Part(examples, total, examples * seconds)
 
-    n = len(x)
-    checked = _check.attacks_of(norm, _CHECK_STEPS)
-    checks = [_budget.most(method, n_classes) for method in checked.values()]
+    n, checks = len(x), _check.attacks_of(norm, _CHECK_STEPS)
+    twice = [*checks.values(), checks["pgd"]]  # PGD runs again, without a box
     return Cost(
         # One step; then a look at x before the attacks, and x and x + r to score each of two r.
         one_step=part(n, Passes(1, 1), Passes(5, 0)),
-        attacks={
-            name: part(n, _budget.most(method, n_classes), Passes(1, 0))
-            for name, method in attacks.items()
-        },
-        # PGD runs twice. The last passes score each r, and check outputs and gradients.
-        check=part(
-            len(_looked_at(x)), *checks, _budget.most(checked["pgd"], n_classes), Passes(21, 6)
-        ),
+        attacks={name: part(n, most(method), Passes(1, 0)) for name, method in attacks.items()},
+        # The last passes score each r, and check outputs and gradients.
+        check=part(len(_looked_at(x)), *map(most, twice), Passes(21, 6)),
         certify=None if sigma is None else part(n, Passes(_FIRST_DRAWS + int(np.max(draws)), 0)),
     )
 
@@ -321,13 +305,8 @@ def _gradient(apply_fn: ApplyFn, params: Params, x: jax.Array) -> jax.Array:
 
 
 def _timed(call: Callable[[], Any]) -> float:
-    """Return the seconds of a call, the minimum of three after compilation."""
-
-    def finished() -> Any:
-        return jax.block_until_ready(call())
-
-    finished()
-    return min(timeit.repeat(finished, number=1, repeat=3))
+    """Return the seconds of a call, the minimum of four; the first also compiles."""
+    return min(timeit.repeat(lambda: jax.block_until_ready(call()), number=1, repeat=4))
 
 
 @meshes.auto_axes()
@@ -408,7 +387,7 @@ def robustness(
     attack = partial(evaluate.attack_and_score, apply_fn, params, x, y, eps=eps, bounds=bounds)
     one_step = attack(_check.attacks_of(norm, _CHECK_STEPS)["one step"], **shared).outcome
 
-    def certified(sigma: float, x: Any, y: Any, **others: Any) -> Certificate:
+    def certified(sigma: float, x: Any, y: Any, **others: Any) -> certify.Certificate:
         return certify.certify(
             apply_fn, params, x, y, sigma=sigma, radii=(float(eps),), n0=_FIRST_DRAWS,
             alpha=_ALPHA, stages=draws, norm=norm, **shared, **others,
@@ -438,8 +417,7 @@ def robustness(
         "draws": None if sigma is None else np.atleast_1d(draws).tolist(),
         "versions": {
             "python": platform.python_version(),
-            "jaxadv": jaxadv.__version__,
-            **{module.__name__: module.__version__ for module in (jax, jaxlib, np)},
+            **{module.__name__: module.__version__ for module in (jaxadv, jax, jaxlib, np)},
         },
         "device": _device(x),
     }
@@ -455,9 +433,7 @@ def _looked_at(x: Any) -> NDArray[np.intp]:
 
 def _plain(bound: Any) -> Any:
     """Return a bound as plain types: nested lists, with None for an open end."""
-    if np.ndim(bound):
-        return [_plain(each) for each in bound]
-    return float(bound) if np.isfinite(bound) else None
+    return np.where(np.isfinite(bound), np.asarray(bound, float), np.array(None)).tolist()
 
 
 def _device(x: Any) -> str:
