@@ -146,6 +146,15 @@ def test_numbers_may_be_numpys(draws):
     assert cost.certify.passes == (1100, 0)
 
 
+def test_perturbed_examples_stay_in_the_box():
+    x, y, box = np.array([[1.0, 0.5]]), np.array([0]), (np.array([0.9, 0]), np.array([1, 0.6]))
+    for bounds, robust in ((None, 0), (box, 1)):
+        seen = report.robustness(
+            lambda _, x: x, None, x, y, {"pgd": ATTACKS["pgd"]}, eps=0.8, key=KEY, bounds=bounds
+        )
+        assert seen.figures()["accuracy"] == {"clean": 1, "one step": robust, "robust": robust}
+
+
 def test_the_setting_has_everything_the_figures_depend_on():
     bounds = -np.inf, np.array([8.0, np.inf, 9.0])
     setting = run({"one": ATTACKS["one"]}, sigma=None, bounds=bounds).setting
@@ -346,6 +355,8 @@ def test_seconds_are_computed_from_passes_timed_on_a_batch(monkeypatch):
     assert found.certify == (N, (4100, 0), N * 410.0)
     parts = [found.one_step, *found.attacks.values(), found.check, found.certify]
     assert found.seconds == sum(part.seconds for part in parts)
+    noisy = report.cost(net, w, x, ATTACKS, batch_size=20)
+    assert noisy.attacks["pgd"].seconds == N * 8 * 0.2
 
 
 def test_an_attack_of_unknown_cost_leaves_the_time_unknown():
