@@ -392,6 +392,21 @@ def test_the_verdict_is_one_plain_sentence(folder, tmp_path, trained):
     )
 
 
+def test_the_verdict_is_that_of_the_strongest_attack(
+    folder, tmp_path, trained, monkeypatch, capsys
+):
+    rows = [
+        dataclasses.replace(trained[1][0], attack=attack, columns={"clean": 1.0, "robust": robust})
+        for attack, robust in (("pgd", 0.25), ("one-step", 0.75))
+    ]
+    monkeypatch.setattr(train, "run", lambda *_: (rows, None))
+    monkeypatch.setattr(train, "draw", lambda *_: [])
+    monkeypatch.setattr(sys, "argv", ["train.py", str(folder), "--out", str(tmp_path)])
+    train.main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith(train.verdict(settings(folder, tmp_path), rows[0]))
+
+
 def test_images_of_any_size_are_resized_in_training_and_evaluation(folder, tmp_path):
     place = tmp_path / "images"
     shutil.copytree(folder, place)

@@ -93,9 +93,10 @@ def test_the_remaining_time_is_printed_once_and_excludes_compilation(tmp_path, m
     # The second chunk took 100 s, and six more are left.
     (line,) = [line for line in said.getvalue().splitlines() if "to go" in line]
     assert line.rstrip() == "lwa: about 10 min of training to go"
-    said = io.StringIO()
-    fit(tmp_path, epochs=4, file=said)
-    assert "to go" not in said.getvalue()
+    for place, epochs in ((tmp_path, 4), (tmp_path / "one", 1)):  # none is left
+        said = io.StringIO()
+        fit(place, epochs=epochs, file=said)
+        assert "to go" not in said.getvalue()
 
 
 def test_perturbations_of_0_are_counted(uninterrupted):
