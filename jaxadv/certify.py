@@ -50,7 +50,9 @@ from jaxadv.types import ApplyFn, Norm, Params, StochasticFn
 
 __all__ = ["STAGES", "Certificate", "Prediction", "certify", "predict", "smooth"]
 
-STAGES = (2000, 8000, 10_000, 12_000, 15_000, 20_000, 30_000, 40_000, 60_000, 100_000)
+STAGES: tuple[int, ...] = (
+    2000, 8000, 10_000, 12_000, 15_000, 20_000, 30_000, 40_000, 60_000, 100_000,
+)  # fmt: skip
 """Numbers of draws at the looks of `certify`; there are many, since looks cost little."""
 
 _SAME = 1e-2  # relative difference of the same row's logits; rounding to bfloat16 stays below it

@@ -187,8 +187,8 @@ def check(
     if not right.any():
         flag(
             "nothing right", True, "invalid input",
-            "the net classifies no example correctly, so there is nothing to attack: check that the "
-            "labels belong to these examples, and that the examples are scaled as in training",
+            "the net classifies no example correctly, so there is nothing to attack; check that "
+            "the labels belong to these examples, and that the examples are scaled as in training",
         )  # fmt: skip
         return Report(tuple(flags), figures)
 
