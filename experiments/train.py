@@ -106,8 +106,9 @@ class Settings(parallel.Settings, recipes.Optimiser):
     """Size in training; eps unless set. A fifth more often gives the most robust net at eps."""
     steps: Count = 5
     """Steps of the adversary in training, each of 2.5 eps / steps; 1 is the paper's Adv_Loss."""
-    eps_warmup: Whole = 2
-    """Epochs over which the adversary's size rises from 0; at most all but the last."""
+    eps_warmup: Whole | None = None
+    """Epochs over which the adversary's size rises from 0, at most all but the last; a quarter of
+    them unless set."""
     weight: Size = 6.0
     """Weight of the divergence, for trades."""
     epochs: Count | None = None
@@ -115,7 +116,7 @@ class Settings(parallel.Settings, recipes.Optimiser):
     """
     batch_size: Count = 50
     """Images per training step."""
-    lr: Positive = 0.05
+    lr: Positive = 0.02
     """Greatest learning rate; it falls to 0 by a cosine."""
     lr_warmup: Whole = dataclasses.field(default=2, kw_only=True)
     """Epochs over which the learning rate rises from 0; at most all but the last."""
@@ -214,8 +215,9 @@ def make_objective(settings: Settings, net: nn.Module, epoch_steps: int) -> Obje
     adversary = recipes.several_steps(kind, settings.steps, norm=settings.norm)
     if settings.steps == 1 and kind != "virtual":
         adversary = partial(perturb.loss, norm=settings.norm)
+    rising = recipes.rising(size, (settings.eps_warmup or 0) * epoch_steps)
     return recipes.against(
-        kind, apply_fn, adversary, eps=recipes.rising(size, settings.eps_warmup * epoch_steps),
+        kind, apply_fn, adversary, eps=rising,
         train_fn=train_fn, weight=settings.weight, bounds=(0.0, 1.0),
     )  # fmt: skip
 
@@ -255,17 +257,15 @@ def settled(settings: Settings, images: data.Dataset, epochs: int) -> Settings:
     n, height, width, channels = images.train_images.shape
     of_images = {
         "epochs": epochs,
+        "eps_warmup": epochs // 4,
         "average": max(0.0, min(0.999, 1 - 10 / (n // settings.batch_size * epochs))),
         "shift": min(height, width) // 16,
         "mirror": channels == 3,
     }
     unsaid = {name: value for name, value in of_images.items() if getattr(settings, name) is None}
-    return dataclasses.replace(
-        settings,
-        lr_warmup=min(settings.lr_warmup, epochs - 1),
-        eps_warmup=min(settings.eps_warmup, epochs - 1),
-        **unsaid,
-    )
+    settings = dataclasses.replace(settings, **unsaid)
+    least = {name: min(getattr(settings, name), epochs - 1) for name in ("lr_warmup", "eps_warmup")}
+    return dataclasses.replace(settings, **least)
 
 
 def describe(settings: Settings, images: data.Dataset) -> str:

@@ -318,12 +318,8 @@ def of_size(*shape, n_test=7):
 def test_settings_that_arent_given_depend_on_the_images(monkeypatch):
     own = train.Settings(data="mnist")
     photos = train.settled(own, of_size(2000, 48, 64, 3), 40)
-    assert (photos.epochs, photos.shift, photos.mirror, photos.average) == (
-        40,
-        3,
-        True,
-        1 - 1 / 160,
-    )
+    assert (photos.epochs, photos.eps_warmup) == (40, 10)
+    assert (photos.shift, photos.mirror, photos.average) == (3, True, 1 - 1 / 160)
     digits = train.settled(own, of_size(60_000, 28, 28, 1), 30)
     assert (digits.shift, digits.mirror, digits.average) == (1, False, 0.999)
     said = dataclasses.replace(own, epochs=1, shift=0, mirror=False, average=0.5)
