@@ -1,4 +1,4 @@
-"""Train a robust classifier on images of your own, and say how robust it is.
+"""Train a robust classifier on your own images, and report how robust it is.
 
     python experiments/train.py DIR              # DIR/{train,test}/CLASS/*.png or jpg
     python experiments/train.py DIR --resize 32  # photographs of any sizes, as 32x32
@@ -18,9 +18,9 @@ epoch or two it says how long the training will take.
 Saves a checkpoint after each epoch, and resumes after an interruption. Writes to --out the weights
 (params.safetensors, with the names of the classes and the scaling of pixels, for `evaluate.py`);
 history.csv and history.png; results.json, the accuracies under each of --attacks; worst.png, the
-images that the least changes mislead the net about; and curve/, the accuracy at every size of
-change. Ends with a verdict. The documentation does the same in fifty lines of Python; this adds
-what one wants around them.
+images with the smallest adversarial perturbations; and curve/, the accuracy at every size. Ends
+with a verdict. The documentation has the core of it in fifty lines of Python
+(docs/examples/own_images.py).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ from jaxadv.train import TrainState
 from jaxadv.types import Norm, Objective, Params
 
 _BLOCK = 250  # images that are attacked together, and then shown as done
-_BUDGET = 1000  # passes that the least perturbation of an image may take
+_BUDGET = 1000  # passes per image in the search for its smallest perturbation
 _WORST = 8  # images that are drawn
 
 
@@ -90,12 +90,11 @@ class Settings(parallel.Settings, recipes.Optimiser):
     eps: Positive = 0.5
     """Size of the perturbations, with pixels in 0..1; in linf, 8/255 = 0.031 is usual."""
     resize: Count | None = None
-    """Side of the square that each image's middle is resized to; None for images as they are."""
+    """Resize the middle square of each image to this side; None leaves images as they are."""
     net: str = "conv"
     """`conv`, `mlp`, `lenet`, `vgg`, or `module:function`."""
     widths: tuple[Count, ...] = ()
-    """Sizes of the hidden dense layers; those of the paper's nets if none is named, and none in
-    conv."""
+    """Sizes of the hidden dense layers; by default those of the paper's nets, and none for conv."""
     width: Positive = 0.25
     """Factor for all sizes of vgg; 1 is the paper's."""
     method: Literal["normal", "lwa", "goodfellow", "trades"] = "lwa"
@@ -103,7 +102,7 @@ class Settings(parallel.Settings, recipes.Optimiser):
     norm: Norm = "l2"
     """Norm of eps."""
     train_eps: Positive | None = None
-    """Size in training; eps unless set. A fifth more often gives the most robust net at eps."""
+    """Size in training; eps unless set. A fifth more than eps is often best."""
     steps: Count = 5
     """Steps of the adversary in training, each of 2.5 eps / steps; 1 is the paper's Adv_Loss."""
     eps_warmup: Whole | None = None
@@ -121,13 +120,13 @@ class Settings(parallel.Settings, recipes.Optimiser):
     lr_warmup: Whole = dataclasses.field(default=2, kw_only=True)
     """Epochs over which the learning rate rises from 0; at most all but the last."""
     average: Share | None = None
-    """Share of the past in the moving average of the weights that is the result; 0 for the last. By
-    default 0.999, or less where the average would be of more than a tenth of the steps."""
+    """Decay of the moving average of the weights, which is the result; 0 for the last weights. By
+    default 0.999, or less if the average would extend over more than a tenth of the steps."""
     shift: Whole | None = None
-    """Pixels by which training images are moved at random, at most, either way and up or down; by
-    default a sixteenth of the shorter side."""
+    """Most pixels by which training images are shifted at random, in each direction; by default a
+    sixteenth of the shorter side."""
     mirror: bool | None = None
-    """Whether training images are mirrored at random; by default colour images are."""
+    """Whether training images are mirrored at random; by default only colour images are."""
     seed: Seed = 0
     """Random seed."""
     n_eval: Count = 100
@@ -138,7 +137,7 @@ class Settings(parallel.Settings, recipes.Optimiser):
     """Where everything goes."""
 
     def __post_init__(self) -> None:
-        """Check what goes together.
+        """Check that the options fit together.
 
         Raises:
           UsageError: if an option is given that the net or the method has no use for, or if any
@@ -238,7 +237,7 @@ def drawn(settings: Settings, objective: Objective) -> Objective:
 
 
 def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
-    """Return advice on a net that is no better than a constant class; "" if it is better."""
+    """Return advice on a net that is no better than always answering one class, else ""."""
     constant = np.bincount(labels).max() / len(labels)
     if accuracy > constant or constant == 1:
         return ""
@@ -253,7 +252,7 @@ def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
 
 
 def settled(settings: Settings, images: data.Dataset, epochs: int) -> Settings:
-    """Return the settings with what the images decide where nothing else was said."""
+    """Return the settings with defaults that depend on the images filled in."""
     n, height, width, channels = images.train_images.shape
     of_images = {
         "epochs": epochs,
@@ -269,7 +268,7 @@ def settled(settings: Settings, images: data.Dataset, epochs: int) -> Settings:
 
 
 def describe(settings: Settings, images: data.Dataset) -> str:
-    """Return what is trained on, and how, for whoever waits for it."""
+    """Return a description of the data and the training."""
     n, height, width, channels = images.train_images.shape
     moved = f"moved by up to {settings.shift} pixels" if settings.shift else "not moved"
     lines = [
@@ -438,7 +437,7 @@ def attacked(
 
 
 def save_history(folder: Path, history: list[dict[str, float]]) -> None:
-    """Write what was seen after each epoch as a table and as a figure."""
+    """Write the history of all epochs as a table and as a figure."""
     with (folder / "history.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", *history[0]])
         writer.writeheader()
@@ -449,7 +448,7 @@ def save_history(folder: Path, history: list[dict[str, float]]) -> None:
 def draw(
     settings: Settings, problem: Problem, rows: Sequence[TrainRow], console: Console
 ) -> list[Path]:
-    """Draw the accuracy at every size of change, and the images that the least ones mislead about.
+    """Draw the accuracy at every size, and the images with the smallest perturbations.
 
     Returns:
       The files written; no images if none is classified correctly.
@@ -487,7 +486,7 @@ def draw(
 
 
 def verdict(settings: Settings, row: TrainRow) -> str:
-    """Return what an attack's figures say, in a sentence."""
+    """Return the result of an attack as a sentence."""
     clean, robust = (round(row.n * row.columns[name]) for name in ("clean", "robust"))
     low, high = (round(100 * end) for end in row.interval)
     return (

@@ -18,7 +18,7 @@ from experiments.lib import options
 Files = Mapping[str, Mapping[str, list[Path]]]
 """The images of each class of `train` and of `test`."""
 _LAYOUT = (
-    "the layout is DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, or DIR/CLASS/*.png alone, to "
+    "the layout is DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, or only DIR/CLASS/*.png, to "
     "hold out every fifth image for testing"
 )
 
@@ -28,8 +28,8 @@ def files(folder: Path) -> Files:
 
     Raises:
       FileNotFoundError: if a part, or a class of one of the parts, is missing.
-      UsageError: if there is only one class, something else than images in their places, or too
-        few images to hold some out.
+      UsageError: if there is only one class, if a file isn't an image, or if there are too few
+        images to hold some out.
     """
     whole = unsplit(folder)
     if whole is None:
@@ -52,11 +52,11 @@ def files(folder: Path) -> Files:
 
 
 def unsplit(folder: Path) -> Path | None:
-    """Return the folder of the classes if there is no part `test`, so that images are held out.
+    """Return the folder of the classes if there is no folder `test`, so that images are held out.
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      UsageError: if there are other folders beside `train`, one of which may be for testing.
+      UsageError: if there are other folders beside `train`, since one may be meant for testing.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of images {folder}, got none; {_LAYOUT}")
@@ -144,7 +144,7 @@ def composed(name: str) -> str:
 
 
 def is_jpeg(path: Path) -> bool:
-    """Say whether a file is a JPEG, whatever its name."""
+    """Return whether a file is a JPEG, whatever its name."""
     return _head(path)[:2] == b"\xff\xd8"
 
 
@@ -155,7 +155,7 @@ def _head(path: Path) -> bytes:
 
 
 def decoded(path: Path) -> Any:
-    """Return a Pillow image, upright: of mode L if it is stored as grey, else RGB.
+    """Return an upright Pillow image, of mode L if it is stored in grey, else RGB.
 
     Raises:
       UsageError: if it can't be decoded, has several frames, transparent pixels, or 16 bits.
@@ -170,7 +170,7 @@ def decoded(path: Path) -> Any:
 
     try:
         with warnings.catch_warnings():
-            # Pillow only warns of images up to twice the size that it refuses.
+            # Pillow warns above a size, and raises above twice that size only.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             opened: Any = Image.open(path, formats=("PNG", "JPEG"))
         with opened:
@@ -179,7 +179,7 @@ def decoded(path: Path) -> Any:
             upright = ImageOps.exif_transpose(opened)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise refused(f"one larger than Pillow decodes ({error})", "make it smaller") from error
-    except Exception as error:  # of several kinds, by what is broken
+    except Exception as error:  # the type depends on what is broken
         raise refused(f"a file that can't be decoded ({error})", "replace it") from error
     if png and _head(path)[24] == 16:  # Pillow keeps the upper 8 bits of colours, and clips greys
         raise refused("one of 16 bits", "scale it to 8 bits")

@@ -3,11 +3,11 @@
 A recipe is a `Method`, or one of its kinds:
 
 - `Adversarial`: the paper's LWA, LWA_Rep, Goodfellow's and Miyato's.
-- `MultiStep`, `OneStep` and `FewSteps`, which are `Robust`: nets that are to be robust to iterated
+- `MultiStep`, `OneStep` and `FewSteps`, which are `Robust`: training for robustness to iterated
   attacks.
 
-`make_objective`, `optimiser` and `result` make of it what `jaxadv.train` takes, and take from the
-last state what is to be scored. `train_and_score` trains and scores nets by these.
+`make_objective` and `optimiser` turn a recipe into the arguments of `jaxadv.train`, and `result`
+returns the parameters to score. `train_and_score` trains and scores nets with these.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ADVERSARIES: dict[str, PerturbFn] = {
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How a net is made."""
+    """How to train a net."""
 
     widths: tuple[Count, ...]
     """Sizes of the hidden dense layers."""
@@ -66,7 +66,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Adversarial(Method):
-    """How a net that has an adversary is made."""
+    """How to train a net against an adversary."""
 
     objective: ObjectiveName = "adversarial"
     """Which objective of jaxadv.objectives."""
@@ -82,20 +82,20 @@ class Adversarial(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Robust(Adversarial):
-    """How a net is trained to be robust to iterated attacks: not in the paper."""
+    """How to train a net for robustness to iterated attacks, which the paper doesn't."""
 
     average: Share = 0.0
-    """Share of the past in the moving average of the weights that is the result; 0 for the last."""
+    """Decay of the moving average of the weights, which is the result; 0 for the last weights."""
     shift: Whole = 0
-    """Pixels by which training images are moved at random, at most, either way and up or down."""
+    """Most pixels by which training images are shifted at random, in each direction."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiStep(Robust):
-    """A net that is made by several steps.
+    """Adversarial training with several steps.
 
-    Its adversary is `attack.pgd` for the objectives `adversarial` and `mixed`, and `attack.pgd_kl`
-    for `virtual`, which is then TRADES; perturbed images stay in the range of pixels.
+    The adversary is `attack.pgd` for the objectives `adversarial` and `mixed`, and `attack.pgd_kl`
+    for `virtual`, which makes it TRADES; perturbed images stay in the pixel range.
     """
 
     steps: Count = 5
@@ -108,35 +108,35 @@ class MultiStep(Robust):
 
 @dataclasses.dataclass(frozen=True)
 class OneStep(Robust):
-    """A net trained by one step of Adv_Loss, in the range of pixels, to be robust to many.
+    """Training with one step of Adv_Loss, in the pixel range, for robustness to many steps.
 
-    Trained by one step from x, a net may become robust to that step only: it bends its
-    gradients, so that they lead nowhere from there.
+    A net trained with one step from x may become robust to that step only: it learns gradients at
+    x that are useless to an attack (catastrophic overfitting).
     """
 
     noise: Size = 0.0
-    """Radius, in units of eps, of the ball that the step starts in, at random."""
+    """Radius, in units of eps, of the ball that the random start is drawn from; 0 for x itself."""
     stride: Size = 1.0
     """Length of the step, in units of eps."""
     reach: Size = 1.0
-    """Radius, in units of eps, of the ball that its end is projected onto."""
+    """Radius, in units of eps, of the ball that the result is projected onto."""
     alignment: Size = 0.0
-    """Weight of 1 - cos of the angle between gradients at x and at a random point of the ball."""
+    """Weight of 1 - cos(angle between the gradients at x and at a random point of the ball)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FewSteps(OneStep):
-    """A net trained by few steps, which may go on from where those of the last epoch have ended.
+    """Training with a few steps, which may continue from the last epoch's perturbations.
 
-    Of this kind the adversary may be alpha: steps toward the nearest class.
+    Here the adversary may be alpha: steps toward the nearest class.
     """
 
     steps: Count = 1
     """Steps of the adversary, each with a projection."""
     memory: Whole = 0
-    """Epochs through which perturbations are kept, then made anew; 0 to make them for each step."""
+    """Epochs after which kept perturbations are initialised again; 0 keeps none."""
     candidates: Whole = 0
-    """How many wrong classes alpha compares, the likeliest ones; 0 for all."""
+    """How many of the top wrong classes alpha compares; 0 for all."""
 
 
 def split_of(method: Method) -> dict[str, int]:
@@ -211,7 +211,7 @@ def make_objective(
             function(net, "encode"),
             function(net, "classify"),
             ADVERSARIES[method.adversary],
-            # As the authors' script has it: a net escapes an absolute size by scaling features up.
+            # As in the authors' script: an absolute size could be evaded by scaling features up.
             eps=objectives.Relative(eps),
             encode_train_fn=train_function(net, "encode") if net.dropout else None,
             classify_train_fn=train_function(net, "classify") if net.dropout else None,
@@ -245,7 +245,7 @@ def make_objective(
 
 
 def remembers(method: Method) -> TypeGuard[FewSteps]:
-    """Say whether a method's objective takes batches `(x, y, r)`, r being kept for each image."""
+    """Return whether a method's objective takes batches `(x, y, r)`, with an r kept per image."""
     return isinstance(method, FewSteps) and method.memory > 0
 
 
@@ -259,7 +259,7 @@ def against(
     weight: float,
     bounds: Bounds | None,
 ) -> Objective:
-    """Return the objective of a kind on raw inputs; `weight` multiplies its divergence."""
+    """Return the objective of this kind on raw inputs; `weight` multiplies its divergence."""
     common: dict[str, Any] = {"eps": eps, "train_fn": train_fn, "bounds": bounds}
     if kind == "virtual":
         return objectives.kl_regularized(apply_fn, adversary, weight=weight, **common)
@@ -277,7 +277,7 @@ def several_steps(
 
 
 def rising(eps: float, steps: int) -> float | Schedule:
-    """Return a size that rises from 0 over some steps; itself if there are none."""
+    """Return a schedule that rises from 0 to eps over `steps` steps; eps itself for 0 steps."""
     return optax.linear_schedule(0.0, eps, steps) if steps else eps
 
 
@@ -298,9 +298,9 @@ def few_steps(
     bounds: Bounds,
     start: jax.Array | None = None,
 ) -> jax.Array:
-    """Take steps of a one-step method from a random point, or from where one is told.
+    """Take steps of a one-step method, from a random point or from `start`.
 
-    `OneStep` says what noise, stride and reach are.
+    `OneStep` explains noise, stride and reach.
     """
 
     def within(r: jax.Array) -> jax.Array:
@@ -310,7 +310,7 @@ def few_steps(
         r = within(start)
     elif noise:
         r = within(norms.sample(jax.random.split(key, len(x)), x, noise * eps, "l2"))
-    else:  # to draw from a ball of radius 0 would be a sixth of an MLP's time
+    else:  # drawing from a ball of radius 0 would take a sixth of an MLP's step
         r = jnp.zeros_like(x)
     for _ in range(steps):
         r = within(r + step(apply_fn, params, x + r, y, eps=stride * eps))
@@ -320,13 +320,13 @@ def few_steps(
 def renewed(
     objective: Objective, radius: float | Schedule, epoch_steps: int, epochs: int
 ) -> Objective:
-    """Return an objective of batches `(x, y, r)` that makes r anew once every so many epochs.
+    """Return an objective of batches `(x, y, r)` that initialises r again every few epochs.
 
     Args:
-      objective: of such batches.
-      radius: of the l2 ball that new perturbations are drawn from; 0 for perturbations of 0.
-      epoch_steps: steps of an epoch.
-      epochs: from one such epoch to the next.
+      objective: an objective of such batches.
+      radius: radius of the l2 ball that new perturbations are drawn from; 0 for zeros.
+      epoch_steps: steps per epoch.
+      epochs: the period, in epochs.
     """
 
     def renew(
@@ -350,11 +350,11 @@ def renewed(
 def aligned(
     objective: Objective, apply_fn: ApplyFn, eps: float | Schedule, weight: float
 ) -> Objective:
-    """Add to an objective how far the gradient turns within the ball: GradAlign.
+    """Add GradAlign, a penalty on gradients that turn within the ball, to an objective.
 
-    That is `weight` times the mean of 1 - cos of the loss's gradients at x and at a random point of
-    the l2 ball of radius eps (Andriushchenko and Flammarion, "Understanding and Improving Fast
-    Adversarial Training", 2020).
+    It is `weight` times the mean of 1 - cos(angle between the loss's gradients at x and at a random
+    point of the l2 ball of radius eps) (Andriushchenko and Flammarion, "Understanding and
+    Improving Fast Adversarial Training", 2020).
     """
 
     def penalised(
@@ -385,9 +385,9 @@ class Averaged(NamedTuple):
 
 
 def averaging(decay: float) -> optax.GradientTransformation:
-    """Keep a moving average of the parameters in the optimiser's state; last in a chain.
+    """Keep a moving average of the parameters in the optimiser's state; put it last in a chain.
 
-    The first steps count equally, so that the initial parameters are soon forgotten.
+    At first it is the plain mean of all steps, so that the initial parameters are soon forgotten.
     """
 
     def start(params: Params) -> Averaged:
@@ -403,7 +403,7 @@ def averaging(decay: float) -> optax.GradientTransformation:
 
 
 def result(method: Method, state: TrainState) -> Params:
-    """Return the trained parameters: their average if there is one, or else the last."""
+    """Return the trained parameters: their moving average if there is one, else the last."""
     if isinstance(method, Robust) and method.average:
         return optax.tree_utils.tree_get(state.opt_state, "average")
     return state.params
@@ -412,11 +412,11 @@ def result(method: Method, state: TrainState) -> Params:
 def augmented(
     objective: Objective, augment: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> Objective:
-    """Return an objective that first draws a variant of each image, by the step's key.
+    """Return an objective that first augments each image at random, with the step's key.
 
-    Of a batch `(x, y, r)`, r belongs to the images as they are. It is moved with them, and what
-    becomes of it is moved back; pixels that aren't in the variant keep their r. For that, `augment`
-    may do no more than to move and to leave out pixels, and to pad with zeros.
+    In a batch `(x, y, r)`, r belongs to the original images. It is moved like them, and the new r
+    is moved back; pixels that the augmented image leaves out keep their r. So `augment` may only
+    move pixels, leave pixels out, and pad with zeros.
 
     Raises:
       TypeError: when called, if x isn't of r's dtype, so that `augment` does more.
