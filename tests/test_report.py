@@ -248,7 +248,13 @@ def test_markdown_names_autoattack_and_warns_that_no_flag_proves_nothing():
 
 
 def test_a_report_resumes_where_it_was_interrupted(tmp_path):
-    first = run(store=tmp_path)
+    seen = []
+    first = run(store=tmp_path, progress=seen.append)
+    assert [at.attack for at in seen if at.done == at.of][:4] == [
+        *ATTACKS,
+        "draws 0 to 100",
+        "draws 100 to 1100",
+    ]
     again = run(store=tmp_path, progress=pytest.fail)  # no batch is run again
     assert again.figures() == first.figures()
     with pytest.raises(ValueError, match="expected the same evaluation as in store"):
@@ -346,7 +352,7 @@ def test_a_report_takes_no_more_passes_than_predicted():
 
 
 def test_seconds_are_computed_from_passes_timed_on_a_batch(monkeypatch):
-    times = iter([2.0, 6.0])  # forward; forward and backward
+    times = iter([2.0, 6.0, 4.0, 2.0])  # forward; forward and backward
     monkeypatch.setattr(report, "_timed", lambda call: next(times) + 0 * len(call()))
     w, x, *_ = problem()
     found = report.cost(net, w, x, ATTACKS, sigma=SIGMA, draws=DRAWS, batch_size=20)
