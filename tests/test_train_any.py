@@ -383,8 +383,8 @@ def test_the_verdict_is_one_plain_sentence(folder, tmp_path, trained):
     )  # fmt: skip
     assert train.verdict(settings(folder, tmp_path), row) == (
         "Of 100 test images the net classifies 83 correctly, and 71 also after every change of l2 "
-        "size 0.5 that AutoAttack tried; of other images like these, expect 61 to 80 in a hundred "
-        "(95% interval), or fewer under a stronger attack."
+        "size 0.5 that was tried (AutoAttack); of other images like these, expect 61 to 80 in a "
+        "hundred (95% interval), or fewer under a stronger attack."
     )
 
 
