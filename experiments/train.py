@@ -112,8 +112,9 @@ class Settings(parallel.Settings, recipes.Optimiser):
     """Weight of the divergence, for trades."""
     epochs: Count | None = None
     """Passes over the training images; by default as many as show 60,000 images, from 20 to 100."""
-    batch_size: Count = 50
-    """Images per training step."""
+    batch_size: Count | None = None
+    """Images per training step; by default 50, or fewer if an epoch would have less than 20 steps.
+    """
     lr: Positive = 0.02
     """Greatest learning rate; it falls to 0 by a cosine."""
     lr_warmup: Whole = dataclasses.field(default=2, kw_only=True)
@@ -251,13 +252,20 @@ def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
     )
 
 
-def settled(settings: Settings, images: data.Dataset, epochs: int) -> Settings:
+def lengths(settings: Settings, n: int) -> tuple[int, int]:
+    """Return the numbers of epochs and of images per step, by default those for n images."""
+    epochs = settings.epochs or min(100, max(20, 60_000 // n))
+    return epochs, settings.batch_size or min(50, max(1, n // 20))
+
+
+def settled(settings: Settings, images: data.Dataset, epochs: int, batch_size: int) -> Settings:
     """Return the settings with defaults that depend on the images filled in."""
     n, height, width, channels = images.train_images.shape
     of_images = {
         "epochs": epochs,
+        "batch_size": batch_size,
         "eps_warmup": epochs // 4,
-        "average": max(0.0, min(0.999, 1 - 10 / (n // settings.batch_size * epochs))),
+        "average": max(0.0, min(0.999, 1 - 10 / (n // batch_size * epochs))),
         "shift": min(height, width) // 16,
         "mirror": channels == 3,
     }
@@ -299,13 +307,13 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
     records.load(results, TrainRow)  # before any work: an error if they are others
     images = data.named(settings.data, resize=settings.resize)
     n = len(images.train_labels)
-    if n < settings.batch_size:
+    epochs, batch_size = lengths(settings, n)
+    if n < batch_size:
         raise options.UsageError(
             f"expected --batch-size to be at most {n}, the training images there are, got "
-            f"{settings.batch_size}; choose a smaller one, or add images"
+            f"{batch_size}; choose a smaller one, or add images"
         )
-    epochs = settings.epochs or min(100, max(20, 60_000 // n))
-    settings = settled(settings, images, epochs)
+    settings = settled(settings, images, epochs, batch_size)
     net = make_net(settings, len(images.classes))
     apply_fn = models.function(net)
     init_key, fit_key, attack_key = jax.random.split(jax.random.key(settings.seed), 3)
@@ -327,9 +335,9 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
             f"expected a --net whose only variables are params, got {sorted(params)}; for batch "
             "norm write the loop yourself, the documentation shows how"
         )
-    mesh = parallel.mesh(settings, settings.batch_size, len(y))
+    mesh = parallel.mesh(settings, batch_size, len(y))
     watched_x, watched_y = parallel.spread(mesh, (x, y))
-    epoch_steps = n // settings.batch_size
+    epoch_steps = n // batch_size
     recipe = recipes.Robust((), epochs, settings.lr, average=settings.average or 0.0)
     console.print(describe(settings, images), markup=False, highlight=False)
 
@@ -362,7 +370,7 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
             params,
             (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)),
             epochs=epochs,
-            batch_size=settings.batch_size,
+            batch_size=batch_size,
             key=fit_key,
             directory=settings.out / "checkpoints",
             settings=taught,

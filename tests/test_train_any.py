@@ -315,21 +315,30 @@ def of_size(*shape, n_test=7):
     return data.Dataset(np.zeros(shape, np.uint8), labels, labels, labels[:n_test], ("a", "b"))
 
 
-def test_settings_that_arent_given_depend_on_the_images(monkeypatch):
+@pytest.mark.parametrize(
+    ("n", "epochs", "batch_size"), [(8, 100, 1), (360, 100, 18), (1200, 50, 50), (60_000, 20, 50)]
+)
+def test_few_images_are_shown_more_often_and_in_smaller_batches(n, epochs, batch_size):
     own = train.Settings(data="mnist")
-    photos = train.settled(own, of_size(2000, 48, 64, 3), 40)
-    assert (photos.epochs, photos.eps_warmup) == (40, 10)
+    assert train.lengths(own, n) == (epochs, batch_size)
+    assert train.lengths(dataclasses.replace(own, epochs=3, batch_size=2), n) == (3, 2)
+
+
+def test_settings_that_arent_given_depend_on_the_images():
+    own = train.Settings(data="mnist")
+    photos = train.settled(own, of_size(2000, 48, 64, 3), 40, 50)
+    assert (photos.epochs, photos.batch_size, photos.eps_warmup) == (40, 50, 10)
     assert (photos.shift, photos.mirror, photos.average) == (3, True, 1 - 1 / 160)
-    digits = train.settled(own, of_size(60_000, 28, 28, 1), 30)
+    digits = train.settled(own, of_size(60_000, 28, 28, 1), 30, 50)
     assert (digits.shift, digits.mirror, digits.average) == (1, False, 0.999)
-    said = dataclasses.replace(own, epochs=1, shift=0, mirror=False, average=0.5)
-    settled = train.settled(said, of_size(60, 32, 32, 3), 1)
+    said = dataclasses.replace(own, epochs=1, batch_size=50, shift=0, mirror=False, average=0.5)
+    settled = train.settled(said, of_size(60, 32, 32, 3), 1, 50)
     assert settled == dataclasses.replace(said, lr_warmup=0, eps_warmup=0)
 
 
 def test_the_description_of_the_images_and_the_training(folder, tmp_path):
     images = of_size(2000, 150, 200, 3)
-    text = train.describe(train.settled(train.Settings(data="mnist"), images, 40), images)
+    text = train.describe(train.settled(train.Settings(data="mnist"), images, 40, 50), images)
     assert text.splitlines()[0] == (
         "2,000 training and 7 test images of 200x150, colour, in 2 classes; in training moved by "
         "up to 9 pixels and mirrored at random. 40 epochs."
