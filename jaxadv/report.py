@@ -105,8 +105,8 @@ class Robustness(NamedTuple):
         outcome, sampled = self.attacked.outcome, self.certificate
         masks = {"clean": outcome.clean, "one step": self.one_step.robust, "robust": outcome.robust}
         if sampled is not None:
-            # Of draws, not by `abstained`: an example that eps is out of reach for stops early,
-            # with no bound at all. Those of which A is the wrong class have no draws.
+            # Counted from the draws, not by `abstained`: an example with no hope of a certificate
+            # at eps stops without a bound. Examples whose A is a wrong class have no draws.
             frequent = sampled.counts.argmax(axis=1) == sampled.label
             masks["smoothed"] = frequent & (sampled.samples > 0)
             masks["certified"] = sampled.radius >= self.setting["eps"]
