@@ -16,7 +16,7 @@ import jaxadv
 
 _HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE))
-from recorded import recorded  # noqa: E402
+from recorded import recorded  # noqa: E402, since it is found by the path added above
 
 # The repository's public address, https://github.com/OWNER/NAME. While it is empty, the site
 # contains the source code. Once it is set, names link to their lines in the repository, and
@@ -58,6 +58,7 @@ autosummary_context = {"recorded": recorded()}
 
 # Notebooks are Markdown without outputs. The build runs them; the second build, of the Markdown
 # pages for AI assistants, doesn't.
+# Sphinx defines `tags` for this file.
 nb_execution_mode = "off" if tags.has("sphinx_llm_markdown") else "force"  # noqa: F821
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # seconds per cell, enough for a busy machine

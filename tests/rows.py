@@ -1,4 +1,4 @@
-"""Complete rows of results.json, of which a test passes only some fields; a small problem."""
+"""Complete rows of results.json, from the few fields that a test gives; and a small problem."""
 
 import jax
 import numpy as np

@@ -296,7 +296,7 @@ def test_without_a_gradient_a_step_does_not_move(norm, bounds):
     params["edge"][:2] = -9, 0.5
     params["beyond"][:2] = [[1, 0, 0, 0], [0, 1, 0, 0]]
     r = fab(net, params, x, y, norm=norm, steps=2, bounds=bounds)
-    # One step to 1.05 times 0.75; on the plateau it goes back to 0.9 times that.
+    # One step to 1.05 times 0.75; on the plateau, the backward step goes to 0.9 times that.
     want = np.zeros((2, D))
     want[1, 0] = 0.9 * 1.05 * 0.75
     np.testing.assert_allclose(r[:2], want, rtol=1e-5)

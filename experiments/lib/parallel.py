@@ -87,7 +87,7 @@ def start(settings: Settings = Settings()) -> Console:
         compiled = cache.directory() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # A run compiles a hundred programs, few of which take JAX's threshold of one second.
+        # A run compiles a hundred programs, and most take less than JAX's threshold of one second.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return Console(quiet=not first_process())
 
