@@ -94,6 +94,15 @@ class Certificate(NamedTuple):
     radius: NDArray[np.float64]
     abstained: NDArray[np.bool_]
 
+    @property
+    def prediction(self) -> NDArray[np.intp]:
+        """The class drawn most often after the first n0 draws, `[n]`; -1 if there was none.
+
+        An example with no hope of a certificate stops without a bound, so it counts as `abstained`;
+        this is its class all the same.
+        """
+        return _most_frequent(self.counts)
+
 
 @dataclass(frozen=True)
 class _Smooth:

@@ -105,10 +105,9 @@ class Robustness(NamedTuple):
         outcome, sampled = self.attacked.outcome, self.certificate
         masks = {"clean": outcome.clean, "one step": self.one_step.robust, "robust": outcome.robust}
         if sampled is not None:
-            # Counted from the draws, not by `abstained`: an example with no hope of a certificate
-            # at eps stops without a bound. Examples whose A is a wrong class have no draws.
-            frequent = sampled.counts.argmax(axis=1) == sampled.label
-            masks["smoothed"] = frequent & (sampled.samples > 0)
+            # Examples whose A is a wrong class have no draws.
+            drawn = sampled.samples > 0
+            masks["smoothed"] = drawn & (sampled.prediction == sampled.label)
             masks["certified"] = sampled.radius >= self.setting["eps"]
         return masks
 

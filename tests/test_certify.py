@@ -396,6 +396,7 @@ def test_examples_that_are_not_finite_have_no_class_and_no_certificate():
     found = certified(params, x, y)
     assert np.flatnonzero(found.label < 0).tolist() == [2, 5]
     assert found.counts[[2, 5]].sum() == 0
+    assert found.prediction.tolist() == [row.argmax() if row.any() else -1 for row in found.counts]
     assert found.radius[[2, 5]].tolist() == [0, 0]
     np.testing.assert_array_equal(found.counts.sum(axis=1), found.samples)
     predicted = certify.predict(linear, params, x, sigma=SIGMA, n=100, key=KEY)
