@@ -93,7 +93,7 @@ class Settings(recipes.Optimiser):
     """Epochs over which the size of the perturbations rises from 0."""
     widths: Several[Count] = (500,)
     """Sizes of the hidden dense layers."""
-    epochs: Count = 36
+    epochs: Count = 28
     """Passes over the training images."""
     lr: Positive = 0.02
     """Peak learning rate, decayed to 0 along a cosine. Much higher rates leave dead units."""
