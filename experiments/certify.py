@@ -10,8 +10,9 @@ fifth test image, and attacks it at the same sizes by APGD with gradients averag
 image counts as broken if fresh draws at x + r reject its label. Images both certified and broken
 are listed; expect at most a share alpha of them.
 
-Everything is kept in --out, and the same command resumes an interrupted run. Writes results.json,
-results.md, certify.png (both bounds against size), METHOD-SEED.npz (the results for each image) and
+Everything is kept in --out, and the same command resumes an interrupted run. With other settings
+for certification or attacks, the trained nets are measured again. Writes results.json, results.md,
+certify.png (both bounds against size), METHOD-SEED.npz (the results for each image) and
 METHOD-SEED.safetensors.
 """
 
@@ -65,6 +66,9 @@ BOX = (0.0, 1.0)
 SAMPLER = "Gaussian rounded to multiples of a power of 2, by an alias table; threefry"
 POINTS = 200
 """Number of sizes at which the curve is recorded."""
+MEASURING = ("radii", "every", "alpha", "n0", "stages", "eval_batch")
+MEASURING += ("attack_steps", "attack_samples", "attack_draws")
+"""The settings that a net doesn't depend on, so that it can be measured again with others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Settings(recipes.Optimiser):
     """Epochs over which the size of the perturbations rises from 0."""
     widths: Several[Count] = (500,)
     """Sizes of the hidden dense layers."""
-    epochs: Count = 28
+    epochs: Count = 26
     """Passes over the training images."""
     lr: Positive = 0.02
     """Peak learning rate, decayed to 0 along a cosine. Much higher rates leave dead units."""
@@ -187,16 +191,16 @@ def train(
             batch_size=settings.batch_size,
             key=key,
             directory=settings.out / "checkpoints" / f"{way}-{seed}",
-            settings=_plain(settings),
+            settings=_plain(settings, *MEASURING),
             progress=progress,
             name=WAYS[way],
         )
     return apply_fn, recipes.result(method, fitted.state), fitted.seconds
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
-    """Return everything that a row depends on except its method and seed, in JSON's types."""
-    kept = settings.without("methods", "seeds", "out")
+def _plain(settings: Settings, *others: str) -> dict[str, Any]:
+    """Return all settings except the method, the seed and the named ones, in JSON's types."""
+    kept = settings.without("methods", "seeds", "out", *others)
     return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
 
 
@@ -294,7 +298,7 @@ def run(settings: Settings, console: Console) -> list[CertifyRow]:
         made = partial(measure, way, seed, settings, trained, tested, rows, console)
         records.find_or_run(
             results, CertifyRow, {**identity, **records.made_by()}, made,
-            place=("method", "seed", "sigma", "n"),
+            place=("method", "seed"),
         )  # fmt: skip
     shutil.rmtree(settings.out / "batches", ignore_errors=True)
     figures.draw(settings.out)

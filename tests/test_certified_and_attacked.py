@@ -78,6 +78,10 @@ def test_both_bounds_are_measured_and_kept(tmp_path, images):
     assert "| Consistency | 0.25 | 0 | 10 |" in "\n".join(command.as_markdown([row]))
     again = command.run(settings, Console(file=io.StringIO()))
     assert again == [row]  # read back, not run again
+    stronger = dataclasses.replace(settings, attack_steps=3)
+    (other,) = command.run(stronger, Console(file=io.StringIO()))  # measured, but not trained again
+    assert other.settings["attack_steps"] == 3
+    assert other.train_seconds == row.train_seconds
     with pytest.raises(ValueError, match=r"expected radii below 0\.65"):  # before it trains
         command.run(dataclasses.replace(settings, radii=(1.0,)), Console(file=io.StringIO()))
     held = dataclasses.replace(settings, holdout=10, every=1, seeds=(1,))
