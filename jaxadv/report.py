@@ -149,7 +149,7 @@ class Robustness(NamedTuple):
             for name, (accuracy, (low, high)) in zip(names, figures, strict=False)
         ]
         attacks = [
-            [name, f"{stage['tried']:,}", f"{stage['fooled']:,}",
+            [name.replace("|", r"\|"), f"{stage['tried']:,}", f"{stage['fooled']:,}",
              "not counted" if stage["passes"] is None else f"{stage['passes']:,.0f}"]
             for name, stage in found["attacks"].items()
         ]  # fmt: skip

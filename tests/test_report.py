@@ -189,11 +189,11 @@ def by_hand(certificate=None, flags=(), **setting):
             outcome.clean, outcome.clean & ~outcome.robust, 1.5,
             evaluate.Passes(7 * outcome.clean, 6 * outcome.clean), evaluate.Passes(2028, 2024),
         ),
-        "mine": evaluate.Stage(outcome.robust, ~true, 0.5),
+        "min|e": evaluate.Stage(outcome.robust, ~true, 0.5),
     }  # fmt: skip
     setting = {
         "n": 4, "eps": 0.5, "norm": "l2", "bounds": [0.0, 1.0], "key": [0, 7],
-        "methods": {"pgd": "pgd", "mine": "mine"}, "checked": 4, "sigma": None, "draws": None,
+        "methods": {"pgd": "pgd", "min|e": "mine"}, "checked": 4, "sigma": None, "draws": None,
         "versions": {"jaxadv": "0.2.0", "jax": "0.10.2"}, "device": "cpu x1",
     } | setting  # fmt: skip
     one_step = outcome._replace(robust=np.array([1, 1, 0, 0], bool), zero=outcome.invalid)
@@ -224,7 +224,7 @@ def test_markdown_of_a_small_case():
 | Attack | Tried | Misclassified | Passes per example |
 |---|---|---|---|
 | pgd | 3 | 2 | 1,013 |
-| mine | 1 | 0 | not counted |
+| min\\|e | 1 | 0 | not counted |
 
 - x + r lies within [0.0, 1.0].
 - Smoothed refers to a different classifier: the net's most frequent prediction under Gaussian \
