@@ -7,8 +7,8 @@
 
 Takes the weights in experiments/results/RECORD/METHOD and attacks them within the pixel range, at
 several sizes and norms: by one step (Adv_Loss), by PGD of 100 steps (from x, then from 9 random
-points) and by AutoAttack. As with `evaluate.py`, blocks of images are saved, and the same command
-resumes where it was interrupted. `check` lists reasons to doubt the figures.
+points) and by AutoAttack. As with `evaluate.py`, each batch of images is saved, and the same
+command resumes where it was interrupted. `check` lists reasons to doubt the figures.
 
 Writes results.json and results.md to --out; one folder can hold all three records.
 """

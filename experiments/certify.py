@@ -66,8 +66,10 @@ BOX = (0.0, 1.0)
 SAMPLER = "Gaussian rounded to multiples of a power of 2, by an alias table; threefry"
 POINTS = 200
 """Number of sizes at which the curve is recorded."""
-MEASURING = ("radii", "every", "alpha", "n0", "stages", "eval_batch")
-MEASURING += ("attack_steps", "attack_samples", "attack_draws")
+MEASURING = (
+    *("radii", "every", "alpha", "n0", "stages", "eval_batch"),
+    *("attack_steps", "attack_samples", "attack_draws"),
+)
 """The settings that a net doesn't depend on, so that it can be measured again with others."""
 
 

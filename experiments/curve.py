@@ -80,7 +80,7 @@ def run(settings: Settings, console: Console) -> list[CurveRow]:
             budget=settings.budget,
             seed=settings.seed,
             batch_size=settings.batch_size,
-            store=settings.out / "batches",
+            out=settings.out,
             progress=progress,
         )
     name = f"{row.method.replace('/', '-')}-{row.norm}"

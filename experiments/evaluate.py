@@ -14,9 +14,10 @@ matched to logits by class name, and anything that contradicts the file is an er
 and functions, the data's classes are taken to be the net's, in the same order.
 
 --attacks names what to run: `standard` is AutoAttack's ensemble, whose members also have names of
-their own; `check` looks for signs that the figures can't be trusted. Images are attacked in blocks;
-each block is saved once it is finished, and after an interruption the same command resumes. Writes
-results.json and results.md to --out, and keeps the rows there of other nets, sizes and attacks.
+their own; `check` looks for signs that the figures can't be trusted. Images are attacked in
+batches; each is saved once it is finished, and after an interruption the same command resumes.
+Writes results.json and results.md to --out, and keeps the rows there of other nets, sizes and
+attacks.
 
 --certify SIGMA adds lower bounds at the same l2 sizes. They hold not for the attacked net itself
 but for its smoothing by Gaussian noise, which has its own line in the table (docs/certify.md).

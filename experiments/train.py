@@ -40,13 +40,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import linen as nn
-from jax.sharding import Mesh
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress
 
 from experiments.lib import (
-    blocks,
     data,
     evaluation,
     figures,
@@ -76,7 +73,7 @@ from jaxadv import evaluate, objectives, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import Norm, Objective, Params
 
-_BLOCK = 250  # images that are attacked together, and then shown as done
+_BATCH = 250  # images that are attacked at once
 _BUDGET = 1000  # passes per image in the search for its smallest perturbation
 _WORST = 8  # images that are drawn
 
@@ -411,37 +408,18 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
             }
 
             def run_attack(name: Attack = name, of_row: dict[str, Any] = of_row) -> TrainRow:
-                found = attacked(name, settings, problem, attack_key, mesh, progress).figures()
+                outcome = evaluation.attack(
+                    problem, methods(name, settings.norm), eps=settings.eps, norm=settings.norm,
+                    key=attack_key, batch_size=_BATCH, mesh=mesh, progress=progress,
+                    store=evaluation.store_of(settings.out, of_row),
+                    title=f"{name}, {settings.norm} {settings.eps:g}",
+                ).outcome  # fmt: skip
+                found = evaluation.figures(outcome.clean, outcome.robust)
                 return TrainRow(**of_row, **found, train_seconds=round(fitted.seconds, 1))
 
             row = records.find_or_run(results, TrainRow, of_row, run_attack, place=("attack",))
             rows.append(row)
     return rows, problem
-
-
-def attacked(
-    name: Attack,
-    settings: Settings,
-    problem: Problem,
-    key: jax.Array,
-    mesh: Mesh | None,
-    progress: Progress,
-) -> blocks.Attacked:
-    """Attack the images, block by block."""
-    devices = 1 if mesh is None else mesh.size
-    block = max(_BLOCK // devices, 1) * devices
-    return blocks.attack(
-        problem,
-        methods(name, settings.norm),
-        eps=settings.eps,
-        norm=settings.norm,
-        key=key,
-        block=block,
-        batch_size=block,
-        mesh=lambda _: mesh,
-        progress=progress,
-        title=f"{name}, {settings.norm} {settings.eps:g}",
-    )
 
 
 def save_history(folder: Path, history: list[dict[str, float]]) -> None:
@@ -472,8 +450,8 @@ def draw(
             attacks={row.attack: {f"{settings.eps:g}": row.columns["robust"]} for row in rows},
             budget=_BUDGET,
             seed=settings.seed,
-            batch_size=_BLOCK,
-            store=folder / "batches",
+            batch_size=_BATCH,
+            out=folder,
             progress=progress,
         )
     records.save(folder / "results.json", [row])

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress
 
-from experiments.lib import attacks, blocks, data, evaluation, models, options, problems, weights
+from experiments.lib import attacks, data, evaluation, models, options, problems, weights
 from jaxadv import certify
 
 RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnist_mlp"
@@ -57,7 +58,7 @@ def load(net, data="mnist", **options):
 def run(folder, **kwargs):
     settings = evaluation.Settings(
         "brightness:apply_fn", data=str(folder), attacks=("one-step", "pgd"), eps=(1.0,), n=100,
-        block=5, batch_size=4, out=Path("out"),
+        batch_size=4, out=Path("out"),
     )  # fmt: skip
     settings = dataclasses.replace(settings, **kwargs)
     return evaluation.run(settings, Console(file=io.StringIO()))
@@ -315,31 +316,32 @@ def test_stored_results_are_not_computed_again(folder, monkeypatch):
     def none(*args, **kwargs):
         raise AssertionError("attacked again")
 
-    monkeypatch.setattr(blocks.evaluate, "attack_and_score", none)
+    monkeypatch.setattr(evaluation.evaluate, "attack_and_score", none)
     assert run(folder) == first
-    Path("out/results.json").unlink()  # interrupted after the last block
-    again = run(folder)
-    for one, other in zip(first, again, strict=True):
-        assert one == other
 
 
-def test_an_interrupted_run_resumes_at_the_interrupted_block(folder, monkeypatch):
-    whole = run(folder, out=Path("whole"), attacks=("pgd",))
-    attack_and_score, calls = blocks.evaluate.attack_and_score, []
+def test_an_interrupted_run_resumes_and_its_bar_shows_how_it_fares(folder, monkeypatch):
+    whole = run(folder, out=Path("whole"), attacks=("pgd",), eps=(2.0,))
+    shown, update = [], Progress.update
 
-    def breaking(*args, **kwargs):
-        calls.append(len(args[2]))
-        if len(calls) == 2:
+    def breaking(self, bar, *, completed, total, note):
+        update(self, bar, completed=completed, total=total, note=note)
+        shown.append((completed, total, note))
+        if len(shown) == 2:
             raise KeyboardInterrupt
-        return attack_and_score(*args, **kwargs)
 
-    monkeypatch.setattr(blocks.evaluate, "attack_and_score", breaking)
+    monkeypatch.setattr(Progress, "update", breaking)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, attacks=("pgd",))
-    cut = run(folder, attacks=("pgd",))
-    assert calls == [5, 5, 5, 2]
+        run(folder, attacks=("pgd",), eps=(2.0,))
+    cut = run(folder, attacks=("pgd",), eps=(2.0,))
+    robust = whole[0].columns["robust"]
+    assert [each[:2] for each in shown] == [(4, 12), (8, 12), (12, 12), (12, 12)]
+    assert shown[-2][2] == f"pgd fooled {12 - round(12 * robust)}"
+    assert shown[-1][2] == f"robust {robust:.4f}"
     for key in ("columns", "interval", "counts"):
         assert getattr(cut[0], key) == getattr(whole[0], key)
+    Path("out/results.json").unlink()  # interrupted after the last batch
+    assert run(folder, attacks=("pgd",), eps=(2.0,)) == cut
 
 
 def test_results_of_other_nets_and_sizes_stay_in_the_record_and_its_tables(folder):
@@ -446,30 +448,12 @@ def test_an_unusable_scale_is_an_error(folder, changes, message):
 
 def test_stored_results_that_lack_a_key_are_an_error_before_any_attack(folder, monkeypatch):
     (row, _) = run(folder)
-    monkeypatch.setattr(blocks.evaluate, "attack_and_score", pytest.fail)
+    monkeypatch.setattr(evaluation.evaluate, "attack_and_score", pytest.fail)
     content = row.to_json()
     for rows, lacking in (([{}], "experiment"), ([content | {"subtract": None}], "subtract")):
         Path("out/results.json").write_text(json.dumps(rows))
         with pytest.raises(options.UsageError, match=f"in out/results.json, .*without {lacking};"):
             run(folder, eps=(2.0,))
-
-
-@pytest.mark.parametrize("damage", ["cut off", "overwritten"])
-def test_a_damaged_block_is_an_error_that_names_it(folder, damage):
-    run(folder, attacks=("one-step",), block=12)
-    (path,) = Path("out/blocks").iterdir()
-    whole = path.read_bytes()
-    path.write_bytes(
-        {
-            "cut off": whole[: len(whole) // 2],
-            "overwritten": whole[:200] + bytes(200) + whole[400:],
-        }[damage]
-    )
-    Path("out/results.json").unlink()
-    with pytest.raises(options.UsageError, match=rf"block in {path}, got: .*; delete the file and"):
-        run(folder, attacks=("one-step",), block=12)
-    path.unlink()
-    assert len(run(folder, attacks=("one-step",), block=12)) == 1
 
 
 def test_the_error_about_weights_that_dont_fit_names_the_file(folder):
@@ -514,11 +498,11 @@ def test_labels_outside_the_classes_are_counted_and_reported(folder, monkeypatch
     assert remark in evaluation.as_markdown(rows)
 
 
-def test_devices_that_cant_share_a_block_are_an_error_before_anything_runs(folder, monkeypatch):
-    monkeypatch.setattr(blocks, "attack", pytest.fail)
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="--devices to divide 5, 2"):
-        run(folder, devices=2)  # 12 images in blocks of 5
+def test_devices_that_cant_share_the_images_are_an_error_before_anything_runs(folder, monkeypatch):
+    monkeypatch.setattr(evaluation, "attack", pytest.fail)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    with pytest.raises(ValueError, match="--devices to divide 12 "):
+        run(folder, devices=8)
 
 
 def test_ten_starts_of_pgd_are_ten_attacks_on_the_survivors(folder):
@@ -590,7 +574,8 @@ def test_certificates_are_stored_once_for_all_sizes_and_separately_for_each_nois
     settings = {"attacks": ("one-step",), "eps": (0.2, 0.8)}
     first = run(folder, **settings, certify=0.5)
     # Both sizes use the same draws.
-    assert sum(path.is_dir() for path in Path("out/blocks").iterdir()) == 1
+    stores = Path("out/batches").glob("*/evaluation.json")
+    assert [json.loads(path.read_text())["attacks"] for path in stores].count([]) == 1
     rows = run(folder, **settings, certify=0.4)
     assert rows[: len(first)] == first
     assert [row.sigma for row in rows if row.attack == "certify"] == [0.5, 0.5, 0.4, 0.4]
@@ -615,7 +600,7 @@ def test_certificates_are_stored_once_for_all_sizes_and_separately_for_each_nois
 def test_sizes_that_no_noise_certifies_are_an_error_before_any_attack(
     folder, monkeypatch, settings, message
 ):
-    monkeypatch.setattr(blocks.evaluate, "attack_and_score", pytest.fail)
+    monkeypatch.setattr(evaluation.evaluate, "attack_and_score", pytest.fail)
     with pytest.raises(options.UsageError, match=message):
         run(folder, certify=0.5, **settings)
     assert not Path("out/results.json").exists()

@@ -20,8 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from experiments import train
-from experiments.lib import data, models, problems, recipes, records, training
-from jaxadv import evaluate as measured
+from experiments.lib import data, evaluation, models, problems, recipes, records
 
 SIDE = 12
 
@@ -122,33 +121,6 @@ def test_advice_about_a_net_that_has_learnt_nothing_fits_the_settings():
     assert "eps" not in train.untaught(0.5, labels, plain)
 
 
-def test_attacks_in_blocks_and_at_once_give_the_same(folder, trained, tmp_path, monkeypatch):
-    problem = problems.load(
-        problems.Settings(net=str(trained[0] / "params.safetensors"), data=str(folder), n=20)
-    )
-    own = settings(folder, tmp_path, eps=3.0)
-    attack_and_score = measured.attack_and_score
-    fared, keys = [], []
-
-    def handed(*args, key, **kwargs):
-        keys[-1].append(jax.random.key_data(key))
-        return attack_and_score(*args, key=key, **kwargs)
-
-    monkeypatch.setattr(measured, "attack_and_score", handed)
-    for block in (8, 250):
-        monkeypatch.setattr(train, "_BLOCK", block)
-        keys.append([])
-        with training.bars(Console(file=io.StringIO())) as progress:
-            found = train.attacked("square", own, problem, jax.random.key(1), None, progress)
-            assert progress.tasks[0].completed == 20
-        assert found.clean.all()
-        fared.append(found.robust)
-    assert 0 < fared[0].sum() < 20
-    np.testing.assert_array_equal(*fared)
-    assert [len(of_run) for of_run in keys] == [3, 1]
-    np.testing.assert_array_equal(*map(np.concatenate, keys))  # each image keeps its key
-
-
 def test_warmups_are_cut_to_leave_the_last_epoch(folder, tmp_path, monkeypatch):
     asked = []
 
@@ -171,12 +143,16 @@ def test_warmups_are_cut_to_leave_the_last_epoch(folder, tmp_path, monkeypatch):
 def test_an_attack_is_not_run_twice(folder, trained, tmp_path, monkeypatch):
     out, rows = trained
     shutil.copytree(out, tmp_path / "again")
-    ran = []
-    attacked = train.attacked
-    monkeypatch.setattr(train, "attacked", lambda name, *a: ran.append(name) or attacked(name, *a))
+    ran, attack = [], evaluation.attack
+
+    def noted(*args, title, **kwargs):
+        ran.append(title)
+        return attack(*args, title=title, **kwargs)
+
+    monkeypatch.setattr(evaluation, "attack", noted)
     assert run(folder, tmp_path / "again") == rows
     more = run(folder, tmp_path / "again", attacks=("fmn", "pgd"))
-    assert ran == ["fmn"]
+    assert ran == ["fmn, l2 0.5"]
     assert more[1] == rows[1]
     kept = {
         row.attack for row in records.load(tmp_path / "again" / "results.json", records.TrainRow)

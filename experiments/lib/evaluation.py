@@ -1,4 +1,4 @@
-"""Run named attacks on a net, save them as blocks and rows, and make tables of them.
+"""Run named attacks on a net, save their results as rows, and make tables of them.
 
 `Settings.certify` adds certified accuracies of the smoothed net. `curve` finds the smallest
 perturbations, and from them the accuracy at every size.
@@ -18,16 +18,18 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.lib import attacks, blocks, options, parallel, problems, records, tables, training
+from experiments.lib import attacks, options, parallel, problems, records, tables, training
 from experiments.lib.attacks import LABELS, AttackName
 from experiments.lib.options import Count, OutputFolder, Positive, Seed, Several, Size
 from experiments.lib.problems import Problem
 from experiments.lib.records import AttackRow, CheckRow, CurveRow, RobustRow, SmoothedRow
 from jaxadv import certify, evaluate
-from jaxadv.types import Norm
+from jaxadv.types import Norm, PerturbFn
 
 _PROBLEM = ("data", "subtract", "divide", "crop", "box", "n", "norm", "eps")
 """The fields that determine which table a row belongs to."""
@@ -56,10 +58,8 @@ class Settings(problems.Settings, parallel.Devices):
     standard deviation. Takes up to 100,000 forward passes per image."""
     seed: Seed = 0
     """Random seed of the attacks."""
-    block: Count = 500
-    """Images per block; each block is saved when finished."""
     batch_size: Count = 500
-    """Images perturbed at once."""
+    """Images perturbed at once; each batch is saved when finished."""
     out: OutputFolder = Path("runs/evaluate")
     """Where results go."""
 
@@ -69,17 +69,15 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
 
     Raises:
       ValueError: as `problems.load`.
-      UsageError: if the devices don't divide the blocks evenly, or the sizes can't be certified.
+      UsageError: if the devices don't divide the images evenly, or the sizes can't be certified.
     """
     problem = problems.load(settings)
+    mesh = parallel.mesh(settings, len(problem.y))
     names: list[Name] = [*settings.attacks]
     if settings.certify is not None:
         names.append("certify")
         nothing = problem._replace(x=problem.x[:0], y=problem.y[:0])
         _certified(settings, nothing, settings.certify)  # raise its errors before any attack
-    n = len(problem.y)
-    starts = range(0, n, settings.block)
-    parallel.mesh(settings, *dict.fromkeys(min(settings.block, n - start) for start in starts))
     settings.out.mkdir(parents=True, exist_ok=True)
     results = settings.out / "results.json"
     with training.bars(console) as progress:
@@ -99,48 +97,114 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
                     "radii": list(settings.eps),
                     **CERTIFY,
                 }
-            attacked = partial(_attack, settings, problem, name, eps, identity, progress)
-            records.find_or_run(results, AttackRow, identity, attacked, place=PLACE)
+            make = partial(_row, settings, problem, name, eps, identity, mesh, progress)
+            records.find_or_run(results, AttackRow, identity, make, place=PLACE)
     return records.load(results, AttackRow)
 
 
-def _attack(
+def _row(
     settings: Settings,
     problem: Problem,
     name: Name,
     eps: float,
     identity: dict[str, Any],
+    mesh: Mesh | None,
     progress: Progress,
 ) -> AttackRow:
     if name == "check":
         return _check(settings, problem, eps, identity)
     if name == "certify":
         return _certify(settings, problem, eps, identity, progress)
-    found = blocks.attack(
-        problem,
-        attacks.methods(name, settings.norm),
-        eps=eps,
-        norm=settings.norm,
-        key=jax.random.key(settings.seed),
-        block=settings.block,
-        batch_size=settings.batch_size,
-        mesh=partial(parallel.mesh, settings),
-        progress=progress,
+    found = attack(
+        problem, attacks.methods(name, settings.norm), eps=eps, norm=settings.norm,
+        key=jax.random.key(settings.seed), batch_size=settings.batch_size,
+        store=store_of(settings.out, identity), mesh=mesh, progress=progress,
         title=f"{identity['method']}: {name}, {eps:g}",
-        save=str(settings.out / "blocks" / _digest(identity)),
-    )
+    )  # fmt: skip
+    outcome = found.outcome
     return RobustRow(
         **identity,
-        **found.figures(),
-        stages=found.stages,
+        **figures(outcome.clean, outcome.robust),
+        stages=_stages(found),
         counts={
-            "nonfinite": int(found.nonfinite.sum()),
-            "invalid": int(found.invalid.sum()),
-            "max_norm": float(found.norm.max()),
+            "nonfinite": int(outcome.nonfinite.sum()),
+            "invalid": int(outcome.invalid.sum()),
+            "max_norm": float(outcome.norm.max()),
         },
-        seconds=found.seconds,
-        settings={"batch_size": settings.batch_size, "block": settings.block},
+        seconds=round(sum(stage.seconds for stage in found.stages.values()), 1),
+        settings={"batch_size": settings.batch_size},
     )
+
+
+def attack(
+    problem: Problem,
+    parts: Mapping[str, PerturbFn],
+    *,
+    eps: float,
+    norm: Norm,
+    key: jax.Array,
+    batch_size: int,
+    store: Path,
+    mesh: Mesh | None,
+    progress: Progress,
+    title: str,
+) -> evaluate.Result:
+    """Attack images by each part in turn; each part attacks the images that are still robust.
+
+    Args:
+      problem: the net and the images.
+      parts: the attack's parts, by name.
+      eps: size of the perturbations.
+      norm: norm of that size.
+      key: random key.
+      batch_size: images perturbed at once.
+      store: folder in which to keep finished batches.
+      mesh: the devices that the images are spread over; None for one.
+      progress: where to show a bar.
+      title: title of the bar.
+    """
+    n = len(problem.y)
+    bar = progress.add_task(title, total=n, note="")
+
+    def show(at: evaluate.Progress) -> None:
+        note = f"{at.attack} fooled {at.fooled}"
+        progress.update(bar, completed=at.done, total=at.of, note=note)
+
+    x, y = parallel.spread(mesh, (problem.x, problem.y))
+    found = evaluate.attack_and_score(
+        problem.apply_fn, parallel.replicate(mesh, problem.params), x, y, parts, eps=eps, norm=norm,
+        key=key, bounds=problem.bounds, batch_size=batch_size, store=store, progress=show,
+    )  # fmt: skip
+    note = f"robust {evaluate.accuracy(found.outcome.robust):.4f}"
+    progress.update(bar, completed=n, total=n, note=note)
+    return found
+
+
+def figures(clean: NDArray[np.bool_], robust: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return both accuracies, and the confidence interval of the robust one, for a row."""
+    return {
+        "columns": {"clean": evaluate.accuracy(clean), "robust": evaluate.accuracy(robust)},
+        "interval": list(evaluate.interval(robust)),
+    }
+
+
+def _stages(found: evaluate.Result) -> dict[str, dict[str, float]]:
+    """Return for each part how many images it tried and how many it fooled.
+
+    Also the robust accuracy up to and including it, its seconds, and the forward plus backward
+    passes executed, averaged over all images (0 for a part that doesn't count them).
+    """
+    standing, stages = found.outcome.clean.copy(), {}
+    for name, stage in found.stages.items():
+        standing &= ~stage.fooled
+        stages[name] = {
+            "tried": int(stage.tried.sum()),
+            "fooled": int(stage.fooled.sum()),
+            "robust": float(standing.mean()),
+            "seconds": round(stage.seconds, 1),
+            "passes": round(sum(stage.executed or (0,)) / len(standing), 1),
+        }
+    return stages
 
 
 def _check(settings: Settings, problem: Problem, eps: float, identity: dict[str, Any]) -> CheckRow:
@@ -167,7 +231,7 @@ def _certify(
     bar = progress.add_task(f"{identity['method']}: certify, {eps:g}", total=n, note="")
     found = _certified(
         settings, problem, identity["sigma"],
-        store=settings.out / "blocks" / _digest({**identity, "eps": None}),
+        store=store_of(settings.out, {**identity, "eps": None}),
         progress=lambda at: progress.update(bar, completed=at.done, total=at.of, note=at.attack),
     )  # fmt: skip
     right = found.prediction == problem.y
@@ -207,7 +271,7 @@ def curve(
     budget: int,
     seed: int,
     batch_size: int,
-    store: Path,
+    out: Path,
     progress: Progress,
 ) -> tuple[evaluate.Distances, CurveRow]:
     """Find the smallest perturbation of each image.
@@ -220,7 +284,7 @@ def curve(
       budget: forward plus backward passes per image.
       seed: random seed.
       batch_size: images perturbed at once.
-      store: folder in which to keep finished batches.
+      out: folder of the results, in which to keep finished batches.
       progress: where to show a bar.
     """
     identity = {
@@ -234,7 +298,7 @@ def curve(
     found = evaluate.distances(
         problem.apply_fn, problem.params, problem.x, problem.y, norm=norm, budget=budget,
         key=jax.random.key(seed), bounds=problem.bounds, batch_size=batch_size,
-        store=store / _digest(identity),
+        store=store_of(out, identity),
         progress=lambda at: progress.update(bar, completed=at.done, total=at.of, note=at.attack),
     )  # fmt: skip
     seconds = time.perf_counter() - start
@@ -257,8 +321,10 @@ def curve(
     return found, row
 
 
-def _digest(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+def store_of(out: Path, identity: dict[str, Any]) -> Path:
+    """Return the folder for the finished batches of a row with these entries."""
+    text = json.dumps(identity, sort_keys=True)
+    return out / "batches" / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def as_markdown(rows: Sequence[AttackRow]) -> list[str]:
