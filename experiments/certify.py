@@ -1,6 +1,6 @@
 """Certified and attacked accuracy: a lower and an upper bound for the same smoothed LeNet.
 
-    python experiments/certify.py                                  # an hour or two on 2 CPU cores
+    python experiments/certify.py                                  # about two hours on 2 CPU cores
     python experiments/certify.py --methods gaussian both          # several ways of training
     python experiments/certify.py --holdout 2000 --every 4         # choose settings on other images
 
