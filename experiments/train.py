@@ -408,14 +408,17 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
             }
 
             def run_attack(name: Attack = name, of_row: dict[str, Any] = of_row) -> TrainRow:
-                outcome = evaluation.attack(
+                found = evaluation.attack(
                     problem, methods(name, settings.norm), eps=settings.eps, norm=settings.norm,
                     key=attack_key, batch_size=_BATCH, mesh=mesh, progress=progress,
                     store=evaluation.store_of(settings.out, of_row),
                     title=f"{name}, {settings.norm} {settings.eps:g}",
-                ).outcome  # fmt: skip
-                found = evaluation.figures(outcome.clean, outcome.robust)
-                return TrainRow(**of_row, **found, train_seconds=round(fitted.seconds, 1))
+                )  # fmt: skip
+                return TrainRow(
+                    **of_row,
+                    **evaluation.figures(found.outcome),
+                    train_seconds=round(fitted.seconds, 1),
+                )
 
             row = records.find_or_run(results, TrainRow, of_row, run_attack, place=("attack",))
             rows.append(row)

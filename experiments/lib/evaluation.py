@@ -19,7 +19,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
@@ -124,7 +123,7 @@ def _row(
     outcome = found.outcome
     return RobustRow(
         **identity,
-        **figures(outcome.clean, outcome.robust),
+        **figures(outcome),
         stages=_stages(found),
         counts={
             "nonfinite": int(outcome.nonfinite.sum()),
@@ -180,11 +179,14 @@ def attack(
     return found
 
 
-def figures(clean: NDArray[np.bool_], robust: NDArray[np.bool_]) -> dict[str, Any]:
+def figures(outcome: evaluate.Outcome) -> dict[str, Any]:
     """Return both accuracies, and the confidence interval of the robust one, for a row."""
     return {
-        "columns": {"clean": evaluate.accuracy(clean), "robust": evaluate.accuracy(robust)},
-        "interval": list(evaluate.interval(robust)),
+        "columns": {
+            "clean": evaluate.accuracy(outcome.clean),
+            "robust": evaluate.accuracy(outcome.robust),
+        },
+        "interval": list(evaluate.interval(outcome.robust)),
     }
 
 
