@@ -40,6 +40,7 @@ from rich.console import Console
 
 from experiments.lib import (
     data,
+    evaluation,
     figures,
     models,
     options,
@@ -218,7 +219,7 @@ def measure(
     """Train a net, certify it, and attack it."""
     x, y = tested
     name, sigma, alpha = f"{way}-{seed}", settings.sigma, settings.alpha
-    folder = settings.out / "batches" / name
+    folder = evaluation.store_of(settings.out, {"net": name, **_plain(settings)})
     certify_key, *keys = jax.random.split(jax.random.key(seed), 2 + 2 * len(settings.radii))
     certified = partial(
         certify.certify, sigma=sigma, radii=settings.radii, alpha=alpha, n0=settings.n0,

@@ -46,7 +46,9 @@ def test_each_way_of_training_has_a_finite_loss_and_gradients(way):
 
 
 @pytest.mark.slow
-def test_both_bounds_are_measured_and_kept(tmp_path, images):
+def test_both_bounds_are_measured_and_kept(tmp_path, images, monkeypatch):
+    # As if interrupted at the end: finished batches are left, and must not stop other settings.
+    monkeypatch.setattr(command.shutil, "rmtree", lambda *args, **kwargs: None)
     settings = command.Settings(methods=("consistency",), out=tmp_path, **SMALL)
     (row,) = command.run(settings, Console(file=io.StringIO()))
     assert records.load(tmp_path / "results.json", records.CertifyRow) == [row]
