@@ -87,6 +87,9 @@ def fetch(tree: Any) -> Any:
 def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
     """Check that nothing is traced, and that `x` and `y` are examples with their labels.
 
+    Returns:
+      Both, where they are; labels beyond int32 are clipped, as `inputs.labels` does.
+
     Raises:
       TypeError: under a trace; if `x` is not floating point or `y` not integers.
       ValueError: if `x` isn't a batch, `y` isn't `[n]`, or their lengths differ.
@@ -100,7 +103,7 @@ def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
     x, y = inputs.native(x), inputs.native(y)
     inputs.are_examples(x)
     inputs.labels(y, len(x))
-    return x, y
+    return x, inputs.as_classes(y)
 
 
 def checked(bounds: Bounds | None, x: Any) -> Bounds | None:
@@ -139,7 +142,8 @@ def outside(bounds: Bounds, x: Any) -> str:
         # After standardisation in this dtype, a white pixel may be a few ulps off its bound.
         size = np.maximum(np.abs(extreme), np.abs(bound))
         rounding = np.where(np.isfinite(size), 8 * float(jnp.finfo(dtype).eps) * size, 0)
-        beyond = sign * (extreme - bound) - rounding
+        with np.errstate(invalid="ignore"):  # inf - inf; NaN is never beyond
+            beyond = sign * (extreme - bound) - rounding
         if np.any(beyond > 0):
             worst = np.nanargmax(beyond)
             return f"{extreme.flat[worst]:g} where at {which} {bound.flat[worst]:g} is allowed"

@@ -152,7 +152,7 @@ def labels(y: Any, n: int) -> jax.Array:
             f"expected as many labels as examples, got {y.shape[0]} labels for {n} examples; "
             "pass the labels of this batch"
         )
-    return jnp.asarray(_as_classes(y)).astype(jnp.int32)
+    return jnp.asarray(as_classes(y)).astype(jnp.int32)
 
 
 def paired(x: jax.Array, y: Any) -> jax.Array:
@@ -167,10 +167,10 @@ def paired(x: jax.Array, y: Any) -> jax.Array:
             f"expected as many labels as examples, got y of shape {y.shape} for {x.shape[0]} "
             "examples; pass the labels of this batch"
         )
-    return jnp.asarray(_as_classes(y) if jnp.issubdtype(y.dtype, jnp.integer) else y)
+    return jnp.asarray(as_classes(y) if jnp.issubdtype(y.dtype, jnp.integer) else y)
 
 
-def _as_classes(y: Any) -> Any:
+def as_classes(y: Any) -> Any:
     """Clip wide integers to the range of int32: a cast would turn the label 2^32 into class 0."""
     return y.clip(-1, 2**31 - 1) if y.dtype.itemsize > 4 else y
 
@@ -315,8 +315,8 @@ def box(bounds: Bounds, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         )
     except ValueError as error:
         raise ValueError(
-            f"expected bounds that broadcast to x of shape {x.shape}, got shapes "
-            f"{np.shape(bounds[0])} and {np.shape(bounds[1])}; pass numbers or arrays like x"
+            f"expected bounds that broadcast to shape {x.shape}, got shapes {np.shape(bounds[0])} "
+            f"and {np.shape(bounds[1])}; pass numbers, or arrays of one example's shape"
         ) from error
     if not any(isinstance(b, jax.Array) for b in bounds) and not np.all(np.less_equal(*bounds)):
         raise ValueError(f"expected bounds (lo, hi) with lo <= hi, got {bounds!r}; swap them")

@@ -176,6 +176,15 @@ def test_a_data_set_is_measured_as_a_batch_is(norm):
             np.testing.assert_array_equal(leaf, expected)
 
 
+def test_a_label_beyond_int32_is_none_of_the_classes_of_a_data_set():
+    w, x, y = mostly_right(7)
+    y = y.astype(np.int64)
+    y[2] += 2**32  # the same class after a plain cast to int32
+    outcome = evaluate.score(linear, w, x, y)
+    np.testing.assert_array_equal(outcome.invalid, np.arange(7) == 2)
+    assert not outcome.clean[2]
+
+
 W, X, Y = mostly_right(7)
 # name: call, error
 BAD = {
