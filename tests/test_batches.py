@@ -1,5 +1,6 @@
 """Evaluations that are stored batch by batch, resumed, and watched."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -196,6 +197,66 @@ def test_a_store_tells_users_own_attacks_apart(others, tmp_path):
         ensemble(attacks=others, store=tmp_path)
 
 
+class Moves:
+    """A user's attack as an object of an ordinary class."""
+
+    def __init__(self, size):
+        self.size = size
+        self.own = self  # as objects that know each other have it
+
+    def __call__(self, apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.full_like(x, self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    size: float
+
+    def __call__(self, apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.full_like(x, self.size / 2)
+
+
+class Thirds(Halves):
+    def __call__(self, apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.full_like(x, self.size / 3)
+
+
+Thirds.__name__ = "Halves"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: Moves(0.1), lambda: Moves(0.2)),
+        (lambda: Moves(0.1).__call__, lambda: Moves(0.2).__call__),
+        (lambda: jax.jit(shift(0.1)), lambda: jax.jit(shift(0.2))),
+        (lambda: lambda x: jax.grad(lambda z: z)(x), lambda: lambda x: jax.grad(lambda z: -z)(x)),
+        (lambda: Halves(0.1), lambda: Halves(0.2)),
+        (lambda: Halves(0.1), lambda: Thirds(0.1)),
+    ],
+    ids=["object", "method", "jitted", "function inside", "dataclass", "code of a dataclass"],
+)
+def test_attacks_that_differ_are_described_differently(one, other):
+    assert _batches.described(one()) == _batches.described(one())
+    assert _batches.described(one()) != _batches.described(other())
+
+
+def test_a_description_is_the_same_in_each_process():
+    code = (
+        "from functools import partial\nfrom jaxadv.evaluate import _batches\n"
+        "def attack(norm, norms=()):\n    return norm in {'l1', 'l2', 'linf', 'l0'}\n"
+        "print(_batches.described(partial(attack, norms={'l1', 'l2', 'linf', 'l0'})))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in "123"
+    }  # fmt: skip
+    assert len(said) == 1
+
+
 def test_a_store_tells_sources_without_parameters_apart(tmp_path):
     ensemble(store=tmp_path, source=(lambda params, x: x[:, :4], None))
     with pytest.raises(ValueError, match="got other source"):
@@ -345,7 +406,7 @@ def test_an_audit_must_be_a_share(audit):
         ensemble(audit=audit)
 
 
-@pytest.mark.parametrize("audit", [0.13, 0.99, 1.0])
+@pytest.mark.parametrize("audit", [0.07, 0.13, 0.99, 1.0])
 def test_an_audit_takes_no_row_twice_and_none_that_is_not_there(audit):
     params, x, y = problem()
     many = params, np.resize(x, (100, D)), np.resize(y, 100)

@@ -247,29 +247,64 @@ def warn_of_probabilities(apply_fn: ApplyFn, params: Params, x: Any) -> None:
         )
 
 
-def described(method: Any) -> str:
-    """Describe an attack, identically in each process, by its name, its settings and its code."""
+def described(method: Any, *around: Any) -> str:
+    """Describe an attack, identically in each process, by its name, its settings and its code.
+
+    Args:
+      method: the attack, or a part of it.
+      *around: what it is a part of.
+    """
+    if any(method is outer for outer in around):
+        return "..."
+
+    def of(part: Any) -> str:
+        return described(part, *around, method)
+
     if isinstance(method, jax.Array | np.ndarray):
         return _digest(method)
+    if isinstance(method, set | frozenset):
+        return f"{{{', '.join(sorted(map(of, method)))}}}"  # its order differs between processes
     if isinstance(method, partial):
-        settings = [*map(described, method.args)]
-        settings += [f"{name}={described(value)}" for name, value in method.keywords.items()]
-        return f"{described(method.func)}({', '.join(settings)})"
-    if dataclasses.is_dataclass(method):
-        parts = [described(getattr(method, field.name)) for field in dataclasses.fields(method)]
-        return f"{type(method).__name__}({', '.join(parts)})"
-    name = getattr(method, "__qualname__", None)
-    if name is None:
+        settings = [*map(of, method.args)]
+        settings += [f"{name}={of(value)}" for name, value in method.keywords.items()]
+        return f"{of(method.func)}({', '.join(settings)})"
+    if isinstance(method, types.MethodType):
+        return f"{of(method.__self__)}.{of(method.__func__)}"
+    kind: Any = type(method)
+    if dataclasses.is_dataclass(kind):
+        fields = [getattr(method, field.name) for field in dataclasses.fields(kind)]
+    elif kind.__repr__ is object.__repr__:
+        fields = [*getattr(method, "__dict__", {}).values()]
+    else:
+        fields = None
+    if fields is not None:
+        called = f".{of(kind.__call__)}" if callable(method) else ""
+        return f"{kind.__name__}({', '.join(map(of, fields))}){called}"
+    if not hasattr(method, "__qualname__"):
         return re.sub("0x[0-9a-f]+", "", repr(method))  # no addresses
-    name = f"{method.__module__}.{name}"
-    code = getattr(method, "__code__", None)
-    if code is None or name.startswith("jaxadv."):  # the store has the version of jaxadv
+    name = f"{method.__module__}.{method.__qualname__}"
+    if name.startswith("jaxadv."):  # the store has the version of jaxadv
         return name
+    code = getattr(method, "__code__", None)
+    if code is None:
+        wrapped = getattr(method, "__wrapped__", None)  # of jax.jit and others
+        return name if wrapped is None else of(wrapped)
     captured = [cell.cell_contents for cell in method.__closure__ or ()]
     captured += [*(method.__defaults__ or ()), *(method.__kwdefaults__ or {}).values()]
-    constants = [each for each in code.co_consts if not isinstance(each, types.CodeType)]
-    whole = code.co_code.hex(), code.co_names, constants, [*map(described, captured)]
+    whole = *_code(code), [*map(of, captured)]
     return f"{name} {hashlib.sha256(str(whole).encode()).hexdigest()[:16]}"
+
+
+def _code(code: types.CodeType) -> list[Any]:
+    """Return what a function's code consists of, with that of the functions inside it."""
+
+    def of(constant: Any) -> Any:
+        if isinstance(constant, types.CodeType):
+            return _code(constant)
+        # The order of a set of strings differs between processes.
+        return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
+
+    return [code.co_code.hex(), code.co_names, [of(constant) for constant in code.co_consts]]
 
 
 def _digest(tree: Any) -> str:

@@ -44,7 +44,8 @@ class Stage(NamedTuple):
       fooled: which of them it made the net misclassify, bool `[n]`.
       seconds: time taken, including compilation.
       passes: passes for each example, integers `[n]`, including one forward pass to check r; 0
-        where it wasn't tried. None for an attack that doesn't count them (`attack.reports`).
+        where it wasn't tried. None for an attack that was tried and doesn't count them
+        (`attack.reports`).
       executed: total number of passes that the machine ran, counted per example, with padding. For
         attacks with several loops of unknown length (minimal-norm attacks) it is a lower bound.
         None if `passes` is.
@@ -229,7 +230,7 @@ def attack_and_score(
     if not audit or not len(y):
         return result
     on = host.spread(x)
-    m = on.multiple(math.ceil(audit * len(y)))
+    m = on.multiple(math.ceil(round(audit * len(y), 6)))  # 0.07 * 100 is a little over 7
     rows = np.arange(m) * len(y) // m
     x, y, eps, key = on.take(examples, rows)
     standard = attack_and_score(
