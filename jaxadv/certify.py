@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 from scipy import special  # not stats, whose import takes half a second
 
 from jaxadv import _cpu, _gaussian, closures, host, inputs, meshes
-from jaxadv.evaluate import Progress, _batches
+from jaxadv.evaluate import Progress, _batches, _check
 from jaxadv.types import ApplyFn, Norm, Params, StochasticFn
 
 __all__ = ["STAGES", "Certificate", "Prediction", "certify", "predict", "smooth"]
@@ -54,8 +54,6 @@ STAGES: tuple[int, ...] = (
     2000, 8000, 10_000, 12_000, 15_000, 20_000, 30_000, 40_000, 60_000, 100_000,
 )  # fmt: skip
 """Numbers of draws at the looks of `certify`; there are many, since looks cost little."""
-
-_SAME = 1e-2  # relative difference of the same row's logits; rounding to bfloat16 stays below it
 
 
 class Prediction(NamedTuple):
@@ -490,7 +488,7 @@ class _Draws(NamedTuple):
         if len(x):
             few = spread.take((x, keys), np.resize(np.arange(len(x)), spread.multiple(4)))
             apart = float(_apart(apply_fn, params, sigma, *few))
-            if apart > _SAME:
+            if apart > _check.ALONE:
                 raise ValueError(
                     f"expected logits that don't depend on the batch, got a difference of "
                     f"{apart:.2g}, relative to the largest; batch norm in training mode? Use its "

@@ -40,7 +40,7 @@ KINDS = {
     name: kind
     for kind, those in {
         "invalid input": ["probabilities", "random", "interacting rows", "one answer",
-                          "nothing right"],
+                          "nothing right", "unusable examples"],
         "gradient masking": ["zero gradients", "non-finite gradients", "black box", "transfer",
                              "far"],
         "weak attack": ["one step", "budget", "minimal norm", "disagreement"],
@@ -83,7 +83,8 @@ def look_at_gradients(net, w, *args):
 
 def gradients(net):
     x, _, _ = data()
-    return names_of(look_at_gradients, net, np.zeros_like(x), np.ones(N, bool), N)
+    every = np.ones(N, bool)
+    return names_of(look_at_gradients, net, np.zeros_like(x), every, every, N)
 
 
 # Healthy nets
@@ -304,6 +305,13 @@ def test_rows_that_depend_on_their_batch_are_flagged():
     assert outputs(normalised) == {"interacting rows"}
 
 
+def test_rows_that_depend_on_their_batch_by_rounding_are_not_flagged():
+    def half(w, x):  # float16 rounds by up to 5e-4
+        return linear(w, x) * jnp.where(len(x) > 1, 1.0, 1 + 5e-4)
+
+    assert outputs(half) == set()
+
+
 def test_masked_classes_are_not_flagged():
     assert outputs(lambda w, x: linear(w, x).at[:, 2].set(-jnp.inf)) == set()
 
@@ -325,8 +333,9 @@ def test_gradients_that_vanish_where_an_attack_ended_are_flagged():
         (0, True, set()),
     ):
         flags = names_of(
-            look_at_gradients, ledge, np.full_like(start, moved), np.full(N, standing), N
-        )
+            look_at_gradients, ledge, np.full_like(start, moved), np.ones(N, bool),
+            np.full(N, standing), N,
+        )  # fmt: skip
         assert flags == want
 
 
@@ -335,6 +344,19 @@ def test_gradients_that_are_not_finite_are_flagged():
         return linear(w, x) + jnp.sqrt(jnp.maximum(x[:, 0, 0, :] - 100, 0))
 
     assert gradients(rooted) == {"non-finite gradients"}
+
+
+@pytest.mark.parametrize("bad", ["input", "label"])
+def test_unusable_examples_are_flagged_and_not_blamed_on_the_net(bad):
+    x, y, w = data()
+    x, y = x.copy(), y.copy()
+    if bad == "input":
+        x[4] = np.nan
+    else:
+        y[4] = K
+    report = evaluate.check(linear, w, x, y, eps=3.0, key=KEY, steps=10)
+    assert {flag.name: flag.kind for flag in report.flags} == {"unusable examples": "invalid input"}
+    assert report.figures["margin non-finite gradients"] == 0
 
 
 # Flags on attacks

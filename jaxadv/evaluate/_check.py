@@ -38,7 +38,8 @@ Kind: TypeAlias = Literal["gradient masking", "weak attack", "invalid input"]
 
 # Thresholds. Accuracies are compared on the same examples, so a difference isn't sampling noise;
 # the thresholds are twice the differences between sound attacks on sound nets.
-_SAME = 1e-4  # difference of the same row's logits, relative to the largest
+_SAME = 1e-4  # difference of the same row's logits in two calls, relative to the largest
+ALONE = 1e-2  # the same, alone or in a batch; rounding to bfloat16 stays below it
 _BLACK_BOX = 0.005  # accuracy lost to Square or a transferred attack after the gradient attacks
 _BUDGET = 0.02  # accuracy lost to more steps and starts, or to minimal-norm attacks, after PGD
 _ONE_STEP = 0.2  # one-step accuracy minus the iterated one
@@ -97,6 +98,7 @@ def check(
     - `interacting rows`: a row's logits depend on its batch.
     - `nothing right`: the net classifies no example correctly, so there is nothing to attack.
     - `one answer`: the net predicts the same class for all examples, so `far` can't be checked.
+    - `unusable examples`: inputs or logits aren't finite, or labels are none of the net's classes.
 
     Gradient masking:
 
@@ -182,8 +184,14 @@ def check(
     _log.info("outputs and clean accuracy")
     _look_at_outputs(apply_fn, params, x[:batch_size], y[:batch_size], figures, flag)
 
-    right = score(apply_fn, params, x, y, batch_size=batch_size).clean
+    plain = score(apply_fn, params, x, y, batch_size=batch_size)
+    right, unusable = plain.clean, plain.nonfinite | plain.invalid
     figures["clean"] = accuracy(right)
+    flag(
+        "unusable examples", bool(unusable.any()), "invalid input",
+        f"on {accuracy(unusable):.3f} of the examples, x or the logits aren't finite, or the label "
+        "is none of the net's classes: these count as wrong; leave them out, or correct them",
+    )  # fmt: skip
     if not right.any():
         flag(
             "nothing right", True, "invalid input",
@@ -215,7 +223,7 @@ def check(
     figures["pgd, 4 times the steps, 4 starts"] = accuracy(iterated & thorough)
 
     batch = partial(_gradient_kinds, apply_fn, params)
-    _look_at_gradients(batch, x, y, r, iterated, batch_size, figures, flag)
+    _look_at_gradients(batch, x, y, r, ~unusable, iterated, batch_size, figures, flag)
     flag(
         "one step", figures["one step"] > figures["pgd"] + _ONE_STEP, "weak attack",
         f"one step leaves {figures['one step']:.3f}, {steps} steps {figures['pgd']:.3f}: a single "
@@ -333,7 +341,7 @@ def _look_at_outputs(
     )  # fmt: skip
     flag(
         "interacting rows",
-        figures["alone or in a batch"] > _SAME and figures["call to call"] <= _SAME,
+        figures["alone or in a batch"] > ALONE and figures["call to call"] <= _SAME,
         "invalid input",
         "an example's logits depend on its batch: batch norm in training mode? Use the stored "
         "statistics; otherwise figures depend on the batch size, and gradients mix examples",
@@ -345,6 +353,7 @@ def _look_at_gradients(
     x: Any,
     y: Any,
     r: NDArray[Any],
+    usable: NDArray[np.bool_],
     standing: NDArray[np.bool_],
     batch_size: int,
     figures: dict[str, float],
@@ -355,7 +364,7 @@ def _look_at_gradients(
     for name, kinds in at_x.items():
         for kind, start in kinds.items():
             end = at_end[name][kind]
-            figures[f"{name} {kind} gradients"] = accuracy(start | (end & standing))
+            figures[f"{name} {kind} gradients"] = accuracy((start & usable) | (end & standing))
     # Only the margin, which the gradient attacks above maximise; the others are for information.
     zero, broken = (figures[f"margin {kind} gradients"] for kind in ("zero", "non-finite"))
     flag(
