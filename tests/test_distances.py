@@ -119,6 +119,7 @@ def test_examples_may_lie_on_a_mesh():
     ("wrong", "error", "match"),
     [
         ({"attacks": {}}, ValueError, "at least one attack, got none"),
+        ({"attacks": attack.fmn}, TypeError, "attacks by name, got function; pass a dict"),
         ({"budget": None}, ValueError, "a budget or attacks, got neither"),
         ({"budget": 50}, ValueError, "budget >= "),
         ({"norm": "l3"}, ValueError, "norm to be one of"),
@@ -130,6 +131,17 @@ def test_bad_arguments_are_reported_with_a_remedy(wrong, error, match):
     w, x, y, _ = problem(4)
     with pytest.raises(error, match=match):
         evaluate.distances(linear, w, x, y, key=jax.random.key(0), **wrong)
+
+
+def test_errors_of_all_attacks_are_raised_before_any_runs():
+    w, x, y, _ = problem(4)
+    attacks = {"ddn": attack.ddn, "mine": lambda *a, **k: a[2]}
+    with pytest.raises(TypeError, match="others don't count their"):
+        evaluate.distances(linear, w, x, y, attacks=attacks, progress=pytest.fail)
+
+
+def test_the_default_attacks_are_the_same_objects_each_time():
+    assert evaluate.minimal_attacks() is evaluate.minimal_attacks("l2", budget=2000)
 
 
 def test_a_perturbation_that_leaves_the_box_is_an_error():

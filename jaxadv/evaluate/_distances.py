@@ -64,7 +64,6 @@ class Distances:
         return share if share.ndim else float(share)
 
 
-@cache
 def minimal_attacks(norm: Norm = "l2", budget: int = 2000) -> Mapping[str, PerturbFn]:
     """The default attacks of `distances`, with as many steps as a budget of passes allows.
 
@@ -91,6 +90,11 @@ def minimal_attacks(norm: Norm = "l2", budget: int = 2000) -> Mapping[str, Pertu
     """
     norms.dual(norm)  # raises if the norm is unknown
     inputs.at_least(600, "budget", budget, "2000 is usual; or pass attacks of your own")
+    return _minimal_attacks(norm, budget)
+
+
+@cache
+def _minimal_attacks(norm: Norm, budget: int) -> Mapping[str, PerturbFn]:
     # Not all passes are steps: FMN has a DeepFool step and a bisection; APGD has a start in each
     # ball, and a bisection in every other one.
     return MappingProxyType({
@@ -165,6 +169,11 @@ def distances(
         if budget is None:
             raise ValueError("expected a budget or attacks, got neither; 2000 passes is usual")
         attacks = minimal_attacks("l2" if norm is None else norm, budget)
+    if not isinstance(attacks, Mapping):
+        raise TypeError(
+            f"expected attacks by name, got {type(attacks).__name__}; pass a dict, e.g. "
+            '{"fmn": attack.fmn}, or None for the default ones'
+        )
     if not attacks:
         raise ValueError("expected at least one attack, got none; pass None for the default ones")
     for name, method in attacks.items():
@@ -174,11 +183,16 @@ def distances(
     apply_fn = closures.keyed(apply_fn, params, shape)
     _batches.warn_of_probabilities(apply_fn, params, x)
     bounds = host.checked(bounds, x)
+    keys = host.per_example(x, None, key)[1]
+    batch = partial(_attack, apply_fn, params, bounds)
+    # Raise the errors of all attacks before any of them runs.
+    some = host.spread(x).take((x, y, keys), np.arange(len(y))[: shape.shape[0]])
+    for method in attacks.values():
+        jax.eval_shape(partial(batch, method=method), *some)
     kept = None
     if store is not None:
         others = {"y": y, "norm": norm, "key": key, "bounds": bounds, "kind": "distances"}
         kept = _batches.opened(store, apply_fn, params, x, attacks, **others)
-    keys = host.per_example(x, None, key)[1]
     scored = partial(score, apply_fn, params, x, y, norm=norm, batch_size=batch_size)
     plain = scored()
     size = np.where(plain.clean, np.inf, np.where(plain.nonfinite, np.nan, 0)).astype(
@@ -189,9 +203,8 @@ def distances(
     spent, passes = np.zeros(len(y), int), {}
     for number, (name, method) in enumerate(attacks.items()):
         own = None if keys is None else _fold(keys, number)
-        batch = partial(_attack, apply_fn, params, bounds, method=method)
         ran = _batches.in_batches(
-            batch, (x, y, own), np.arange(len(y)), [shape.shape[0]],
+            partial(batch, method=method), (x, y, own), np.arange(len(y)), [shape.shape[0]],
             stage=number, name=name, store=kept, progress=progress,
         )  # fmt: skip
         outcome = scored(ran.r)
