@@ -268,8 +268,10 @@ def attackable(logits: jax.Array, y: jax.Array | None) -> jax.Array:
     return several & jnp.any(candidates & is_y, axis=1)
 
 
-def radius(eps: Eps, x: Any) -> jax.Array:
-    """Broadcast `eps` to `[B]`, in the dtype of x's norms; negative traced values become 0.
+def radius(eps: Eps, x: Any, name: str = "eps") -> jax.Array:
+    """Broadcast `eps`, or a size of another name, to `[B]` in the dtype of x's norms.
+
+    Negative traced values become 0.
 
     Raises:
       TypeError: if `eps` is not a number or an array of numbers.
@@ -279,16 +281,16 @@ def radius(eps: Eps, x: Any) -> jax.Array:
     if isinstance(eps, int | float | np.ndarray | np.generic):
         if not np.all(np.isfinite(eps)) or np.any(np.less(eps, 0)):
             raise ValueError(
-                f"expected a finite eps >= 0, got {eps}; eps is a size, not a signed step"
+                f"expected a finite {name} >= 0, got {eps}; {name} is a size, not a signed step"
             )
     elif not isinstance(eps, jax.Array):
         raise TypeError(
-            f"expected eps to be a number or an array, got {type(eps).__name__}; pass a scalar "
+            f"expected {name} to be a number or an array, got {type(eps).__name__}; pass a scalar "
             "or one size per example, [B]"
         )
     if np.shape(eps) not in ((), (x.shape[0],)):
         raise ValueError(
-            f"expected eps of shape () or [{x.shape[0]}], got {np.shape(eps)}; "
+            f"expected {name} of shape () or [{x.shape[0]}], got {np.shape(eps)}; "
             "pass one size, or one for each example of the batch"
         )
     eps = jnp.maximum(jnp.asarray(eps).astype(accum_dtype(x.dtype)), 0)

@@ -152,6 +152,8 @@ class Problem:
             eps = inputs.radius(cast(Eps, eps), x)
         if bounds is not None:
             inputs.box(bounds, x)  # checked here, where numbers aren't traced yet
+            lo, hi = (b if isinstance(b, int | float) else inputs.native(b) for b in bounds)
+            bounds = lo, hi
         drawn_by = "the net" if samples else drawn_by
         keys = None if drawn_by is None else inputs.keys(key, x.shape[0], drawn_by)
         return cls(
@@ -278,6 +280,12 @@ class Problem:
         """Return whether the attack succeeds on each example, and its loss, both `[B]`."""
         _, (loss, logits, _) = self._losses(r, step)
         return self.succeeds(logits), loss
+
+    def judge(self, r: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return `value` of a result r, `[B, ...]`, also in rows that can't be attacked."""
+        problem = self._on_rows()
+        draws = problem._draws(problem.x + r.reshape(problem.x.shape), 0)
+        return problem.succeeds(jnp.mean(draws, axis=0)), problem._loss(draws)
 
     def gradient(
         self, r: jax.Array, step: jax.Array | int = 0, without_top: jax.Array | None = None
@@ -516,15 +524,47 @@ def beyond_rounding(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Ar
       [False]
     """
     started, start = problem.value(jnp.zeros_like(problem.x))
-    finite = jnp.isfinite(problem.logits)
-    size = jnp.max(jnp.where(finite, jnp.abs(problem.logits), 0), axis=1)
-    ulps = (16 * jnp.finfo(start.dtype).eps * size).astype(start.dtype)
+    ulps = _ulps(problem.logits).astype(start.dtype)
     least = jnp.where(started, start, jnp.maximum(CROSSING * jnp.abs(start), ulps))
 
     def clear(success: jax.Array, loss: jax.Array) -> jax.Array:
         return success & (loss >= least)
 
     return clear
+
+
+def gap_to_cross(gap: jax.Array, logits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return distances between two logits, a few ulps of the largest logit where they are equal.
+
+    At a point exactly on the decision boundary the distance to the linearised boundary is 0, and an
+    attack that steps or searches that far would never leave the point.
+
+    Args:
+      gap: the distances, 0 or more, `[B]` or `[B, J]`.
+      logits: all logits, `[B, K]`.
+      dtype: that of x, whose ulps may be larger.
+
+    Returns:
+      Positive distances, of gap's shape and dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxadv.problem import gap_to_cross
+      >>> logits = jnp.array([[1.0, 0.5], [2.0, 2.0]])
+      >>> gap = gap_to_cross(jnp.array([0.5, 0.0]), logits, logits.dtype)
+      >>> gap[0].item(), 0 < gap[1].item() < 1e-5
+      (0.5, True)
+    """
+    if jnp.finfo(dtype).eps > jnp.finfo(logits.dtype).eps:
+        logits = logits.astype(dtype)
+    ulps = _ulps(logits)
+    least = jnp.where(ulps > 0, ulps, _ulps(jnp.ones_like(logits)))
+    return jnp.where(gap == 0, inputs.expand_like(least, gap).astype(gap.dtype), gap)
+
+
+def _ulps(logits: jax.Array) -> jax.Array:
+    size = jnp.max(jnp.where(jnp.isfinite(logits), jnp.abs(logits), 0), axis=1)
+    return 16 * jnp.finfo(logits.dtype).eps * size
 
 
 _Bisection = tuple[jax.Array, jax.Array, jax.Array]  # low end, high end, number of tries, all [B]

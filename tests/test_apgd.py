@@ -372,3 +372,13 @@ def test_each_evaluation_of_each_run_has_draws_of_its_own():
     jax.effects_barrier()
     # Two runs of three phases, each of which evaluates its start too.
     assert len(set(seen)) == 2 * (5 + 3)
+
+
+def test_a_start_where_the_net_is_nan_does_not_end_the_ascent():
+    def net(_, x):
+        z = jnp.log(x).sum(axis=1, keepdims=True)  # NaN if an entry is negative
+        return jnp.concatenate([z, -z], axis=1)
+
+    x, y = jnp.full((8, 50), 1.1), jnp.zeros(8, int)
+    r = attack.apgd(net, None, x, y, eps=9.0, steps=20, key=KEYS[0])
+    assert (net(None, x + r).argmax(axis=1) == 1).all()

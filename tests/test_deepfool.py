@@ -131,3 +131,11 @@ def test_deepfool_in_a_box_is_no_longer_than_the_published_one():
     # Both take the same steps; the bisection at the end makes ours smaller.
     assert np.median(ours) <= np.median(theirs) * (1 + 1e-3)
     assert np.mean(ours > 1.02 * theirs) <= 0.05
+
+
+def test_many_classes_on_probabilities_raise_no_warning():
+    # The warning of perturb.alpha advises what deepfool has no argument for.
+    w, x, y = np.eye(150, dtype=np.float32), np.eye(150, dtype=np.float32)[:2], np.arange(2)
+    jax.eval_shape(
+        lambda: attack.deepfool(linear, (w, w[0]), x, y, steps=2, output="probabilities")
+    )

@@ -144,8 +144,8 @@ CHECKED = {
         lambda: norms.rescale(X, -0.5, "l2"),
         lambda: norms.project(X, -0.5, "l2"),
         lambda: norms.sample(KEY, X, -0.5, "l2"),
-        lambda: attack.pgd(net, W, X, Y, eps=0.5, step_size=-0.5),
     ),
+    "step_size": (lambda: attack.pgd(net, W, X, Y, eps=0.5, step_size=-0.5),),
     "bounds": (lambda: norms.clip_to_box(X, X, (1.0, 0.0)),),
     "x's shape": (lambda: norms.clip_to_box(X, X[:1], None),),
     "a key": (lambda: norms.sample(0, X, 0.5, "l2"),),
@@ -180,6 +180,13 @@ def test_labels_of_any_integer_dtype_become_int32(y):
 def test_numpys_other_floats_are_accepted(kind):
     got = inputs.examples(X.astype(kind))
     np.testing.assert_array_equal(np.float32(got), np.float32(X.astype(kind)))
+
+
+def test_bounds_may_be_lists():
+    lists, arrays = ([0.0] * D, [9.0] * D), (np.zeros(D), np.full(D, 9.0))
+    for method in (perturb.loss, attack.pgd):
+        r = method(net, W, X, Y, eps=0.5, bounds=lists)
+        np.testing.assert_array_equal(r, method(net, W, X, Y, eps=0.5, bounds=arrays))
 
 
 def test_labels_beyond_int32_do_not_wrap_into_a_class(x64):

@@ -1,5 +1,7 @@
 """What the searches for a smallest perturbation, `deepfool` and `fmn`, have in common."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,3 +150,36 @@ def test_a_masked_class_is_no_target(fn, bounds):
     x, y = np.zeros((2, 3), np.float32), np.zeros(2, int)
     r = fn(net, np.array([0, 0, -np.inf], np.float32), x, y, norm="l2", bounds=bounds)
     np.testing.assert_array_equal(r, 0)
+
+
+EXACTLY_ON = {
+    "fmn": attack.fmn,
+    "ddn": attack.ddn,
+    "fab": attack.fab,
+    "deepfool": attack.deepfool,
+    "probabilities": partial(attack.deepfool, output="probabilities"),
+    "searched": partial(attack.apgd, eps=None, key=jax.random.key(0)),
+    "searched targets": partial(attack.apgd_multitargeted, eps=None, key=jax.random.key(0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", EXACTLY_ON)
+def test_a_point_exactly_on_the_boundary_is_moved_across(name, dtype):
+    """There the distance to the linearised boundary is 0, and so would be a step that long."""
+    w = jnp.array([[3.0, -3.0], [4.0, -4.0]], dtype)
+    params, x = (w, jnp.zeros(2, dtype)), jnp.array([[0.0, 0.0], [4.0, -3.0]], dtype)
+    assert (linear(params, x) == 0).all()
+    r = np.asarray(EXACTLY_ON[name](linear, params, x, jnp.zeros(2, int)), np.float64)
+    assert (r @ np.array([3.0, 4.0]) < 0).all()
+    assert (np.abs(r) < 0.03).all()
+
+
+def test_ddn_recognises_a_success_that_masks_the_true_class():
+    def net(drop, x):
+        g = x[:, 0] + 4 * jnp.tanh(x[:, 0]) * x[:, 1]
+        return jnp.stack([3 - g - jnp.where(g > 1, drop, 0), jnp.zeros_like(g)], axis=1)
+
+    x, y = jnp.zeros((1, 2)), jnp.zeros(1, int)
+    masked, low = (lengths(attack.ddn(net, drop, x, y), "l2") for drop in (jnp.inf, 1e4))
+    np.testing.assert_allclose(masked, low, rtol=0.01)

@@ -181,6 +181,22 @@ def test_with_info_returns_the_same_r(name):
         np.testing.assert_array_equal(info.success, net(W, X + r).argmax(1) != Y)
 
 
+@pytest.mark.parametrize(
+    ("logits", "y", "success", "loss"),
+    [
+        ([-np.inf, 5, -np.inf], 1, False, -np.inf),  # no other class is left
+        ([-np.inf, 1, 2], 0, True, np.inf),  # its own class is masked
+        ([1, 2, 0], 7, True, None),
+        ([1, np.nan, 0], 0, False, None),
+    ],
+)
+def test_rows_that_can_not_be_attacked_are_judged_by_their_logits(logits, y, success, loss):
+    net, z = (lambda z, x: z + 0 * x[:, :1]), jnp.array([logits])
+    _, info = with_info(attack.pgd)(net, z, jnp.ones((1, 2)), jnp.array([y]), eps=1.0)
+    assert info.success.item() is success
+    assert loss is None or info.loss.item() == loss
+
+
 def calls(method):
     """The numbers of passes, forward and backward, that an attack makes and reports."""
     forward, backward = [], []
@@ -204,7 +220,7 @@ def calls(method):
     return made, (int(info.forward[0]), int(info.backward[0]))
 
 
-@pytest.mark.parametrize("name", ["pgd", "apgd", "apgd_multitargeted", "fab", "square"])
+@pytest.mark.parametrize("name", ["pgd", "pgd_kl", "apgd", "apgd_multitargeted", "fab", "square"])
 def test_the_reported_passes_are_those_made(name):
     made, reported = calls(REPORTING[name])
     assert made == reported

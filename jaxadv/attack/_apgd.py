@@ -37,6 +37,7 @@ from jaxadv.problem import (
     beyond_rounding,
     bisect_to_boundary,
     fold,
+    gap_to_cross,
     iterate,
     run_restarts,
 )
@@ -164,9 +165,9 @@ def apgd_multitargeted(
     .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
 
     for t the first class of the order, the next, and so on (see `losses.targeted_dlr` for nets with
-    two or three classes). Examples that are already misclassified are skipped. With `eps=None`, r
-    is the smallest found by the search of `apgd`, where each of the 20 balls tries the targets in
-    turn until one succeeds.
+    two or three classes). Once an example is misclassified, further targets skip it. With
+    `eps=None`, r is the smallest found by the search of `apgd`, where each of the 20 balls tries
+    the targets in turn until one succeeds.
 
     Args:
       apply_fn: `(params, x) -> logits`, `[B, ...]` to `[B, K]`. Hashable; compiled once per object.
@@ -354,7 +355,8 @@ def _search(
     slope = norms.norm(g, norms.dual(norm))
     flat = ~((slope > 0) & jnp.isfinite(slope))
     # Start with the distance to the boundary of the linearised net.
-    eps = jnp.minimum(jnp.where(flat, 1, jnp.abs(loss) / jnp.where(flat, 1, slope)), largest)
+    gap = gap_to_cross(jnp.abs(loss), problem.logits, x.dtype)
+    eps = jnp.minimum(jnp.where(flat, 1, gap / jnp.where(flat, 1, slope)), largest)
     eps = jnp.where(closest.clearly.found, 0, eps)  # where x itself succeeds
     none = jnp.zeros(x.shape[0], jnp.int32)
     state = _Searched(closest, eps, jnp.zeros_like(eps), none, none)
@@ -418,6 +420,10 @@ class _Climb(NamedTuple):
 def _begin(problem: Problem, r: jax.Array, step_size: jax.Array, first: jax.Array | int) -> _Climb:
     success, loss, g = problem.gradient(r, first)
     best = Best.empty(problem.x).with_point(r, success, loss)
+    # Where a random start leads to NaN, begin at x; the first step finds the gradient there.
+    lost = jnp.isnan(loss) | ~jnp.all(jnp.isfinite(g), axis=1)
+    r, g = (jnp.where(lost[:, None], 0, of) for of in (r, g))
+    loss = jnp.where(lost, -jnp.inf, loss)
     return _Climb(r, g, r, loss, loss, r, g, step_size, best)
 
 

@@ -114,6 +114,7 @@ def ddn(
 def _by_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Return the logit margin, on which success depends, with the gradient of `losses.margin`."""
     loss = losses.margin(logits, labels)
+    loss = jnp.where(jnp.isfinite(loss), loss, 0)  # it is infinite where y is masked
     return lax.stop_gradient(losses.logit_margin(logits, labels)) + (loss - lax.stop_gradient(loss))
 
 

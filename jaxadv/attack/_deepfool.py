@@ -19,7 +19,15 @@ import jax.numpy as jnp
 from jaxadv import inputs, jacobian, losses, norms, perturb
 from jaxadv.attack._info import Answer, Found, reports
 from jaxadv.boxes import box_limits, drop_blocked, project_hyperplane_in_box
-from jaxadv.problem import CROSSING, Least, Problem, beyond_rounding, bisect_to_boundary, iterate
+from jaxadv.problem import (
+    CROSSING,
+    Least,
+    Problem,
+    beyond_rounding,
+    bisect_to_boundary,
+    gap_to_cross,
+    iterate,
+)
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["deepfool"]
@@ -184,7 +192,8 @@ def class_distances(
         slope = norms.norm(d.reshape(j.size, x.shape[1]), norms.dual(norm)).reshape(j.shape)
         usable = (slope > 0) & jnp.isfinite(slope)
         reachable = usable & ~jnp.isneginf(jnp.take_along_axis(logits, j, axis=1))
-        behind = jnp.abs(z_y - jnp.take_along_axis(z, j, axis=1)).astype(slope.dtype)
+        behind = jnp.abs(z_y - jnp.take_along_axis(z, j, axis=1))
+        behind = gap_to_cross(behind, logits, x.dtype).astype(slope.dtype)
         size = jnp.where(reachable, behind / jnp.where(reachable, slope, 1), jnp.inf)
         return jacobian.Nearest(size, size, d, reachable)
 
@@ -192,15 +201,19 @@ def class_distances(
 
 
 def _probability_step(problem: Problem, r: jax.Array) -> jax.Array:
-    """Return Adv_Alpha's step, of size at most 1000 (1 + ||x + r||); it ignores the box."""
+    """Return Adv_Alpha's step, between a few ulps and 1000 (1 + ||x + r||); it ignores the box."""
     x, norm = problem.x + r, problem.norm
-    alpha = partial(perturb.alpha, problem.apply_fn, problem.params, x, problem.y, norm=norm)
+    alpha = partial(
+        perturb.alpha, problem.apply_fn, problem.params, x, problem.y, norm=norm,
+        candidates=problem.logits.shape[1] - 1,  # all, without a warning about their number
+    )  # fmt: skip
     step = alpha().astype(inputs.accum_dtype(x.dtype))
     unit = alpha(eps=1.0).astype(step.dtype)
     longest = 1000 * (1 + norms.norm(x, norm))
     size = norms.norm(jnp.clip(step, -1e37, 1e37), norm)  # beyond that, 1 / size may flush to 0
-    capped = longest[:, None] * unit
-    return jnp.where((size <= longest)[:, None], step, capped)
+    shortest = (16e-3 * jnp.finfo(x.dtype).eps).astype(step.dtype) * longest
+    off = (size == 0) | (size > longest)  # 0 exactly on the boundary, where no step would leave it
+    return jnp.where(off[:, None], jnp.where(size > 0, longest, shortest)[:, None] * unit, step)
 
 
 class _State(NamedTuple):

@@ -30,7 +30,7 @@ from jax import lax
 from jaxadv import inputs, norms
 from jaxadv.attack._info import Answer, Found, reports
 from jaxadv.boxes import box_limits, project_hyperplane_in_box
-from jaxadv.problem import Least, Problem, fold, iterate
+from jaxadv.problem import Least, Problem, fold, gap_to_cross, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["fab"]
@@ -240,6 +240,8 @@ def _run(problem: Problem, counts: Any, constants: Any) -> Answer:
             r, least, taken = carry
             taken = taken + active(least).astype(jnp.int32)
             wrong, gap, w = targeting.gradient(r)
+            off = gap_to_cross(jnp.abs(gap), problem.logits, x.dtype)
+            gap = jnp.where(wrong | (gap != 0), gap, -off)
             least = least.with_point(r, norms.norm(r, norm), wrong & active(least))
 
             return _next_point(problem, r, w, gap, wrong, constants), least, taken
@@ -264,5 +266,5 @@ def _run(problem: Problem, counts: Any, constants: Any) -> Answer:
         restarts * n_targets,
         while_any=lambda state: wanted(state.least),
     )
-    r = problem.clip_to_box(problem.clip_to_ball(least.r))
+    r = problem.clip_to_ball(least.r)
     return problem.answer(r), forward, backward

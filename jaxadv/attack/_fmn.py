@@ -25,7 +25,7 @@ from jaxadv import inputs, norms
 from jaxadv.attack._closest import Closest
 from jaxadv.attack._deepfool import boundary_step
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.problem import Problem, beyond_rounding, iterate
+from jaxadv.problem import Problem, beyond_rounding, gap_to_cross, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["fmn"]
@@ -137,7 +137,8 @@ def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
         # Until the boundary has been crossed once, the radius is a little past the boundary of the
         # linearised net, since exactly on it rounding might never let r cross. It also exceeds the
         # last radius, since in a box a step may gain less than the slope promises.
-        away = norms.norm(state.r, norm) + jnp.abs(loss) / jnp.where(flat, 1, slope)
+        gap = gap_to_cross(jnp.abs(loss), problem.logits, x.dtype)
+        away = norms.norm(state.r, norm) + gap / jnp.where(flat, 1, slope)
         away = jnp.maximum(away, state.radius)
         outward = jnp.where(closest.clearly.found, state.radius, away) * (1 + change)
         inward = jnp.minimum(state.radius * (1 - change), closest.clearly.size)

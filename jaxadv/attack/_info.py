@@ -41,7 +41,8 @@ class AttackInfo(NamedTuple):
     """The success and the cost of an attack on each example; every leaf is `[B]`.
 
     Attributes:
-      success: whether x + r is misclassified, or as the target if the attack is targeted.
+      success: whether x + r is misclassified, or as the target if the attack is targeted. False if
+        y has no class labels, as for soft labels and `pgd_kl`.
       loss: the attack's loss at x + r.
       forward: number of forward passes until the example was done, including those of gradients.
       backward: number of backward passes.
@@ -96,8 +97,7 @@ def reports(method: Callable[P, Found]) -> Callable[P, jax.Array]:
 
 @jax.jit
 def _judge(problem: Problem, r: jax.Array) -> tuple[jax.Array, jax.Array]:
-    problem = problem.start()
-    return problem.value(r.reshape(problem.x.shape))
+    return problem.judge(r)
 
 
 def with_info(method: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, AttackInfo]]:

@@ -79,7 +79,7 @@ def pgd(
         `losses.margin`.
       targeted: y has target classes instead of true labels.
       start: perturbations to start from instead of 0, `[B, ...]`, projected onto the ball and the
-        box.
+        box. The net isn't evaluated at x then, and rows are 0 or NaN by its logits at x + start.
       random_start: whether a single run starts at a random point of the ball instead of at x.
       restarts: number of starts, at least 1. The first is x or `start` (random with
         `random_start` and a single run), the others are random points of the ball.
@@ -214,16 +214,16 @@ def pgd_kl(
         any_labels=True, key=keys, drawn_by="attack.pgd_kl",
     )  # fmt: skip
     size = _step_size(step_size, problem, steps)
-    answer = _run(
+    r, forward, backward = _run(
         problem.keyed(), size, None, steps=steps, random_start=True, restarts=1, keep="best"
     )
-    return Found(problem, *answer)
+    return Found(problem, r, forward + 1, backward)
 
 
 def _step_size(step_size: Eps | None, problem: Problem, steps: int) -> jax.Array:
     if step_size is None:
         return cast(jax.Array, 2.5 * problem.eps / steps)
-    return inputs.radius(step_size, problem.x)
+    return inputs.radius(step_size, problem.x, "step_size")
 
 
 def _divergence(logits: jax.Array, log_p: jax.Array) -> jax.Array:
