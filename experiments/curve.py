@@ -116,8 +116,7 @@ def as_markdown(rows: Sequence[CurveRow]) -> list[str]:
     return [
         "# Robust accuracy from the smallest perturbations",
         "",
-        f"{budgets} passes per image, over all attacks of the search. {rows[0].device}, "
-        f"jax {rows[0].versions['jax']}.",
+        f"{budgets} passes per image, over all attacks of the search. {tables.machines(rows)}.",
         "",
         *tables.markdown(headings, cells),
         "",

@@ -35,7 +35,7 @@ import tyro
 from rich.console import Console
 
 from experiments.compare import published, pytorch
-from experiments.lib import options, parallel, problems, records, tables, timing
+from experiments.lib import evaluation, options, parallel, problems, records, tables, timing
 from experiments.lib.options import Checked, Count, OutputFolder, Seed, Several
 from experiments.lib.problems import Problem
 from experiments.lib.records import RESULTS, FastRow
@@ -105,10 +105,10 @@ def compiling() -> Any:
 
 
 def measure(
-    net: str, norm: Norm, seed: int, problem: Problem, settings: Settings, console: Console
+    identity: Mapping[str, Any], problem: Problem, settings: Settings, console: Console
 ) -> FastRow:
-    """Attack a net by both ensembles; return its row."""
-    eps = EPS["cifar10" if net.startswith("cifar10") else "mnist", norm]
+    """Attack a net by both ensembles; return its row, which starts with these entries."""
+    net, norm, seed, eps = (identity[field] for field in ("net", "norm", "seed", "eps"))
     name = f"{net.replace('/', '-')}-{norm}-{seed}"
     attack_by = partial(
         evaluate.attack_and_score, problem.apply_fn, problem.params, problem.x, problem.y,
@@ -120,7 +120,7 @@ def measure(
     for kind, attacks in (
         ("standard", evaluate.autoattack(norm)), ("fast", evaluate.fast_autoattack(norm)),
     ):  # fmt: skip
-        store = settings.out / "batches" / f"{name}-{kind}"
+        store = evaluation.store_of(settings.out, {**identity, "kind": kind})
         anew, start = not store.exists(), time.perf_counter()
         with compiling() as spent:
             found = attack_by(attacks, store=store)
@@ -149,9 +149,8 @@ def measure(
             orders[order] = [evaluate.accuracy(found.outcome.clean & ~row) for row in fooled]
     np.savez_compressed(settings.out / f"{name}.npz", **verdicts)
     return FastRow(
-        experiment="fast", net=net, norm=norm, eps=eps, n=len(problem.y), seed=seed,
-        columns=columns, passes=passes, seconds=seconds, compile_seconds=compile_seconds,
-        orders=orders, machine=machine, **records.made_by(),
+        experiment="fast", columns=columns, passes=passes, seconds=seconds,
+        compile_seconds=compile_seconds, orders=orders, machine=machine, **identity,
     )  # fmt: skip
 
 
@@ -172,6 +171,14 @@ def run_published(problem: Problem, eps: float, norm: Norm, seed: int) -> tuple[
     return round(seconds, 1), float(robust.mean())
 
 
+def has_all(settings: Settings, row: FastRow) -> bool:
+    """Return whether a row has what the settings ask for besides both ensembles."""
+    if row.seed != settings.seeds[0]:
+        return True
+    published = "published" in row.columns or not settings.published
+    return published and (row.orders is not None or not settings.orders)
+
+
 def run(settings: Settings, console: Console) -> list[FastRow]:
     """Compare both ensembles on each net; return the rows of this and of earlier runs."""
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -179,11 +186,19 @@ def run(settings: Settings, console: Console) -> list[FastRow]:
     for net in settings.nets:
         problem = problems.on_record(net, settings.folder, settings.n, settings.image_folder)
         for norm, seed in itertools.product(settings.norms, settings.seeds):
-            identity = {"net": net, "norm": norm, "seed": seed, "n": len(problem.y)}
-            made = partial(measure, net, norm, seed, problem, settings, console)
+            identity = {
+                "net": net,
+                "norm": norm,
+                "seed": seed,
+                "n": len(problem.y),
+                "eps": EPS["cifar10" if net.startswith("cifar10") else "mnist", norm],
+                **{name: problem.identity[name] for name in ("weights", "data")},
+                **records.made_by(),
+            }
             records.find_or_run(
-                results, FastRow, {**identity, **records.made_by()}, made, place=tuple(identity)
-            )
+                results, FastRow, identity, partial(measure, identity, problem, settings, console),
+                place=("net", "norm", "seed", "n"), enough=partial(has_all, settings),
+            )  # fmt: skip
     shutil.rmtree(settings.out / "batches", ignore_errors=True)
     return records.load(results, FastRow)
 
@@ -218,7 +233,6 @@ def as_markdown(rows: Sequence[FastRow]) -> list[str]:
         for row in own:
             for order, left in (row.orders or {}).items():
                 order_cells.append([net, norm, order, *(f"{robust:.4f}" for robust in left)])
-    first = rows[0]
     lines = [
         "# The fast ensemble compared with AutoAttack",
         "",
@@ -236,7 +250,7 @@ def as_markdown(rows: Sequence[FastRow]) -> list[str]:
             *tables.markdown(("Net", "Norm", "Order", *map(str, TARGETS)), order_cells),
             "",
         ]
-    return [*lines, f"{first.device}, jax {first.versions['jax']}.", ""]
+    return [*lines, f"{tables.machines(rows)}.", ""]
 
 
 @options.command

@@ -15,14 +15,14 @@ where area is that below the curve, up to the largest size of the envelope. How 
 libraries is shown in `experiments/compare/minimal.py`. For their attacks, every point at which they
 evaluated the net counts; for ours, only the point returned, checked by a plain forward pass.
 
-Finished work is kept in --out, and the same command resumes. Writes results.json, results.md, and
-the sizes for each image to NET-NORM.npz.
+Writes results.json, results.md, and the sizes for each image to NET-NORM.npz. It does so after each
+attack, so the same command resumes, and another one adds nets, budgets and libraries. Every attack
+that is added may lower the envelope, so the optimality of the others is computed anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import sys
 import time
@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -152,8 +152,15 @@ def run(settings: Settings, console: Console) -> list[OptimalityRow]:
     if others:
         pytorch.need("torch", "adv_lib", "foolbox")
     settings.out.mkdir(parents=True, exist_ok=True)
+    results = settings.out / "results.json"
     for net in settings.nets:
         problem = problems.on_record(net, settings.folder, settings.n, settings.image_folder)
+        of: dict[str, Any] = {
+            "n": len(problem.y),
+            "seed": settings.seed,
+            **{name: problem.identity[name] for name in ("weights", "data")},
+        }
+        _check_same(results, net, of)
         for norm, budget in itertools.product(settings.norms, settings.budgets):
             jobs: dict[tuple[str, str], Any] = {}
             if "jaxadv" in settings.libraries:
@@ -163,75 +170,79 @@ def run(settings: Settings, console: Console) -> list[OptimalityRow]:
                 if library in others:
                     jobs[library, name] = partial(by_theirs, library, name)
             for (library, name), job in jobs.items():
-                path = _path(settings, net, norm, library, name, budget)
-                if path.exists():
+                here: dict[str, Any] = {
+                    "net": net, "norm": norm, "budget": budget, "attack": name, "library": library
+                }  # fmt: skip
+                if records.find(records.load(results, OptimalityRow), here):
                     continue
                 start = time.perf_counter()
                 found = job(problem, norm, budget, settings.seed)
                 seconds = time.perf_counter() - start
-                path.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = path.with_suffix(".unfinished.npz")
-                np.savez(unfinished, seconds=seconds, **found)
-                unfinished.replace(path)
+                package = PACKAGES.get(library)
+                row = OptimalityRow(
+                    experiment="optimality", **here, **of, pool=[], columns={},
+                    passes={way: round(float(found[way]), 1) for way in ("forward", "backward")},
+                    seconds=round(seconds, 1),
+                    **records.made_by({package: version(package)} if package else {}),
+                )  # fmt: skip
+                _add(settings.out, row, found["size"])
                 console.print(
                     f"{net} {norm}, {library} {name}, {budget}: median "
                     f"{np.median(found['size']):.4f}, {seconds:.0f} s"
                 )
-    rows = [
-        row
-        for net, norm in itertools.product(NETS, ("l2", "linf"))
-        for row in _rows(settings, net, norm)
-    ]
-    records.save(settings.out / "results.json", rows)
-    return rows
+    return records.load(results, OptimalityRow)
 
 
-def _path(
-    settings: Settings, net: str, norm: str, library: str, name: str, budget: int
-) -> Path:  # fmt: skip
-    return _sizes(settings, net, norm) / f"{library} {name} {budget}.npz"
+def _check_same(results: Path, net: str, of: Mapping[str, Any]) -> None:
+    """Check that the rows of a net, which share an envelope, are for the same images.
+
+    Raises:
+      UsageError: if they aren't.
+    """
+    for row in records.load(results, OptimalityRow):
+        others = [name for name, value in of.items() if getattr(row, name) != value]
+        if row.net == net and others:
+            raise options.UsageError(
+                f"expected the rows of {net} in {results} to have the same "
+                f"{', '.join(others)} as this run, since their sizes are compared image by image; "
+                "choose another --out"
+            )
 
 
-def _sizes(settings: Settings, net: str, norm: str) -> Path:
-    name = f"{net.replace('/', '-')}-{norm}-{settings.n}-{settings.seed}"
-    return settings.out / "sizes" / name
+def _add(folder: Path, row: OptimalityRow, size: NDArray[Any]) -> None:
+    """Add an attack's sizes and row, and measure all attacks on its net by the new envelope."""
+    path = folder / f"{row.net.replace('/', '-')}-{row.norm}.npz"
+    sizes: dict[str, NDArray[Any]] = {}
+    if path.exists():
+        with np.load(path) as kept:
+            sizes = dict(kept)
+    sizes[_name(row)] = size.astype(np.float32)
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **sizes)
+    unfinished.replace(path)
+    results = folder / "results.json"
+    rows = [*records.load(results, OptimalityRow), row]
+    rows.sort(key=lambda row: (NETS.index(cast(NetName, row.net)), row.norm, _name(row)))
+    pool = [_name(old) for old in rows if (old.net, old.norm) == (row.net, row.norm)]
+    best = np.min([sizes[name] for name in pool], axis=0).astype(np.float64)
+
+    def measured(row: OptimalityRow) -> OptimalityRow:
+        own = sizes[_name(row)].astype(np.float64)
+        columns = {
+            "optimality": round(optimality(own, best), 4),
+            "median": round(float(np.median(own)), 4),
+        }
+        return dataclasses.replace(row, pool=pool, columns=columns)
+
+    is_same = [(old.net, old.norm) == (row.net, row.norm) for old in rows]
+    records.save(
+        results, [measured(old) if same else old for old, same in zip(rows, is_same, strict=True)]
+    )
 
 
-def _rows(settings: Settings, net: str, norm: str) -> list[OptimalityRow]:
-    paths = sorted(_sizes(settings, net, norm).glob("*[0-9].npz"))
-    runs = {path.stem: dict(np.load(path)) for path in paths}
-    if not runs:
-        return []
-    best = np.min([found["size"] for found in runs.values()], axis=0)
-    sizes = {name: found["size"].astype(np.float32) for name, found in runs.items()}
-    np.savez_compressed(settings.out / f"{net.replace('/', '-')}-{norm}.npz", **sizes)
-    rows = []
-    for run_name, found in runs.items():
-        library, name, budget = run_name.split(" ")
-        package = PACKAGES.get(library)
-        row = OptimalityRow(
-            experiment="optimality",
-            net=net,
-            norm=norm,
-            n=len(best),
-            budget=int(budget),
-            attack=name,
-            library=library,
-            pool=list(runs),
-            columns={
-                "optimality": round(optimality(found["size"], best), 4),
-                "median": round(float(np.median(found["size"])), 4),
-            },
-            passes={way: round(float(found[way]), 1) for way in ("forward", "backward")},
-            seconds=round(float(found["seconds"]), 1),
-            **records.made_by({package: version(package)} if package and _there() else {}),
-        )
-        rows.append(row)
-    return rows
-
-
-def _there() -> bool:
-    return all(map(importlib.util.find_spec, ("adv_lib", "foolbox")))
+def _name(row: OptimalityRow) -> str:
+    return f"{row.library} {row.attack} {row.budget}"
 
 
 def as_markdown(rows: Sequence[OptimalityRow]) -> list[str]:
@@ -250,11 +261,11 @@ def as_markdown(rows: Sequence[OptimalityRow]) -> list[str]:
                 line += [""] * (0 if own else 2)
             cells.append(line)
         lines += [f"## {norm}, {budget:,} passes", "", *tables.markdown(headings, cells), ""]
-    first = rows[0]
+    images = " or ".join(f"{n:,}" for n in sorted({row.n for row in rows}))
     return [
         *lines,
-        f"{first.n} test images, perturbed within the pixel range. Optimality is 1 for the lower "
-        f"envelope of all attacks on this page. {first.device}, jax {first.versions['jax']}.",
+        f"{images} test images, perturbed within the pixel range. Optimality is 1 for the lower "
+        f"envelope of all attacks on this page. {tables.machines(rows)}.",
         "",
     ]
 

@@ -32,3 +32,18 @@ def test_both_ensembles_run_and_their_verdicts_are_stored(tmp_path):
     for left in row.orders.values():
         assert left == sorted(left, reverse=True)
     assert "| mnist_mlp/normal | l2 | distance |" in "\n".join(fast.as_markdown([row]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "enough"),
+    [
+        ({}, True),
+        ({"orders": True}, False),
+        ({"published": True}, False),
+        ({"published": True, "seeds": (7, 0)}, True),  # it runs with the first seed only
+    ],
+)
+def test_a_row_without_what_is_asked_for_is_made_again(asked, enough):
+    rows = records.load(records.RESULTS / "fast" / "results.json", records.FastRow)
+    row = next(r for r in rows if r.orders is None and "published" not in r.columns and not r.seed)
+    assert fast.has_all(Settings(**asked), row) is enough

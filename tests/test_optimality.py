@@ -1,5 +1,6 @@
 """`experiments/optimality.py`: AttackBench's optimality, and a run."""
 
+import dataclasses
 import io
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from experiments import optimality
-from experiments.lib import models, records, weights
+from experiments.lib import models, options, records, weights
 from experiments.optimality import Settings
 
 
@@ -47,7 +48,8 @@ def test_each_attack_runs_within_the_budget_and_its_sizes_are_stored(tmp_path):
         nets=("mnist_mlp/lwa",), norms=("linf",), budgets=(700,), libraries=("jaxadv",), n=12,
         folder=tmp_path, out=tmp_path / "out",
     )  # fmt: skip
-    rows = optimality.run(settings, Console(file=io.StringIO()))
+    console = Console(file=io.StringIO())
+    rows = optimality.run(settings, console)
     assert {row.attack for row in rows} == {"FMN", "FAB", "APGD", "APGD-T", "distances"}
     assert records.load(settings.out / "results.json", records.OptimalityRow) == rows
     assert all(sum(row.passes.values()) <= 700 for row in rows)
@@ -58,6 +60,17 @@ def test_each_attack_runs_within_the_budget_and_its_sizes_are_stored(tmp_path):
         assert (sizes["jaxadv distances 700"] >= 0).all()
     text = "\n".join(optimality.as_markdown(rows))
     assert "| distances | jaxadv |" in text
+    # The record alone is enough to add to: from a checkout that has nothing else.
+    both = optimality.run(dataclasses.replace(settings, budgets=(700, 800)), console)
+    assert [(row.seconds, row.passes) for row in both if row.budget == 700] == [
+        (row.seconds, row.passes) for row in rows
+    ]
+    assert {row.budget for row in both} == {700, 800}
+    assert all(len(row.pool) == len(both) == 2 * len(rows) for row in both)
+    best = {row.attack: row.columns["optimality"] for row in both if row.budget == 700}
+    assert all(best[row.attack] <= row.columns["optimality"] for row in rows)
+    with pytest.raises(options.UsageError, match="to have the same n as this run"):
+        optimality.run(dataclasses.replace(settings, n=11), console)
 
 
 def test_curves_start_at_0_if_every_image_is_classified_correctly():

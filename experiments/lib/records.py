@@ -296,6 +296,8 @@ class FastRow(Row):
     """The fast ensemble and AutoAttack, on one net.
 
     Attributes:
+      weights: the net's checksum.
+      data: the images' source.
       columns: accuracies `clean`, `standard`, `fast`, and `published` where that was run.
       passes: passes executed per image, by ensemble and kind.
       seconds: duration by ensemble, without `compile_seconds`.
@@ -304,6 +306,8 @@ class FastRow(Row):
     """
 
     net: str
+    weights: str
+    data: str
     norm: str
     eps: float
     n: int
@@ -360,6 +364,8 @@ class OptimalityRow(Row):
     """How close an attack comes to the smallest perturbations of a net.
 
     Attributes:
+      weights: the net's checksum.
+      data: the images' source.
       budget: most forward plus backward passes that it may take per image.
       pool: the attacks whose envelope optimality is measured against.
       columns: `optimality` and `median` size.
@@ -367,8 +373,11 @@ class OptimalityRow(Row):
     """
 
     net: str
+    weights: str
+    data: str
     norm: str
     n: int
+    seed: int
     budget: int
     attack: str
     library: str
@@ -512,6 +521,7 @@ def find_or_run(
     run: Callable[[], R],
     *,
     place: Sequence[str],
+    enough: Callable[[R], bool] = lambda _: True,
 ) -> R:
     """Return the row of a file that has these entries; if there is none, make and add it.
 
@@ -522,10 +532,11 @@ def find_or_run(
       run: makes the row.
       place: the fields that tell rows apart; a new row replaces one that is the same in all of
         them.
+      enough: whether a row has all that is wanted; else it is made again.
     """
     # Several processes must agree on what to run, whichever files they see.
     found = find(load(path, kind), identity) if jax.process_count() == 1 else None
-    if found is not None:
+    if found is not None and enough(found):
         return found
     row = run()
     if jax.process_index() == 0:

@@ -51,6 +51,11 @@ def save(folder: Path, rows: Sequence[Row], lines: Sequence[str], console: Conso
     write(folder, lines, console)
 
 
+def machines(rows: Iterable[Any]) -> str:
+    """Return the devices and the versions of JAX that rows were made with."""
+    return "; ".join(dict.fromkeys(f"{row.device}, jax {row.versions['jax']}" for row in rows))
+
+
 def mean_and_spread(
     rows: Sequence[TableRow] | Sequence[RobustRow | PublishedRow | SmoothedRow], column: str
 ) -> str:
