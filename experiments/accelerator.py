@@ -283,6 +283,7 @@ def trained(settings: Settings, record: Record) -> Iterator[Figure]:
     )
     task = tasks.mnist(own, "lenet", method, mnist)
     shutil.rmtree(own.out / "checkpoints", ignore_errors=True)  # time it from scratch
+    record.figures.clear()  # those of an interrupted run are of another training
     with training.bars(parallel.start()) as progress:
         net = train_and_score.train("lwa_multi", method, 0, own, task, progress)
     for name in ("one-step",) if settings.quick else ATTACKS:
@@ -325,6 +326,8 @@ def by_hand(settings: Settings, record: Record) -> Iterator[Figure]:
         steps = common.step_objectives(net, all_kinds=False)
         own = common.training_calls(steps, params, x, y, epoch_steps)
         for kind, eps in {"plain": None, "LWA": 1.5}.items():
+            if record.done(net=name, objective=kind):
+                continue
             arrays = params, np.asarray(x), np.asarray(y)
             calls = {
                 "step": own[f"{kind}, step"],

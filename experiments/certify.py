@@ -48,6 +48,7 @@ from experiments.lib import (
     recipes,
     records,
     tables,
+    train_and_score,
     training,
 )
 from experiments.lib import weights as files
@@ -287,11 +288,7 @@ def run(settings: Settings, console: Console) -> list[CertifyRow]:
     """Measure each net; return the rows of this and of earlier runs."""
     settings.out.mkdir(parents=True, exist_ok=True)
     images = data.mnist()
-    train_x, train_y = images.train_images, images.train_labels
-    x, y = images.test_images, images.test_labels
-    if settings.holdout:
-        kept, held = data.split(len(train_y), settings.holdout, seed=0)
-        x, y, train_x, train_y = train_x[held], train_y[held], train_x[kept], train_y[kept]
+    (train_x, train_y), (x, y) = train_and_score.parts(settings.holdout, images)
     rows = np.arange(0, len(y), settings.every)
     trained = jnp.asarray(data.MNIST.inputs(train_x)), jnp.asarray(train_y)
     tested = np.asarray(data.MNIST.inputs(x[rows])), np.asarray(y[rows])
@@ -317,24 +314,24 @@ def as_markdown(rows: Sequence[CertifyRow]) -> list[str]:
         [
             WAYS[row.method], f"{row.sigma:g}", row.seed, row.n,
             *(f"{row.columns[c]:.4f}" if c in row.columns else "" for c in ("clean", *bounds)),
-            sum(map(len, row.both.values())), f"{row.samples / row.n:,.0f}",
+            len(set().union(*row.both.values())), f"{row.samples / row.n:,.0f}",
             f"{row.train_seconds / 60:.0f}", f"{row.seconds / 60:.0f}",
         ]
         for row in rows
     ]  # fmt: skip
     heading = ("Training", "Sigma", "Seed", "Images", "Clean", *bounds)
-    first = rows[0]
+    alphas = " or ".join(f"{alpha:g}" for alpha in dict.fromkeys(row.alpha for row in rows))
     return [
         "# Certified and attacked accuracy of smoothed LeNets on MNIST",
         "",
         "Accuracy of the smoothed classifier at the same l2 sizes: certified (a lower bound) and "
-        f"attacked (an upper bound), with alpha {first.alpha:g} for each image. Both: number of "
-        "images both certified and broken. Draws: mean number per image. Training and Certifying: "
-        "minutes.",
+        f"attacked (an upper bound), with alpha {alphas} for each image. Both: number of images "
+        "both certified and broken at the same size. Draws: mean number per image. Training and "
+        "Certifying: minutes.",
         "",
         *tables.markdown((*heading, "Both", "Draws", "Training", "Certifying"), cells),
         "",
-        f"{first.device}, jax {first.versions['jax']}.",
+        f"{tables.machines(rows)}.",
         "",
         "![Certified and attacked accuracy against size](certify.png)",
         "",

@@ -154,7 +154,7 @@ def load(settings: Settings) -> tuple[Images, Images, str, tuple[str, ...]]:
             f"expected the 10 classes of CIFAR-10, got {len(cifar.classes)} in {folder}; put one "
             "folder per class into both train and test"
         )
-    train, score = train_and_score.parts(settings, cifar)
+    train, score = train_and_score.parts(settings.holdout, cifar)
     chosen = data.order("cifar10", len(score[1]))[: settings.n_eval]
     centre = data.CIFAR10_CROPS.inputs(score[0][chosen])
     source = "tensorflow-datasets" if folder is None else data.describe(folder, cifar)

@@ -17,7 +17,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -50,6 +50,18 @@ class Settings(evaluation.Settings):
     """Most forward plus backward passes that the search may take per image."""
     out: OutputFolder = Path("runs/curve")
     """Where results go."""
+
+    def __post_init__(self) -> None:
+        """Refuse an option of `evaluate.py` that has no place in this figure.
+
+        Raises:
+          UsageError: if certification is asked for.
+        """
+        super().__post_init__()
+        if self.certify is not None:
+            raise options.UsageError(
+                f"expected no --certify, got {self.certify:g}; evaluate.py certifies"
+            )
 
 
 def run(settings: Settings, console: Console) -> list[CurveRow]:
@@ -92,8 +104,8 @@ def run(settings: Settings, console: Console) -> list[CurveRow]:
     return [*others, row]
 
 
-def _place(row: CurveRow) -> tuple[Any, ...]:
-    return row.method, row.norm, row.n, row.seed, row.budget
+def _place(row: CurveRow) -> tuple[str, str]:
+    return row.method, row.norm
 
 
 def as_markdown(rows: Sequence[CurveRow]) -> list[str]:

@@ -131,12 +131,9 @@ def run(settings: Settings, console: Console) -> tuple[list[TableRow], list[Atta
     attacked: list[AttackRow] = []
     # A run that chooses settings on held-out images doesn't touch the test images.
     for row in [] if settings.holdout else rows:
-        folder = settings.out / row.method
-        if row.seed != settings.seed[0]:
-            folder /= f"seed_{row.seed}"
         attacked = evaluation.run(
             evaluation.Settings(
-                net=str(folder / "params.safetensors"),
+                net=str(train_and_score.weights_path(settings, row.method, row.seed)),
                 name=f"{row.method}, seed {row.seed}",
                 attacks=("one-step", "standard"),
                 eps=(row.eps,),

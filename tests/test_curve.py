@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from experiments import curve
-from experiments.lib import figures, problems, records
+from experiments.lib import figures, options, problems, records
 from jaxadv import evaluate
 
 
@@ -79,3 +79,8 @@ def test_rows_of_other_nets_are_kept(ran):
     assert [each.method for each in rows] == ["mnist_mlp/normal", "net/second"]
     assert (settings.out / "curve.png").is_file()
     assert rows[1].curve == row.curve
+
+
+def test_certification_is_refused(ran):
+    with pytest.raises(options.UsageError, match="expected no --certify, got"):
+        curve.Settings(**vars(ran[0]) | {"certify": 0.5})

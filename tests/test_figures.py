@@ -1,5 +1,6 @@
 """One command draws every record's figures from its JSON."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -173,3 +174,25 @@ def test_digits_show_what_was_saved(tmp_path):
     assert [axis.get_title() for axis in figure.axes] == [
         "label 1", "label 2", "", "", "1 → 1", "2 → 3",
     ]  # fmt: skip
+
+
+def test_digits_of_several_runs_are_kept_as_long_as_they_are_the_same(tmp_path):
+    path, images = tmp_path / "digits.json", np.linspace(0, 1, 784).reshape(1, 28, 28, 1)
+    digits = figures.Digits(-images, np.array([1]), np.array([1]))
+
+    def saved(images, name):
+        figures.save_digits(path, images, np.array([1]), {name: digits})
+        return list(json.loads(path.read_text())["perturbed"])
+
+    assert saved(images, "lwa") == ["lwa"]
+    assert saved(images, "normal") == ["lwa", "normal"]
+    assert saved(1 - images, "lwa") == ["lwa"]
+
+
+def test_curves_at_other_sizes_than_the_first_seeds_are_left_out():
+    first = row("mnist_mlp", "lwa")
+    column = figures.CURVES[0]
+    other = dataclasses.replace(first, seed=1, curves={"eps": [0.0, 3.0], column: [0.2, 0.1]})
+    sizes, mean = figures._curve([first, other], "lwa", column)
+    assert sizes == EPS
+    np.testing.assert_array_equal(mean, [0.9, 0.5, 0.1])

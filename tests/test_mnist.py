@@ -112,6 +112,8 @@ def test_each_seed_has_a_row_and_weights_and_running_again_changes_nothing(small
     assert before[1] != before[2]
     assert run(small, tmp_path) == rows
     assert [file.read_bytes() for file in files] == before
+    run(dataclasses.replace(small, seed=(5,)), tmp_path)  # in a run of its own, too
+    assert [file.read_bytes() for file in files[1:]] == before[1:]
 
 
 @pytest.mark.slow

@@ -328,6 +328,8 @@ REFUSED = [
      r"--memory\.adversary to be loss or alpha, got adversarial and virtual; choose"),
     ("memory", FewSteps((6, 5), 1, 0.1, eps=0.7, candidates=2), 0,
      r"--memory\.candidates to be 0, got 2; only the adversary alpha"),
+    ("four", MultiStep((6, 5), 1, 0.1, eps=0.7, adversary="alpha"), 0,
+     r"--four\.adversary to be loss, got alpha; the adversary of several steps is PGD"),
     ("four", MultiStep((6, 5), 1, 0.1, eps=0.7, objective="representation"), 0,
      r"--four\.objective to be adversarial, mixed or virtual,"),
 ]  # fmt: skip

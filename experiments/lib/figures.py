@@ -383,23 +383,26 @@ class Digits(NamedTuple):
 def save_digits(
     path: Path, images: ArrayLike, labels: ArrayLike, perturbed: Mapping[str, Digits]
 ) -> None:
-    """Write images and each method's perturbations of them, with pixels in thousandths."""
+    """Write images and each method's perturbations of them, with pixels in thousandths.
+
+    Perturbations of the same images by other methods stay in the file.
+    """
 
     def thousandths(pixels: Any) -> Any:
         return np.rint(1000 * np.asarray(pixels)).astype(int).tolist()
 
-    content = {
-        "images": thousandths(images),
-        "labels": np.asarray(labels).tolist(),
-        "perturbed": {
-            name: {
-                "r": thousandths(digits.r),
-                "before": digits.before.tolist(),
-                "after": digits.after.tolist(),
-            }
-            for name, digits in perturbed.items()
-        },
+    shown = {"images": thousandths(images), "labels": np.asarray(labels).tolist()}
+    new = {
+        name: {
+            "r": thousandths(digits.r),
+            "before": digits.before.tolist(),
+            "after": digits.after.tolist(),
+        }
+        for name, digits in perturbed.items()
     }
+    old = json.loads(path.read_text()) if path.exists() else {}
+    kept = old["perturbed"] if shown.items() <= old.items() else {}
+    content = {**shown, "perturbed": {**kept, **new}}
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
@@ -465,12 +468,14 @@ def _methods(rows: Sequence[TableRow]) -> list[str]:
 
 def _of(rows: Sequence[TableRow], method: str) -> list[TableRow]:
     """Return a row per seed of a method; curves and history don't depend on the row's size."""
-    return list({row.seed: row for row in reversed(rows) if row.method == method}.values())
+    by_seed = {row.seed: row for row in reversed(rows) if row.method == method}
+    return list(reversed(by_seed.values()))
 
 
 def _curve(rows: Sequence[TableRow], method: str, column: str) -> tuple[Any, Any]:
-    curves = [row.curves for row in _of(rows, method)]
-    return curves[0]["eps"], np.mean([curve[column] for curve in curves], axis=0)
+    first, *others = (row.curves for row in _of(rows, method))
+    same = [first, *(curve for curve in others if curve["eps"] == first["eps"])]
+    return first["eps"], np.mean([curve[column] for curve in same], axis=0)
 
 
 def _line(panel: Axes, x: Any, y: Any, index: int, label: str, **style: Any) -> None:

@@ -181,6 +181,11 @@ def check(name: str, method: Method, *, lr_warmup: int) -> None:
             f"expected {option}.objective to be adversarial, mixed or virtual, got representation, "
             "whose adversary takes one step; choose another"
         )
+    if isinstance(method, MultiStep) and method.adversary != "loss":
+        raise options.UsageError(
+            f"expected {option}.adversary to be loss, got {method.adversary}; the adversary of "
+            "several steps is PGD: leave it out"
+        )
     taken = ("loss", "alpha") if isinstance(method, FewSteps) else ("loss",)
     if isinstance(method, OneStep) and (
         method.objective != "adversarial" or method.adversary not in taken

@@ -40,7 +40,7 @@ def mnist(
     def scaled(pixels: NDArray[np.uint8], labels: NDArray[np.int32]) -> Images:
         return Images(jnp.asarray(data.MNIST.inputs(pixels)), jnp.asarray(labels))
 
-    train, test = parts(settings, images or data.mnist())
+    train, test = parts(settings.holdout, images or data.mnist())
     n = settings.n_eval
     return Task(
         experiment=f"mnist_{network}",

@@ -319,22 +319,26 @@ def row_settings(method: Method, settings: Settings, task: Task, eps: float) -> 
     }
 
 
-def parts(settings: Settings, images: data.Dataset) -> tuple[Pixels, Pixels]:
+def parts(holdout: int, images: data.Dataset) -> tuple[Pixels, Pixels]:
     """Return the pixels and labels to train on, and those to score.
+
+    Args:
+      holdout: how many training images to hold out, and to score; 0 to score the test images.
+      images: the data set.
 
     Raises:
       UsageError: if no images are left to train on.
     """
     train = images.train_images, images.train_labels
-    if not settings.holdout:
+    if not holdout:
         return train, (images.test_images, images.test_labels)
     n = len(images.train_labels)
-    if settings.holdout >= n:
+    if holdout >= n:
         raise options.UsageError(
             f"expected --holdout to be less than {n}, the number of training images, got "
-            f"{settings.holdout}; hold out fewer"
+            f"{holdout}; hold out fewer"
         )
-    kept, held = data.split(n, settings.holdout, seed=0)
+    kept, held = data.split(n, holdout, seed=0)
     return (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
 
 
@@ -531,12 +535,18 @@ def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow
                 rows.append(row)
                 if parallel.first_process():
                     records.save(results, rows + _others(known, rows))
-            first = seed == settings.seed[0]
-            folder = settings.out / name if first else settings.out / name / f"seed_{seed}"
             if parallel.first_process():
-                path = folder / "params.safetensors"
+                path = weights_path(settings, name, seed)
                 weights.save(path, net.params, task.stored, interface=task.interface)
     return rows, nets
+
+
+def weights_path(settings: Settings, method: str, seed: int) -> Path:
+    """Return the file for a net's weights: those of a method's least seed are in METHOD itself."""
+    rows = records.load(settings.out / "results.json", TableRow)
+    least = min(*settings.seed, *(row.seed for row in rows if row.method == method), seed)
+    folder = settings.out / method / ("" if seed == least else f"seed_{seed}")
+    return folder / "params.safetensors"
 
 
 def _check_splits(task: Task) -> None:
