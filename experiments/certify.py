@@ -8,7 +8,7 @@ Trains LeNets on MNIST under Gaussian noise: plainly, with the consistency regul
 attack on the smoothed net (SmoothAdv), or both. Then certifies the smoothed classifier on every
 fifth test image, and attacks it at the same sizes by APGD with gradients averaged over draws. An
 image counts as broken if fresh draws at x + r reject its label. Images both certified and broken
-are listed; expect at most a share alpha of them.
+are listed; expect at most a share alpha of them, and another alpha for each size attacked.
 
 Everything is kept in --out, and the same command resumes an interrupted run. With other settings
 for certification or attacks, the trained nets are measured again. Writes results.json, results.md,
