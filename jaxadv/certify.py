@@ -377,10 +377,13 @@ class _Rule:
                 "e.g. (10000, 30000, 100000)"
             )
         least, most = (special.ndtr(size / sigma) + off for size in (min(radii), max(radii)))
-        # If all n draws are A, the bound on p_A is alpha^(1/n).
-        may = [alpha ** (1 / stage) > least for stage in stages[:-1]]
-        each = alpha / 5 / max(sum(may), 1)
-        final = alpha - each * sum(may)
+        # If all n draws are A, the bound on p_A is alpha^(1/n). The fewer looks share a fifth of
+        # alpha, the more each of them can certify.
+        able = len(stages) - 1
+        while able and (alpha / 5 / able) ** (1 / stages[-1 - able]) <= least:
+            able -= 1
+        each = alpha / 5 / max(able, 1)
+        final = alpha - each * able
         if final ** (1 / stages[-1]) <= most:
             size = max(sigma * special.ndtri(final ** (1 / stages[-1]) - off), 0)
             raise ValueError(
@@ -388,7 +391,8 @@ class _Rule:
                 f"with sigma={sigma:g} and alpha={alpha:g}, got {max(radii):g}; raise the last of "
                 "stages, or sigma"
             )
-        return cls(sigma, radii, stages, off, (*(each * first for first in may), final))
+        share = (*[0.0] * (len(stages) - 1 - able), *[each] * able, final)
+        return cls(sigma, radii, stages, off, share)
 
     def bound(self, right: NDArray[Any], look: int) -> NDArray[np.float64]:
         """Return a look's lower bound on p_A, `[m]`, from how often A was drawn, `[m]`."""

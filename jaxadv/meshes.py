@@ -71,7 +71,7 @@ def of_rows(apply_fn: Any, params: Any, x: Any, *others: Any, **named: Any) -> P
     return P(*_spec(x)[:1])
 
 
-def as_state(state: Any, *others: Any) -> tuple[Any, P]:
+def as_state(state: Any, *others: Any, **named: Any) -> tuple[Any, P]:
     """Shard a training state as before the step, and replicate the report."""
     return jax.tree.map(_spec, state), P()
 

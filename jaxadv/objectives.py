@@ -224,7 +224,7 @@ def mixed(
 
     .. math:: w\, \ell(g(x), y) + (1 - w) \max_{\|r\| \le \epsilon} \ell(g(x + r), y)
 
-    Weight 0 gives `adversarial`, the objective of Nøkland (2015); weight 1 gives `natural`. Both
+    Weight 0 gives `adversarial`, the objective of Nøkland (2015). Both
     passes use the same dropout key; the clean pass updates the model state first.
 
     Args:
@@ -580,12 +580,16 @@ def with_memory(objective: Objective) -> Objective:
                 f"{index.shape}; pass the index of each example in the data set"
             )
         rows = model_state.r.at[index]
-        # Plain indexing would silently clamp an index beyond the last row to the last row.
-        start = rows.get(mode="fill", fill_value=jnp.nan)
+        # Plain indexing would silently take another row for an index that has none.
+        exact: dict[str, Any] = {"mode": "fill", "wrap_negative_indices": False}
+        start = rows.get(fill_value=jnp.nan, **exact)
         loss, (inner, aux) = objective(
             params, model_state.model_state, (x, y, start), key=key, step=step
         )
-        return loss, (Memory(rows.set(aux.r), inner), aux._replace(r=None))
+        # A row that was NaN once would be NaN whenever its example is used again.
+        finite = jnp.isfinite(norms.norm(aux.r, "linf"))
+        kept = jnp.where(inputs.expand_like(finite, aux.r), aux.r, 0)
+        return loss, (Memory(rows.set(kept, **exact), inner), aux._replace(r=None))
 
     return remembering
 
@@ -603,7 +607,9 @@ def _examples(batch: Any, most: int = 2) -> list[Any]:
     """
     if not isinstance(batch, tuple | list) or not 2 <= len(batch) <= most:
         got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
-        or_more = " or (x, y, r)" if most == 3 else ""
+        if isinstance(batch, tuple | list):
+            got = f"{got} of {len(batch)}"
+        or_more = " or (x, y, r)" if most == 3 else " (this objective has no adversary to give r)"
         raise TypeError(
             f"expected a batch (x, y){or_more}, got {got}; pass a pair, e.g. "
             '(batch["image"], batch["label"])'
@@ -696,7 +702,8 @@ def _aux(
     size: jax.Array | None = None,
     given: jax.Array | None = None,
 ) -> Aux:
-    labels = y if y.ndim == 1 else jnp.argmax(y, axis=-1)
+    # A loss_fn of one's own may take a column of labels, whose argmax would be class 0.
+    labels = y.reshape(len(y)) if y.size == len(y) else jnp.argmax(y, axis=-1)
     # argmax treats NaN as the largest logit, so a diverged net would be right about class 0.
     right = (jnp.argmax(logits, axis=-1) == labels) & jnp.all(logits < jnp.inf, axis=-1)
     accuracy = jnp.mean(right.astype(jnp.float32))

@@ -45,8 +45,8 @@ class Part(NamedTuple):
 
     Attributes:
       examples: maximum number of examples it runs on.
-      passes: maximum number of forward and backward passes for each of them; None if unknown, as
-        for your own attacks and those in no ensemble.
+      passes: maximum number of forward and backward passes for each of them, without padding; None
+        if unknown, as for your own attacks and those in no ensemble.
       seconds: the time of these passes; None if `passes` is.
     """
 
@@ -114,7 +114,10 @@ class Robustness(NamedTuple):
     def figures(self) -> dict[str, Any]:
         """Return the report as plain types, ready for JSON."""
         n, masks = self.setting["n"], self.masks
-        seen = self.attacked.outcome._replace(zero=self.one_step.zero)._asdict()
+        outcome = self.attacked.outcome
+        # At a size of 0, and where the label is none of the classes, r is 0 by definition.
+        zero = self.one_step.zero & ~outcome.invalid & (self.setting["eps"] > 0)
+        seen = outcome._replace(zero=zero)._asdict()
         return {
             **self.setting,
             "accuracy": {name: evaluate.accuracy(mask) for name, mask in masks.items()},

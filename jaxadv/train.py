@@ -176,7 +176,7 @@ def _transform(
     tx: optax.GradientTransformation, grads: Any, state: TrainState, extra: dict[str, Any]
 ) -> tuple[Any, optax.OptState]:
     """Call an optax transformation with the extra arguments that it accepts."""
-    takes = inspect.signature(tx.update).parameters
+    takes, named = inspect.signature(tx.update).parameters, ", ".join(extra)
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         extra = {name: value for name, value in extra.items() if name in takes}
     try:
@@ -185,7 +185,7 @@ def _transform(
         if "keyword" not in str(error):
             raise
         raise TypeError(
-            f"expected an optax transformation that needs no more than {', '.join(extra)}, "
+            f"expected an optax transformation that needs no more than {named}, "
             f"got one that raises {error!r}; take it out of its wrapper (optax.chain, "
             "optax.MultiSteps), or write the step with jax.value_and_grad(objective, has_aux=True) "
             "and pass the other arguments yourself"
@@ -245,7 +245,7 @@ def make_epoch(
       `epoch(state, data, order=None) -> (state, StepInfo)`, jitted. Without `order`, `data` is a
       pytree of batches stacked on a first axis, `[S, B, ...]`. With `order`, integers `[S, B]`,
       `data` is a pytree of examples, `[N, ...]`, and step s trains on the examples with indices
-      `order[s]`; an index of N or more makes the loss NaN, so that the mistake is noticed. The
+      `order[s]`; an index outside 0..N-1 makes the loss NaN, so that the mistake is noticed. The
       leaves of `StepInfo` are stacked, `[S]`. It raises the errors of `update`, and a `ValueError`
       if `order` isn't integers `[S, B]`.
 
@@ -294,5 +294,5 @@ def _order(order: Any) -> jax.Array:
 
 
 def _rows(data: jax.Array, rows: jax.Array) -> jax.Array:
-    # Plain indexing would silently clamp an index beyond the last row to the last row.
-    return data.at[rows].get(mode="fill")
+    # Plain indexing would silently take another row for an index that has none.
+    return data.at[rows].get(mode="fill", wrap_negative_indices=False)

@@ -127,6 +127,8 @@ def test_only_looks_that_can_certify_share_alpha():
         ALPHA / 10, ALPHA / 10, 0.8 * ALPHA,
     )  # fmt: skip
     assert rule(stages=(30_000,)).share == (ALPHA,)
+    # With all of alpha, 2000 draws could certify this radius; with a fifth of it, they can't.
+    assert rule(stages=(2000, 100_000), radii=(1.325,)).share == (0.0, ALPHA)
 
 
 def test_a_bound_is_kept_even_if_later_draws_are_worse():

@@ -232,7 +232,7 @@ def trained(kind, params, x, y, keys):
         return train.make_step(objective, tx)(state, (x, y))
     if kind == "batches":
         return train.make_epoch(objective, tx)(state, (x[None], y[None]))
-    return train.make_epoch(objective, tx)(state, (x, y), jnp.array([[0, 1], [3, 2]]))
+    return train.make_epoch(objective, tx)(state, (x, y), order=jnp.array([[0, 1], [3, 2]]))
 
 
 def test_a_memory_keeps_its_sharding(plain, spread):

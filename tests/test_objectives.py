@@ -755,6 +755,18 @@ def test_aux_accuracy_is_that_at_the_perturbed_inputs(name):
     np.testing.assert_allclose(aux.accuracy, share, rtol=RTOL)
 
 
+def test_aux_accuracy_of_labels_in_a_column_is_that_of_the_labels():
+    x, _ = BATCH
+    labels = jnp.argmax(mlp(PARAMS, x), axis=1)[:, None]
+    assert labels.any()
+    own = objectives.natural(
+        mlp,
+        loss_fn=lambda z, y: optax.softmax_cross_entropy_with_integer_labels(z, y[:, 0]),
+    )
+    _, (_, aux) = call(own, batch=(x, labels))
+    assert float(aux.accuracy) == 1
+
+
 def test_aux_counts_no_row_of_nan_as_correct():
     # argmax of a row of NaN is 0, which is the label of some.
     everything = np.full_like(R, np.nan)
@@ -858,15 +870,27 @@ def test_no_step_of_an_epoch_copies_the_memory():
     assert used.temp_size_in_bytes < memory.r.nbytes
 
 
-def test_an_index_outside_the_memory_makes_the_loss_nan():
+@pytest.mark.parametrize("wrong", [N, -1])
+def test_an_index_outside_the_memory_makes_the_loss_nan(wrong):
     x, y, _ = (part[:3] for part in data())
     objective = objectives.with_memory(PGD)
     loss, (memory, _) = objective(
-        PARAMS, MEMORY._replace(r=jnp.asarray(MEMORY.r)), (x, y, jnp.array([0, N, 2])), key=KEY,
+        PARAMS, MEMORY._replace(r=jnp.asarray(MEMORY.r)), (x, y, jnp.array([0, wrong, 2])), key=KEY,
         step=jnp.int32(0),
     )  # fmt: skip
     assert np.isnan(loss)
     np.testing.assert_array_equal(memory.r[3:], MEMORY.r[3:])
+
+
+def test_an_example_starts_anew_after_a_perturbation_that_is_not_finite():
+    x, y, index = data()
+    objective = partial(objectives.with_memory(PGD), key=KEY, step=jnp.int32(0))
+    memory = MEMORY._replace(r=jnp.asarray(MEMORY.r))
+    loss, (memory, aux) = objective(PARAMS, memory, (x.at[1].set(np.nan), y, index))
+    assert np.isnan(loss)
+    assert int(aux.nonfinite) == 1
+    np.testing.assert_array_equal(memory.r[1], 0)
+    assert np.isfinite(objective(PARAMS, memory, (x, y, index))[0])
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,9 @@ def by_hand(certificate=None, flags=(), **setting):
         "methods": {"pgd": "pgd", "min|e": "mine"}, "checked": 4, "sigma": None, "draws": None,
         "versions": {"jaxadv": "0.2.0", "jax": "0.10.2"}, "device": "cpu x1",
     } | setting  # fmt: skip
-    one_step = outcome._replace(robust=np.array([1, 1, 0, 0], bool), zero=outcome.invalid)
+    one_step = outcome._replace(
+        robust=np.array([1, 1, 0, 0], bool), zero=np.array([0, 1, 0, 1], bool)
+    )
     result = evaluate.Result(outcome, np.zeros((4, 2)), stages)
     return report.Robustness(setting, one_step, result, evaluate.Report(flags, {}), certificate)
 
