@@ -223,7 +223,8 @@ def main() -> None:
         tables.seeds(rows, NAMES),
     ]
     title = f"CIFAR-10, {rows[0].network}: accuracy on {rows[0].n:,} {which}"
-    sections = tables.by_size(rows, NAMES, paper.PRINTED["cifar10"])
+    printed = paper.PRINTED["cifar10"], paper.PRINTED_EPS["cifar10"]
+    sections = tables.by_size(rows, NAMES, *printed)
     tables.show(console, settings.out, title, rows, sections, notes)
 
 

@@ -163,8 +163,9 @@ def run_published(problem: Problem, eps: float, norm: Norm, seed: int) -> tuple[
     net = pytorch.fixed_net(problem.params)
     start = time.perf_counter()
     found = published.autoattack(
-        net, problem.x, problem.y, eps=eps, norm=norm, seed=seed, batch_size=500
-    )
+        net, problem.x, problem.y, eps=eps, norm=norm, seed=seed, batch_size=500,
+        low=float(np.min(problem.bounds[0])) if problem.bounds else 0.0,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     with torch.no_grad():
         robust = net(found).numpy().argmax(1) == problem.y

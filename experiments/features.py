@@ -142,7 +142,7 @@ def questions(
     }
 
 
-def flagged(problem: problems.Problem) -> dict[str, str]:
+def flagged(problem: problems.Problem, eps: float) -> dict[str, str]:
     """Return, for each library, whether its checks flag a net that returns probabilities."""
     import torch
 
@@ -151,13 +151,13 @@ def flagged(problem: problems.Problem) -> dict[str, str]:
 
     x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
     report = evaluate.check(
-        probabilities, problem.params, x, y, eps=1.5, key=jax.random.key(0), bounds=(0.0, 1.0)
+        probabilities, problem.params, x, y, eps=eps, key=jax.random.key(0), bounds=(0.0, 1.0)
     )
     net = torch.nn.Sequential(pytorch.fixed_net(problem.params), torch.nn.Softmax(dim=1))
     printed = io.StringIO()
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
         warnings.simplefilter("always")
-        published.autoattack(net, problem.x, problem.y, eps=1.5, attacks=["apgd-ce"], verbose=True)
+        published.autoattack(net, problem.x, problem.y, eps=eps, attacks=["apgd-ce"], verbose=True)
     said = [printed.getvalue(), *(str(warning.message) for warning in caught)]
     return {
         "jaxadv": "flagged" if any(f.name == "probabilities" for f in report.flags) else "nothing",
@@ -197,7 +197,7 @@ def run(settings: Settings, console: Console) -> FeaturesRow:
     }
     row = FeaturesRow(
         experiment="features",
-        answers=answers | {"a net that returns probabilities": flagged(problem)},
+        answers=answers | {"a net that returns probabilities": flagged(problem, settings.eps)},
         n=settings.n,
         eps=settings.eps,
         **records.made_by(libraries.versions() | {"autoattack": version("autoattack")}),

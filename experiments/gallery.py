@@ -264,7 +264,7 @@ def surface(settings: Settings) -> Figure:
         many = attack.pgd(problem.apply_fn, problem.params, x, y, eps=settings.eps)
         missed = np.flatnonzero(problem.correct(x + one) & ~problem.correct(x + many))
         if not missed.size:
-            raise ValueError(
+            raise options.UsageError(
                 f"expected an image on which one step fails and PGD succeeds, got none among "
                 f"{settings.n} for {net}; raise --n"
             )

@@ -158,8 +158,9 @@ def main() -> None:
         f"Trained on {60_000 - settings.holdout:,} images. {tables.seeds(rows, NAMES)}",
     ]
     title = f"MNIST, {net}: accuracy on {rows[0].n:,} {which}"
-    printed = paper.PRINTED[rows[0].experiment]
-    tables.show(console, settings.out, title, rows, tables.by_size(rows, NAMES, printed), notes)
+    table = rows[0].experiment
+    sections = tables.by_size(rows, NAMES, paper.PRINTED[table], paper.PRINTED_EPS[table])
+    tables.show(console, settings.out, title, rows, sections, notes)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,12 @@ def table(
     lines = []
     sizes = list(dict.fromkeys(row.eps for row in rows))
     for eps in sizes:
-        sources = {"printed": paper.PRINTED[record], "notebook": paper.NOTEBOOK[record]}
-        if len(sizes) > 1:  # the first is the paper's, the second its code's
-            sources.pop("notebook" if eps == sizes[0] else "printed")
+        sources = {}
+        if eps == paper.PRINTED_EPS[record]:
+            sources["printed"] = paper.PRINTED[record]
+        if eps == paper.NOTEBOOK_EPS[record]:
+            sources["notebook"] = paper.NOTEBOOK[record]
+        if len(sizes) > 1:
             lines += ["", f"l2 size {eps:g}:", ""]
         boards = {
             name: attack_tables.figures_of(attacked, f"{record}/{name}", "l2", eps)

@@ -138,8 +138,8 @@ class Settings(parallel.Settings, recipes.Optimiser):
         """Check that the options fit together.
 
         Raises:
-          UsageError: if an option is given that the net or the method has no use for, or if any
-            two images are within reach of each other.
+          UsageError: if --widths or --train-eps is given where it has no use, or if any two
+            images are within reach of each other.
         """
         super().__post_init__()
         for option, eps in (("--eps", self.eps), ("--train-eps", self.train_eps)):
@@ -182,6 +182,13 @@ def make_net(settings: Settings, classes: int) -> nn.Module:
         )
     make = options.imported(settings.net)
     made = make(classes)
+    try:
+        hash(made)
+    except TypeError as error:
+        raise options.UsageError(
+            f"expected {settings.net} to return a module that can be hashed, got one that can't "
+            "be; make lists among its attributes tuples"
+        ) from error
     if not isinstance(made, nn.Module):
         raise options.UsageError(
             f"expected {settings.net} to return a flax.linen module, got {type(made).__name__}; "
@@ -332,6 +339,12 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
             f"expected a --net whose only variables are params, got {sorted(params)}; for batch "
             "norm write the loop yourself, the documentation shows how"
         )
+    logits = jax.eval_shape(apply_fn, params, x[:1])
+    if logits.shape != (1, len(images.classes)):
+        raise options.UsageError(
+            f"expected logits of shape (1, {len(images.classes)}) for an image, one for each "
+            f"class, got {logits.shape} from {settings.net}; use the number of classes it is given"
+        )
     mesh = parallel.mesh(settings, batch_size, len(y))
     watched_x, watched_y = parallel.spread(mesh, (x, y))
     epoch_steps = n // batch_size
@@ -357,6 +370,8 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
     placed = (field.name for field in dataclasses.fields(parallel.Settings))
     kept = {key: str(value) for key, value in settings.without("attacks", "out", *placed).items()}
     kept["images"] = data.fingerprint(images)
+    if ":" in settings.net:  # the name doesn't identify the function
+        kept["answers"] = problems.digest(apply_fn(params, jnp.asarray(x[:1])))
     # A trained net is attacked at another size, or on more images, without training it again.
     taught = {key: value for key, value in kept.items() if key not in ("eps", "n_eval")}
     taught["train_eps"] = str(training_size(settings))

@@ -33,6 +33,15 @@ def test_the_products_of_a_step_are_those_of_its_passes():
     }
 
 
+@pytest.mark.parametrize(
+    ("net", "layers"),
+    [(models.mlp((6, 5), split=1), 1), (models.lenet((6,), split=2), 2), (models.vgg((8, 8)), 7)],
+    ids=["mlp", "lenet", "vgg"],
+)
+def test_the_layers_before_a_representation_include_all_of_a_block(net, layers):
+    assert steps.before_split(net) == layers
+
+
 def test_the_timed_products_have_the_shapes_of_the_net():
     net = models.Classifier((6, 5), classes=3)
     shapes = {name: call().shape for name, call in steps.products(net, 7, 4).items()}

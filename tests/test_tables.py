@@ -44,7 +44,7 @@ def test_a_note_gives_the_accuracy_of_each_net_that_a_fixed_set_was_made_on():
 
 def shown(tmp_path, rows=ROWS, width=80):
     out = io.StringIO()
-    sections = tables.by_size(rows, NAMES, PAPER)
+    sections = tables.by_size(rows, NAMES, PAPER, 1.5)
     tables.show(Console(file=out, width=width), tmp_path, "A title", rows, sections, ["note"])
     return out.getvalue(), (tmp_path / "results.md").read_text().splitlines()
 
@@ -70,15 +70,16 @@ def headings(lines):
 
 def test_the_papers_figures_of_four_digits_keep_them(tmp_path):
     paper = {"lwa": (0.9932, 0.9817, 0.98, 0.9533, 0.9529)}
-    lines = written(tmp_path, ROWS, tables.by_size(ROWS, NAMES, paper))
+    lines = written(tmp_path, ROWS, tables.by_size(ROWS, NAMES, paper, 1.5))
     assert "| paper | 0.9932 | 0.9817 | 0.9800 | 0.9533 | 0.9529 |  |" in lines
 
 
-def test_each_size_has_a_table_and_the_papers_row_is_in_the_first(tmp_path):
+def test_each_size_has_a_table_and_the_papers_row_is_in_that_of_its_size(tmp_path):
     small = [row(r.method, r.seed, 0.9, eps=0.251) for r in ROWS]
-    _, lines = shown(tmp_path, [*ROWS, *small])
-    assert headings(lines) == ["# A title", "## l2 size 1.5", "## l2 size 0.251"]
-    assert sum(line.startswith("| paper |") for line in lines) == 1
+    _, lines = shown(tmp_path, [*small, *ROWS])
+    assert headings(lines) == ["# A title", "## l2 size 0.251", "## l2 size 1.5"]
+    (papers,) = (i for i, line in enumerate(lines) if line.startswith("| paper |"))
+    assert papers > lines.index("## l2 size 1.5")
     assert "| Normal | " + " | ".join(["0.9000"] * 6) + " |" in lines
     assert lines[-1].startswith("- Training took 6 s")  # each net was trained once
 

@@ -189,6 +189,13 @@ def test_another_training_size_needs_another_folder(folder, tmp_path):
         run(folder, tmp_path, attacks=(), eps=0.6)
 
 
+def test_another_function_of_the_same_name_is_refused(folder, tmp_path, monkeypatch):
+    run(folder, tmp_path, net=f"{__name__}:Own", widths=(), attacks=())
+    monkeypatch.setattr(sys.modules[__name__], "Own", Negative)
+    with pytest.raises(ValueError, match=r"answers: .*choose another --out"):
+        run(folder, tmp_path, net=f"{__name__}:Own", widths=(), attacks=())
+
+
 def test_a_second_run_continues_the_first_and_refuses_other_settings(folder, trained, tmp_path):
     _, rows = trained
     run(folder, tmp_path, attacks=())
@@ -222,10 +229,38 @@ class Own(nn.Module):
         return nn.Dense(self.classes)(x.reshape(len(x), -1))
 
 
+class Negative(Own):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return -nn.Dense(self.classes)(x.reshape(len(x), -1))
+
+
 class Normalised(Own):
     @nn.compact
     def __call__(self, x, train=False):
         return nn.Dense(self.classes)(nn.BatchNorm(not train)(x.reshape(len(x), -1)))
+
+
+class Thrice(nn.Module):
+    """Has three logits, whatever the number of classes."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(3)(x.reshape(len(x), -1))
+
+
+class Widths(nn.Module):
+    widths: list
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(self.widths[-1])(x.reshape(len(x), -1))
+
+
+def in_a_list(classes):
+    return Widths([classes])
 
 
 @pytest.mark.parametrize(
@@ -276,6 +311,11 @@ def test_resuming_with_other_images_is_an_error(folder, trained, tmp_path):
         (f"{__name__}:missing", r"function missing in a module .*; name it"),
         ("builtins:int", r"to return a flax.linen module, got int; for other nets write the loop"),
         (f"{__name__}:Normalised", r"only variables are params, got .*batch_stats"),
+        (
+            f"{__name__}:Thrice",
+            r"logits of shape \(1, 2\) for an image, .* got \(1, 3\) from .*; use",
+        ),
+        (f"{__name__}:in_a_list", r"a module that can be hashed, got one .*lists .* tuples"),
     ],
 )
 def test_a_net_that_cant_be_trained_is_an_error(folder, tmp_path, net, message):

@@ -44,6 +44,12 @@ def products(net: Classifier, n_inputs: int, batch: int) -> dict[str, common.Cal
     return calls
 
 
+def before_split(net: Classifier) -> int:
+    """Return how many layers come before LWA_Rep's representation."""
+    in_blocks = sum(len(block) for block in net.blocks[: net.split])
+    return in_blocks + max(0, net.split - len(net.blocks))
+
+
 def floors(seconds: Mapping[str, Any], layers: int, split: int) -> dict[str, Any]:
     """Return the total time of the products in each kind of step.
 
@@ -100,7 +106,7 @@ def run(settings: common.Settings) -> common.Figures:
         rate = 2 * 2048**3 / times["rate"]
         flops = timing.flops(net, params, x[:1])
         seconds = times if not net.blocks else counted(flops, net.classes, len(x), rate)
-        floor = floors(seconds, len(flops), net.split)
+        floor = floors(seconds, len(flops), before_split(net))
         for kind, way in itertools.product(kinds, ("step", "epoch")):
             taken = times[f"{kind}, {way}"] / (epoch_steps if way == "epoch" else 1)
             figure = {

@@ -24,6 +24,7 @@ def autoattack(
     attacks: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 250,
+    low: float = 0.0,
     verbose: bool = False,
 ) -> Any:
     """Return images perturbed by the published AutoAttack, in PyTorch's layout.
@@ -37,14 +38,20 @@ def autoattack(
       attacks: members of the ensemble to run, with the standard budget; all of them if empty.
       seed: random seed.
       batch_size: images perturbed at once.
+      low: the smallest pixel. AutoAttack's pixels are in [0, 1], so they are shifted for it.
       verbose: whether to print progress.
     """
     import torch
     from autoattack import AutoAttack
 
     name = {"l2": "L2", "linf": "Linf"}[norm]
-    adversary = AutoAttack(net, norm=name, eps=eps, seed=seed, device="cpu", verbose=verbose)
+
+    class Shifted(torch.nn.Module):
+        def forward(self, points: Any) -> Any:
+            return net(points + low)
+
+    adversary = AutoAttack(Shifted(), norm=name, eps=eps, seed=seed, device="cpu", verbose=verbose)
     if attacks:
         adversary.attacks_to_run = list(attacks)
     labels = torch.from_numpy(np.asarray(y).astype(np.int64))
-    return adversary.run_standard_evaluation(images(x), labels, bs=batch_size)
+    return adversary.run_standard_evaluation(images(x - low), labels, bs=batch_size) + low

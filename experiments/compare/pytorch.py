@@ -57,7 +57,9 @@ def torch_net(params: Mapping[str, Any]) -> Any:
                     if following.rpartition("_")[0] != name.rpartition("_")[0]:  # ends its block
                         x = functional.max_pool2d(x, 2)
                     continue
-                if x.ndim == 4:
+                if x.ndim == 4 and len(kernel) == x.shape[1] < x[0].numel():  # a pooled net
+                    x = x.mean((2, 3))
+                elif x.ndim == 4:
                     x = x.permute(0, 2, 3, 1).reshape(len(x), -1)
                 x = torch.addmm(bias, x, kernel)
                 if name != "logits":

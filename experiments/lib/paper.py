@@ -9,6 +9,11 @@ from collections.abc import Mapping
 
 Figures = Mapping[str, tuple[float, ...]]
 
+PRINTED_EPS: Mapping[str, float] = {"mnist_mlp": 1.5, "mnist_lenet": 1.5, "cifar10": 0.5}
+"""l2 sizes of the printed figures."""
+NOTEBOOK_EPS: Mapping[str, float] = {**PRINTED_EPS, "cifar10": 0.25}
+"""l2 sizes that the notebooks' code has in effect."""
+
 PRINTED: Mapping[str, Figures] = {
     "mnist_mlp": {  # Table 1
         "normal": (0.980, 0.320, 0.187, 0.085, 0.073),

@@ -295,7 +295,8 @@ def _check_scale(subtract: float, divide: float, greatest: int | None) -> None:
     if greatest is not None and greatest > divide:
         raise options.UsageError(
             f"expected --divide to be at least {greatest}, the largest pixel, got {divide:g}; "
-            "choose a larger one, or --no-box"
+            "choose a larger one, or --no-box; for a net whose inputs aren't from 0 to 1, scale "
+            "them in a function of your own"
         )
 
 

@@ -95,20 +95,23 @@ def fixed_source(rows: Sequence[TableRow]) -> str:
 
 
 def by_size(
-    rows: Sequence[TableRow], names: Mapping[str, str], paper: Mapping[str, Sequence[float]]
+    rows: Sequence[TableRow],
+    names: Mapping[str, str],
+    paper: Mapping[str, Sequence[float]],
+    paper_eps: float,
 ) -> list[str]:
     """Return a table for each size of the perturbations, as lines of Markdown.
 
     Args:
       rows: the results.
       names: the methods, in order, and their names in the table.
-      paper: for each method the paper's figures, in the order of `LABELS`; shown only for the first
-        size.
+      paper: for each method the paper's figures, in the order of `LABELS`.
+      paper_eps: their size.
     """
     lines = []
-    for i, eps in enumerate(dict.fromkeys(row.eps for row in rows)):
+    for eps in dict.fromkeys(row.eps for row in rows):
         ours = [row for row in rows if row.eps == eps]
-        lines += _table(f"l2 size {eps:g}", ours, names, {} if i else paper)
+        lines += _table(f"l2 size {eps:g}", ours, names, paper if eps == paper_eps else {})
     return lines
 
 
