@@ -26,6 +26,8 @@ def test_fmn_reaches_the_boundary_with_most_entries_on_their_bounds(norm):
     y = np.asarray(net((w, v), x)).argmax(axis=1)
     r = np.asarray(fmn(net, (w, v), x, y, norm=norm, bounds=(0.0, 1.0)))
     assert misled(net, (w, v), x, y, r).all()
+    assert ((x + r >= 0) & (x + r <= 1)).all()
+    assert not misled(net, (w, v), x, y, 0.99 * r).any()
 
 
 def test_fmn_is_no_longer_than_deepfool_on_a_curved_net():

@@ -41,12 +41,6 @@ def softmax(params, x):
     return a / a.sum(axis=1, keepdims=True)
 
 
-def differences(f, x, h):
-    """Central differences in each entry of x, [B, K, D]."""
-    steps = h * np.eye(x.shape[1])
-    return np.stack([(f(x + e) - f(x - e)) / (2 * h) for e in steps], axis=2)
-
-
 def others(y, n_classes=K):
     """All classes except y, ascending, [B, K - 1]."""
     return np.array([np.delete(np.arange(n_classes), label) for label in y])

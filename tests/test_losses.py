@@ -46,12 +46,16 @@ def test_the_margin_is_minus_infinity_if_all_wrong_classes_are_masked():
     np.testing.assert_array_equal(losses.margin(jnp.asarray(z), np.array([1, 0])), [-np.inf, 1])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_the_margin_is_in_float32_at_least(dtype, strict_dtypes):
-    z = jnp.asarray([[11.0, 0.0, 3.0]], dtype)
-    got = losses.margin(z, np.array([0]))
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["margin", "logit_margin", "dlr", "targeted_dlr"])
+def test_losses_of_narrow_logits_are_in_float32(name, dtype, strict_dtypes):
+    loss = getattr(losses, name)
+    if name == "targeted_dlr":
+        loss = functools.partial(loss, target=np.array([2]))
+    z = jnp.asarray([[11.0, 0.1, 3.3, -2.7]], dtype)
+    got = loss(z, np.array([0]))
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, np.log(1 + np.exp(3)) - 11, rtol=1e-6)
+    np.testing.assert_allclose(got, loss(z.astype(jnp.float32), np.array([0])), rtol=1e-6)
 
 
 # The logit margin

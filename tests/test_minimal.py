@@ -61,8 +61,9 @@ def test_the_wrong_class_leads_by_more_than_rounding(fn):
     w, b = (p.astype(np.float64) for p in params)
     before = x.astype(np.float64) @ w + b
     z = (x.astype(np.float64) + np.asarray(fn(linear, params, x, y, norm="l2"))) @ w + b
-    lead, gap = (np.abs(a[:, 1] - a[:, 0]) for a in (z, before))
-    assert (lead >= 5e-5 * gap).all()
+    lead, gap = (np.where(y == 0, 1, -1) * (a[:, 1] - a[:, 0]) for a in (z, before))
+    assert (gap < 0).all()
+    assert (lead >= -5e-5 * gap).all()
 
 
 @both

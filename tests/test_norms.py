@@ -309,6 +309,20 @@ def test_one_key_draws_a_point_for_each_example():
     assert len(np.unique(one, axis=0)) == 4
 
 
+@every_norm
+def test_points_are_drawn_uniformly_from_the_ball(norm):
+    """The size to the power of D is uniform, and E r_1^2 has a closed form in each norm."""
+    n, d, eps = 4000, 3, 2.0
+    r = np.asarray(norms.sample(jax.random.key(0), jnp.zeros((n, d)), eps, norm), np.float64)
+    radii = np.sort((references.lengths(r, norm) / eps) ** d)
+    # The 1e-4 quantile of Kolmogorov's distance is 2.23 / sqrt(n).
+    assert np.max(np.abs(radii - (np.arange(n) + 0.5) / n)) < 2.23 / np.sqrt(n)
+    second = {"l1": 2 / ((d + 1) * (d + 2)), "l2": 1 / (d + 2), "linf": 1 / 3}[norm] * eps**2
+    error = np.std(np.mean(r**2, axis=1)) / np.sqrt(n)
+    np.testing.assert_allclose(np.mean(r**2), second, atol=4 * error)
+    np.testing.assert_allclose(r.mean(axis=0), 0, atol=4 * np.sqrt(second / n))
+
+
 def test_lists_are_accepted():
     for got in (norms.steepest([[3.0, 4.0]], "l2"), norms.rescale([[3.0, 4.0]], 5.0, "l2")):
         np.testing.assert_allclose(got / jnp.max(got), [[0.75, 1.0]], rtol=1e-6)

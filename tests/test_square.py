@@ -201,10 +201,10 @@ def test_a_targeted_search_among_many_classes_is_not_given_up():
 # Windows
 
 
-def published_sides(size, norm):
+def published_sides(size, norm, first=0.8):
     """The windows' sides from steps 0, 11, 51, ... on, by the definition."""
     for halvings in range(10):
-        side = round(math.sqrt(0.8 * 2.0**-halvings * size * size))
+        side = round(math.sqrt(first * 2.0**-halvings * size * size))
         if norm != "linf":
             side = max(side, 3)
             side += side % 2 == 0
@@ -225,8 +225,8 @@ def test_the_sides_are_the_published_ones(norm, size):
     assert _side(norm, 1.0, 0, size, 2 * size) == size
 
 
-@pytest.mark.parametrize("steps", [12, LONG])
-def test_the_windows_shrink_after_the_published_steps(steps):
+@pytest.mark.parametrize(("steps", "p_init"), [(12, 0.8), (LONG, 0.8), (LONG, 0.2)])
+def test_the_windows_shrink_after_the_published_steps(steps, p_init):
     seen = []
 
     def constant(params, x):  # no query improves it, so each is one window away from the start
@@ -234,7 +234,10 @@ def test_the_windows_shrink_after_the_published_steps(steps):
         return jnp.broadcast_to(jnp.arange(2.0)[None], (x.shape[0], 2))
 
     x, y = np.zeros((8, 20, 20, 3), np.float32), np.ones(8, int)
-    square(constant, None, x, y, eps=1.0, norm="linf", steps=steps, key=jax.random.key(3))
+    square(
+        constant, None, x, y, eps=1.0, norm="linf", steps=steps, p_init=p_init,
+        key=jax.random.key(3),
+    )  # fmt: skip
     jax.effects_barrier()
     clean, start, *queries = seen
     np.testing.assert_array_equal(clean, 0)
@@ -242,7 +245,7 @@ def test_the_windows_shrink_after_the_published_steps(steps):
     assert {-1.0, 1.0} == set(np.unique(start))
     # A window may equal the stripes that it replaces, but not in all examples.
     found = [(query != start).any(axis=(2, 3)).sum(axis=1).max() for query in queries]
-    first, second, third = itertools.islice(published_sides(20, "linf"), 3)
+    first, second, third = itertools.islice(published_sides(20, "linf", p_init), 3)
     assert found == ([first] * 11 + [second] * 40 + [third] * 9)[:steps]
 
 
