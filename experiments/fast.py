@@ -185,7 +185,7 @@ def run(settings: Settings, console: Console) -> list[FastRow]:
     settings.out.mkdir(parents=True, exist_ok=True)
     results = settings.out / "results.json"
     for net in settings.nets:
-        problem = problems.on_record(net, settings.folder, settings.n, settings.image_folder)
+        problem = problems.recorded(net, settings.n, settings.folder, settings.image_folder)
         for norm, seed in itertools.product(settings.norms, settings.seeds):
             identity = {
                 "net": net,

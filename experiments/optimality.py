@@ -154,7 +154,7 @@ def run(settings: Settings, console: Console) -> list[OptimalityRow]:
     settings.out.mkdir(parents=True, exist_ok=True)
     results = settings.out / "results.json"
     for net in settings.nets:
-        problem = problems.on_record(net, settings.folder, settings.n, settings.image_folder)
+        problem = problems.recorded(net, settings.n, settings.folder, settings.image_folder)
         of: dict[str, Any] = {
             "n": len(problem.y),
             "seed": settings.seed,

@@ -184,13 +184,15 @@ def load(settings: Settings) -> Problem:
     return Problem(apply_fn, params, x, y, bounds, identity)
 
 
-def on_record(net: str, folder: Path, n: int, image_folder: Path | None) -> Problem:
+def recorded(
+    net: str, n: int, folder: Path = records.RESULTS, image_folder: Path | None = None
+) -> Problem:
     """Return a recorded net, RECORD/METHOD, and the first n test images of its data.
 
     Args:
       net: e.g. `mnist_mlp/lwa`.
-      folder: folder of the records.
       n: number of images.
+      folder: folder of the records.
       image_folder: folder of CIFAR-10's images, for its nets; None to download them.
     """
     weights = str(folder / net / "params.safetensors")
@@ -318,8 +320,3 @@ def digest(params: Params) -> str:
     for leaf in jax.tree.leaves(params):
         content.update(np.ascontiguousarray(leaf).tobytes())
     return content.hexdigest()[:16]
-
-
-def recorded(net: str, n: int) -> Problem:
-    """Return a recorded MNIST net, e.g. `mnist_mlp/lwa`, and the first n test images."""
-    return load(Settings(net=str(records.RESULTS / net / "params.safetensors"), n=n))
