@@ -609,7 +609,9 @@ def _examples(batch: Any, most: int = 2) -> list[Any]:
         got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
         if isinstance(batch, tuple | list):
             got = f"{got} of {len(batch)}"
-        or_more = " or (x, y, r)" if most == 3 else " (this objective has no adversary to give r)"
+            if len(batch) == 3:  # so most is 2
+                got += ", though no adversary of this objective takes a third part, r"
+        or_more = " or (x, y, r)" if most == 3 else ""
         raise TypeError(
             f"expected a batch (x, y){or_more}, got {got}; pass a pair, e.g. "
             '(batch["image"], batch["label"])'
