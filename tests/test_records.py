@@ -81,12 +81,16 @@ def test_a_cpus_description_has_its_number_of_cores_and_another_devices_its_kind
 
 RECORDED = {
     **dict.fromkeys(
-        ("autoattack", "autoattack/reference", "board", "remedies/autoattack"), records.AttackRow
+        ("autoattack", "autoattack/reference", "board", "certify/all", "remedies/autoattack"),
+        records.AttackRow,
     ),
     **dict.fromkeys(
         ("ablations", "cifar10", "mnist_lenet", "mnist_mlp", "remedies"), records.TableRow
     ),
     **dict.fromkeys(("benchmark", "benchmark/slower_machine"), records.BenchmarkRow),
+    "certify": records.CertifyRow,
+    "fast": records.FastRow,
+    "optimality": records.OptimalityRow,
     "logistic": records.PropositionRow,
     "known": records.KnownRow,
     "features": records.FeaturesRow,
