@@ -564,7 +564,7 @@ def gap_to_cross(gap: jax.Array, logits: jax.Array, dtype: jnp.dtype) -> jax.Arr
 
 def _ulps(logits: jax.Array) -> jax.Array:
     size = jnp.max(jnp.where(jnp.isfinite(logits), jnp.abs(logits), 0), axis=1)
-    return 16 * jnp.finfo(logits.dtype).eps * size
+    return 16 * float(jnp.finfo(logits.dtype).eps) * size
 
 
 _Bisection = tuple[jax.Array, jax.Array, jax.Array]  # low end, high end, number of tries, all [B]

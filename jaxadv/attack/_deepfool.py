@@ -211,7 +211,7 @@ def _probability_step(problem: Problem, r: jax.Array) -> jax.Array:
     unit = alpha(eps=1.0).astype(step.dtype)
     longest = 1000 * (1 + norms.norm(x, norm))
     size = norms.norm(jnp.clip(step, -1e37, 1e37), norm)  # beyond that, 1 / size may flush to 0
-    shortest = (16e-3 * jnp.finfo(x.dtype).eps).astype(step.dtype) * longest
+    shortest = 16e-3 * float(jnp.finfo(x.dtype).eps) * longest
     off = (size == 0) | (size > longest)  # 0 exactly on the boundary, where no step would leave it
     return jnp.where(off[:, None], jnp.where(size > 0, longest, shortest)[:, None] * unit, step)
 
