@@ -224,8 +224,8 @@ def mixed(
 
     .. math:: w\, \ell(g(x), y) + (1 - w) \max_{\|r\| \le \epsilon} \ell(g(x + r), y)
 
-    Weight 0 gives `adversarial`, the objective of Nøkland (2015). Both
-    passes use the same dropout key; the clean pass updates the model state first.
+    Weight 0 gives `adversarial`, the objective of Nøkland (2015). Both passes use the same dropout
+    key; the clean pass updates the model state first.
 
     Args:
       apply_fn: `(params, x) -> logits`, the deterministic net that the adversary attacks.

@@ -542,7 +542,7 @@ def gap_to_cross(gap: jax.Array, logits: jax.Array, dtype: jnp.dtype) -> jax.Arr
     Args:
       gap: the distances, 0 or more, `[B]` or `[B, J]`.
       logits: all logits, `[B, K]`.
-      dtype: that of x, whose ulps may be larger.
+      dtype: x's dtype; if it is narrower than that of the logits, its ulps count.
 
     Returns:
       Positive distances, of gap's shape and dtype.

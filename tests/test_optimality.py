@@ -60,7 +60,7 @@ def test_each_attack_runs_within_the_budget_and_its_sizes_are_stored(tmp_path):
         assert (sizes["jaxadv distances 700"] >= 0).all()
     text = "\n".join(optimality.as_markdown(rows))
     assert "| distances | jaxadv |" in text
-    # The record alone is enough to add to: from a checkout that has nothing else.
+    # A later run adds to results.json and the npz files; a checkout has nothing else.
     both = optimality.run(dataclasses.replace(settings, budgets=(700, 800)), console)
     assert [(row.seconds, row.passes) for row in both if row.budget == 700] == [
         (row.seconds, row.passes) for row in rows

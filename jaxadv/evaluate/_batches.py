@@ -296,7 +296,7 @@ def described(method: Any, *around: Any) -> str:
 
 
 def _code(code: types.CodeType) -> list[Any]:
-    """Return what a function's code consists of, with that of the functions inside it."""
+    """Return a function's bytecode, names and constants, with those of nested functions."""
 
     def of(constant: Any) -> Any:
         if isinstance(constant, types.CodeType):

@@ -39,7 +39,7 @@ Kind: TypeAlias = Literal["gradient masking", "weak attack", "invalid input"]
 # Thresholds. Accuracies are compared on the same examples, so a difference isn't sampling noise;
 # the thresholds are twice the differences between sound attacks on sound nets.
 _SAME = 1e-4  # difference of the same row's logits in two calls, relative to the largest
-ALONE = 1e-2  # the same, alone or in a batch; rounding to bfloat16 stays below it
+ALONE = 1e-2  # likewise between a row alone and in a batch; above the rounding of bfloat16
 _BLACK_BOX = 0.005  # accuracy lost to Square or a transferred attack after the gradient attacks
 _BUDGET = 0.02  # accuracy lost to more steps and starts, or to minimal-norm attacks, after PGD
 _ONE_STEP = 0.2  # one-step accuracy minus the iterated one
