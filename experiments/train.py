@@ -53,6 +53,7 @@ from experiments.lib import (
     problems,
     recipes,
     records,
+    train_and_score,
     training,
     weights,
 )
@@ -126,6 +127,9 @@ class Settings(parallel.Settings, recipes.Optimiser):
     """Whether training images are mirrored at random; by default only colour images are."""
     seed: Seed = 0
     """Random seed."""
+    holdout: Whole = 0
+    """Training images to hold out, and to score instead of the test images, while you choose
+    settings; 0 for final figures."""
     n_eval: Count = 100
     """How many test images are attacked."""
     attacks: Annotated[tuple[Attack, ...], distinct] = ("one-step", "fast")
@@ -241,6 +245,11 @@ def drawn(settings: Settings, objective: Objective) -> Objective:
     return recipes.augmented(objective, draw)
 
 
+def scored(settings: Settings) -> str:
+    """Return what the scored images are called."""
+    return "held-out images" if settings.holdout else "test images"
+
+
 def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
     """Return advice on a net that is no better than always answering one class, else ""."""
     constant = np.bincount(labels).max() / len(labels)
@@ -250,7 +259,7 @@ def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
     if settings.method != "normal":
         advice += ", or lower --train-eps, or raise --eps-warmup"
     return (
-        f"The net is no better than one class for every image: of the test images it has "
+        f"The net is no better than one class for every image: of the {scored(settings)} it has "
         f"{accuracy:.4f} right, and that would have {constant:.4f}. {advice}; and choose "
         "another --out."
     )
@@ -284,7 +293,7 @@ def describe(settings: Settings, images: data.Dataset) -> str:
     n, height, width, channels = images.train_images.shape
     moved = f"moved by up to {settings.shift} pixels" if settings.shift else "not moved"
     lines = [
-        f"{n:,} training and {len(images.test_labels):,} test images of {width}x{height}, "
+        f"{n:,} training and {len(images.test_labels):,} {scored(settings)} of {width}x{height}, "
         f"{'grey' if channels == 1 else 'colour'}, in {len(images.classes)} classes; in training "
         f"{moved} and {'' if settings.mirror else 'not '}mirrored at random. {settings.epochs} "
         "epochs."
@@ -303,13 +312,15 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
     """Train or restore the net, attack it, and return a row for each attack, and what is attacked.
 
     Raises:
-      UsageError: if there are fewer images than a batch has; if the net isn't for images of this
-        size, or has variables that aren't parameters; if images would be moved out of sight; if
-        results.json isn't one of this command's.
+      UsageError: if there are fewer images than a batch has, or all are held out; if the net
+        isn't for images of this size, or has variables that aren't parameters; if images would be
+        moved out of sight; if results.json isn't one of this command's.
     """
     results = settings.out / "results.json"
     records.load(results, TrainRow)  # before any work: an error if they are others
     images = data.named(settings.data, resize=settings.resize)
+    taught, judged = train_and_score.parts(settings.holdout, images)
+    images = data.Dataset(*taught, *judged, images.classes)
     n = len(images.train_labels)
     epochs, batch_size = lengths(settings, n)
     if n < batch_size:
@@ -373,8 +384,8 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
     if ":" in settings.net:  # the name doesn't identify the function
         kept["answers"] = problems.digest(apply_fn(params, jnp.asarray(x[:1])))
     # A trained net is attacked at another size, or on more images, without training it again.
-    taught = {key: value for key, value in kept.items() if key not in ("eps", "n_eval")}
-    taught["train_eps"] = str(training_size(settings))
+    of_training = {key: value for key, value in kept.items() if key not in ("eps", "n_eval")}
+    of_training["train_eps"] = str(training_size(settings))
     with training.bars(console) as progress:
         fitted = training.fit(
             drawn(settings, make_objective(settings, net, epoch_steps)),
@@ -385,7 +396,7 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
             batch_size=batch_size,
             key=fit_key,
             directory=settings.out / "checkpoints",
-            settings=taught,
+            settings=of_training,
             progress=progress,
             name=f"{settings.net}, {settings.method}",
             watch=watch,
@@ -494,8 +505,8 @@ def verdict(settings: Settings, row: TrainRow) -> str:
     clean, robust = (round(row.n * row.columns[name]) for name in ("clean", "robust"))
     low, high = (round(100 * end) for end in row.interval)
     return (
-        f"Of {row.n:,} test images the net classifies {clean:,} correctly, and {robust:,} also "
-        f"after every change of {settings.norm} size {settings.eps:g} that was tried "
+        f"Of {row.n:,} {scored(settings)} the net classifies {clean:,} correctly, and {robust:,} "
+        f"also after every change of {settings.norm} size {settings.eps:g} that was tried "
         f"({LABELS[row.attack]}); of other images like these, expect {low} to {high} in a hundred "
         "(95% interval), or fewer under a stronger attack."
     )

@@ -286,9 +286,10 @@ def test_the_nets_that_can_be_named(folder, tmp_path, name, layers):
     [
         ({"net": "lenet"}, r"images of at least 16x16 pixels for conv20-.*, got 12x12; choose"),
         ({"batch_size": 81}, r"--batch-size to be at most 80, the training images .*, got 81; cho"),
+        ({"holdout": 80}, r"--holdout to be less than 80, the number of training images, got 80"),
         ({"shift": 12}, r"--shift to be less than 12, the pixels of a side, got 12; choose"),
     ],
-    ids=["too small", "too few", "shifted out of the image"],
+    ids=["too small", "too few", "all held out", "shifted out of the image"],
 )
 def test_images_that_dont_fit_the_settings_are_an_error(folder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -366,6 +367,25 @@ def test_the_description_of_the_images_and_the_training(folder, tmp_path):
         assert ("every fifth image of each class is held out" in text) == (place == "train")
         assert "not moved and not mirrored" in text
         assert "--resize" not in text
+
+
+def test_held_out_images_are_scored_and_not_trained_on(folder, tmp_path, monkeypatch):
+    trained_on, fit = [], train.training.fit
+    monkeypatch.setattr(
+        train.training, "fit", lambda *a, **k: trained_on.append(a[3]) or fit(*a, **k)
+    )
+    own, console = settings(folder, tmp_path, holdout=30), Console(file=io.StringIO(), width=1000)
+    (row, _), problem = train.run(own, console)
+    images = data.named(str(folder))
+    pixels = sorted(image.tobytes() for image in images.train_images)
+    scored = [np.rint(255 * x).astype(np.uint8).tobytes() for x in problem.x]
+    kept = [np.asarray(image).tobytes() for image in trained_on[0][0]]
+    assert (len(kept), len(scored)) == (50, 30)
+    assert sorted(kept + scored) == pixels
+    assert (row.n, row.settings["holdout"]) == (30, "30")
+    assert "50 training and 30 held-out images" in console.file.getvalue()
+    assert train.verdict(own, row).startswith("Of 30 held-out images the net")
+    assert "of the held-out images it has" in train.untaught(0.0, images.test_labels, own)
 
 
 def test_a_run_draws_smallest_changes_and_ends_with_a_verdict(folder, trained, monkeypatch, capsys):
