@@ -35,10 +35,10 @@ from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
-import numpy as np
 import tyro
 from rich.console import Console
 
+from experiments.benchmarks import common
 from experiments.lib import (
     attack_tables,
     evaluation,
@@ -163,12 +163,12 @@ def with_ratios(
     seconds = train_and_score.step_seconds(
         lwa | settings.nets(), settings, task, steps=50, rounds=settings.timed
     )
-    ratios = {name: np.median(taken / seconds["from_x"]) for name, taken in seconds.items()}
+    ratios = {name: common.ratio(taken, seconds["from_x"])[1] for name, taken in seconds.items()}
 
     def with_ratio(row: TableRow) -> TableRow:
         if row.ratio_to_lwa is not None or row.method not in ratios:
             return row
-        return dataclasses.replace(row, ratio_to_lwa=round(float(ratios[row.method]), 3))
+        return dataclasses.replace(row, ratio_to_lwa=round(ratios[row.method], 3))
 
     path = settings.out / "results.json"
     records.save(path, [with_ratio(row) for row in records.load(path, TableRow)])

@@ -163,8 +163,9 @@ def test_shifting_perturbations_with_unscaled_images_is_an_error():
 def test_perturbations_are_drawn_anew_every_few_epochs(noise):
     _, x, y = problem()
     r = 3 + 0 * x
-    renew = recipes.renewed(ending(lambda r: r), optax.constant_schedule(noise), 10, 3)
-    new = norms.sample(jax.random.split(jax.random.split(KEY)[0], len(x)), x, noise, "l2")
+    method = FewSteps((6, 5), 9, 0.1, eps=0.5, noise=noise, memory=3)
+    renew = recipes.renewed(ending(lambda r: r), method, 10)
+    new = norms.sample(jax.random.split(jax.random.split(KEY)[0], len(x)), x, noise * 0.5, "l2")
     for step in (0, 9, 10, 29, 30, 39, 40):
         _, (_, aux) = renew(None, None, (x, y, r), key=KEY, step=jnp.int32(step))
         np.testing.assert_array_equal(aux.r, new if step // 10 in (0, 3) else r)
@@ -205,7 +206,7 @@ def test_steps_of_alpha_go_to_the_nearest_of_the_candidates():
 def test_an_adversary_with_a_memory_starts_where_the_last_epoch_ended():
     method = FewSteps((6, 5), 1, 0.1, eps=0.7, stride=0.4, memory=2, steps=2)
     params, x, y = problem()
-    objective = recipes.make_objective(NET, method, 5, BOX)
+    objective = recipes.renewed(recipes.make_objective(NET, method, 5, BOX), method, 5)
     start = 0.3 * jax.random.normal(KEY, x.shape)
     for step, r in ((3, 0 * start), (7, start)):
         _, (_, aux) = objective(params, None, (x, y, start), key=KEY, step=jnp.int32(step))

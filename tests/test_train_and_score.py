@@ -13,8 +13,9 @@ from rich.console import Console
 from rows import table_row
 
 from experiments.lib import data, options, recipes, records, train_and_score, training, weights
-from experiments.lib.models import mlp
+from experiments.lib.models import init, mlp
 from experiments.lib.recipes import FewSteps, MultiStep, OneStep
+from jaxadv import objectives
 
 NET = mlp((6, 5))
 SQUARES = data.Interface(data.DIGITS, (6, 6, 1), subtract=0, divide=1)
@@ -52,6 +53,37 @@ def test_the_final_state_of_a_method_with_a_memory_has_its_perturbations(tmp_pat
     assert r.shape == (40, 6, 6, 1)
     sizes = np.linalg.norm(r.reshape(40, -1), axis=1)
     assert np.median(sizes) > 0.3  # the box limits some
+
+
+def test_new_perturbations_replace_the_whole_of_the_old_ones_of_shifted_images():
+    method = FewSteps((6, 5), 2, 0.1, eps=0.7, memory=2, shift=1)
+    task = task_of({})
+    made = train_and_score.prepare(method, train_and_score.Settings(batch_size=40), task)
+    params = init(task.make_net(method), jax.random.key(0), task.train.x[:1])
+    old = objectives.Memory(jnp.full(task.train.x.shape, 3.0))
+    largest = []
+    for step in (0, 1):  # epochs of one step
+        _, (new, _) = made.objective(
+            params, old, made.data, key=jax.random.key(0), step=jnp.int32(step)
+        )
+        largest.append(jnp.abs(new.r).max())
+    assert largest[0] <= 0.7
+    assert largest[1] == 3.0  # where the shift put a pixel out of the image
+
+
+def test_a_step_with_a_memory_is_timed_without_drawing_new_perturbations(monkeypatch):
+    method, task = FewSteps((6, 5), 2, 0.1, memory=9, noise=1.0), task_of({})
+    settings, stepped = train_and_score.Settings(batch_size=10), []
+    make_epoch = train_and_score.make_epoch
+
+    def noted(*args):
+        epoch = make_epoch(*args)
+        return lambda state, *rest: stepped.append(int(state.step)) or epoch(state, *rest)
+
+    monkeypatch.setattr(train_and_score, "make_epoch", noted)
+    train_and_score.step_seconds({"kept": method}, settings, task, steps=2, rounds=2)
+    epoch_steps = len(task.train.y) // 10
+    assert stepped == [epoch_steps, epoch_steps + 2, epoch_steps + 4]
 
 
 def test_steps_of_every_method_are_timed_in_every_round():

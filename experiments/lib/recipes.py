@@ -205,7 +205,7 @@ def check(name: str, method: Method, *, lr_warmup: int) -> None:
 def make_objective(
     net: Classifier, method: Method, epoch_steps: int, box: Bounds = (0.0, 1.0)
 ) -> Objective:
-    """Return the objective of a method that `check` accepts."""
+    """Return the objective of a method that `check` accepts; `renewed` adds a memory's schedule."""
     apply_fn = function(net)
     train_fn = train_function(net) if net.dropout else None
     if not isinstance(method, Adversarial):
@@ -243,9 +243,6 @@ def make_objective(
     )  # fmt: skip
     if isinstance(method, OneStep) and method.alignment:
         objective = aligned(objective, apply_fn, eps, method.alignment)
-    if remembers(method):
-        radius = rising(method.noise * method.eps, method.warmup * epoch_steps)
-        objective = renewed(objective, radius, epoch_steps, method.memory)
     return objective
 
 
@@ -322,17 +319,18 @@ def few_steps(
     return r
 
 
-def renewed(
-    objective: Objective, radius: float | Schedule, epoch_steps: int, epochs: int
-) -> Objective:
-    """Return an objective of batches `(x, y, r)` that initialises r again every few epochs.
+def renewed(objective: Objective, method: FewSteps, epoch_steps: int) -> Objective:
+    """Return an objective of batches `(x, y, r)` that initialises r every `method.memory` epochs.
+
+    New perturbations are drawn from the l2 ball of radius noise times eps.
 
     Args:
-      objective: an objective of such batches.
-      radius: radius of the l2 ball that new perturbations are drawn from; 0 for zeros.
+      objective: an objective of such batches, augmented already: an augmentation keeps the r of
+        pixels that the augmented image leaves out.
+      method: the recipe.
       epoch_steps: steps per epoch.
-      epochs: the period, in epochs.
     """
+    radius = rising(method.noise * method.eps, method.warmup * epoch_steps)
 
     def renew(
         params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
@@ -343,9 +341,9 @@ def renewed(
 
         def new() -> jax.Array:
             keys = jax.random.split(start_key, len(x))
-            return norms.sample(keys, x, size, "l2").astype(r.dtype)
+            return norms.sample(keys, r, size, "l2")
 
-        first = step // epoch_steps % epochs == 0
+        first = step // epoch_steps % method.memory == 0
         r = jax.lax.cond(first, new, lambda: r)
         return objective(params, model_state, (x, y, r), key=key, step=step)
 

@@ -199,6 +199,7 @@ def prepare(method: Method, settings: Settings, task: Task) -> Training:
     tx = recipes.optimiser(method, epoch_steps, settings)
     if not recipes.remembers(method):
         return Training(objective, tx, task.train, None)
+    objective = recipes.renewed(objective, method, epoch_steps)
     data = (*task.train, jnp.arange(len(task.train.y)))
     memory = objectives.Memory(jnp.zeros(task.train.x.shape))
     return Training(objectives.with_memory(objective), tx, data, memory)
@@ -265,7 +266,8 @@ def step_seconds(
     Returns:
       Seconds per step in each round, by name, without compilation.
     """
-    rows = settings.batch_size * min(steps, len(task.train.y) // settings.batch_size)
+    epoch_steps = len(task.train.y) // settings.batch_size
+    rows = settings.batch_size * min(steps, epoch_steps)
     order = jax.random.permutation(jax.random.key(0), len(task.train.y))[:rows]
     order = order.reshape(-1, settings.batch_size)
 
@@ -274,10 +276,12 @@ def step_seconds(
         net = task.make_net(method)
         params = init(net, jax.random.key(0), np.asarray(task.test.x[:1]))
         epoch = make_epoch(made.objective, made.tx)
-        state = [start(params, made.tx, model_state=made.model_state, key=jax.random.key(1))]
+        state = start(params, made.tx, model_state=made.model_state, key=jax.random.key(1))
+        # Past the first epoch, in which a method with a memory also draws new perturbations.
+        states = [state._replace(step=jnp.int32(epoch_steps))]
 
         def call() -> jax.Array:
-            state[0], info = epoch(state[0], made.data, order)
+            states[0], info = epoch(states[0], made.data, order)
             return info.loss
 
         return call
