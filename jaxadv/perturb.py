@@ -154,7 +154,7 @@ def alpha(
         )
 
     # Where y and the top wrong class have the same gradient, it hides those of all others.
-    if classes.shape[1] > 1:
+    if n_classes > 2:
         best = lax.cond(jnp.all(best.reachable), lambda: best, past_top_wrong)
     direction = norms.steepest(best.d.astype(inputs.accum_dtype(x.dtype)), norm)
     length = problem.eps

@@ -121,7 +121,11 @@ def same_gradient(gap, kind):
 
 @pytest.mark.parametrize("gap", [20.0, 300.0])
 @pytest.mark.parametrize("kind", ["stack", "constant", "matrix"])
-@pytest.mark.parametrize("method", [alpha, loss], ids=["alpha", "loss"])
+@pytest.mark.parametrize(
+    "method",
+    [alpha, jax.jit(functools.partial(perturb.alpha, candidates=1), static_argnums=0), loss],
+    ids=["alpha", "alpha of one candidate", "loss"],
+)
 def test_the_third_class_is_found_if_the_top_wrong_class_has_ys_gradient(method, kind, gap):
     apply_fn, ascent = same_gradient(gap, kind)
     x, y = 0.1 * np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32), np.zeros(4, int)
