@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from experiments import board
-from experiments.lib import models, problems, records, weights
+from experiments.lib import data, models, problems, records, weights
 
 
 @pytest.fixture
@@ -31,6 +31,15 @@ def test_it_attacks_each_net_of_the_record_under_each_threat(settings):
         ("mnist_mlp/lwa", "l2", 1.5, 20, True), ("mnist_mlp/lwa", "linf", 0.3, 20, True),
     ]  # fmt: skip
     assert records.load(settings.out / "results.json", records.AttackRow) == rows
+
+
+def test_a_net_that_records_its_scaling_is_attacked_in_it(settings):
+    params = weights.load(settings.folder / "mnist_mlp" / "lwa" / "params.safetensors")
+    path = settings.folder / "mnist_mlp" / "robust_l2" / "params.safetensors"
+    weights.save(path, params, interface=data.MNIST._replace(divide=255))
+    chosen = dataclasses.replace(settings, methods=("robust_l2", "lwa"), threats=("l2 1.5",))
+    rows = board.run(chosen, Console(file=io.StringIO()))
+    assert [(row.subtract, row.divide) for row in rows] == [(0, 255), (0, 256)]
 
 
 def test_a_record_without_nets_is_an_error(settings):
