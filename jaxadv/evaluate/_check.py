@@ -40,7 +40,7 @@ Kind: TypeAlias = Literal["gradient masking", "weak attack", "invalid input"]
 # the thresholds are twice the differences between sound attacks on sound nets.
 _SAME = 1e-4  # difference of the same row's logits in two calls, relative to the largest
 ALONE = 1e-2  # likewise between a row alone and in a batch; above the rounding of bfloat16
-_BLACK_BOX = 0.005  # accuracy lost to Square or a transferred attack after the gradient attacks
+_BLACK_BOX = 0.005  # accuracy lost to Square or a transferred attack after all gradient attacks
 _BUDGET = 0.02  # accuracy lost to more steps and starts, or to minimal-norm attacks, after PGD
 _ONE_STEP = 0.2  # one-step accuracy minus the iterated one
 _FAR = 0.02  # accuracy at sizes where an adversarial example is known for each x
@@ -104,8 +104,8 @@ def check(
 
     - `zero gradients`, `non-finite gradients`: of the loss that attacks maximise, at the examples
       or at the points where PGD ended without success.
-    - `black box`: Square breaks examples that PGD doesn't (images in l2 and linf only).
-    - `transfer`: perturbations made on `source` break examples that PGD doesn't.
+    - `black box`: Square breaks examples that PGD, `fmn` and `fab` don't.
+    - `transfer`: perturbations made on `source` break examples that PGD, `fmn` and `fab` don't.
     - `far`: PGD fails even without a box and at the distance of the nearest example for which the
       net predicts another class.
 
@@ -237,29 +237,6 @@ def check(
     )  # fmt: skip
 
     gradient = iterated & thorough
-    if norm != "l1" and x.ndim == 4:
-        square, _ = standing("square")
-        _compare("black box", "Square", gradient, square, figures, flag)
-    if source is not None:
-        transferred, _ = standing("pgd", source=source)
-        _compare("transfer", "a transferred attack", gradient, transferred, figures, flag)
-
-    apart = _nearest_other(apply_fn, params, x, norm, batch_size)
-    known = np.isfinite(apart)
-    flag(
-        "one answer", not known.any(), "invalid input",
-        "the net predicts the same class for all examples, so no adversarial points are known, and "
-        "`far` was skipped; pass examples of several classes: shuffle sorted data first",
-    )  # fmt: skip
-    if known.any():
-        far, _ = standing("pgd", jnp.where(known, apart, 0), bounds=endless)
-        figures["pgd, far"] = accuracy((far & known)[known])
-        flag(
-            "far", figures["pgd, far"] > _FAR, "gradient masking",
-            f"without a box, PGD fails on {figures['pgd, far']:.3f} at a size that reaches an "
-            "example with another prediction: gradients don't lead to known adversarial points",
-        )  # fmt: skip
-
     medians, minimal = {}, gradient
     for name in ("fmn", "fab"):
         _log.info("%s on %d examples", name, len(y))
@@ -285,6 +262,29 @@ def check(
         f"the median size is {medians['fmn']:.3g} by fmn and {medians['fab']:.3g} by fab: one of "
         "them is misled; trust the smaller, and look for attacks that find smaller ones still",
     )  # fmt: skip
+
+    square, _ = standing("square")
+    _compare("black box", "Square", minimal, square, figures, flag)
+    if source is not None:
+        transferred, _ = standing("pgd", source=source)
+        _compare("transfer", "a transferred attack", minimal, transferred, figures, flag)
+
+    apart = _nearest_other(apply_fn, params, x, norm, batch_size)
+    known = np.isfinite(apart)
+    flag(
+        "one answer", not known.any(), "invalid input",
+        "the net predicts the same class for all examples, so no adversarial points are known, and "
+        "`far` was skipped; pass examples of several classes: shuffle sorted data first",
+    )  # fmt: skip
+    if known.any():
+        far, _ = standing("pgd", jnp.where(known, apart, 0), bounds=endless)
+        figures["pgd, far"] = accuracy((far & known)[known])
+        flag(
+            "far", figures["pgd, far"] > _FAR, "gradient masking",
+            f"without a box, PGD fails on {figures['pgd, far']:.3f} at a size that reaches an "
+            "example with another prediction: gradients don't lead to known adversarial points",
+        )  # fmt: skip
+
     return Report(tuple(flags), figures)
 
 
