@@ -26,7 +26,7 @@ import numpy as np
 from jaxadv import host, inputs
 from jaxadv.types import Params
 
-__all__ = ["hashable", "keyed", "method", "pair"]
+__all__ = ["digest", "hashable", "keyed", "method", "pair"]
 
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # that jit accepts
@@ -135,6 +135,23 @@ def keyed(apply_fn: Any, params: Params, x: Any) -> Any:
     for array in host.fetch(constants):
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return _Keyed(apply_fn, digest.hexdigest())
+
+
+def digest(apply_fn: Any, params: Params, x: Any) -> str:
+    """Identify a net, whatever the batch size, by its program and the arrays that it captures.
+
+    Args:
+      apply_fn: the net, perhaps `keyed` already.
+      params: its first argument.
+      x: `[n, ...]`, or a `jax.ShapeDtypeStruct` of it.
+
+    Returns:
+      The same text in each process that has the same version of JAX; "" if the net captured
+      tracers.
+    """
+    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    net = keyed(apply_fn.function if isinstance(apply_fn, _Keyed) else apply_fn, params, one)
+    return net.digest if isinstance(net, _Keyed) else ""
 
 
 def _draws(apply_fn: Any) -> bool:

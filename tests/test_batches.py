@@ -159,7 +159,7 @@ OTHERS = {
     "key": {"seed": 3},
     "source": {"source": (net, problem()[0])},
     "kind": {},
-    "logits of the first examples": {"apply_fn": lambda params, x: net(params, x) + 0.1 * x[:, :4]},
+    "apply_fn": {"apply_fn": lambda params, x: net(params, x) + 1e-6 * x[:, :4]},
 }
 
 
@@ -171,6 +171,37 @@ def test_a_store_of_another_evaluation_is_refused(field, tmp_path):
         ensemble(store=tmp_path)
     with pytest.raises(ValueError, match=rf"same evaluation as in store=.*, got other .*{field}"):
         ensemble(store=tmp_path, **OTHERS[field])
+
+
+def test_a_store_tells_nets_apart_that_capture_their_weights(tmp_path):
+    params, *_ = problem()
+
+    def capturing(params):
+        return lambda _, x: net(params, x)
+
+    ensemble(store=tmp_path, apply_fn=capturing(params))
+    ensemble(store=tmp_path, apply_fn=capturing(params), progress=pytest.fail)
+    moved = jax.tree.map(lambda leaf: leaf * (1 + 1e-6), params)
+    with pytest.raises(ValueError, match="got other apply_fn; choose"):
+        ensemble(store=tmp_path, apply_fn=capturing(moved))
+
+
+@pytest.mark.parametrize(("change", "same"), [(1e-4, True), (1e-2, False)])
+def test_a_store_whose_net_gave_other_logits_is_refused(change, same, tmp_path):
+    def small(params, x):
+        return 1e-5 * net(params, x)
+
+    ensemble(store=tmp_path, apply_fn=small)
+    described = tmp_path / "evaluation.json"
+    kept = json.loads(described.read_text())
+    logits = np.array(kept["logits"])
+    logits[0, 0] += change * np.abs(logits).max()
+    described.write_text(json.dumps({**kept, "logits": logits.tolist()}))
+    if same:  # rounded otherwise
+        ensemble(store=tmp_path, apply_fn=small)
+    else:
+        with pytest.raises(ValueError, match="got other logits of the first examples; choose"):
+            ensemble(store=tmp_path, apply_fn=small)
 
 
 def shift(size):

@@ -198,7 +198,8 @@ def attack_and_score(
     if store is not None:
         kept = _batches.opened(
             store, net.apply_fn, params, x, named, y=y, eps=eps, norm=norm, key=key, bounds=bounds,
-            source=None if source is None else _identity(*source, shape), kind="attack_and_score",
+            source=None if source is None else (source[1], closures.digest(*source, shape)),
+            kind="attack_and_score",
         )  # fmt: skip
     scored = partial(score, net.apply_fn, params, x, y, norm=norm, batch_size=batch_size)
     run = partial(_batches.in_batches, store=kept, progress=progress)
@@ -241,12 +242,6 @@ def attack_and_score(
     robust = standard.outcome.robust
     found = compare(outcome.robust[rows], robust)
     return result._replace(audit=Audit(rows, robust, found.difference, found.interval, standard))
-
-
-def _identity(apply_fn: ApplyFn, params: Params, shape: jax.ShapeDtypeStruct) -> Any:
-    """Return what identifies a source, whatever the batch size."""
-    one = jax.ShapeDtypeStruct((1, *shape.shape[1:]), shape.dtype)
-    return params, getattr(closures.keyed(apply_fn, params, one), "digest", "")
 
 
 def check_attacks(attacks: PerturbFn | Mapping[str, PerturbFn]) -> None:
