@@ -34,6 +34,21 @@ def test_both_ensembles_run_and_their_verdicts_are_stored(tmp_path):
     assert "| mnist_mlp/normal | l2 | distance |" in "\n".join(fast.as_markdown([row]))
 
 
+def test_time_that_nested_spans_share_is_counted_once():
+    spans = [(1.0, 2.0), (2.5, 3.0), (0.5, 4.0), (5.0, 7.0), (6.0, 8.0)]
+    assert fast.covered(spans) == 3.5 + 3.0
+    assert fast.covered([]) == 0
+
+
+def test_tracing_lowering_and_compiling_are_timed():
+    jax.clear_caches()
+    with fast.compiling() as spans:
+        jax.jit(jax.jit(lambda x: x + 1)).lower(1.0).compile()
+    first, last = spans[0][0], spans[-1][1]
+    assert len(spans) >= 3  # a trace, lowering and compilation; the inner trace not everywhere
+    assert 0 < fast.covered(spans) <= last - first
+
+
 @pytest.mark.parametrize(
     ("asked", "enough"),
     [
