@@ -26,10 +26,9 @@ import tyro
 from rich.console import Console
 
 from experiments.lib import attack_tables, evaluation, options, parallel, tables
-from experiments.lib.attack_tables import COLUMNS
+from experiments.lib.attack_tables import COLUMNS, NETS
 from experiments.lib.attacks import AttackName
 from experiments.lib.options import Checked, Count, OutputFolder, Several, distinct
-from experiments.lib.recipes import NAMES
 from experiments.lib.records import RESULTS, AttackRow
 from jaxadv.types import Norm
 
@@ -86,7 +85,7 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
     """
     record = settings.folder / settings.record
     methods = settings.methods or tuple(
-        name for name in NAMES if (record / name / "params.safetensors").is_file()
+        name for name in NETS if (record / name / "params.safetensors").is_file()
     )
     if not methods:
         raise options.UsageError(

@@ -195,6 +195,7 @@ def main() -> None:
         "",
         *attack_tables.ways(rows, attacked),
         "",
+        *attack_tables.gap_closed(rows, attacked),
         f"{tables.seeds(rows, WAYS)} Clean, Adv_Loss: {first.n:,} images; PGD: "
         f"{settings.pgd_steps} steps on {first.n_pgd:,}; neither stays in the pixel range. In "
         f"the box: {in_box}. {of('epochs')} epochs, training size {of('train_eps')}, "

@@ -2,9 +2,12 @@
 
 import dataclasses
 
+import numpy as np
+import pytest
 from rows import check_row, published_row, robust_row, table_row
 
 from experiments.lib import attack_tables
+from jaxadv import evaluate
 
 
 def row(method, attack, robust, **fields):
@@ -123,3 +126,39 @@ def test_step_times_relative_to_lwas_are_shown_if_recorded():
     assert "| Seconds an epoch | Times LWA's | Clean |" in heading
     assert "| 10.0 | 1.15 | 0.9900" in first
     assert "| 10.0 |  | 0.9900" in second
+
+
+def judged(method, seed, wrong, **fields):
+    """A row of AutoAttack on ten images, of which these are wrong."""
+    verdicts = ~np.isin(np.arange(10), wrong)
+    row = left(method, seed, float(verdicts.mean()), n=10, **fields)
+    return dataclasses.replace(row, standing=np.packbits(verdicts).tobytes().hex())
+
+
+def test_differences_of_ways_are_paired_and_pooled_over_their_common_seeds():
+    attacked = [
+        judged("start", 0, [0, 1, 2, 3]), judged("start", 1, [0, 1, 2, 3]),
+        judged("noise", 0, [0, 1, 2, 3, 4, 5]), judged("noise", 1, []),  # the best on average
+        judged("memory", 0, [0, 6]), judged("memory", 0, [], attack="one-step"),
+        judged("four", 0, [6]), judged("four", 1, [1]), left("aligned", 0, 1.0, n=10),
+    ]  # fmt: skip
+    rows = [trained(way, seed, 0.8) for way in attack_tables.WAYS for seed in (0, 1)]
+    heading, _, *lines, _ = attack_tables.gap_closed(rows, attacked)
+    assert f"less that of: {attack_tables.WAYS['noise']} |" in heading
+    names = [attack_tables.WAYS[name] for name in ("start", "memory", "four")]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        [f"| {name}", difference]
+        for name, difference in zip(names, ("-0.1000", "+0.4000", "+0.2000"), strict=True)
+    ]
+    assert [line.split(" | ")[-1] for line in lines] == ["-0.50 |", "2.00 |", "1.00 |"]
+    # Six images of seed 0 are right by four steps only; one of each seed, by the fresh step only.
+    compared = evaluate.compare(np.arange(20) < 6, np.arange(20) >= 18)
+    assert "| {:+.4f} to {:+.4f} |".format(*compared.interval) in lines[2]
+    assert f"| {compared.p_value:.2g} |" in lines[2]
+
+
+@pytest.mark.parametrize("missing", ["four", "start"])
+def test_without_a_fresh_step_or_four_steps_there_is_no_gap(missing):
+    ways = {"start", "four", "memory"} - {missing}
+    rows = [trained(way, 0, 0.8) for way in ways]
+    assert attack_tables.gap_closed(rows, [judged(way, 0, [1]) for way in ways]) == []

@@ -301,6 +301,9 @@ def test_at_a_larger_size_the_attack_succeeds_where_the_boundary_is_in_reach(fol
     levels = np.array([level + 5 * i for level in (60, 190) for i in range(6)])
     reach = np.abs(levels - 127.5) <= 2 / 8 * 255
     assert row.columns["robust"] == 1 - reach.mean()
+    x = load("brightness:apply_fn", folder).x
+    near = np.abs(255 * x.mean(axis=(1, 2, 3)) - 127.5) <= 2 / 8 * 255
+    np.testing.assert_array_equal(row.verdicts(), ~near)
     stage = row.stages["pgd"]
     assert (stage["tried"], stage["fooled"]) == (12, reach.sum())
     assert stage["passes"] == 202  # 100 forward and backward, the last point and the check

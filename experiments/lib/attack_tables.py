@@ -6,13 +6,23 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from experiments.lib import tables
 from experiments.lib.attacks import LABELS, AttackName
 from experiments.lib.recipes import NAMES
 from experiments.lib.records import AttackRow, CheckRow, PublishedRow, RobustRow, TableRow
+from jaxadv import evaluate
 
 COLUMNS: tuple[AttackName, ...] = ("one-step", "pgd-100x10", "standard")
 """The attacks of the board."""
+
+NETS: dict[str, str] = NAMES | {
+    "robust_l2": "multi-step, for l2 size 1.5",
+    "robust_linf": "multi-step, for linf size 0.3",
+}
+"""The nets of the board: those of the paper's tables, and two by `train.py`."""
 
 
 def figures_of(rows: Sequence[AttackRow], method: str, norm: str, eps: float) -> list[str]:
@@ -73,7 +83,7 @@ def ranked(rows: Sequence[AttackRow]) -> list[str]:
             low, high = row.interval
             name = row.method.split("/")[1]
             cells.append([
-                NAMES.get(name, name), row.network, f"{row.n:,}", f"{row.columns['clean']:.4f}",
+                NETS.get(name, name), row.network, f"{row.n:,}", f"{row.columns['clean']:.4f}",
                 tables.mean_and_spread(one[:1], "robust"), pgd, f"**{full}**",
                 f"{low:.3f} to {high:.3f}", difference, f"{row.seconds:,.0f}",
                 f"{row.passes:,.0f}" if row.passes else "",
@@ -182,3 +192,67 @@ def ways(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[str]:
         "Adv_Loss", "PGD", "One step, in the box", "AutoAttack, in the box",
     )  # fmt: skip
     return tables.markdown(headings, cells)
+
+
+_FRESH = ("from_x", "start", "best", "noise", "aligned")
+
+Verdicts = dict[str, dict[int, NDArray[np.bool_]]]
+"""Whether each image is still classified correctly, by way of training and seed."""
+
+
+def gap_closed(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[str]:
+    """Return tables of the gap between the best fresh step and four steps that each way closes.
+
+    Differences under AutoAttack are paired: each is over the same images, pooled over the seeds
+    that both ways have. A size has no table without a fresh step and four steps.
+
+    Args:
+      rows: the trained nets.
+      attacked: AutoAttack's rows, named `METHOD, seed N`; older ones, without verdicts on each
+        image, are left out.
+    """
+    lines: list[str] = []
+    for eps in dict.fromkeys(row.eps for row in rows):
+        here = [
+            row
+            for row in attacked
+            if isinstance(row, RobustRow)
+            and (row.attack, row.eps) == ("standard", eps)
+            and row.standing
+        ]
+        most = max((row.n for row in here), default=0)
+        by_name = {row.method: row.verdicts() for row in here if row.n == most}
+        verdicts: Verdicts = {}
+        for row in rows:
+            if (found := by_name.get(f"{row.method}, seed {row.seed}")) is not None:
+                verdicts.setdefault(row.method, {})[row.seed] = found
+        fresh = [name for name in _FRESH if name in verdicts]
+        if not fresh or "four" not in verdicts:
+            continue
+        best = max(fresh, key=lambda name: np.mean([*verdicts[name].values()]))
+        headings = (
+            "Training", f"AutoAttack at l2 {eps:g}, less that of: {WAYS[best]}", "95 %",
+            "McNemar's p", "Share of the gap to four steps",
+        )  # fmt: skip
+        lines += [*tables.markdown(headings, _differences(verdicts, best)), ""]
+    return lines
+
+
+def _differences(verdicts: Verdicts, best: str) -> list[list[str]]:
+    """Return a line for each way that has a seed in common with the best fresh step."""
+    found = {}
+    for name in WAYS:
+        seeds = sorted(verdicts.get(name, {}).keys() & verdicts[best].keys())
+        if seeds and name != best:
+            own, fresh = (
+                np.concatenate([verdicts[way][seed] for seed in seeds]) for way in (name, best)
+            )
+            found[name] = evaluate.compare(own, fresh)
+    gap = found["four"].difference if "four" in found else 0
+    return [
+        [
+            WAYS[name], f"{way.difference:+.4f}", "{:+.4f} to {:+.4f}".format(*way.interval),
+            f"{way.p_value:.2g}", f"{way.difference / gap:.2f}" if gap > 0 else "",
+        ]
+        for name, way in found.items()
+    ]  # fmt: skip

@@ -124,6 +124,7 @@ def _row(
     return RobustRow(
         **identity,
         **figures(outcome),
+        standing=np.packbits(outcome.robust).tobytes().hex(),
         stages=_stages(found),
         counts={
             "nonfinite": int(outcome.nonfinite.sum()),

@@ -19,6 +19,8 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 import jaxadv
 from experiments.lib import options
@@ -141,11 +143,14 @@ class RobustRow(AttackRow):
       columns: accuracies `clean` and `robust`.
       interval: confidence interval of the robust accuracy.
       stages: for each attack of an ensemble, how many images it tried and fooled.
+      standing: which images are still classified correctly, a bit each, as hexadecimal digits; None
+        in older rows.
     """
 
     device: str
     columns: dict[str, float]
     interval: list[float]
+    standing: str | None = None
     stages: dict[str, dict[str, float]]
     counts: dict[str, float]
     seconds: float
@@ -155,6 +160,11 @@ class RobustRow(AttackRow):
     def passes(self) -> float:
         """Passes executed per image; 0 in older rows, which don't count them."""
         return sum(stage.get("passes", 0) for stage in self.stages.values())
+
+    def verdicts(self) -> NDArray[np.bool_]:
+        """Return which images are still classified correctly, `[n]`, of a row that has this."""
+        bits = np.frombuffer(bytes.fromhex(self.standing or ""), np.uint8)
+        return np.unpackbits(bits, count=self.n).astype(bool)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
