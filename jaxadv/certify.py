@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 from scipy import special  # not stats, whose import takes half a second
 
 from jaxadv import _cpu, _gaussian, closures, host, inputs, meshes
-from jaxadv.evaluate import Progress, _batches, _check
+from jaxadv.evaluate import Progress, _batches
 from jaxadv.types import ApplyFn, Norm, Params, StochasticFn
 
 __all__ = ["STAGES", "Certificate", "Prediction", "certify", "predict", "smooth"]
@@ -492,7 +492,7 @@ class _Draws(NamedTuple):
         if len(x):
             few = spread.take((x, keys), np.resize(np.arange(len(x)), spread.multiple(4)))
             apart = float(_apart(apply_fn, params, sigma, *few))
-            if apart > _check.ALONE:
+            if apart > _batches.ALONE:
                 raise ValueError(
                     f"expected logits that don't depend on the batch, got a difference of "
                     f"{apart:.2g}, relative to the largest; batch norm in training mode? Use its "

@@ -6,7 +6,8 @@ as the weights of a `flax.nnx` module do in training, JAX still sees the same fu
 cached program computes with the old values.
 
 `keyed` traces the net each time it is passed. Two of its results compare equal only if the net's
-program and captured arrays are the same; otherwise JAX compiles again.
+program and captured arrays are the same; otherwise JAX compiles again. `digest` identifies a net in
+the same way for evaluations that are stored.
 """
 
 from __future__ import annotations
@@ -131,26 +132,29 @@ def keyed(apply_fn: Any, params: Params, x: Any) -> Any:
     constants = list(_constants(traced))
     if any(isinstance(constant, jax.core.Tracer) for constant in constants):
         return apply_fn  # it captured the caller's tracers, so it isn't used beyond their trace
-    digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", str(traced)).encode())  # no addresses
+    # No addresses; and no mesh, since JAX itself tells programs in the contexts of meshes apart.
+    text = re.sub(r"0x[0-9a-f]+|\s+ctx_mesh=.*", "", str(traced))
+    checksum = hashlib.sha256(text.encode())
     for array in host.fetch(constants):
-        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-    return _Keyed(apply_fn, digest.hexdigest())
+        checksum.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return _Keyed(apply_fn, checksum.hexdigest())
 
 
-def digest(apply_fn: Any, params: Params, x: Any) -> str:
-    """Identify a net, whatever the batch size, by its program and the arrays that it captures.
+def digest(apply_fn: Any, params: Params, x: jax.Array | np.ndarray) -> str:
+    """Identify a net by its program and the arrays that it captures.
 
     Args:
       apply_fn: the net, perhaps `keyed` already.
       params: its first argument.
-      x: `[n, ...]`, or a `jax.ShapeDtypeStruct` of it.
+      x: the examples, `[n, ...]`.
 
     Returns:
-      The same text in each process that has the same version of JAX; "" if the net captured
-      tracers.
+      A text. It is the same in each process with the same version of JAX, for any n, and for any
+      number of devices that divides 64.
     """
-    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    net = keyed(apply_fn.function if isinstance(apply_fn, _Keyed) else apply_fn, params, one)
+    # A batch of fixed size, which the devices divide, since nets may name shardings.
+    some = jax.ShapeDtypeStruct((host.spread(x).multiple(64), *x.shape[1:]), x.dtype)
+    net = keyed(apply_fn.function if isinstance(apply_fn, _Keyed) else apply_fn, params, some)
     return net.digest if isinstance(net, _Keyed) else ""
 
 

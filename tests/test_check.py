@@ -222,6 +222,7 @@ def test_logits_of_a_small_scale_that_weaken_pgd_are_flagged():
     assert report.figures["pgd, fmn and fab"] == 0
     assert "minimal norm" in {flag.name for flag in report.flags}
     # Square breaks all of them; but so do fmn and fab, so the gradients don't mislead.
+    assert report.figures["black box"] == 0
     assert not [flag for flag in report.flags if flag.kind == "gradient masking"]
 
 

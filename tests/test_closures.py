@@ -250,3 +250,16 @@ def test_parameters_that_are_not_arrays_are_named():
     params = {"w": X, "activation": jax.nn.relu}
     with pytest.raises(TypeError, match=r"params of arrays, got .* at \['activation'\]; keep it"):
         evaluate.score(lambda params, x: x, params, X, Y)
+
+
+def test_a_net_is_identified_for_any_number_of_examples_and_in_the_context_of_a_mesh():
+    def net(w, x):
+        return jax.nn.relu(x @ w)
+
+    w, x = jnp.eye(3), jnp.ones((5, 3))
+    digest = closures.digest(net, w, x)
+    assert digest
+    assert digest == closures.digest(net, w, x[:1]) == closures.digest(net, 2 * w, np.asarray(x))
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        assert closures.digest(net, w, x) == digest
+    assert closures.digest(lambda w, x: -net(w, x), w, x) != digest

@@ -42,6 +42,11 @@ __all__ = [
 ]
 
 
+ALONE = 1e-2
+"""Largest difference of a row's logits, alone and in a batch, relative to the largest logit; above
+the rounding of bfloat16."""
+
+
 class Passes(NamedTuple):
     """The number of passes through the net that an attack has made.
 
@@ -204,10 +209,10 @@ def opened(
     kept = json.loads(evaluation.read_text())
     before = np.array(kept.pop("logits"))
     different = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
-    # The remaining batches may have another size or device, and so other rounding errors; their
-    # size is that of the largest logit's.
+    # The remaining batches may have another size or device, and so other rounding errors, which
+    # grow with the largest logit.
     finite = np.abs(before[np.isfinite(before)])
-    near = partial(np.allclose, rtol=0, atol=1e-3 * finite.max(initial=0), equal_nan=True)
+    near = partial(np.allclose, rtol=0, atol=ALONE * finite.max(initial=0), equal_nan=True)
     if not different and not (before.shape == logits.shape and near(before, logits)):
         different = ["logits of the first examples"]
     if different:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from jaxadv import attack, closures, host, inputs, jacobian, losses, meshes, norms, perturb
 from jaxadv.evaluate._accuracy import accuracy, score
-from jaxadv.evaluate._batches import are_probabilities
+from jaxadv.evaluate._batches import ALONE, are_probabilities
 from jaxadv.evaluate._ensemble import attack_and_score
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params
 
@@ -39,7 +39,6 @@ Kind: TypeAlias = Literal["gradient masking", "weak attack", "invalid input"]
 # Thresholds. Accuracies are compared on the same examples, so a difference isn't sampling noise;
 # the thresholds are twice the differences between sound attacks on sound nets.
 _SAME = 1e-4  # difference of the same row's logits in two calls, relative to the largest
-ALONE = 1e-2  # likewise between a row alone and in a batch; above the rounding of bfloat16
 _BLACK_BOX = 0.005  # accuracy lost to Square or a transferred attack after all gradient attacks
 _BUDGET = 0.02  # accuracy lost to more steps and starts, or to minimal-norm attacks, after PGD
 _ONE_STEP = 0.2  # one-step accuracy minus the iterated one

@@ -198,7 +198,7 @@ def attack_and_score(
     if store is not None:
         kept = _batches.opened(
             store, net.apply_fn, params, x, named, y=y, eps=eps, norm=norm, key=key, bounds=bounds,
-            source=None if source is None else (source[1], closures.digest(*source, shape)),
+            source=None if source is None else (source[1], closures.digest(*source, x)),
             kind="attack_and_score",
         )  # fmt: skip
     scored = partial(score, net.apply_fn, params, x, y, norm=norm, batch_size=batch_size)
