@@ -6,9 +6,9 @@
     python experiments/fast.py --published                        # to install: see reference.py
 
 Attacks the recorded nets within the pixel range, by both ensembles and with several seeds. Passes
-are those executed, per image, padding included. Seconds exclude compilation; the table uses only
-rows whose `machine` says that the machine was quiet. With --orders, accuracies after one, two, ...
-targets of APGD show which order of targets is best.
+are those executed, per image, padding included. Seconds exclude tracing and compilation; the table
+uses only rows whose `machine` says that the machine was quiet. With --orders, accuracies after one,
+two, ... targets of APGD show which order of targets is best.
 
 Batches are kept in --out, and the same command resumes an interrupted run. Writes results.json,
 results.md, and the verdicts on each image to NET-NORM-SEED.npz.

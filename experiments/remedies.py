@@ -200,7 +200,8 @@ def main() -> None:
         f"{settings.pgd_steps} steps on {first.n_pgd:,}; neither stays in the pixel range. In "
         f"the box: {in_box}. {of('epochs')} epochs, training size {of('train_eps')}, "
         f"alignment penalty of weight {settings.alignment:g}; on {first.device}, jax "
-        f"{first.versions['jax']}.",
+        f"{first.versions['jax']}. Intervals and p-values of differences are for other images, "
+        "not for other seeds.",
         "",
     ]
     tables.write(settings.out, lines, console)

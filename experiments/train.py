@@ -129,9 +129,9 @@ class Settings(parallel.Settings, recipes.Optimiser):
     """Random seed."""
     holdout: Whole = 0
     """Training images to hold out, and to score instead of the test images, while you choose
-    settings; 0 for final figures."""
+    settings; 0 for final figures. Defaults that depend on the number of images are for the rest."""
     n_eval: Count = 100
-    """How many test images are attacked."""
+    """How many of the test images, or of those held out, are attacked."""
     attacks: Annotated[tuple[Attack, ...], distinct] = ("one-step", "fast")
     """Attacks on the trained net: `standard` is AutoAttack, `fast` has nearly its verdicts in less
     time. Followed by nothing: none."""
@@ -298,7 +298,7 @@ def describe(settings: Settings, images: data.Dataset) -> str:
         f"{moved} and {'' if settings.mirror else 'not '}mirrored at random. {settings.epochs} "
         "epochs."
     ]
-    if held_out := data.held_out(settings.data):
+    if not settings.holdout and (held_out := data.held_out(settings.data)):
         lines.append(f"In {settings.data} {held_out}.")
     if (times := height * width / 32**2) > 4:
         lines.append(
@@ -380,6 +380,8 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
 
     placed = (field.name for field in dataclasses.fields(parallel.Settings))
     kept = {key: str(value) for key, value in settings.without("attacks", "out", *placed).items()}
+    if not settings.holdout:  # runs of earlier versions, without this option, go on
+        del kept["holdout"]
     kept["images"] = data.fingerprint(images)
     if ":" in settings.net:  # the name doesn't identify the function
         kept["answers"] = problems.digest(apply_fn(params, jnp.asarray(x[:1])))

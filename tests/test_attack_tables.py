@@ -144,13 +144,17 @@ def test_differences_of_ways_are_paired_and_pooled_over_their_common_seeds():
     ]  # fmt: skip
     rows = [trained(way, seed, 0.8) for way in attack_tables.WAYS for seed in (0, 1)]
     heading, _, *lines, _ = attack_tables.gap_closed(rows, attacked)
-    assert f"less that of: {attack_tables.WAYS['noise']} |" in heading
+    assert f"minus that of: {attack_tables.WAYS['noise']} |" in heading
     names = [attack_tables.WAYS[name] for name in ("start", "memory", "four")]
     assert [line.split(" | ")[:2] for line in lines] == [
         [f"| {name}", difference]
         for name, difference in zip(names, ("-0.1000", "+0.4000", "+0.2000"), strict=True)
     ]
-    assert [line.split(" | ")[-1] for line in lines] == ["-0.50 |", "2.00 |", "1.00 |"]
+    assert [line.split(" | ")[-1] for line in lines] == [
+        "-0.50 |",
+        "0.80 |",
+        "1.00 |",
+    ]  # memory: of seed 0
     # Six images of seed 0 are right by four steps only; one of each seed, by the fresh step only.
     compared = evaluate.compare(np.arange(20) < 6, np.arange(20) >= 18)
     assert "| {:+.4f} to {:+.4f} |".format(*compared.interval) in lines[2]

@@ -44,7 +44,7 @@ def test_tracing_lowering_and_compiling_are_timed():
     jax.clear_caches()
     with fast.compiling() as spans:
         jax.jit(jax.jit(lambda x: x + 1)).lower(1.0).compile()
-    first, last = spans[0][0], spans[-1][1]
+    first, last = min(start for start, _ in spans), spans[-1][1]
     assert len(spans) >= 3  # a trace, lowering and compilation; the inner trace not everywhere
     assert 0 < fast.covered(spans) <= last - first
 

@@ -72,7 +72,7 @@ def test_new_perturbations_replace_the_whole_of_the_old_ones_of_shifted_images()
 
 
 def test_a_step_with_a_memory_is_timed_without_drawing_new_perturbations(monkeypatch):
-    method, task = FewSteps((6, 5), 2, 0.1, memory=9, noise=1.0), task_of({})
+    method, task = FewSteps((6, 5), 2, 0.1, memory=2, noise=1.0), task_of({})
     settings, stepped = train_and_score.Settings(batch_size=10), []
     make_epoch = train_and_score.make_epoch
 
@@ -82,8 +82,7 @@ def test_a_step_with_a_memory_is_timed_without_drawing_new_perturbations(monkeyp
 
     monkeypatch.setattr(train_and_score, "make_epoch", noted)
     train_and_score.step_seconds({"kept": method}, settings, task, steps=2, rounds=2)
-    epoch_steps = len(task.train.y) // 10
-    assert stepped == [epoch_steps, epoch_steps + 2, epoch_steps + 4]
+    assert stepped == 3 * [len(task.train.y) // 10]  # the first of an epoch that doesn't draw
 
 
 def test_steps_of_every_method_are_timed_in_every_round():

@@ -204,7 +204,9 @@ def gap_closed(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[
     """Return tables of the gap between the best fresh step and four steps that each way closes.
 
     Differences under AutoAttack are paired: each is over the same images, pooled over the seeds
-    that both ways have. A size has no table without a fresh step and four steps.
+    that both ways have. Intervals and p-values are for other images, not for other seeds: each
+    image counts once for each seed, and the best fresh step is the best of these very images. A
+    size has no table without a fresh step and four steps.
 
     Args:
       rows: the trained nets.
@@ -231,7 +233,7 @@ def gap_closed(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[
             continue
         best = max(fresh, key=lambda name: np.mean([*verdicts[name].values()]))
         headings = (
-            "Training", f"AutoAttack at l2 {eps:g}, less that of: {WAYS[best]}", "95 %",
+            "Training", f"AutoAttack at l2 {eps:g}, minus that of: {WAYS[best]}", "95 %",
             "McNemar's p", "Share of the gap to four steps",
         )  # fmt: skip
         lines += [*tables.markdown(headings, _differences(verdicts, best)), ""]
@@ -240,19 +242,20 @@ def gap_closed(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[
 
 def _differences(verdicts: Verdicts, best: str) -> list[list[str]]:
     """Return a line for each way that has a seed in common with the best fresh step."""
-    found = {}
+    lines = []
     for name in WAYS:
         seeds = sorted(verdicts.get(name, {}).keys() & verdicts[best].keys())
-        if seeds and name != best:
-            own, fresh = (
-                np.concatenate([verdicts[way][seed] for seed in seeds]) for way in (name, best)
-            )
-            found[name] = evaluate.compare(own, fresh)
-    gap = found["four"].difference if "four" in found else 0
-    return [
-        [
-            WAYS[name], f"{way.difference:+.4f}", "{:+.4f} to {:+.4f}".format(*way.interval),
-            f"{way.p_value:.2g}", f"{way.difference / gap:.2f}" if gap > 0 else "",
-        ]
-        for name, way in found.items()
-    ]  # fmt: skip
+        if not seeds or name == best:
+            continue
+        own, fresh = (np.concatenate([verdicts[way][s] for s in seeds]) for way in (name, best))
+        found = evaluate.compare(own, fresh)
+        both = [s for s in seeds if s in verdicts["four"]]
+        closed, gap = (
+            sum(float(verdicts[way][s].mean() - verdicts[best][s].mean()) for s in both)
+            for way in (name, "four")
+        )
+        lines.append([
+            WAYS[name], f"{found.difference:+.4f}", "{:+.4f} to {:+.4f}".format(*found.interval),
+            f"{found.p_value:.2g}", f"{closed / gap:.2f}" if gap > 0 else "",
+        ])  # fmt: skip
+    return lines

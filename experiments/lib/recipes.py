@@ -205,7 +205,10 @@ def check(name: str, method: Method, *, lr_warmup: int) -> None:
 def make_objective(
     net: Classifier, method: Method, epoch_steps: int, box: Bounds = (0.0, 1.0)
 ) -> Objective:
-    """Return the objective of a method that `check` accepts; `renewed` adds a memory's schedule."""
+    """Return the objective of a method that `check` accepts.
+
+    For a method with a memory, wrap it in `renewed`, after any augmentation.
+    """
     apply_fn = function(net)
     train_fn = train_function(net) if net.dropout else None
     if not isinstance(method, Adversarial):
@@ -325,8 +328,8 @@ def renewed(objective: Objective, method: FewSteps, epoch_steps: int) -> Objecti
     New perturbations are drawn from the l2 ball of radius noise times eps.
 
     Args:
-      objective: an objective of such batches, augmented already: an augmentation keeps the r of
-        pixels that the augmented image leaves out.
+      objective: an objective of such batches, already augmented: within an augmentation, the pixels
+        that it leaves out would keep their old r.
       method: the recipe.
       epoch_steps: steps per epoch.
     """

@@ -162,14 +162,25 @@ class RobustRow(AttackRow):
         return sum(stage.get("passes", 0) for stage in self.stages.values())
 
     def verdicts(self) -> NDArray[np.bool_]:
-        """Return which images are still classified correctly, `[n]`, of a row that has this."""
-        bits = np.frombuffer(bytes.fromhex(self.standing or ""), np.uint8)
+        """Return which images are still classified correctly, `[n]`.
+
+        Raises:
+          ValueError: for an older row, which doesn't have them.
+        """
+        if self.standing is None:
+            raise ValueError("expected a row with the verdict on each image, got an older one")
+        bits = np.frombuffer(bytes.fromhex(self.standing), np.uint8)
         return np.unpackbits(bits, count=self.n).astype(bool)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckRow(AttackRow):
-    """Reasons to doubt a net's figures: the flags of `evaluate.check`, and what it measured."""
+    """Reasons to doubt a net's figures: the flags of `evaluate.check`, and what it measured.
+
+    Attributes:
+      flags: by name, the kind, a colon and the message; older rows lack the kind.
+      columns: the measurements.
+    """
 
     device: str
     flags: dict[str, str]
@@ -311,6 +322,7 @@ class FastRow(Row):
       columns: accuracies `clean`, `standard`, `fast`, and `published` where that was run.
       passes: passes executed per image, by ensemble and kind.
       seconds: duration by ensemble, without `compile_seconds`.
+      compile_seconds: time spent on tracing, in older rows not counted, lowering and compilation.
       orders: by order of the targets, the accuracies after growing numbers of targets.
       machine: whether the machine was quiet.
     """

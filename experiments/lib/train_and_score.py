@@ -276,12 +276,12 @@ def step_seconds(
         net = task.make_net(method)
         params = init(net, jax.random.key(0), np.asarray(task.test.x[:1]))
         epoch = make_epoch(made.objective, made.tx)
-        state = start(params, made.tx, model_state=made.model_state, key=jax.random.key(1))
-        # Past the first epoch, in which a method with a memory also draws new perturbations.
-        states = [state._replace(step=jnp.int32(epoch_steps))]
+        state = [start(params, made.tx, model_state=made.model_state, key=jax.random.key(1))]
 
         def call() -> jax.Array:
-            states[0], info = epoch(states[0], made.data, order)
+            # Past the first epoch, in which a method with a memory also draws new perturbations.
+            second = state[0]._replace(step=jnp.int32(epoch_steps))
+            state[0], info = epoch(second, made.data, order)
             return info.loss
 
         return call
