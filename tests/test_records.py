@@ -88,6 +88,7 @@ RECORDED = {
         ("ablations", "cifar10", "mnist_lenet", "mnist_mlp", "remedies"), records.TableRow
     ),
     **dict.fromkeys(("benchmark", "benchmark/slower_machine"), records.BenchmarkRow),
+    **dict.fromkeys(("mnist_lenet/robust_linf", "mnist_mlp/robust_l2"), records.TrainRow),
     "certify": records.CertifyRow,
     "fast": records.FastRow,
     "optimality": records.OptimalityRow,
