@@ -129,7 +129,7 @@ def test_step_times_relative_to_lwas_are_shown_if_recorded():
 
 
 def judged(method, seed, wrong, **fields):
-    """A row of AutoAttack on ten images, of which these are wrong."""
+    """AutoAttack's row for ten images; the net is wrong on those in `wrong`."""
     verdicts = ~np.isin(np.arange(10), wrong)
     row = left(method, seed, float(verdicts.mean()), n=10, **fields)
     return dataclasses.replace(row, standing=np.packbits(verdicts).tobytes().hex())
@@ -144,7 +144,7 @@ def test_differences_of_ways_are_paired_and_pooled_over_their_common_seeds():
     ]  # fmt: skip
     rows = [trained(way, seed, 0.8) for way in attack_tables.WAYS for seed in (0, 1)]
     heading, _, *lines, _ = attack_tables.gap_closed(rows, attacked)
-    assert f"minus that of: {attack_tables.WAYS['noise']} |" in heading
+    assert f"Gain under AutoAttack at l2 1.5, over: {attack_tables.WAYS['noise']} |" in heading
     names = [attack_tables.WAYS[name] for name in ("start", "memory", "four")]
     assert [line.split(" | ")[:2] for line in lines] == [
         [f"| {name}", difference]

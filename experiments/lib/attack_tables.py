@@ -233,7 +233,7 @@ def gap_closed(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[
             continue
         best = max(fresh, key=lambda name: np.mean([*verdicts[name].values()]))
         headings = (
-            "Training", f"AutoAttack at l2 {eps:g}, minus that of: {WAYS[best]}", "95 %",
+            "Training", f"Gain under AutoAttack at l2 {eps:g}, over: {WAYS[best]}", "95 %",
             "McNemar's p", "Share of the gap to four steps",
         )  # fmt: skip
         lines += [*tables.markdown(headings, _differences(verdicts, best)), ""]

@@ -43,8 +43,8 @@ __all__ = [
 
 
 ALONE = 1e-2
-"""Largest difference of a row's logits, alone and in a batch, relative to the largest logit; above
-the rounding of bfloat16."""
+"""How much a row's logits may differ between batches, relative to the largest logit. Rounding to
+bfloat16 changes them less."""
 
 
 class Passes(NamedTuple):
