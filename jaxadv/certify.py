@@ -491,7 +491,7 @@ class _Draws(NamedTuple):
             )
         if len(x):
             few = spread.take((x, keys), np.resize(np.arange(len(x)), spread.multiple(4)))
-            apart = float(_apart(apply_fn, params, sigma, *few))
+            apart = _batches.apart(*host.fetch(_together_and_alone(apply_fn, params, sigma, *few)))
             if apart > _batches.ALONE:
                 raise ValueError(
                     f"expected logits that don't depend on the batch, got a difference of "
@@ -568,16 +568,14 @@ def _count(
 
 
 @partial(jax.jit, static_argnames=("apply_fn", "sigma"))
-def _apart(
+def _together_and_alone(
     apply_fn: ApplyFn, params: Params, sigma: float, x: jax.Array, keys: jax.Array
-) -> jax.Array:
-    """Return how much logits in a batch and of single rows differ, relative to the largest."""
+) -> tuple[jax.Array, jax.Array]:
+    """Return the logits of two draws of each example, in a batch and as single rows."""
     noisy = _noisy(sigma, x, keys, jnp.arange(2))
     together = inputs.apply(apply_fn, params, noisy)
     alone = jax.vmap(lambda row: inputs.apply(apply_fn, params, row[None])[0])(noisy)
-    both = jnp.isfinite(together) & jnp.isfinite(alone)
-    scale = jnp.max(jnp.abs(together), where=both, initial=1e-30)
-    return jnp.max(jnp.abs(together - alone), where=both, initial=0) / scale
+    return together, alone
 
 
 def _noisy(sigma: float, x: jax.Array, keys: jax.Array, number: jax.Array) -> jax.Array:

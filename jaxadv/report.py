@@ -274,7 +274,7 @@ def cost(
     apply_fn = closures.keyed(apply_fn, params, shape)
     logits = jax.eval_shape(partial(inputs.apply, apply_fn), params, batch)
     most = partial(_budget.most, n_classes=logits.shape[1])
-    forward = _timed(partial(_logits, apply_fn, params, batch)) / len(batch)
+    forward = _timed(partial(_batches.forward, apply_fn, params, batch)) / len(batch)
     both = _timed(partial(_gradient, apply_fn, params, batch)) / len(batch)
 
     def part(examples: int, *passes: Passes | None) -> Part:
@@ -295,9 +295,6 @@ def cost(
         check=part(len(_looked_at(x)), *map(most, twice), Passes(21, 6)),
         certify=None if sigma is None else part(n, Passes(_FIRST_DRAWS + int(np.max(draws)), 0)),
     )
-
-
-_logits = jax.jit(inputs.apply, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -440,8 +440,8 @@ def test_a_prediction_stops_early_only_with_the_answer_of_all_draws(monkeypatch)
 # Wrong use
 
 
-def batch_norm(params, x):
-    x = (x - x.mean(axis=0)[None]) / (x.std(axis=0)[None] + 1e-5)
+def batch_norm(params, x, eps=1e-5):
+    x = (x - x.mean(axis=0)[None]) / (x.std(axis=0)[None] + eps)
     return linear(params, x)
 
 
@@ -458,6 +458,8 @@ def batch_norm(params, x):
         ({"alpha": 1.0}, ValueError, r"0 < alpha < 1, got 1.0"),
         ({"key": None}, ValueError, r"expected a key: certify\.\w+ draws random numbers"),
         ({"apply_fn": batch_norm}, ValueError, r"batch norm in training mode\? Use its stored"),
+        # NaN for a single row
+        ({"apply_fn": partial(batch_norm, eps=0)}, ValueError, r"difference of inf, relative"),
         ({"apply_fn": lambda p, x: (linear(p, x), 0)}, TypeError, r"got tuple; wrap it"),
         ({"x": np.full((2, 6), 1e6, np.float32)}, ValueError, r"scale the examples, or raise"),
     ],

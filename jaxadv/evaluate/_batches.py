@@ -197,23 +197,20 @@ def opened(
         "attacks": [[name, described(method)] for name, method in attacks.items()],
         **{name: _digest(tree) for name, tree in {"params": params, "x": x, **others}.items()},
     }
-    logits = _first_logits(apply_fn, params, x).astype(np.float64)
+    logits = _first_logits(apply_fn, params, x)
     folder = Path(folder)
     evaluation = folder / "evaluation.json"
     if not evaluation.exists():
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            text = json.dumps({**wanted, "logits": logits.tolist()}, indent=1)
+            text = json.dumps({**wanted, "logits": logits.astype(np.float64).tolist()}, indent=1)
             _write(evaluation, lambda file: file.write(text.encode()))
         return Store(folder)
     kept = json.loads(evaluation.read_text())
     before = np.array(kept.pop("logits"))
     different = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
-    # The remaining batches may have another size or device, and so other rounding errors, which
-    # grow with the largest logit.
-    finite = np.abs(before[np.isfinite(before)])
-    near = partial(np.allclose, rtol=0, atol=ALONE * finite.max(initial=0), equal_nan=True)
-    if not different and not (before.shape == logits.shape and near(before, logits)):
+    # The remaining batches may have another size or device, and so other rounding errors.
+    if not different and not (before.shape == logits.shape and apart(before, logits) <= ALONE):
         different = ["logits of the first examples"]
     if different:
         raise ValueError(
@@ -229,10 +226,24 @@ def _first_logits(apply_fn: ApplyFn, params: Params, x: Any) -> NDArray[Any]:
     if not n:
         return np.zeros((0, 0))
     (few,) = on.take((x,), np.resize(np.arange(n), on.multiple(n)))
-    return np.asarray(host.fetch(_apply(apply_fn, params, few))[:n])
+    return np.asarray(host.fetch(forward(apply_fn, params, few))[:n])
 
 
-_apply = jax.jit(inputs.apply, static_argnums=0)
+forward = jax.jit(inputs.apply, static_argnums=0)
+"""`(apply_fn, params, x)` to the logits, compiled."""
+
+
+def apart(logits: NDArray[Any], others: NDArray[Any]) -> float:
+    """Return the largest difference from other logits, relative to the largest logit.
+
+    It is inf where a logit is finite in one of the two only.
+    """
+    finite = np.isfinite(logits)
+    if np.any(finite != np.isfinite(others)):
+        return np.inf
+    these, those = (array.astype(np.float64)[finite] for array in (logits, others))
+    largest = np.max(np.abs(these), initial=1e-30)
+    return float(np.max(np.abs(these - those), initial=0) / largest)
 
 
 def are_probabilities(outputs: NDArray[Any]) -> bool:

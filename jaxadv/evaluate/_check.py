@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from jaxadv import attack, closures, host, inputs, jacobian, losses, meshes, norms, perturb
 from jaxadv.evaluate._accuracy import accuracy, score
-from jaxadv.evaluate._batches import ALONE, are_probabilities
+from jaxadv.evaluate._batches import ALONE, apart, are_probabilities
 from jaxadv.evaluate._ensemble import attack_and_score
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params
 
@@ -181,7 +181,7 @@ def check(
             flags.append(Flag(name, message, kind))
 
     _log.info("outputs and clean accuracy")
-    _look_at_outputs(apply_fn, params, x[:batch_size], y[:batch_size], figures, flag)
+    _look_at_outputs(apply_fn, params, x[:batch_size], figures, flag)
 
     plain = score(apply_fn, params, x, y, batch_size=batch_size)
     right, unusable = plain.clean, plain.nonfinite | plain.invalid
@@ -309,27 +309,18 @@ class Raise(Protocol):
 
 
 def _look_at_outputs(
-    apply_fn: ApplyFn, params: Params, x: Any, y: Any, figures: dict[str, float], flag: Raise
+    apply_fn: ApplyFn, params: Params, x: Any, figures: dict[str, float], flag: Raise
 ) -> None:
     x = jnp.asarray(x)
     # Not compiled, so that a net that draws random numbers outside of JAX draws new ones.
-    first, second = (host.fetch(inputs.apply(apply_fn, params, x)) for _ in range(2))
-    logits, again = (np.asarray(outputs, np.float64) for outputs in (first, second))
+    logits, again = (host.fetch(inputs.apply(apply_fn, params, x)) for _ in range(2))
     alone = np.concatenate(
         [host.fetch(inputs.apply(apply_fn, params, x[i : i + 1])) for i in range(min(8, len(x)))]
     )
-    scale = max(np.abs(logits, where=np.isfinite(logits), out=np.zeros_like(logits)).max(), 1e-30)
-
-    def apart(a: NDArray[Any], b: NDArray[Any]) -> float:
-        both = np.isfinite(a)
-        if np.any(both != np.isfinite(b)):
-            return np.inf
-        return float(np.max(np.abs(np.where(both, a, 0) - np.where(both, b, 0))) / scale)
-
     figures["call to call"] = apart(logits, again)
     figures["alone or in a batch"] = apart(logits[: len(alone)], alone)
     flag(
-        "probabilities", are_probabilities(first), "invalid input",
+        "probabilities", are_probabilities(logits), "invalid input",
         "the outputs are in [0, 1] and sum to 1: probabilities, whose gradients vanish where the "
         "net is confident; return logits, or their logarithms",
     )  # fmt: skip
