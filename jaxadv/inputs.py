@@ -133,9 +133,11 @@ def labels(y: Any, n: int) -> jax.Array:
     """Check integer class labels, `[n]`.
 
     Raises:
-      TypeError: if `y` is not of an integer dtype.
+      TypeError: if `y` is None, or not of an integer dtype.
       ValueError: if `y` is not of shape `[n]`.
     """
+    if y is None:
+        raise TypeError("expected integer labels [B], got None; pass y")
     y = native(y)
     if y.shape == (n, 1):  # its argmax would be class 0 for every row
         cure = "turn a column of labels into [B] with y[:, 0]"

@@ -349,8 +349,9 @@ def vat(
     """
     inputs.at_least(1, "steps", steps, "one power iteration is usual")
     problem = Problem.of(
-        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, key=key, drawn_by="perturb.vat"
-    )
+        apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, any_labels=y is None, key=key,
+        drawn_by="perturb.vat",
+    )  # fmt: skip
     x = problem.x
     logits, push = jax.linearize(lambda v: inputs.apply(apply_fn, params, v), x)
     pull = jax.linear_transpose(push, x)

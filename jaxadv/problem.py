@@ -124,13 +124,13 @@ class Problem:
           apply_fn: the net.
           params: its parameters.
           x: `[B, ...]`, floating point.
-          y: integer labels, `[B]`; None for a method that uses none.
+          y: integer labels, `[B]`.
           norm: `"l1"`, `"l2"` or `"linf"`.
           eps: the radius, a scalar or `[B]`.
           bounds: `(lo, hi)`, or None.
           loss_fn: the loss to maximise.
           minimal: the attack can search for minimal perturbations, so eps may be None.
-          any_labels: y may be whatever `loss_fn` takes, for instance soft labels.
+          any_labels: y may be whatever `loss_fn` takes, for instance soft labels, or None.
           targeted: y has target classes instead of true labels.
           samples: number of draws of a random net to average.
           key: one key, or one per example, `[B]`.
@@ -146,7 +146,7 @@ class Problem:
         norms.dual(norm)  # raises if the norm is unknown
         inputs.at_least(0, "samples", samples, "0 is for a deterministic net")
         x = inputs.examples(x)
-        if y is not None:
+        if y is not None or not any_labels:
             y = inputs.paired(x, y) if any_labels else inputs.labels(y, x.shape[0])
         if not minimal or eps is not None:
             eps = inputs.radius(cast(Eps, eps), x)
