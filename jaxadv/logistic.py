@@ -79,7 +79,7 @@ def _data(w: jax.Array, x: jax.Array, y: jax.Array) -> _Data:
         )
     wide = inputs.accum_dtype(jnp.result_type(x, w))
     margins = y.astype(wide) * (x.astype(wide) @ w.astype(wide))
-    return _Data(w, x, y.astype(x.dtype), margins)
+    return _Data(w, x, y.astype(wide), margins)
 
 
 def adversary(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> jax.Array:
@@ -95,7 +95,7 @@ def adversary(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm)
       norm: the ball's norm.
 
     Returns:
-      r, `[B, D]`; 0 where w is 0.
+      r, `[B, D]`, of x's dtype and of size at most eps; 0 where w is 0.
 
     Raises:
       TypeError: if `x` is not floating point.
@@ -113,8 +113,8 @@ def adversary(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm)
       Huang et al., 2015, Appendix A, the proof of Proposition B.
     """
     w, x, y, _ = _data(w, x, y)
-    sizes = inputs.radius(eps, x).astype(x.dtype)
-    return -(sizes * y)[:, None] * norms.steepest(w[None], norm).astype(x.dtype)
+    r = -(inputs.radius(eps, x) * y)[:, None] * norms.steepest(w[None].astype(y.dtype), norm)
+    return norms.clip_to_box(x, r, None)  # rounds to x's dtype toward 0, to stay in the ball
 
 
 def loss(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> jax.Array:

@@ -11,7 +11,7 @@ import references
 from references import NORMS
 from scipy import optimize
 
-from jaxadv import attack, logistic, perturb
+from jaxadv import attack, logistic, norms, perturb
 
 B, D = 9, 4
 EPS = 0.3
@@ -94,7 +94,18 @@ def test_in_bfloat16_the_loss_is_computed_in_float32():
     assert got.dtype == jnp.float32
     wide = (np.asarray(a, np.float32) for a in (w, x))
     np.testing.assert_allclose(got, exact(*wide, y, EPS, "l2"), rtol=RTOL)
-    assert logistic.adversary(w, x, y, eps=EPS, norm="l2").dtype == jnp.bfloat16
+
+
+@every_norm
+def test_in_bfloat16_the_adversary_stays_in_the_ball(norm):
+    w, x, y = draw()
+    w, x = (jnp.asarray(a, jnp.bfloat16) for a in (w, x))
+    eps = 0.3  # rounded to bfloat16 it is more
+    r = logistic.adversary(w, x, y, eps=eps, norm=norm)
+    assert r.dtype == jnp.bfloat16
+    sizes = norms.norm(r.astype(jnp.float32), norm)
+    np.testing.assert_array_less(sizes, eps * (1 + 1e-6))
+    np.testing.assert_allclose(sizes, eps, rtol=2**-7)
 
 
 def test_the_objective_is_the_mean_of_the_loss():
