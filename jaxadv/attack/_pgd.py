@@ -79,7 +79,8 @@ def pgd(
         `losses.margin`.
       targeted: y has target classes instead of true labels.
       start: perturbations to start from instead of 0, `[B, ...]`, projected onto the ball and the
-        box. The net isn't evaluated at x then, and rows are 0 or NaN by its logits at x + start.
+        box. A single run on a deterministic net then doesn't evaluate the net at x, and rows are 0
+        or NaN by its logits at x + start.
       random_start: whether a single run starts at a random point of the ball instead of at x.
       restarts: number of starts, at least 1. The first is x or `start` (random with
         `random_start` and a single run), the others are random points of the ball.
