@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -52,12 +53,14 @@ from experiments.lib import (
 from experiments.lib.attack_tables import WAYS
 from experiments.lib.options import Count, OutputFolder, Positive, Several, Size
 from experiments.lib.recipes import FewSteps, Method, MultiStep, OneStep
-from experiments.lib.records import AttackRow, TableRow
+from experiments.lib.records import AttackRow, RobustRow, TableRow
 
 Way = Literal[
     "from_x", "start", "best", "noise", "aligned", "memory", "memory_two", "nearest", "four"
 ]
 EVERY: tuple[Way, ...] = get_args(Way)
+KEPT: tuple[Way, ...] = ("memory", "memory_two", "nearest")
+"""The ways that continue from the last epoch's perturbations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +178,47 @@ def with_ratios(
     return [with_ratio(row) for row in rows]
 
 
+def as_markdown(
+    settings: Settings, rows: Sequence[TableRow], attacked: Sequence[AttackRow]
+) -> list[str]:
+    """Return the page: tables of the ways and of the gap that they close, and notes."""
+
+    def of(field: str, ways: Sequence[Way] = EVERY) -> str:
+        values = {row.settings[field] for row in rows if row.method in ways}
+        return " or ".join(f"{value:g}" for value in sorted(values))
+
+    first = rows[0]
+    notes = [
+        tables.seeds(rows, WAYS),
+        f"Clean, Adv_Loss: {first.n:,} images; PGD: {settings.pgd_steps} steps on "
+        f"{first.n_pgd:,}; neither stays in the pixel range.",
+        f"{of('epochs')} epochs, training size {of('train_eps')}.",
+    ]
+    if weight := of("alignment", ["aligned"]):
+        notes.append(f"The alignment penalty has weight {weight}.")
+    if length := of("stride", KEPT):
+        notes.append(f"Steps from the last epoch's are {length} times as long as that size.")
+    if settings.holdout:
+        notes.append("Test images aren't attacked while settings are chosen.")
+    else:
+        most = {row.n for row in attacked if isinstance(row, RobustRow)}
+        counts = " or ".join(f"{n:,}" for n in sorted(most))
+        notes.append(f"In the box: the first {counts} test images.")
+    notes += [
+        f"On {tables.machines(rows)}.",
+        "Intervals and p-values of differences are for other images, not for other seeds.",
+    ]
+    return [
+        "# LeNet on MNIST: remedies for catastrophic overfitting",
+        "",
+        *attack_tables.ways(rows, attacked),
+        "",
+        *attack_tables.gap_closed(rows, attacked),
+        *(f"- {note}" for note in notes),
+        "",
+    ]
+
+
 @options.command
 def main() -> None:
     """Run the experiment from the command line."""
@@ -182,29 +226,7 @@ def main() -> None:
     console = parallel.start(settings)
     rows, attacked = run(settings, console)
     rows = train_and_score.record(settings.out, rows)
-    first = rows[0]
-
-    def of(field: str) -> str:
-        return " or ".join(f"{n:g}" for n in sorted({row.settings[field] for row in rows}))
-
-    in_box = f"the first {settings.n_autoattack:,} test images"
-    if settings.holdout:
-        in_box = "nothing, since test images aren't used while settings are chosen"
-    lines = [
-        "# LeNet on MNIST: remedies for catastrophic overfitting",
-        "",
-        *attack_tables.ways(rows, attacked),
-        "",
-        *attack_tables.gap_closed(rows, attacked),
-        f"{tables.seeds(rows, WAYS)} Clean, Adv_Loss: {first.n:,} images; PGD: "
-        f"{settings.pgd_steps} steps on {first.n_pgd:,}; neither stays in the pixel range. In "
-        f"the box: {in_box}. {of('epochs')} epochs, training size {of('train_eps')}, "
-        f"alignment penalty of weight {settings.alignment:g}; on {first.device}, jax "
-        f"{first.versions['jax']}. Intervals and p-values of differences are for other images, "
-        "not for other seeds.",
-        "",
-    ]
-    tables.write(settings.out, lines, console)
+    tables.write(settings.out, as_markdown(settings, rows, attacked), console)
 
 
 if __name__ == "__main__":

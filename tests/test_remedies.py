@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from rich.console import Console
-from rows import table_row
+from rows import robust_row, table_row
 
 from experiments import remedies
 from experiments.lib import attack_tables, records, tasks, train_and_score
@@ -66,6 +66,19 @@ def test_a_ratio_is_the_median_over_rounds_and_is_measured_once(tmp_path, monkey
     assert records.load(tmp_path / "results.json", records.TableRow) == [*rows, older]
     monkeypatch.setattr(remedies.train_and_score, "step_seconds", pytest.fail)
     assert remedies.with_ratios(settings, None, rows) == rows
+
+
+def test_the_page_describes_its_rows_and_not_the_last_run():
+    made = {"epochs": 8, "train_eps": 2.0, "alignment": 0.2}
+    rows = [
+        table_row(method="aligned", settings={**made, "stride": 1.0}),
+        table_row(method="memory", settings={**made, "stride": 1.5}, device="gpu x1"),
+    ]
+    attacked = [robust_row(method=f"{name}, seed 0", n=700) for name in ("aligned", "memory")]
+    settings = remedies.Settings(alignment=0.5, stride=3.0, n_autoattack=4)
+    page = "\n".join(remedies.as_markdown(settings, rows, attacked))
+    for said in ("penalty has weight 0.2.", "are 1.5 times", "the first 700", "x1, jax 0; gpu x1"):
+        assert said in page
 
 
 @pytest.mark.slow

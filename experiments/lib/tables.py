@@ -174,8 +174,7 @@ def show(
     seconds = {(row.method, row.seed): row.train_seconds for row in rows}
     notes = [
         *notes,
-        f"Training took {sum(seconds.values()):.0f} s in all, on "
-        f"{rows[0].device}, jax {rows[0].versions['jax']}.",
+        f"Training took {sum(seconds.values()):.0f} s in all, on {machines(rows)}.",
     ]
     write(folder, [f"# {title}", "", *sections, *(f"- {note}" for note in notes), ""], console)
     console.print(f"Results, figures and weights are in {folder}.")
