@@ -226,8 +226,10 @@ def measure(
         certify.certify, sigma=sigma, radii=settings.radii, alpha=alpha, n0=settings.n0,
         stages=settings.stages, key=certify_key, batch_size=settings.eval_batch,
     )  # fmt: skip
-    # On no images: settings that can't be used raise an error before training.
-    certified(lambda _, x: x.reshape(len(x), -1), None, x[:0])
+    try:  # on no images, to refuse unusable settings before training
+        certified(lambda _, x: x.reshape(len(x), -1), None, x[:0])
+    except ValueError as error:
+        raise options.UsageError(str(error)) from error
     apply_fn, params, train_seconds = train(way, seed, settings, images, console)
     files.save(settings.out / f"{name}.safetensors", params, interface=data.MNIST)
     start = time.perf_counter()

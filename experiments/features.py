@@ -187,7 +187,7 @@ def run(settings: Settings, console: Console) -> FeaturesRow:
     """Put every question to every library; return the answers.
 
     Raises:
-      ModuleNotFoundError: if one of the libraries isn't installed.
+      UnavailableError: if one of the libraries isn't installed.
     """
     pytorch.need(*libraries.PACKAGES, "autoattack")
     problem = problems.recorded("mnist_mlp/normal", settings.n)

@@ -78,7 +78,7 @@ def load(path: Path) -> Params:
     """Return the parameters of an advertorch LeNet5, for a net of `models`.
 
     Raises:
-      ModuleNotFoundError: if PyTorch isn't installed.
+      UnavailableError: if PyTorch isn't installed.
       UsageError: if there is no such file.
     """
     pytorch.need("torch")

@@ -85,7 +85,7 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
     """Run the chosen attacks; return the rows of this and of earlier runs.
 
     Raises:
-      ModuleNotFoundError: if PyTorch or the authors' code isn't installed.
+      UnavailableError: if PyTorch or the authors' code isn't installed.
       ValueError: if the net's logits aren't the same in PyTorch.
     """
     pytorch.need("torch", "autoattack")

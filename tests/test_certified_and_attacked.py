@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from experiments import certify as command
-from experiments.lib import data, figures, models, records, weights
+from experiments.lib import data, figures, models, options, records, weights
 
 SMALL = {
     "widths": (20,), "epochs": 10, "warmup": 1, "average": 0.9, "consistency": 0.5,
@@ -84,7 +84,7 @@ def test_both_bounds_are_measured_and_kept(tmp_path, images, monkeypatch):
     (other,) = command.run(stronger, Console(file=io.StringIO()))  # measured, but not trained again
     assert other.settings["attack_steps"] == 3
     assert other.train_seconds == row.train_seconds
-    with pytest.raises(ValueError, match=r"expected radii below 0\.65"):  # before it trains
+    with pytest.raises(options.UsageError, match=r"expected radii below 0\.65"):  # before it trains
         command.run(dataclasses.replace(settings, radii=(1.0,)), Console(file=io.StringIO()))
     held = dataclasses.replace(settings, holdout=10, every=1, seeds=(1,))
     assert [other.n for other in command.run(held, Console(file=io.StringIO()))] == [10, 10]

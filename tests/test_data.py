@@ -470,7 +470,7 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
     message = r"download CIFAR-10 from https://\S+, got DownloadError: no network here; .*--image-f"
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(options.UnavailableError, match=message):
         data.cifar10(data_dir=tmp_path)
 
 

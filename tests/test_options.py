@@ -248,12 +248,15 @@ def test_a_folder_may_be_missing_but_not_in_a_place_that_cannot_be_written_to(
         Outer(out=tmp_path / "new")
 
 
-def test_a_usage_error_ends_a_command_with_its_message_only(monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [options.UsageError, options.UnavailableError, FileNotFoundError])
+def test_an_error_that_its_user_can_cure_ends_a_command_without_a_traceback(
+    kind, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "argv", ["/where/it/is/do.py"])
 
     @options.command
     def refuse():
-        raise options.UsageError("expected more, got less; give more")
+        raise kind("expected more, got less; give more")
 
     with pytest.raises(SystemExit) as exit_:
         refuse()

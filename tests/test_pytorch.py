@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.compare import pytorch
-from experiments.lib import models
+from experiments.lib import models, options
 
 NET = models.Classifier((6,), blocks=((3,), (5,)), size=3, padding=1)
 
@@ -45,6 +45,6 @@ def test_a_pytorch_net_is_converted_to_ours():
 def test_the_error_about_a_missing_library_names_it():
     pytorch.need("json")
     with pytest.raises(
-        ModuleNotFoundError, match=r"expected json, nowhere, got no nowhere; .*help"
+        options.UnavailableError, match=r"expected json, nowhere, got no nowhere; .*help"
     ):
         pytorch.need("json", "nowhere")

@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.lib import options
+
 
 def need(*modules: str) -> None:
     """Check that these modules can be imported, before doing work that needs them.
 
     Raises:
-      ModuleNotFoundError: if some can't be; it names them.
+      UnavailableError: if some can't be; it names them.
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise ModuleNotFoundError(
+        raise options.UnavailableError(
             f"expected {', '.join(modules)}, got no {', '.join(missing)}; the first lines of "
             "--help show how to install them"
         )

@@ -128,7 +128,7 @@ def named(name: str, *, resize: int | None = None) -> Dataset:
 
     Raises:
         FileNotFoundError: if it is none of these.
-        OSError: as the function that reads it.
+        UnavailableError: as the function that reads it.
         ValueError: as the function that reads it.
     """
     if name.startswith("tfds:"):
@@ -249,7 +249,8 @@ def cifar10(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         The arrays, memory-mapped.
 
     Raises:
-        OSError: if it isn't prepared yet and can't be downloaded, or the download was altered.
+        UnavailableError: if it isn't prepared yet and can't be downloaded, or the download was
+            altered.
     """
     return Dataset(*cache.arrays("cifar10", _prepare_cifar10, data_dir), CIFAR10)
 
@@ -307,8 +308,8 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
 
     Raises:
         ValueError: if the catalogue has no such data set, or it isn't one of labelled images.
-        ModuleNotFoundError: if preparing it needs a package that isn't installed; the older data
-            sets need TensorFlow.
+        UnavailableError: if preparing it needs a package that isn't installed; the older data sets
+            need TensorFlow.
     """
     import tensorflow_datasets as tfds
 
@@ -327,7 +328,7 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
         prepare = partial(builders.prepared, partial(tfds.builder, name))
         arrays = cache.arrays(f"tfds-{name.replace('/', '-')}", prepare, data_dir)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise options.UnavailableError(
             f"{name} can't be prepared without a package that isn't installed (often TensorFlow); "
             "install it, e.g. pip install tensorflow, or use a folder of images"
         ) from error
@@ -482,7 +483,7 @@ def _prepare_cifar10(place: Path) -> Arrays:
             made, place, force_checksums_validation=True, try_download_gcs=False
         )
     except Exception as error:  # many kinds, depending on what went wrong
-        raise OSError(
+        raise options.UnavailableError(
             f"expected to download CIFAR-10 from {_CIFAR10_PAGE}, got {type(error).__name__}: "
             f"{error}; try again with a network, or pass the images as a folder (--image-folder)"
         ) from error

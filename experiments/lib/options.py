@@ -30,6 +30,10 @@ class UsageError(ValueError):
     """A command was misused. The message says what was expected, what it got, and the remedy."""
 
 
+class UnavailableError(Exception):
+    """A package or the network is missing. The message says what for, and the remedy."""
+
+
 Refusal = tuple[str, str]
 """What was expected instead of a value, and the remedy.
 
@@ -175,21 +179,21 @@ def imported(name: str) -> Any:
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a command end with a message, not a traceback, when it is misused.
+    """Make a command end with a message, not a traceback, when it is misused or lacks something.
 
     Args:
       main: the function that runs the command.
 
     Returns:
-      A function that does the same, but prints the message of a `UsageError` or
-      `FileNotFoundError` and exits with status 2, as for an unknown option.
+      A function that does the same, but prints the message of a `UsageError`, an
+      `UnavailableError` or a `FileNotFoundError` and exits with status 2, as for an unknown option.
     """
 
     @functools.wraps(main)
     def guarded() -> None:
         try:
             main()
-        except (UsageError, FileNotFoundError) as error:
+        except (UsageError, UnavailableError, FileNotFoundError) as error:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2)
 
