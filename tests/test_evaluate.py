@@ -199,7 +199,7 @@ def test_loops_over_a_data_set_agree_with_the_functions_of_one_batch():
 def test_data_of_dtypes_that_jax_lacks_are_evaluated_in_float32(name, kind):
     w, x, y = mostly_right(7)
     got = DRIVERS[name](linear, w, x.astype(kind), y.astype(">i8"))
-    chex.assert_trees_all_equal(got, DRIVERS[name](linear, w, x, y))
+    chex.assert_trees_all_equal(got, DRIVERS[name](linear, w, x, y), strict=True)
 
 
 # Compilation

@@ -198,7 +198,7 @@ def distances(
     size = np.where(plain.clean, np.inf, np.where(plain.nonfinite, np.nan, 0)).astype(
         plain.norm.dtype
     )
-    least = np.zeros(x.shape, x.dtype)
+    least = np.zeros(x.shape, shape.dtype)
     by = np.full(len(y), "", dtype=np.array(list(attacks)).dtype)
     spent, passes = np.zeros(len(y), int), {}
     for number, (name, method) in enumerate(attacks.items()):

@@ -335,7 +335,7 @@ def _in_turn(
       r, `[n, ...]`, 0 where no attack succeeded; and the result of each attack.
     """
     x, y, eps, keys = examples
-    robust, worst = clean.copy(), np.zeros(x.shape, x.dtype)
+    robust, worst = clean.copy(), np.zeros(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
     left = np.ones(len(y))  # the smallest fraction of y's lead that an attack has left
     whole = max(1, min(batch_size, len(y)))
     sizes = [max(1, whole // part) for part in (1, 8, 64)]
