@@ -136,9 +136,8 @@ def main() -> None:
     notes = [
         f"Epochs: {', '.join(str(n) for n in sorted({row.epochs for row in rows}))}. "
         + tables.seeds(rows, {row.method: row.method for row in rows}),
-        f"The Fixed set is made on a Normal net of seed {settings.fixed_seed}; PGD: "
-        f"{settings.pgd_steps} steps of l2 PGD on the margin loss, from x, on {rows[0].n_pgd:,} of "
-        "the images. Nothing is clipped to the pixel range.",
+        f"The Fixed set is made on a Normal net of seed {settings.fixed_seed}.",
+        tables.pgd_note(rows, settings.pgd_steps),
         "LWA_Rep: size .12 ||h||, reached over the first half of the epochs, and half the learning "
         "rate. "
         "Miyato: weight 1, one power iteration.",

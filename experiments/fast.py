@@ -182,7 +182,7 @@ def run_published(problem: Problem, eps: float, norm: Norm, seed: int) -> tuple[
     start = time.perf_counter()
     found = published.autoattack(
         net, problem.x, problem.y, eps=eps, norm=norm, seed=seed, batch_size=500,
-        low=float(np.min(problem.bounds[0])) if problem.bounds else 0.0,
+        low=problem.low,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     with torch.no_grad():

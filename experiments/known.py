@@ -142,7 +142,7 @@ def measure(name: str, params: Params, settings: Settings, console: Console) -> 
         clean=evaluate.accuracy(clean),
         median_l2=medians,
         seconds=seconds,
-        flags={flag.name: f"{flag.kind}: {flag.message}" for flag in found.flags},
+        flags=tables.messages(found.flags),
         figures=dict(found.figures),
         n=len(chosen),
         seed=settings.seed,

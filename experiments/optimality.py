@@ -139,9 +139,8 @@ def by_theirs(
 
     torch.manual_seed(seed)
     attacks = minimal.attacks(norm, budget)
-    low = float(np.min(problem.bounds[0])) if problem.bounds else 0.0
     found = minimal.run(
-        attacks[library, name], problem.params, problem.x, problem.y, norm, budget, low
+        attacks[library, name], problem.params, problem.x, problem.y, norm, budget, problem.low
     )
     return found._asdict()
 

@@ -15,7 +15,13 @@ from jax import lax
 from jaxadv import inputs, norms
 from jaxadv.types import Bounds, Norm
 
-__all__ = ["box_limits", "drop_blocked", "project_ball_and_box", "project_hyperplane_in_box"]
+__all__ = [
+    "box_limits",
+    "drop_blocked",
+    "farthest",
+    "project_ball_and_box",
+    "project_hyperplane_in_box",
+]
 
 
 def box_limits(x: jax.Array, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
@@ -23,6 +29,12 @@ def box_limits(x: jax.Array, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
     lo, hi = inputs.box(bounds, x)
     start = x.astype(lo.dtype)
     return jnp.minimum(lo - start, 0), jnp.maximum(hi - start, 0)
+
+
+def farthest(x: jax.Array, bounds: Bounds, norm: Norm) -> jax.Array:
+    """Return each example's distance to the farthest corner of the box, `[B]`."""
+    lower, upper = box_limits(x, bounds)
+    return norms.norm(jnp.maximum(-lower, upper), norm)
 
 
 def drop_blocked(g: jax.Array, r: jax.Array, x: jax.Array, bounds: Bounds | None) -> jax.Array:

@@ -1,10 +1,10 @@
 """Per-example lp geometry: norms, steepest directions, balls and boxes.
 
-Everything that depends on the choice of norm is in one table in this module; no other module
-branches on a norm's name. All functions take a batch `[B, ...]` and treat each example as one
-vector. The steepest directions are the maximisers of Proposition 3 and Section 6.1.1 (Huang et al.,
-2015): over the unit ball of a norm, `<g, r>` is greatest at `steepest(g)`, where it equals the dual
-norm of g.
+The geometry that depends on the choice of norm is in one table in this module; attacks branch on
+the norm only where its sparse or signed steps need another algorithm. All functions take a batch
+`[B, ...]` and treat each example as one vector. The steepest directions are the maximisers of
+Proposition 3 and Section 6.1.1 (Huang et al., 2015): over the unit ball of a norm, `<g, r>` is
+greatest at `steepest(g)`, where it equals the dual norm of g.
 
 Arithmetic is in float32 or wider. Each example is first divided by its largest magnitude, so that
 784 entries of 1e-23, or of 1e20, have a norm and a direction. A zero example has norm 0 and

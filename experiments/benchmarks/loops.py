@@ -44,7 +44,9 @@ def run(settings: common.Settings) -> common.Figures:
         "LWA, Adv_Alpha": objectives.adversarial(apply_fn, perturb.alpha, eps=1.5),
     }
     calls = common.training_calls(kinds, params, x, y, n)
-    attacks = {  # each with a single step that takes as many passes as one iteration
+    # Each with a single step that takes as many passes as one iteration; DeepFool's iteration takes
+    # two more forward passes.
+    attacks = {
         "PGD": (partial(attack.pgd, eps=1e-4, steps=n), partial(perturb.loss, eps=1e-4)),
         "APGD": (
             partial(attack.apgd, eps=1e-4, steps=n, key=jax.random.key(0)),

@@ -220,7 +220,7 @@ def _check(settings: Settings, problem: Problem, eps: float, identity: dict[str,
     )  # fmt: skip
     return CheckRow(
         **identity,
-        flags={flag.name: f"{flag.kind}: {flag.message}" for flag in found.flags},
+        flags=tables.messages(found.flags),
         columns=dict(found.figures),
         settings={"n": n},
     )

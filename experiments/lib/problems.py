@@ -85,6 +85,11 @@ class Problem(NamedTuple):
     bounds: Bounds | None
     identity: dict[str, Any]  # everything the figures depend on except attack, size and seed
 
+    @property
+    def low(self) -> float:
+        """The lowest value of a pixel; 0 without a box."""
+        return float(np.min(self.bounds[0])) if self.bounds else 0.0
+
     def correct(self, x: ArrayLike) -> jax.Array:
         """Return which of these images, perturbed or not, are classified correctly."""
         return self.apply_fn(self.params, jnp.asarray(x)).argmax(-1) == self.y

@@ -12,6 +12,7 @@ from rich.markdown import Markdown
 
 from experiments.lib import parallel, records
 from experiments.lib.records import PublishedRow, RobustRow, Row, SmoothedRow, TableRow
+from jaxadv import evaluate
 
 LABELS = {
     "validation": "Validation",
@@ -30,8 +31,13 @@ def markdown(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str
     return [first.replace("|  |", "| |"), "|" + "---|" * len(headings), *others]
 
 
+def messages(flags: Iterable[evaluate.Flag]) -> dict[str, str]:
+    """Return the kind and the message of each flag of `evaluate.check`, by name."""
+    return {flag.name: f"{flag.kind}: {flag.message}" for flag in flags}
+
+
 def doubts(flags: Mapping[str, str]) -> str:
-    """Return the messages of `evaluate.check`'s flags as one sentence."""
+    """Return these messages as one sentence."""
     return "; ".join(flags.values()) or "no reason for doubt was found"
 
 

@@ -332,8 +332,7 @@ def _search(
     dtype = inputs.accum_dtype(x.dtype)
     largest = jnp.full(x.shape[0], jnp.sqrt(jnp.finfo(dtype).max), dtype)
     if problem.bounds is not None:
-        lower, upper = boxes.box_limits(x, problem.bounds)
-        largest = jnp.minimum(largest, norms.norm(jnp.maximum(-lower, upper), norm))
+        largest = jnp.minimum(largest, boxes.farthest(x, problem.bounds, norm))
 
     def misleads(r: jax.Array) -> jax.Array:
         return clear(*judge.value(r))

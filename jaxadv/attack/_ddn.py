@@ -19,7 +19,7 @@ from jax import lax
 from jaxadv import inputs, losses, norms
 from jaxadv.attack._closest import Closest
 from jaxadv.attack._info import Answer, Found, reports
-from jaxadv.boxes import box_limits
+from jaxadv.boxes import farthest
 from jaxadv.problem import Problem, beyond_rounding, iterate
 from jaxadv.types import ApplyFn, Bounds, Eps, Params
 
@@ -126,9 +126,8 @@ def _run(problem: Problem, gamma: float, step_size: float, *, steps: int) -> Ans
     closest = Closest.at_x(problem, clear)
     dtype = closest.clearly.size.dtype
     largest = jnp.full(x.shape[0], jnp.inf, dtype)
-    if problem.bounds is not None:  # the distance to the farthest corner of the box
-        lower, upper = box_limits(x, problem.bounds)
-        largest = norms.norm(jnp.maximum(jnp.abs(lower), jnp.abs(upper)), "l2")
+    if problem.bounds is not None:
+        largest = farthest(x, problem.bounds, "l2")
 
     def step(i: jax.Array, state: _State) -> _State:
         success, loss, g = problem.gradient(state.r)
