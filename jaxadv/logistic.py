@@ -39,8 +39,8 @@ def logits(w: jax.Array, x: jax.Array) -> jax.Array:
     r"""The model as a classifier with two classes, 0 for y = -1 and 1 for y = +1.
 
     Args:
-      w: weights, `[D]`.
-      x: `[B, D]`.
+      w: weights, `[D]`, floating point.
+      x: `[B, D]`, floating point.
 
     Returns:
       :math:`(-s / 2, s / 2)` with :math:`s = w^\top x`, `[B, 2]`, whose softmax is the logistic
@@ -51,6 +51,9 @@ def logits(w: jax.Array, x: jax.Array) -> jax.Array:
       >>> from jaxadv import logistic
       >>> logistic.logits(jnp.array([2.0, 0.0]), jnp.array([[3.0, 1.0]])).tolist()
       [[-3.0, 3.0]]
+
+    References:
+      Huang et al., 2015, Appendix A.
     """
     half = x @ w / 2
     return jnp.stack([-half, half], axis=1)
@@ -130,7 +133,7 @@ def loss(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> j
       norm: the ball's norm; its dual measures w.
 
     Returns:
-      `[B]`.
+      `[B]`, in float32 at least.
 
     Raises:
       TypeError: if `x` is not floating point.
@@ -163,7 +166,7 @@ def objective(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm)
       norm: the ball's norm.
 
     Returns:
-      The mean of `loss`, `[]`.
+      The mean of `loss`, `[]`, in float32 at least.
 
     Raises:
       TypeError: if `x` is not floating point.

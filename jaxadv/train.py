@@ -206,6 +206,9 @@ def make_step(
       `step(state, batch) -> (state, StepInfo)`, jitted; traced once per shape of batch. It raises
       the errors of `update`.
 
+    Raises:
+      TypeError: if `tx` isn't an optax transformation.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> from jaxadv import objectives, perturb, train
@@ -248,6 +251,9 @@ def make_epoch(
       `order[s]`; an index outside 0..N-1 makes the loss NaN, so that the mistake is noticed. The
       leaves of `StepInfo` are stacked, `[S]`. It raises the errors of `update`, and a `ValueError`
       if `order` isn't integers `[S, B]`.
+
+    Raises:
+      TypeError: if `tx` isn't an optax transformation.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
