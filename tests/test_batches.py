@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -310,37 +309,6 @@ def test_a_store_of_another_version_is_refused(package, tmp_path):
     described.write_text(json.dumps({**kept, package: "0.0.1"}))
     with pytest.raises(ValueError, match=f"got other {package}; choose another folder"):
         ensemble(store=tmp_path)
-
-
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import test_batches
-left = [int(sys.argv[2])]
-
-def progress(at):
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-found = test_batches.ensemble(store=sys.argv[1], progress=progress)
-"""
-
-
-@pytest.mark.slow
-def test_an_evaluation_survives_kill_9(tmp_path):
-    whole = ensemble()
-    code = KILLED.format(tests=os.path.dirname(__file__))
-    # Killed in every third batch that it computes, until all are stored.
-    while (
-        subprocess.run([sys.executable, "-c", code, str(tmp_path), "3"], check=False).returncode
-        == -signal.SIGKILL
-    ):
-        pass
-    found = ensemble(store=tmp_path, progress=pytest.fail)
-    for name, stage in whole.stages.items():
-        np.testing.assert_array_equal(found.stages[name].fooled, stage.fooled)
-    np.testing.assert_allclose(found.r, whole.r, atol=1e-6)  # another process may round differently
 
 
 # How examples are split

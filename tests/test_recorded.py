@@ -1,6 +1,13 @@
 """Properties of the library's attacks on the recorded, trained nets."""
 
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -75,3 +82,46 @@ def test_on_a_plain_net_the_check_flags_one_step_and_not_the_net():
 @pytest.mark.slow
 def test_a_small_logit_scale_that_weakens_pgd_is_flagged():
     assert checked("normal", 1e-6, eps=1.0)["minimal norm"].kind == "weak attack"
+
+
+def evaluated(store, batch_size=100, devices=1, killed_after=0):
+    """Evaluate a recorded MLP in another process; return its results, or None if it was killed."""
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(store.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.stored", store, str(batch_size), str(killed_after)],
+        cwd=Path(__file__).parents[1], env=environment, capture_output=True, check=False,
+    )  # fmt: skip
+    if killed_after and process.returncode == -signal.SIGKILL:
+        return None
+    assert process.returncode == 0, process.stderr.decode()
+    return np.load(store / "found.npz")
+
+
+@pytest.mark.slow
+def test_stored_evaluations_survive_ten_kills_other_batches_and_other_devices(tmp_path):
+    whole = evaluated(tmp_path / "whole")
+    assert 0 < whole["robust"].mean() < 1
+    seconds = evaluated(tmp_path / "timed")["seconds"]  # with compiled programs
+    store, elsewhere = tmp_path / "store", tmp_path / "elsewhere"
+    moments = random.Random(0)
+    kills = 0
+    while kills < 10 and not evaluated(store, killed_after=moments.uniform(0, seconds / 10)):
+        kills += 1
+        if kills == 5:
+            shutil.copytree(store, elsewhere)
+    assert kills == 10
+    found = evaluated(store)
+    assert found["seconds"] < 0.9 * seconds  # what was finished is kept
+    np.testing.assert_array_equal(found["robust"], whole["robust"])
+    np.testing.assert_array_equal(found["size"], whole["size"])
+
+    # The rest on four devices, in other batches, whose rounding errors differ.
+    other = evaluated(elsewhere, batch_size=120, devices=4)
+    assert np.sum(other["robust"] != whole["robust"]) <= 1
+    for eps in (1.0, 1.5, 2.0):
+        assert np.sum((other["size"] <= eps) != (whole["size"] <= eps)) <= 1
