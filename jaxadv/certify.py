@@ -19,7 +19,8 @@ f, so each example's certificate is wrong with a probability of at most alpha.
 **Floating point.** Common samplers truncate the tails of the normal distribution, and sums with
 noise are rounded, so a radius may be certified that isn't robust (Voracek and Hein, 2022). Here x
 and the noise are rounded to a grid on which sums are exact (`_gaussian`), and the resulting errors
-are subtracted: from p_A the total variation distance to exact noise (less than 4e-11 for each entry), and from the radius the distance between x and the rounded x.
+are subtracted: from p_A the total variation distance to exact noise (less than 4e-11 for each
+entry), and from the radius the distance between x and the rounded x.
 
 Two assumptions remain: that pseudo-random bits (threefry) are as good as random ones, and that f is
 a function. In practice its logits may depend on the batch or the machine by rounding error, which
