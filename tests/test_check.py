@@ -61,16 +61,9 @@ def names(net, eps=3.0, **kwargs):
 def names_of(look, net, *args):
     """The flags that one part of the check raises."""
     x, _, w = data()
-    flags = set()
-    look(
-        net,
-        w,
-        jnp.asarray(x),
-        *args,
-        {},
-        lambda name, raised, *_: raised and flags.add(name),
-    )
-    return flags
+    found = _check.Findings()
+    look(net, w, jnp.asarray(x), *args, found)
+    return {flag.name for flag in found.flags}
 
 
 outputs = functools.partial(names_of, _check._look_at_outputs)

@@ -14,9 +14,10 @@ classifier's logits, or the examples can't be evaluated.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from jaxadv import attack, closures, host, inputs, jacobian, losses, meshes, norms, perturb
 from jaxadv.evaluate._accuracy import accuracy, score
 from jaxadv.evaluate._batches import ALONE, apart, are_probabilities
-from jaxadv.evaluate._ensemble import attack_and_score
+from jaxadv.evaluate._ensemble import Result, attack_and_score
 from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params
 
 __all__ = ["Flag", "Report", "attacks_of", "check"]
@@ -173,118 +174,54 @@ def check(
     if source is not None:
         source_fn, source_params = closures.pair(source)
         source = closures.keyed(source_fn, source_params, shape), source_params
-    figures: dict[str, float] = {}
-    flags: list[Flag] = []
-
-    def flag(name: str, raised: bool, kind: Kind, message: str) -> None:
-        if raised:
-            flags.append(Flag(name, message, kind))
-
+    found = Findings()
     _log.info("outputs and clean accuracy")
-    _look_at_outputs(apply_fn, params, x[:batch_size], figures, flag)
-
+    _look_at_outputs(apply_fn, params, x[:batch_size], found)
     plain = score(apply_fn, params, x, y, batch_size=batch_size)
-    right, unusable = plain.clean, plain.nonfinite | plain.invalid
-    figures["clean"] = accuracy(right)
-    flag(
-        "unusable examples", bool(unusable.any()), "invalid input",
-        f"on {accuracy(unusable):.3f} of the examples, x or the logits aren't finite, or the label "
-        "is none of the net's classes: these count as wrong; leave them out, or correct them",
-    )  # fmt: skip
+    right, usable = plain.clean, ~(plain.nonfinite | plain.invalid)
+    _look_at_clean(right, usable, found)
     if not right.any():
-        flag(
-            "nothing right", True, "invalid input",
-            "the net classifies no example correctly, so there is nothing to attack; check that "
-            "the labels belong to these examples, and that the examples are scaled as in training",
-        )  # fmt: skip
-        return Report(tuple(flags), figures)
+        return found.report()
 
     attacks = attacks_of(norm, steps)
 
-    def standing(
-        name: str,
-        eps: Eps = eps,
-        *,
-        bounds: Bounds | None = box,
-        source: tuple[ApplyFn, Params] | None = None,
-    ) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+    def attacked(name: str, **others: Any) -> Result:
         _log.info("%s on %d examples", name, len(y))
-        found = attack_and_score(
-            apply_fn, params, x, y, attacks[name],
-            eps=eps, key=keys, bounds=bounds, source=source, batch_size=batch_size,
-        )  # fmt: skip
-        return found.outcome.robust, found.r
+        given = {"eps": eps, "key": keys, "bounds": box, "batch_size": batch_size} | others
+        return attack_and_score(apply_fn, params, x, y, attacks[name], **given)
 
-    one_step, _ = standing("one step")
-    iterated, r = standing("pgd")
-    thorough, _ = standing("thorough")
-    figures["one step"], figures["pgd"] = accuracy(one_step), accuracy(iterated)
-    figures["pgd, 4 times the steps, 4 starts"] = accuracy(iterated & thorough)
-
+    one_step = attacked("one step").outcome.robust
+    pgd = attacked("pgd")
+    iterated = pgd.outcome.robust
+    thorough = iterated & attacked("thorough").outcome.robust
     batch = partial(_gradient_kinds, apply_fn, params)
-    _look_at_gradients(batch, x, y, r, ~unusable, iterated, batch_size, figures, flag)
-    flag(
-        "one step", figures["one step"] > figures["pgd"] + _ONE_STEP, "weak attack",
-        f"one step leaves {figures['one step']:.3f}, {steps} steps {figures['pgd']:.3f}: a single "
-        "step is far weaker here, as it is on many sound nets; report iterated attacks",
-    )  # fmt: skip
-    gained = figures["pgd"] - figures["pgd, 4 times the steps, 4 starts"]
-    flag(
-        "budget", gained > _BUDGET, "weak attack",
-        f"four times the steps and four starts lower PGD's accuracy by {gained:.3f}: it hasn't "
-        "converged; raise steps and restarts until it has, or use the standard ensemble",
-    )  # fmt: skip
+    _look_at_gradients(batch, x, y, pgd.r, usable, iterated, batch_size, found)
+    _look_at_budget(one_step, iterated, thorough, steps, found)
 
-    gradient = iterated & thorough
-    medians, minimal = {}, gradient
-    for name in ("fmn", "fab"):
-        _log.info("%s on %d examples", name, len(y))
-        measured = attack_and_score(
-            apply_fn, params, x, y, attacks[name], eps=None, bounds=box, batch_size=batch_size
-        ).outcome.norm
-        # Count what the attack has found, whatever the score: r ends on the decision boundary,
-        # where a net that computes in bfloat16 may round to the other side.
-        sizes = np.where(measured > 0, measured, np.inf)
-        medians[name] = figures[f"{name}, median size"] = float(np.median(sizes[right]))
-        minimal = minimal & (sizes > np.asarray(eps))
-    figures["pgd, fmn and fab"] = accuracy(minimal)
-    missed = accuracy(gradient) - figures["pgd, fmn and fab"]
-    flag(
-        "minimal norm", missed > _BUDGET, "weak attack",
-        f"fmn or fab break {missed:.3f} of the examples within eps that PGD leaves standing: PGD's "
-        "loss, which depends on the logits' scale, isn't the best guide here; use the standard "
-        "ensemble",
-    )  # fmt: skip
-    low, high = min(medians.values()), max(medians.values())
-    flag(
-        "disagreement", high > _DISAGREE * low, "weak attack",
-        f"the median size is {medians['fmn']:.3g} by fmn and {medians['fab']:.3g} by fab: one of "
-        "them is misled; trust the smaller, and look for attacks that find smaller ones still",
-    )  # fmt: skip
+    least = {name: attacked(name, eps=None).outcome.norm for name in ("fmn", "fab")}
+    minimal = _look_at_sizes(least, right, thorough, np.asarray(eps), found)
 
-    square, _ = standing("square")
-    _compare("black box", "Square", minimal, square, figures, flag)
+    _compare("black box", "Square", minimal, attacked("square").outcome.robust, found)
     if source is not None:
-        transferred, _ = standing("pgd", source=source)
-        _compare("transfer", "a transferred attack", minimal, transferred, figures, flag)
+        transferred = attacked("pgd", source=source).outcome.robust
+        _compare("transfer", "a transferred attack", minimal, transferred, found)
 
-    apart = _nearest_other(apply_fn, params, x, norm, batch_size)
-    known = np.isfinite(apart)
-    flag(
+    reach = _nearest_other(apply_fn, params, x, norm, batch_size)
+    known = np.isfinite(reach)
+    found.flag(
         "one answer", not known.any(), "invalid input",
         "the net predicts the same class for all examples, so no adversarial points are known, and "
         "`far` was skipped; pass examples of several classes: shuffle sorted data first",
     )  # fmt: skip
     if known.any():
-        far, _ = standing("pgd", jnp.where(known, apart, 0), bounds=endless)
-        figures["pgd, far"] = accuracy((far & known)[known])
-        flag(
-            "far", figures["pgd, far"] > _FAR, "gradient masking",
-            f"without a box, PGD fails on {figures['pgd, far']:.3f} at a size that reaches an "
-            "example with another prediction: gradients don't lead to known adversarial points",
+        far = attacked("pgd", eps=jnp.where(known, reach, 0), bounds=endless).outcome.robust
+        left = found.figures["pgd, far"] = accuracy(far[known])
+        found.flag(
+            "far", left > _FAR, "gradient masking",
+            f"without a box, PGD fails on {left:.3f} at a size that reaches an example with "
+            "another prediction: gradients don't lead to known adversarial points",
         )  # fmt: skip
-
-    return Report(tuple(flags), figures)
+    return found.report()
 
 
 @cache
@@ -300,42 +237,83 @@ def attacks_of(norm: Norm, steps: int) -> dict[str, Any]:
     }
 
 
-class Raise(Protocol):
-    """A function that raises a flag on a condition."""
+@dataclass
+class Findings:
+    """What a check has found so far."""
 
-    def __call__(self, name: str, raised: bool, kind: Kind, message: str, /) -> None:
+    figures: dict[str, float] = field(default_factory=dict)
+    flags: list[Flag] = field(default_factory=list)
+
+    def flag(self, name: str, raised: bool, kind: Kind, message: str) -> None:
         """Raise the flag if `raised`."""
-        ...
+        if raised:
+            self.flags.append(Flag(name, message, kind))
+
+    def report(self) -> Report:
+        """Return the report on what was found."""
+        return Report(tuple(self.flags), self.figures)
 
 
-def _look_at_outputs(
-    apply_fn: ApplyFn, params: Params, x: Any, figures: dict[str, float], flag: Raise
-) -> None:
+def _look_at_outputs(apply_fn: ApplyFn, params: Params, x: Any, found: Findings) -> None:
     x = jnp.asarray(x)
     # Not compiled, so that a net that draws random numbers outside of JAX draws new ones.
     logits, again = (host.fetch(inputs.apply(apply_fn, params, x)) for _ in range(2))
     alone = np.concatenate(
         [host.fetch(inputs.apply(apply_fn, params, x[i : i + 1])) for i in range(min(8, len(x)))]
     )
-    figures["call to call"] = apart(logits, again)
-    figures["alone or in a batch"] = apart(logits[: len(alone)], alone)
-    flag(
+    random = found.figures["call to call"] = apart(logits, again)
+    interacting = found.figures["alone or in a batch"] = apart(logits[: len(alone)], alone)
+    found.flag(
         "probabilities", are_probabilities(logits), "invalid input",
         "the outputs are in [0, 1] and sum to 1: probabilities, whose gradients vanish where the "
         "net is confident; return logits, or their logarithms",
     )  # fmt: skip
-    flag(
-        "random", figures["call to call"] > _SAME, "invalid input",
+    found.flag(
+        "random", random > _SAME, "invalid input",
         "two calls with the same input give different logits: attacks that use one draw's gradient "
         "are misled; switch off the randomness, or pass it as a key and attack with samples",
     )  # fmt: skip
-    flag(
-        "interacting rows",
-        figures["alone or in a batch"] > ALONE and figures["call to call"] <= _SAME,
-        "invalid input",
+    found.flag(
+        "interacting rows", interacting > ALONE and random <= _SAME, "invalid input",
         "an example's logits depend on its batch: batch norm in training mode? Use the stored "
         "statistics; otherwise figures depend on the batch size, and gradients mix examples",
-    )
+    )  # fmt: skip
+
+
+def _look_at_clean(right: NDArray[np.bool_], usable: NDArray[np.bool_], found: Findings) -> None:
+    found.figures["clean"] = accuracy(right)
+    found.flag(
+        "unusable examples", not usable.all(), "invalid input",
+        f"on {accuracy(~usable):.3f} of the examples, x or the logits aren't finite, or the label "
+        "is none of the net's classes: these count as wrong; leave them out, or correct them",
+    )  # fmt: skip
+    found.flag(
+        "nothing right", not right.any(), "invalid input",
+        "the net classifies no example correctly, so there is nothing to attack; check that the "
+        "labels belong to these examples, and that the examples are scaled as in training",
+    )  # fmt: skip
+
+
+def _look_at_budget(
+    one_step: NDArray[np.bool_],
+    iterated: NDArray[np.bool_],
+    thorough: NDArray[np.bool_],
+    steps: int,
+    found: Findings,
+) -> None:
+    """Compare what withstands one step, PGD, and PGD with a larger budget too."""
+    single, several, many = map(accuracy, (one_step, iterated, thorough))
+    found.figures |= {"one step": single, "pgd": several, "pgd, 4 times the steps, 4 starts": many}
+    found.flag(
+        "one step", single > several + _ONE_STEP, "weak attack",
+        f"one step leaves {single:.3f}, {steps} steps {several:.3f}: a single step is far weaker "
+        "here, as it is on many sound nets; report iterated attacks",
+    )  # fmt: skip
+    found.flag(
+        "budget", several - many > _BUDGET, "weak attack",
+        f"four times the steps and four starts lower PGD's accuracy by {several - many:.3f}: it "
+        "hasn't converged; raise steps and restarts until it has, or use the standard ensemble",
+    )  # fmt: skip
 
 
 def _look_at_gradients(
@@ -346,9 +324,9 @@ def _look_at_gradients(
     usable: NDArray[np.bool_],
     standing: NDArray[np.bool_],
     batch_size: int,
-    figures: dict[str, float],
-    flag: Raise,
+    found: Findings,
 ) -> None:
+    figures = found.figures
     at_x = host.over_batches(batch, (x, y), batch_size)
     at_end = host.over_batches(batch, (x + r, y), batch_size)
     for name, kinds in at_x.items():
@@ -357,17 +335,48 @@ def _look_at_gradients(
             figures[f"{name} {kind} gradients"] = accuracy((start & usable) | (end & standing))
     # Only the margin, which the gradient attacks above maximise; the others are for information.
     zero, broken = (figures[f"margin {kind} gradients"] for kind in ("zero", "non-finite"))
-    flag(
+    found.flag(
         "zero gradients", zero > 0, "gradient masking",
         f"the loss has a gradient of exactly 0 on {zero:.3f} of the examples, at x or where PGD "
         "ended: gradient attacks can't move there; remove rounding, quantisation or saturation, or "
         "attack a smooth surrogate",
     )  # fmt: skip
-    flag(
+    found.flag(
         "non-finite gradients", broken > 0, "gradient masking",
         f"the loss's gradient is NaN or infinite on {broken:.3f} of the examples: gradient attacks "
         "can't move there; fix the net's arithmetic",
     )  # fmt: skip
+
+
+def _look_at_sizes(
+    least: Mapping[str, NDArray[Any]],
+    right: NDArray[np.bool_],
+    standing: NDArray[np.bool_],
+    eps: NDArray[Any],
+    found: Findings,
+) -> NDArray[np.bool_]:
+    """Compare the least sizes that two attacks find, and return what withstands these, too."""
+    # Count what an attack has found, whatever the score: r ends on the decision boundary, where a
+    # net that computes in bfloat16 may round to the other side.
+    sizes = {name: np.where(size > 0, size, np.inf) for name, size in least.items()}
+    medians = {name: float(np.median(size[right])) for name, size in sizes.items()}
+    minimal = np.logical_and.reduce([standing, *(size > eps for size in sizes.values())])
+    found.figures |= {f"{name}, median size": median for name, median in medians.items()}
+    found.figures["pgd, fmn and fab"] = accuracy(minimal)
+    missed = accuracy(standing) - accuracy(minimal)
+    found.flag(
+        "minimal norm", missed > _BUDGET, "weak attack",
+        f"fmn or fab break {missed:.3f} of the examples within eps that PGD leaves standing: PGD's "
+        "loss, which depends on the logits' scale, isn't the best guide here; use the standard "
+        "ensemble",
+    )  # fmt: skip
+    low, high = min(medians.values()), max(medians.values())
+    found.flag(
+        "disagreement", high > _DISAGREE * low, "weak attack",
+        f"the median size is {medians['fmn']:.3g} by fmn and {medians['fab']:.3g} by fab: one of "
+        "them is misled; trust the smaller, and look for attacks that find smaller ones still",
+    )  # fmt: skip
+    return minimal
 
 
 def _compare(
@@ -375,13 +384,12 @@ def _compare(
     who: str,
     gradient: NDArray[np.bool_],
     other: NDArray[np.bool_],
-    figures: dict[str, float],
-    flag: Raise,
+    found: Findings,
 ) -> None:
-    figures[name] = accuracy(gradient & ~other)
-    flag(
-        name, figures[name] > _BLACK_BOX, "gradient masking",
-        f"on {figures[name]:.3f} of the examples, {who} succeeds where attacks with the net's own "
+    misled = found.figures[name] = accuracy(gradient & ~other)
+    found.flag(
+        name, misled > _BLACK_BOX, "gradient masking",
+        f"on {misled:.3f} of the examples, {who} succeeds where attacks with the net's own "
         "gradients fail: these mislead; the true accuracy is lower than any of these figures",
     )  # fmt: skip
 
