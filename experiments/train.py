@@ -40,8 +40,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import linen as nn
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import Progress
 
 from experiments.lib import (
     data,
@@ -316,8 +318,8 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
         isn't for images of this size, or has variables that aren't parameters; if images would be
         moved out of sight; if results.json isn't one of this command's.
     """
-    results = settings.out / "results.json"
-    records.load(results, TrainRow)  # before any work: an error if they are others
+    # Before any work, raise an error if they are others.
+    records.load(settings.out / "results.json", TrainRow)
     images = data.named(settings.data, resize=settings.resize)
     taught, judged = train_and_score.parts(settings.holdout, images)
     images = data.Dataset(*taught, *judged, images.classes)
@@ -329,54 +331,15 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
             f"{batch_size}; choose a smaller one, or add images"
         )
     settings = settled(settings, images, epochs, batch_size)
-    net = make_net(settings, len(images.classes))
-    apply_fn = models.function(net)
     init_key, fit_key, attack_key = jax.random.split(jax.random.key(settings.seed), 3)
     chosen = data.order(settings.data, len(images.test_labels))[: settings.n_eval]
     interface = data.WHOLE._replace(
         classes=images.classes, shape=images.test_images.shape[1:], resize=settings.resize
     )
-    x = interface.inputs(images.test_images[chosen])
-    y = images.test_labels[chosen]
-    side = min(x.shape[1:3])
-    if (settings.shift or 0) >= side:
-        raise options.UsageError(
-            f"expected --shift to be less than {side}, the pixels of a side, got {settings.shift}; "
-            "choose a smaller one"
-        )
-    params = net.init(init_key, x[:1])
-    if set(params) != {"params"}:
-        raise options.UsageError(
-            f"expected a --net whose only variables are params, got {sorted(params)}; for batch "
-            "norm write the loop yourself, the documentation shows how"
-        )
-    logits = jax.eval_shape(apply_fn, params, x[:1])
-    if logits.shape != (1, len(images.classes)):
-        raise options.UsageError(
-            f"expected logits of shape (1, {len(images.classes)}) for an image, one for each "
-            f"class, got {logits.shape} from {settings.net}; use the number of classes it is given"
-        )
-    mesh = parallel.mesh(settings, batch_size, len(y))
-    watched_x, watched_y = parallel.spread(mesh, (x, y))
-    epoch_steps = n // batch_size
-    recipe = recipes.Robust((), epochs, settings.lr, average=settings.average or 0.0)
+    x, y = interface.inputs(images.test_images[chosen]), images.test_labels[chosen]
+    net, params = initialised(settings, images.classes, x[:1], init_key)
+    apply_fn = models.function(net)
     console.print(describe(settings, images), markup=False, highlight=False)
-
-    def trained(state: TrainState) -> Params:
-        return recipes.result(recipe, state)
-
-    def watch(state: TrainState) -> dict[str, float]:
-        one_step = partial(perturb.loss, norm=settings.norm)
-        seen = evaluate.attack_and_score(
-            apply_fn, trained(state), watched_x, watched_y, one_step,
-            eps=settings.eps, bounds=(0.0, 1.0), batch_size=100,
-        ).outcome  # fmt: skip
-        return {
-            "test": evaluate.accuracy(seen.clean),
-            "one_step": evaluate.accuracy(seen.robust),
-            "watched_eps": settings.eps,
-            "watched_n": len(y),
-        }
 
     placed = (field.name for field in dataclasses.fields(parallel.Settings))
     kept = {key: str(value) for key, value in settings.without("attacks", "out", *placed).items()}
@@ -385,30 +348,16 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
     kept["images"] = data.fingerprint(images)
     if ":" in settings.net:  # the name doesn't identify the function
         kept["answers"] = problems.digest(apply_fn(params, jnp.asarray(x[:1])))
-    # A trained net is attacked at another size, or on more images, without training it again.
-    of_training = {key: value for key, value in kept.items() if key not in ("eps", "n_eval")}
-    of_training["train_eps"] = str(training_size(settings))
+    mesh = parallel.mesh(settings, batch_size, len(y))
+    watched = parallel.spread(mesh, (x, y))
     with training.bars(console) as progress:
-        fitted = training.fit(
-            drawn(settings, make_objective(settings, net, epoch_steps)),
-            recipes.optimiser(recipe, epoch_steps, settings),
-            params,
-            (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)),
-            epochs=epochs,
-            batch_size=batch_size,
-            key=fit_key,
-            directory=settings.out / "checkpoints",
-            settings=of_training,
-            progress=progress,
-            name=f"{settings.net}, {settings.method}",
-            watch=watch,
-            mesh=mesh,
+        params, fitted = trained(
+            settings, net, params, images, watched, kept, fit_key, mesh, progress
         )
-        params = trained(fitted.state)
         if parallel.first_process():
             weights.save(settings.out / "params.safetensors", params, interface=interface)
             save_history(settings.out, fitted.history)
-        seen = evaluate.score(apply_fn, params, watched_x, watched_y, batch_size=100)
+        seen = evaluate.score(apply_fn, params, *watched, batch_size=100)
         advice = untaught(evaluate.accuracy(seen.clean), y, settings)
         if advice:
             console.print(advice, style="bold")
@@ -425,32 +374,155 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
             "classes": images.classes,
         }
         problem = Problem(apply_fn, params, x, y, (0.0, 1.0), identity)
-        rows = []
-        for name in settings.attacks:
-            of_row = {
-                "experiment": "train",
-                "settings": kept,
-                "attack": name,
-                "n": len(y),
-                **records.made_by(),
-            }
-
-            def run_attack(name: Attack = name, of_row: dict[str, Any] = of_row) -> TrainRow:
-                found = evaluation.attack(
-                    problem, methods(name, settings.norm), eps=settings.eps, norm=settings.norm,
-                    key=attack_key, batch_size=_BATCH, mesh=mesh, progress=progress,
-                    store=evaluation.store_of(settings.out, of_row),
-                    title=f"{name}, {settings.norm} {settings.eps:g}",
-                )  # fmt: skip
-                return TrainRow(
-                    **of_row,
-                    **evaluation.figures(found.outcome),
-                    train_seconds=round(fitted.seconds, 1),
-                )
-
-            row = records.find_or_run(results, TrainRow, of_row, run_attack, place=("attack",))
-            rows.append(row)
+        measure = partial(
+            attacked, settings, problem, kept, fitted.seconds, attack_key, mesh, progress
+        )
+        rows = [measure(name) for name in settings.attacks]
     return rows, problem
+
+
+def initialised(
+    settings: Settings, classes: Sequence[str], x: NDArray[Any], key: jax.Array
+) -> tuple[nn.Module, Params]:
+    """Return the net and its initial parameters, if it is one for these images.
+
+    Args:
+      settings: the options.
+      classes: the class names.
+      x: an input, `[1, H, W, C]`.
+      key: for the parameters.
+
+    Raises:
+      UsageError: as `run`.
+    """
+    net = make_net(settings, len(classes))
+    side = min(x.shape[1:3])
+    if (settings.shift or 0) >= side:
+        raise options.UsageError(
+            f"expected --shift to be less than {side}, the pixels of a side, got {settings.shift}; "
+            "choose a smaller one"
+        )
+    params = net.init(key, x)
+    if set(params) != {"params"}:
+        raise options.UsageError(
+            f"expected a --net whose only variables are params, got {sorted(params)}; for batch "
+            "norm write the loop yourself, the documentation shows how"
+        )
+    logits = jax.eval_shape(models.function(net), params, x)
+    if logits.shape != (1, len(classes)):
+        raise options.UsageError(
+            f"expected logits of shape (1, {len(classes)}) for an image, one for each "
+            f"class, got {logits.shape} from {settings.net}; use the number of classes it is given"
+        )
+    return net, params
+
+
+def trained(
+    settings: Settings,
+    net: nn.Module,
+    params: Params,
+    images: data.Dataset,
+    watched: tuple[Any, Any],
+    kept: dict[str, str],
+    key: jax.Array,
+    mesh: Mesh | None,
+    progress: Progress,
+) -> tuple[Params, training.Fitted]:
+    """Train the net, or restore it; return its parameters, and how it went.
+
+    Args:
+      settings: the options, with all defaults filled in.
+      net: the net.
+      params: its initial parameters.
+      images: the data set.
+      watched: the images and labels on which it is scored after each epoch.
+      kept: the settings that results depend on, as they are recorded.
+      key: for the training.
+      mesh: the devices that batches are spread over; None for one.
+      progress: progress bars.
+    """
+    x, y = watched
+    epochs, batch_size = lengths(settings, len(images.train_labels))
+    epoch_steps = len(images.train_labels) // batch_size
+    recipe = recipes.Robust((), epochs, settings.lr, average=settings.average or 0.0)
+
+    def watch(state: TrainState) -> dict[str, float]:
+        one_step = partial(perturb.loss, norm=settings.norm)
+        seen = evaluate.attack_and_score(
+            models.function(net), recipes.result(recipe, state), x, y, one_step,
+            eps=settings.eps, bounds=(0.0, 1.0), batch_size=100,
+        ).outcome  # fmt: skip
+        return {
+            "test": evaluate.accuracy(seen.clean),
+            "one_step": evaluate.accuracy(seen.robust),
+            "watched_eps": settings.eps,
+            "watched_n": len(y),
+        }
+
+    # A trained net is attacked at another size, or on more images, without training it again.
+    of_training = {key: value for key, value in kept.items() if key not in ("eps", "n_eval")}
+    of_training["train_eps"] = str(training_size(settings))
+    fitted = training.fit(
+        drawn(settings, make_objective(settings, net, epoch_steps)),
+        recipes.optimiser(recipe, epoch_steps, settings),
+        params,
+        (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)),
+        epochs=epochs,
+        batch_size=batch_size,
+        key=key,
+        directory=settings.out / "checkpoints",
+        settings=of_training,
+        progress=progress,
+        name=f"{settings.net}, {settings.method}",
+        watch=watch,
+        mesh=mesh,
+    )
+    return recipes.result(recipe, fitted.state), fitted
+
+
+def attacked(
+    settings: Settings,
+    problem: Problem,
+    kept: dict[str, str],
+    seconds: float,
+    key: jax.Array,
+    mesh: Mesh | None,
+    progress: Progress,
+    name: Attack,
+) -> TrainRow:
+    """Attack the net, or read what an earlier run recorded.
+
+    Args:
+      settings: the options.
+      problem: the net and the images.
+      kept: the settings that results depend on, as they are recorded.
+      seconds: how long training took.
+      key: for the attack.
+      mesh: the devices that images are spread over; None for one.
+      progress: progress bars.
+      name: the attack.
+    """
+    identity = {
+        "experiment": "train",
+        "settings": kept,
+        "attack": name,
+        "n": len(problem.y),
+        **records.made_by(),
+    }
+
+    def run_attack() -> TrainRow:
+        found = evaluation.attack(
+            problem, methods(name, settings.norm), eps=settings.eps, norm=settings.norm,
+            key=key, batch_size=_BATCH, mesh=mesh, progress=progress,
+            store=evaluation.store_of(settings.out, identity),
+            title=f"{name}, {settings.norm} {settings.eps:g}",
+        )  # fmt: skip
+        return TrainRow(
+            **identity, **evaluation.figures(found.outcome), train_seconds=round(seconds, 1)
+        )
+
+    results = settings.out / "results.json"
+    return records.find_or_run(results, TrainRow, identity, run_attack, place=("attack",))
 
 
 def save_history(folder: Path, history: list[dict[str, float]]) -> None:
