@@ -42,6 +42,7 @@ from rich.console import Console
 
 from experiments.compare import minimal, pytorch
 from experiments.lib import options, parallel, problems, records, tables
+from experiments.lib.cache import replacing
 from experiments.lib.options import Checked, Count, OutputFolder, Range, Seed, Several
 from experiments.lib.problems import Problem
 from experiments.lib.records import RESULTS, OptimalityRow
@@ -216,10 +217,8 @@ def _add(folder: Path, row: OptimalityRow, size: NDArray[Any]) -> None:
         with np.load(path) as kept:
             sizes = dict(kept)
     sizes[_name(row)] = size.astype(np.float32)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
+    with replacing(path) as file:
         np.savez_compressed(file, allow_pickle=False, **sizes)
-    unfinished.replace(path)
     results = folder / "results.json"
     rows = [*records.load(results, OptimalityRow), row]
     rows.sort(key=lambda row: (NETS.index(cast(NetName, row.net)), row.norm, _name(row)))

@@ -77,9 +77,9 @@ def _open(place: Path) -> Arrays:
 def store(place: Path, content: Arrays) -> None:
     """Write arrays and, last, their checksums, without which the arrays are ignored."""
     for path, array in zip(_files(place), content, strict=True):
-        with _replacing(path) as file:
+        with replacing(path) as file:
             np.save(file, array)
-    with _replacing(place / _CHECKSUMS) as file:
+    with replacing(place / _CHECKSUMS) as file:
         file.write(json.dumps(_checksums(place)).encode())
 
 
@@ -93,7 +93,7 @@ def _checksums(place: Path) -> dict[str, int]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Replace a file atomically: readers never see half of it, and old mappings stay valid."""
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("wb") as file:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jaxadv
-from experiments.lib import options
+from experiments.lib import cache, options
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 """Folder of the committed records."""
@@ -518,9 +518,9 @@ def load(path: Path, kind: type[R]) -> list[R]:
 def save(path: Path, rows: Iterable[Row | Mapping[str, Any]]) -> None:
     """Write the rows atomically; numbers that aren't finite, which JSON lacks, become null."""
     content = [row.to_json() if isinstance(row, Row) else row for row in rows]
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-    os.replace(unfinished, path)
+    text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+    with cache.replacing(path) as file:
+        file.write(text.encode())
 
 
 def _finite(content: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialised
 
-from experiments.lib import data, models, options
+from experiments.lib import cache, data, models, options
 from jaxadv.types import Params
 
 
@@ -47,9 +46,9 @@ def save(
     said: dict[str, Any] = {} if made is None else {"made": made}
     if interface is not None:
         said["interface"] = interface._asdict()
-    unfinished = path.with_suffix(".unfinished")
-    save_file(named, unfinished, {key: json.dumps(value) for key, value in said.items()} or None)
-    os.replace(unfinished, path)
+    metadata = {key: json.dumps(value) for key, value in said.items()} or None
+    with cache.replacing(path) as file:
+        file.write(serialised(named, metadata))
 
 
 def load(path: Path, dtype: DTypeLike | None = None) -> Params:
