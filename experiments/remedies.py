@@ -53,7 +53,7 @@ from experiments.lib import (
 from experiments.lib.attack_tables import WAYS
 from experiments.lib.options import Count, OutputFolder, Positive, Several, Size
 from experiments.lib.recipes import FewSteps, Method, MultiStep, OneStep
-from experiments.lib.records import AttackRow, RobustRow, TableRow
+from experiments.lib.records import AttackRow, TableRow
 
 Way = Literal[
     "from_x", "start", "best", "noise", "aligned", "memory", "memory_two", "nearest", "four"
@@ -201,9 +201,7 @@ def as_markdown(
     if settings.holdout:
         notes.append("Test images aren't attacked while settings are chosen.")
     else:
-        most = {row.n for row in attacked if isinstance(row, RobustRow)}
-        counts = " or ".join(f"{n:,}" for n in sorted(most))
-        notes.append(f"In the box: the first {counts} test images.")
+        notes.append("In the box: the first test images.")
     notes += [
         f"On {tables.machines(rows)}.",
         "Intervals and p-values of differences are for other images, not for other seeds.",

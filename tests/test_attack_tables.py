@@ -114,8 +114,8 @@ def test_a_line_is_of_one_way_and_size_and_of_autoattack_on_the_most_images():
     label = attack_tables.WAYS["four"]
     assert attack_tables.ways(rows, attacked)[2:] == [
         f"| {label} | 1.5 | 10.0 | 0.9900 ± 0.0000 | 0.9000 ± 0.0000 | 0.7000 ± 0.1414 | 0.9500 "
-        "| 0.6000 ± 0.1414 |",
-        f"| {label} | 2 | 10.0 | 0.9900 | 0.9000 | 0.1000 |  | 0.2000 |",
+        "| 0.6000 ± 0.1414 | 500 |",
+        f"| {label} | 2 | 10.0 | 0.9900 | 0.9000 | 0.1000 |  | 0.2000 | 500 |",
     ]
 
 

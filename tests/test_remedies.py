@@ -77,7 +77,7 @@ def test_the_page_describes_its_rows_and_not_the_last_run():
     attacked = [robust_row(method=f"{name}, seed 0", n=700) for name in ("aligned", "memory")]
     settings = remedies.Settings(alignment=0.5, stride=3.0, n_autoattack=4)
     page = "\n".join(remedies.as_markdown(settings, rows, attacked))
-    for said in ("penalty has weight 0.2.", "are 1.5 times", "the first 700", "x1, jax 0; gpu x1"):
+    for said in ("penalty has weight 0.2.", "are 1.5 times", "| 700 |", "x1, jax 0; gpu x1"):
         assert said in page
 
 

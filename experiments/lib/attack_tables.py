@@ -186,10 +186,11 @@ def ways(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[str]:
                     )
                     for attack in ("one-step", "standard")
                 ),
+                f"{most:,}" if most else "",
             ])  # fmt: skip
     headings = (
         "Training", "l2 size", "Seconds an epoch", *(["Times LWA's"] if timed else []), "Clean",
-        "Adv_Loss", "PGD", "One step, in the box", "AutoAttack, in the box",
+        "Adv_Loss", "PGD", "One step, in the box", "AutoAttack, in the box", "Images in the box",
     )  # fmt: skip
     return tables.markdown(headings, cells)
 
