@@ -83,7 +83,7 @@ class Settings(train_and_score.Settings):
     """l2 size of the training perturbations, reached over the first eighth of the epochs."""
     alignment: Size = 0.2
     """Weight of the penalty on gradients that turn, for `aligned`."""
-    stride: Positive = 1.0
+    stride: Positive = 1.5
     """Length of a step from the last epoch's perturbation, relative to the size."""
     memory: Count = 10
     """Number of epochs for which perturbations are kept, in the ways that keep them."""
