@@ -100,7 +100,10 @@ def ours(norm: Norm, budget: int) -> Mapping[str, PerturbFn]:
 
 
 def optimality(sizes: NDArray[np.float64], best: NDArray[np.float64]) -> float:
-    """Return AttackBench's local optimality of sizes `[n]`, given those of the envelope, `[n]`."""
+    """Return AttackBench's local optimality of sizes `[n]`, given those of the envelope, `[n]`.
+
+    As its `eval_optimality` (analysis/utils.py, commit cb475a2).
+    """
     largest = best[np.isfinite(best)].max()
 
     def area(sizes: NDArray[np.float64]) -> float:
