@@ -104,7 +104,11 @@ def draw_history(folder: Path, history: Sequence[Mapping[str, float]]) -> Path:
     """
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     epochs = np.arange(1, len(history) + 1)
-    labels = {"accuracy": "training, as perturbed", "test": "test", "one_step": "test, one step"}
+    labels = {
+        "accuracy": "training, as perturbed",
+        "test": "other images",
+        "one_step": "other images, one step",
+    }
     _line(panels[0], epochs, np.array([entry["loss"] for entry in history], float), 0, "loss")
     for index, (column, label) in enumerate(labels.items()):
         _line(panels[1], epochs, np.array([entry[column] for entry in history]), index, label)
