@@ -106,7 +106,8 @@ def evaluated(store, batch_size=100, devices=1, killed_after=0):
 def test_stored_evaluations_survive_ten_kills_other_batches_and_other_devices(tmp_path):
     whole = evaluated(tmp_path / "whole")
     assert 0 < whole["robust"].mean() < 1
-    seconds = evaluated(tmp_path / "timed")["seconds"]  # with compiled programs
+    times = evaluated(tmp_path / "timed")["times"]  # with compiled programs
+    seconds = times[-1] - times[0]
     store, elsewhere = tmp_path / "store", tmp_path / "elsewhere"
     moments = random.Random(0)
     kills = 0
@@ -116,7 +117,7 @@ def test_stored_evaluations_survive_ten_kills_other_batches_and_other_devices(tm
             shutil.copytree(store, elsewhere)
     assert kills == 10
     found = evaluated(store)
-    assert found["seconds"] < 0.9 * seconds  # what was finished is kept
+    assert len(found["times"]) < len(times)  # what was finished is kept
     np.testing.assert_array_equal(found["robust"], whole["robust"])
     np.testing.assert_array_equal(found["size"], whole["size"])
 
