@@ -76,6 +76,7 @@ from jaxadv import evaluate, objectives, perturb
 from jaxadv.train import TrainState
 from jaxadv.types import Norm, Objective, Params
 
+_STRIDE = 1.5  # length of a step from a kept perturbation, in units of the size
 _BATCH = 250  # images that are attacked at once
 _BUDGET = 1000  # passes per image in the search for its smallest perturbation
 _WORST = 8  # images that are drawn
@@ -105,6 +106,10 @@ class Settings(parallel.Settings, recipes.Optimiser):
     """Size in training; eps unless set. A fifth more than eps is often best."""
     steps: Count = 5
     """Steps of the adversary in training, each of 2.5 eps / steps; 1 is the paper's Adv_Loss."""
+    memory: Whole = 0
+    """Epochs for which each image's perturbation is kept, and continued from by steps of 1.5 eps; 0
+    for none. It takes as much memory as the images in float32. With --steps 1 --memory 10, the net
+    withstands many steps at the price of one."""
     eps_warmup: Whole | None = None
     """Epochs over which the adversary's size rises from 0, at most all but the last; a quarter of
     them unless set."""
@@ -158,6 +163,11 @@ class Settings(parallel.Settings, recipes.Optimiser):
             raise options.UsageError(
                 f"expected --widths with conv, mlp, lenet or vgg only, got {self.net}, whose "
                 "sizes are its own; leave it out"
+            )
+        if self.memory and self.method not in ("lwa", "goodfellow"):
+            raise options.UsageError(
+                f"expected --memory with the method lwa or goodfellow, got {self.method}, whose "
+                "adversary can't continue; leave it out, or choose another --method"
             )
         if self.train_eps is not None and self.method == "normal":
             raise options.UsageError(
@@ -223,8 +233,14 @@ def make_objective(settings: Settings, net: nn.Module, epoch_steps: int) -> Obje
         return objectives.natural(apply_fn, train_fn=train_fn)
     kind = KINDS[settings.method]
     adversary = recipes.several_steps(kind, settings.steps, norm=settings.norm)
-    if settings.steps == 1 and kind != "virtual":
-        adversary = partial(perturb.loss, norm=settings.norm)
+    one_step = partial(perturb.loss, norm=settings.norm)
+    if settings.memory:
+        adversary = partial(
+            recipes.few_steps, step=one_step, steps=settings.steps, noise=0, stride=_STRIDE,
+            reach=1, norm=settings.norm,
+        )  # fmt: skip
+    elif settings.steps == 1 and kind != "virtual":
+        adversary = one_step
     rising = recipes.rising(size, (settings.eps_warmup or 0) * epoch_steps)
     return recipes.against(
         kind, apply_fn, adversary, eps=rising,
@@ -236,15 +252,23 @@ def drawn(settings: Settings, objective: Objective) -> Objective:
     """Return the objective on pixels as bytes, scaled, and moved and mirrored at random."""
     shift = recipes.shifted(settings.shift or 0)
 
-    def draw(key: jax.Array, pixels: jax.Array) -> jax.Array:
+    def move(key: jax.Array, x: jax.Array) -> jax.Array:
         shift_key, mirror_key = jax.random.split(key)
-        x = pixels.astype(jnp.float32) / 255
         if settings.mirror:
             mirrored = jax.random.bernoulli(mirror_key, shape=(len(x), 1, 1, 1))
             x = jnp.where(mirrored, x[:, :, ::-1], x)
         return shift(shift_key, x) if settings.shift else x
 
-    return recipes.augmented(objective, draw)
+    moved = recipes.augmented(objective, move)
+
+    def draw(
+        params: Params, model_state: Any, batch: Any, /, *, key: jax.Array, step: jax.Array
+    ) -> Any:
+        pixels, *others = batch
+        scaled = pixels.astype(jnp.float32) / 255, *others
+        return moved(params, model_state, scaled, key=key, step=step)
+
+    return draw
 
 
 def scored(settings: Settings) -> str:
@@ -343,8 +367,9 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
 
     placed = (field.name for field in dataclasses.fields(parallel.Settings))
     kept = {key: str(value) for key, value in settings.without("attacks", "out", *placed).items()}
-    if not settings.holdout:  # runs of earlier versions, without this option, go on
-        del kept["holdout"]
+    for later in ("holdout", "memory"):  # runs of earlier versions, without these options, go on
+        if not getattr(settings, later):
+            del kept[later]
     kept["images"] = data.fingerprint(images)
     if ":" in settings.net:  # the name doesn't identify the function
         kept["answers"] = problems.digest(apply_fn(params, jnp.asarray(x[:1])))
@@ -444,7 +469,16 @@ def trained(
     x, y = watched
     epochs, batch_size = lengths(settings, len(images.train_labels))
     epoch_steps = len(images.train_labels) // batch_size
-    recipe = recipes.Robust((), epochs, settings.lr, average=settings.average or 0.0)
+    recipe = recipes.FewSteps(
+        (), epochs, settings.lr, average=settings.average or 0.0, memory=settings.memory
+    )
+    objective = drawn(settings, make_objective(settings, net, epoch_steps))
+    examples: tuple[Any, ...] = images.train_images, images.train_labels
+    model_state = None
+    if settings.memory:
+        objective = objectives.with_memory(recipes.renewed(objective, recipe, epoch_steps))
+        examples = *examples, np.arange(len(images.train_labels))
+        model_state = objectives.Memory(jnp.zeros(images.train_images.shape))
 
     def watch(state: TrainState) -> dict[str, float]:
         one_step = partial(perturb.loss, norm=settings.norm)
@@ -463,10 +497,11 @@ def trained(
     of_training = {key: value for key, value in kept.items() if key not in ("eps", "n_eval")}
     of_training["train_eps"] = str(training_size(settings))
     fitted = training.fit(
-        drawn(settings, make_objective(settings, net, epoch_steps)),
+        objective,
         recipes.optimiser(recipe, epoch_steps, settings),
         params,
-        (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)),
+        tuple(map(jnp.asarray, examples)),
+        model_state=model_state,
         epochs=epochs,
         batch_size=batch_size,
         key=key,

@@ -117,6 +117,7 @@ REFUSED = {
         "--seed 4294967296": "--seed to be at most 4294967295, got 4294967296",
         "--widths 5 0": "--widths to be at least 1, got 0",
         "--widths 5 --net mine:make": "--widths with conv, mlp, lenet or vgg only, got mine:make",
+        "--memory 2 --method trades": "--memory with the method lwa or goodfellow, got trades",
         "--train-eps 1 --method normal": "--train-eps with an adversary, got the method normal",
         "--norm linf": "--eps in linf to be less than 0.5, which makes every image grey, got 0.5",
         "--norm linf --eps .1 --train-eps 1": "--train-eps in linf to be less than 0.5",

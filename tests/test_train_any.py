@@ -21,6 +21,7 @@ from rich.console import Console
 
 from experiments import train
 from experiments.lib import data, evaluation, models, options, problems, recipes, records
+from jaxadv import norms
 
 SIDE = 12
 
@@ -564,6 +565,25 @@ class TrainOnlyForTest(HalvesForTest):
 def test_a_data_set_without_a_test_part_is_an_error():
     with pytest.raises(ValueError, match=r"expected splits train and test, got \['train'\]; write"):
         data.from_tfds("train_only_for_test")
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 0.1)])
+def test_with_a_memory_each_image_has_a_perturbation_of_its_own(
+    norm, eps, folder, tmp_path, monkeypatch
+):
+    fitted, fit = [], train.training.fit
+    monkeypatch.setattr(
+        train.training, "fit", lambda *a, **k: fitted.append(fit(*a, **k)) or fitted[-1]
+    )
+    changes = {"steps": 1, "memory": 3, "shift": 1, "mirror": True, "norm": norm, "eps": eps}
+    rows = run(folder, tmp_path, **changes)
+    assert rows[0].settings["memory"] == "3"
+    r = fitted[0].state.model_state.r
+    assert r.shape == (80, SIDE, SIDE, 1)
+    sizes = norms.norm(r, norm)
+    np.testing.assert_array_less(0, sizes)
+    # An image that was shifted otherwise before keeps the old r where it had pixels only then.
+    np.testing.assert_allclose(np.median(sizes), eps, rtol=0.05)
 
 
 def test_the_key_decides_how_pixels_are_shifted_and_mirrored(folder, tmp_path):

@@ -301,6 +301,7 @@ def few_steps(
     reach: float,
     key: jax.Array,
     bounds: Bounds,
+    norm: Norm = "l2",
     start: jax.Array | None = None,
 ) -> jax.Array:
     """Take steps of a one-step method, from a random point or from `start`.
@@ -309,12 +310,12 @@ def few_steps(
     """
 
     def within(r: jax.Array) -> jax.Array:
-        return norms.clip_to_box(x, norms.project(r, reach * eps, "l2"), bounds)
+        return norms.clip_to_box(x, norms.project(r, reach * eps, norm), bounds)
 
     if start is not None:
         r = within(start)
     elif noise:
-        r = within(norms.sample(jax.random.split(key, len(x)), x, noise * eps, "l2"))
+        r = within(norms.sample(jax.random.split(key, len(x)), x, noise * eps, norm))
     else:  # drawing from a ball of radius 0 would take a sixth of an MLP's step
         r = jnp.zeros_like(x)
     for _ in range(steps):
