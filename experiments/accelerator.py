@@ -178,7 +178,7 @@ class Case(NamedTuple):
     """How many images each attack has in a short run."""
 
 
-MNIST, CIFAR10 = (0.0, 1.0), (-117 / 256, 139 / 256)
+MNIST, CIFAR10 = data.MNIST.box, data.CIFAR10_CROPS.box
 CASES = (
     Case("mnist_mlp/lwa", 1.5, MNIST, {"one-step": 1000, "pgd": 100, "standard": 20}),
     Case("mnist_lenet/lwa_multi", 1.5, MNIST, {"one-step": 100, "pgd": 20}),

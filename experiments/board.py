@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import tyro
 from rich.console import Console
 
-from experiments.lib import attack_tables, evaluation, options, parallel, tables
+from experiments.lib import attack_tables, evaluation, options, parallel, problems, tables
 from experiments.lib.attack_tables import COLUMNS, NETS
 from experiments.lib.attacks import AttackName
 from experiments.lib.options import Checked, Count, OutputFolder, Several, distinct
@@ -98,7 +98,6 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
             f"expected --methods to be nets in {record}, got {', '.join(missing)}, which don't "
             "exist there; train them first, or leave them out"
         )
-    cifar = settings.record == "cifar10"
     rows: list[AttackRow] = []
     for threat in settings.threats or THREATS[settings.record]:
         norm, eps = threat.split()
@@ -107,15 +106,12 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
                 evaluation.Settings(
                     net=str(record / method / "params.safetensors"),
                     name=f"{settings.record}/{method}",
-                    data=str(settings.image_folder or "cifar10") if cifar else "mnist",
-                    subtract=117 if cifar else None,
-                    divide=256 if cifar else None,
-                    crop=28 if cifar else None,
                     attacks=settings.attacks,
                     eps=(float(eps),),
                     norm=cast(Norm, norm),
                     n=settings.n,
                     out=settings.out,
+                    **problems.images_of(settings.record, settings.image_folder),
                 ),
                 console,
             )

@@ -77,6 +77,11 @@ class Interface(NamedTuple):
     crop: int | None = None
     resize: int | None = None
 
+    @property
+    def box(self) -> tuple[float, float]:
+        """The range of the inputs, from a pixel of 0 to one of `divide`."""
+        return -self.subtract / self.divide, (self.divide - self.subtract) / self.divide
+
     def inputs(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the net's inputs: centre crops of this shape, scaled.
 

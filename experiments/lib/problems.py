@@ -163,8 +163,7 @@ def load(settings: Settings) -> Problem:
         )
     number = {i: taken.classes.index(name) for i, name in enumerate(images.classes)}
     y = np.array([number.get(label, -1) for label in images.test_labels[chosen].tolist()], np.int32)
-    low = -taken.subtract / taken.divide
-    bounds = (low, (taken.divide - taken.subtract) / taken.divide) if settings.box else None
+    bounds = taken.box if settings.box else None
     folder = settings.data not in _USUAL and not settings.data.startswith("tfds:")
     identity: dict[str, Any] = {
         "experiment": "evaluate",
@@ -201,10 +200,18 @@ def recorded(
       image_folder: folder of CIFAR-10's images, for its nets; None to download them.
     """
     weights = str(folder / net / "params.safetensors")
-    if not net.startswith("cifar10"):
-        return load(Settings(net=weights, n=n))
-    images = str(image_folder or "cifar10")
-    return load(Settings(net=weights, data=images, subtract=117, divide=256, crop=28, n=n))
+    return load(Settings(net=weights, n=n, **images_of(net.split("/")[0], image_folder)))
+
+
+def images_of(record: str, image_folder: Path | None = None) -> dict[str, Any]:
+    """Return the options for the images that the nets of a record are for."""
+    if record != "cifar10":
+        return {}
+    crops = data.CIFAR10_CROPS
+    return {
+        "data": str(image_folder or "cifar10"), "subtract": crops.subtract, "divide": crops.divide,
+        "crop": crops.crop,
+    }  # fmt: skip
 
 
 def _interface(
