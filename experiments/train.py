@@ -105,11 +105,12 @@ class Settings(parallel.Settings, recipes.Optimiser):
     train_eps: Positive | None = None
     """Size in training; eps unless set. A fifth more than eps is often best."""
     steps: Count = 5
-    """Steps of the adversary in training, each of 2.5 eps / steps; 1 is the paper's Adv_Loss."""
+    """Steps of the adversary in training, each of 2.5 sizes / steps, with --memory of 1.5 sizes; 1
+    is the paper's Adv_Loss."""
     memory: Whole = 0
-    """Epochs for which each image's perturbation is kept, and continued from by steps of 1.5 eps; 0
-    for none. It takes as much memory as the images in float32. With --steps 1 --memory 10, the net
-    withstands many steps at the price of one."""
+    """Epochs for which each image's perturbation is kept, and continued from; 0 for none. It takes
+    as much memory as the images in float32. With --steps 1, a training step takes as many passes as
+    LWA's."""
     eps_warmup: Whole | None = None
     """Epochs over which the adversary's size rises from 0, at most all but the last; a quarter of
     them unless set."""
@@ -149,8 +150,8 @@ class Settings(parallel.Settings, recipes.Optimiser):
         """Check that the options fit together.
 
         Raises:
-          UsageError: if --widths or --train-eps is given where it has no use, or if any two
-            images are within reach of each other.
+          UsageError: if --widths, --memory or --train-eps is given where it has no use, or if any
+            two images are within reach of each other.
         """
         super().__post_init__()
         for option, eps in (("--eps", self.eps), ("--train-eps", self.train_eps)):
@@ -381,7 +382,7 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
         )
         if parallel.first_process():
             weights.save(settings.out / "params.safetensors", params, interface=interface)
-            save_history(settings.out, fitted.history)
+            save_history(settings.out, fitted.history, scored(settings))
         seen = evaluate.score(apply_fn, params, *watched, batch_size=100)
         advice = untaught(evaluate.accuracy(seen.clean), y, settings)
         if advice:
@@ -560,13 +561,13 @@ def attacked(
     return records.find_or_run(results, TrainRow, identity, run_attack, place=("attack",))
 
 
-def save_history(folder: Path, history: list[dict[str, float]]) -> None:
+def save_history(folder: Path, history: list[dict[str, float]], scored: str) -> None:
     """Write the history of all epochs as a table and as a figure."""
     with (folder / "history.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", *history[0]])
         writer.writeheader()
         writer.writerows({"epoch": i, **entry} for i, entry in enumerate(history, 1))
-    figures.draw_history(folder, history)
+    figures.draw_history(folder, history, scored)
 
 
 def draw(

@@ -1,11 +1,13 @@
 """Evaluate a recorded net with stores, and be killed meanwhile; a program for `test_recorded`.
 
-    python -m tests.stored STORE BATCH_SIZE SECONDS
+    python -m tests.stored STORE BATCH_SIZE BATCHES
 
-It kills itself SECONDS after its first batch, unless they are 0. Results go to STORE/found.npz.
+After this many batches, at least 2, it kills itself at a random moment within the time that the
+last one took; with 0 it doesn't. Results go to STORE/found.npz.
 """
 
 import os
+import random
 import signal
 import sys
 import threading
@@ -24,7 +26,7 @@ BREAKING = {"apgd": partial(attack.apgd, steps=20), "square": partial(attack.squ
 NEAREST = {"ddn": partial(attack.ddn, steps=20), "fmn": partial(attack.fmn, steps=20)}
 
 
-def main(store, batch_size, seconds):
+def main(store, batch_size, batches):
     params = weights.load(RESULTS / "mnist_mlp" / "lwa_multi" / "params.safetensors")
     net = models.function(models.recognised(params, (28, 28, 1)))
     images = data.mnist()
@@ -36,8 +38,9 @@ def main(store, batch_size, seconds):
 
     def progress(at):
         times.append(time.perf_counter())
-        if len(times) == 1 and float(seconds):
-            timer = threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL))
+        if len(times) == int(batches):
+            moment = random.uniform(0, times[-1] - times[-2])
+            timer = threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL))
             timer.daemon = True
             timer.start()
 

@@ -185,7 +185,7 @@ def test_a_store_tells_nets_apart_that_capture_their_weights(tmp_path):
         ensemble(store=tmp_path, apply_fn=capturing(moved))
 
 
-@pytest.mark.parametrize(("change", "same"), [(1e-3, True), (1e-1, False)])
+@pytest.mark.parametrize(("change", "same"), [(1e-3, True), (1e-1, False), (np.nan, False)])
 def test_a_store_whose_net_gave_other_logits_is_refused(change, same, tmp_path):
     def small(params, x):
         return 1e-5 * net(params, x)

@@ -138,6 +138,13 @@ def test_the_limits_span_the_box_and_contain_0(dtype):
     np.testing.assert_array_equal(upper, np.maximum(np.float32(0.25) - near, 0))
 
 
+def test_the_farthest_corner_of_the_box_is_across_in_each_entry():
+    x = jnp.array([[1.0, 4.0], [2.0, 2.0]])
+    bounds = jnp.array([0.0, 0.0]), jnp.array([4.0, 5.0])
+    for norm, want in {"l1": [7.0, 5.0], "l2": [5.0, 13**0.5], "linf": [4.0, 3.0]}.items():
+        np.testing.assert_allclose(boxes.farthest(x, bounds, norm), want, rtol=1e-6)
+
+
 def test_a_gradient_keeps_the_entries_that_the_box_does_not_block():
     x = np.array([[0.0, 0.0, 1.0, 1.0, 0.5, 0.2]], np.float32)
     r = np.array([[0.0, 0.0, 0.0, 0.0, 0.5, -0.2]], np.float32)

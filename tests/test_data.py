@@ -21,7 +21,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments.lib import cache, data, options
+from experiments.lib import builders, cache, data, options
 
 ROOT = Path(data.__file__).resolve().parents[2]
 
@@ -472,6 +472,15 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     message = r"download CIFAR-10 from https://\S+, got DownloadError: no network here; .*--image-f"
     with pytest.raises(options.UnavailableError, match=message):
         data.cifar10(data_dir=tmp_path)
+
+
+def test_a_failed_download_from_the_catalogue_says_what_to_do(tmp_path, monkeypatch):
+    def download(builder, place):
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(builders, "prepared", download)
+    with pytest.raises(options.UnavailableError, match=r"prepare mnist, got ConnectionError: no n"):
+        data.from_tfds("mnist", data_dir=tmp_path)
 
 
 def test_with_one_colour_image_all_are_read_in_colour(tmp_path):

@@ -44,7 +44,7 @@ def test_the_table_matches_the_boards_record():
         assert figures.split(" | ") == [f"{accuracy:.3f}" for accuracy in expected]
         if name == "mnist_lenet/lwa":
             assert (
-                "keeps {} under the attack it was trained against, and\n{} under AutoAttack".format(
+                "keeps {} under the method it was trained against, and\n{} under AutoAttack".format(
                     *figures.split(" | ")[1:]
                 )
                 in README

@@ -84,6 +84,8 @@ def test_a_folder_of_images_makes_a_robust_net(trained):
         assert row.interval[0] < row.columns["robust"] <= row.interval[1]
     history = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
     assert [entry["epoch"] for entry in history] == ["1", "2", "3"]
+    # Else runs of earlier versions, which lacked these options, wouldn't resume.
+    assert not {"holdout", "memory"} & rows[0].settings.keys()
     assert float(history[2]["loss"]) < float(history[0]["loss"])
     assert (out / "history.png").stat().st_size > 10_000
 
@@ -567,23 +569,27 @@ def test_a_data_set_without_a_test_part_is_an_error():
         data.from_tfds("train_only_for_test")
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 0.1)])
-def test_with_a_memory_each_image_has_a_perturbation_of_its_own(
-    norm, eps, folder, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("method", "norm", "eps"),
+    [("lwa", "l2", 0.5), ("goodfellow", "linf", 0.1), ("lwa", "l1", 0.5)],
+)
+def test_with_a_memory_each_image_has_a_perturbation_to_continue_from(
+    method, norm, eps, folder, tmp_path, monkeypatch
 ):
-    fitted, fit = [], train.training.fit
+    fit, states = train.training.fit, []
     monkeypatch.setattr(
-        train.training, "fit", lambda *a, **k: fitted.append(fit(*a, **k)) or fitted[-1]
+        train.training, "fit", lambda *a, **k: states.append(fit(*a, **k)) or states[-1]
     )
-    changes = {"steps": 1, "memory": 3, "shift": 1, "mirror": True, "norm": norm, "eps": eps}
-    rows = run(folder, tmp_path, **changes)
-    assert rows[0].settings["memory"] == "3"
-    r = fitted[0].state.model_state.r
-    assert r.shape == (80, SIDE, SIDE, 1)
-    sizes = norms.norm(r, norm)
-    np.testing.assert_array_less(0, sizes)
-    # An image that was shifted otherwise before keeps the old r where it had pixels only then.
-    np.testing.assert_allclose(np.median(sizes), eps, rtol=0.05)
+    changes = {"steps": 1, "shift": 0, "mirror": True, "method": method, "norm": norm, "eps": eps}
+    for memory in (3, 1):  # 1: a new one in each epoch
+        run(folder, tmp_path / str(memory), memory=memory, attacks=(), **changes)
+    kept, new = (fitted.state.model_state.r for fitted in states)
+    assert kept.shape == (80, SIDE, SIDE, 1)
+    for r in (kept, new):
+        sizes = norms.norm(r, norm)
+        np.testing.assert_array_less(sizes, eps * (1 + 1e-6))
+        assert np.mean(sizes > 0.1 * eps) > 0.8  # some images may have no live units
+    assert np.median(norms.norm(kept - new, norm)) > 0.1 * eps
 
 
 def test_the_key_decides_how_pixels_are_shifted_and_mirrored(folder, tmp_path):

@@ -313,8 +313,8 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
 
     Raises:
         ValueError: if the catalogue has no such data set, or it isn't one of labelled images.
-        UnavailableError: if preparing it needs a package that isn't installed; the older data sets
-            need TensorFlow.
+        UnavailableError: if it can't be downloaded or prepared; the older data sets need
+            TensorFlow.
     """
     import tensorflow_datasets as tfds
 
@@ -332,10 +332,17 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
             )
         prepare = partial(builders.prepared, partial(tfds.builder, name))
         arrays = cache.arrays(f"tfds-{name.replace('/', '-')}", prepare, data_dir)
+    except options.UsageError:
+        raise
     except ModuleNotFoundError as error:
         raise options.UnavailableError(
             f"{name} can't be prepared without a package that isn't installed (often TensorFlow); "
             "install it, e.g. pip install tensorflow, or use a folder of images"
+        ) from error
+    except Exception as error:  # many kinds, depending on what went wrong
+        raise options.UnavailableError(
+            f"expected to prepare {name}, got {type(error).__name__}: {error}; try again with a "
+            "network, or use a folder of images"
         ) from error
     images = Dataset(*arrays, tuple(map(folders.composed, found["label"].names)))
     _check_labels(name, images)

@@ -92,12 +92,13 @@ def _plot_table(rows: Sequence[TableRow]) -> dict[str, Any]:
     return figures
 
 
-def draw_history(folder: Path, history: Sequence[Mapping[str, float]]) -> Path:
+def draw_history(folder: Path, history: Sequence[Mapping[str, float]], scored: str) -> Path:
     """Draw the loss and the accuracies after each epoch of a training run.
 
     Args:
       folder: where to write `history.png`.
       history: for each epoch, loss and accuracy in training, and `test` and `one_step` accuracy.
+      scored: what the images of these two are called.
 
     Returns:
       The file written.
@@ -106,8 +107,8 @@ def draw_history(folder: Path, history: Sequence[Mapping[str, float]]) -> Path:
     epochs = np.arange(1, len(history) + 1)
     labels = {
         "accuracy": "training, as perturbed",
-        "test": "other images",
-        "one_step": "other images, one step",
+        "test": scored,
+        "one_step": f"{scored}, one step",
     }
     _line(panels[0], epochs, np.array([entry["loss"] for entry in history], float), 0, "loss")
     for index, (column, label) in enumerate(labels.items()):

@@ -306,7 +306,7 @@ def few_steps(
 ) -> jax.Array:
     """Take steps of a one-step method, from a random point or from `start`.
 
-    `OneStep` explains noise, stride and reach.
+    `OneStep` explains noise, stride and reach; `norm` is that of the ball.
     """
 
     def within(r: jax.Array) -> jax.Array:
@@ -326,7 +326,7 @@ def few_steps(
 def renewed(objective: Objective, method: FewSteps, epoch_steps: int) -> Objective:
     """Return an objective of batches `(x, y, r)` that initialises r every `method.memory` epochs.
 
-    New perturbations are drawn from the l2 ball of radius noise times eps.
+    New perturbations are drawn from the l2 ball of radius noise times eps, or 0 without noise.
 
     Args:
       objective: an objective of such batches, already augmented: within an augmentation, the pixels

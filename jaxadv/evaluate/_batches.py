@@ -236,14 +236,14 @@ forward = jax.jit(inputs.apply, static_argnums=0)
 def apart(logits: NDArray[Any], others: NDArray[Any]) -> float:
     """Return the largest difference from other logits, relative to the largest logit.
 
-    It is inf where a logit is finite in one of the two only.
+    It is inf if logits that aren't finite differ.
     """
-    finite = np.isfinite(logits)
-    if np.any(finite != np.isfinite(others)):
+    these, those = (array.astype(np.float64) for array in (logits, others))
+    finite = np.isfinite(these) & np.isfinite(those)
+    if not np.array_equal(these[~finite], those[~finite], equal_nan=True):
         return np.inf
-    these, those = (array.astype(np.float64)[finite] for array in (logits, others))
-    largest = np.max(np.abs(these), initial=1e-30)
-    return float(np.max(np.abs(these - those), initial=0) / largest)
+    largest = np.max(np.abs(these), where=finite, initial=1e-30)
+    return float(np.max(np.abs(these[finite] - those[finite]), initial=0) / largest)
 
 
 def are_probabilities(outputs: NDArray[Any]) -> bool:

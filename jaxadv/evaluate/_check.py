@@ -301,7 +301,7 @@ def _look_at_budget(
     steps: int,
     found: Findings,
 ) -> None:
-    """Compare what withstands one step, PGD, and PGD with a larger budget too."""
+    """Compare the accuracies under one step, PGD, and PGD with a larger budget."""
     single, several, many = map(accuracy, (one_step, iterated, thorough))
     found.figures |= {"one step": single, "pgd": several, "pgd, 4 times the steps, 4 starts": many}
     found.flag(
@@ -355,7 +355,7 @@ def _look_at_sizes(
     eps: NDArray[Any],
     found: Findings,
 ) -> NDArray[np.bool_]:
-    """Compare the least sizes that two attacks find, and return what withstands these, too."""
+    """Compare the smallest sizes of two attacks; return which examples are robust to all so far."""
     # Count what an attack has found, whatever the score: r ends on the decision boundary, where a
     # net that computes in bfloat16 may round to the other side.
     sizes = {name: np.where(size > 0, size, np.inf) for name, size in least.items()}
