@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxadv import inputs
@@ -41,8 +42,8 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
       `[B]`, in float32 at least; -inf where all classes except y are masked.
 
     Raises:
-      TypeError: if `labels` are not integers.
-      ValueError: if `labels` are not `[B]`.
+      TypeError: if `logits` are not a floating-point array, or `labels` not integers.
+      ValueError: if `logits` are not `[B, K]` with K >= 2, or `labels` not `[B]`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,8 +51,7 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
       >>> losses.margin(jnp.array([[3.0, 1.0]]), jnp.array([0])).tolist()
       [-2.0]
     """
-    labels = inputs.labels(labels, logits.shape[0])
-    logits = logits.astype(inputs.accum_dtype(logits.dtype))
+    logits, labels = _checked(logits, labels)
     is_y = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
     others = jax.nn.logsumexp(jnp.where(is_y, -jnp.inf, logits), axis=1)
     return others - jnp.sum(jnp.where(is_y, logits, 0), axis=1)
@@ -70,8 +70,8 @@ def logit_margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
       `[B]`, in float32 at least.
 
     Raises:
-      TypeError: if `labels` are not integers.
-      ValueError: if `labels` are not `[B]`.
+      TypeError: if `logits` are not a floating-point array, or `labels` not integers.
+      ValueError: if `logits` are not `[B, K]` with K >= 2, or `labels` not `[B]`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,8 +82,8 @@ def logit_margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
     References:
       Carlini and Wagner, "Towards Evaluating the Robustness of Neural Networks", 2017.
     """
-    labels = inputs.labels(labels, logits.shape[0])
-    logits = shift_logits(logits.astype(inputs.accum_dtype(logits.dtype)))
+    logits, labels = _checked(logits, labels)
+    logits = shift_logits(logits)
     is_y = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
     z_y = jnp.sum(jnp.where(is_y, logits, 0), axis=1)
     return jnp.max(jnp.where(is_y, -jnp.inf, logits), axis=1) - z_y
@@ -106,8 +106,8 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
       `[B]`, in float32 at least; 0 where the three largest logits are equal.
 
     Raises:
-      TypeError: if `labels` are not integers.
-      ValueError: if `labels` are not `[B]`.
+      TypeError: if `logits` are not a floating-point array, or `labels` not integers.
+      ValueError: if `logits` are not `[B, K]` with K >= 2, or `labels` not `[B]`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,7 +122,7 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
     lead = logit_margin(logits, labels)
     if logits.shape[1] < 3:
         return lead
-    top = _largest(logits, 3)
+    top = lax.top_k(shift_logits(logits.astype(inputs.accum_dtype(logits.dtype))), 3)[0]
     return _ratio(lead, top[:, 0] - top[:, 2])
 
 
@@ -143,8 +143,8 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> 
       `[B]`, in float32 at least; 0 where the four largest logits are equal.
 
     Raises:
-      TypeError: if `labels` or `target` are not integers.
-      ValueError: if `labels` or `target` are not `[B]`.
+      TypeError: if `logits` are not a floating-point array, or `labels` or `target` not integers.
+      ValueError: if `logits` are not `[B, K]` with K >= 2, or `labels` or `target` not `[B]`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -156,19 +156,21 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> 
     References:
       Croce and Hein, 2020, Section 4.
     """
-    labels, target = (inputs.labels(k, logits.shape[0]) for k in (labels, target))
-    both = jnp.stack([target, labels], axis=1)
-    shifted = shift_logits(logits.astype(inputs.accum_dtype(logits.dtype)))
-    z = jnp.take_along_axis(shifted, both, axis=1)
+    logits, labels, target = _checked(logits, labels, target)
+    shifted = shift_logits(logits)
+    z = jnp.take_along_axis(shifted, jnp.stack([target, labels], axis=1), axis=1)
     lead, classes = z[:, 0] - z[:, 1], logits.shape[1]
     if classes < 3:
         return lead
-    top = _largest(logits, min(classes, 4))
+    top = lax.top_k(shifted, min(classes, 4))[0]
     return _ratio(lead, top[:, 0] - (top[:, 2] + top[:, -1]) / 2)
 
 
-def _largest(logits: jax.Array, n: int) -> jax.Array:
-    return lax.top_k(shift_logits(logits.astype(inputs.accum_dtype(logits.dtype))), n)[0]
+def _checked(logits: jax.Array, *labels: jax.Array) -> tuple[jax.Array, ...]:
+    """Return the logits, in float32 at least, and the labels."""
+    n = len(logits) if np.ndim(logits) else 0
+    logits = inputs.logits_of(logits, n)
+    return logits.astype(inputs.accum_dtype(logits.dtype)), *(inputs.labels(k, n) for k in labels)
 
 
 def _ratio(above: jax.Array, below: jax.Array) -> jax.Array:

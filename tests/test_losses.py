@@ -136,9 +136,21 @@ def test_where_all_logits_tie_dlr_is_0_with_a_finite_gradient(loss, value):
     assert np.isfinite(jax.grad(lambda z: fn(z, y).sum())(z)).all()
 
 
-def test_dlr_takes_integer_labels():
-    with pytest.raises(TypeError, match="expected integer labels"):
-        losses.dlr(jnp.zeros((2, 3)), jnp.zeros(2))
+@pytest.mark.parametrize("name", losses.__all__)
+@pytest.mark.parametrize(
+    ("logits", "labels", "error", "match"),
+    [
+        (jnp.zeros((2, 3)), jnp.zeros(2), TypeError, "expected integer labels"),
+        (jnp.zeros((2, 1)), jnp.zeros(2, int), ValueError, "logits of at least 2 classes"),
+        (jnp.zeros(2), jnp.zeros(2, int), ValueError, r"logits of shape \[2, K\], got \(2,\)"),
+        (jnp.zeros((2, 3), int), jnp.zeros(2, int), TypeError, "floating-point logits, got int32"),
+        ([[0.0, 1.0]], jnp.zeros(1, int), TypeError, "got list"),
+    ],
+)
+def test_logits_and_labels_are_checked(name, logits, labels, error, match):
+    targets = {"target": labels} if name == "targeted_dlr" else {}
+    with pytest.raises(error, match=match):
+        getattr(losses, name)(logits, labels, **targets)
 
 
 def test_dlr_with_two_and_three_classes():
