@@ -139,26 +139,30 @@ def test_differences_of_ways_are_paired_and_pooled_over_their_common_seeds():
     attacked = [
         judged("start", 0, [0, 1, 2, 3]), judged("start", 1, [0, 1, 2, 3]),
         judged("noise", 0, [0, 1, 2, 3, 4, 5]), judged("noise", 1, []),  # the best on average
+        judged("best", 0, []),  # of one seed only
         judged("memory", 0, [0, 6]), judged("memory", 0, [], attack="one-step"),
         judged("four", 0, [6]), judged("four", 1, [1]), left("aligned", 0, 1.0, n=10),
     ]  # fmt: skip
     rows = [trained(way, seed, 0.8) for way in attack_tables.WAYS for seed in (0, 1)]
     heading, _, *lines, _ = attack_tables.gap_closed(rows, attacked)
     assert f"Gain under AutoAttack at l2 1.5, over: {attack_tables.WAYS['noise']} |" in heading
-    names = [attack_tables.WAYS[name] for name in ("start", "memory", "four")]
+    names = [attack_tables.WAYS[name] for name in ("start", "best", "memory", "four")]
     assert [line.split(" | ")[:2] for line in lines] == [
         [f"| {name}", difference]
-        for name, difference in zip(names, ("-0.1000", "+0.4000", "+0.2000"), strict=True)
+        for name, difference in zip(
+            names, ("-0.1000", "+0.6000", "+0.4000", "+0.2000"), strict=True
+        )
     ]
     assert [line.split(" | ")[-1] for line in lines] == [
         "-0.50 |",
+        "1.20 |",
         "0.80 |",
         "1.00 |",
-    ]  # memory: of seed 0
+    ]  # best and memory: of seed 0
     # Six images of seed 0 are right by four steps only; one of each seed, by the fresh step only.
     compared = evaluate.compare(np.arange(20) < 6, np.arange(20) >= 18)
-    assert "| {:+.4f} to {:+.4f} |".format(*compared.interval) in lines[2]
-    assert f"| {compared.p_value:.2g} |" in lines[2]
+    assert "| {:+.4f} to {:+.4f} |".format(*compared.interval) in lines[3]
+    assert f"| {compared.p_value:.2g} |" in lines[3]
 
 
 @pytest.mark.parametrize("missing", ["four", "start"])

@@ -206,8 +206,8 @@ def gap_closed(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[
 
     Differences under AutoAttack are paired: each is over the same images, pooled over the seeds
     that both ways have. Intervals and p-values are for other images, not for other seeds: each
-    image counts once for each seed, and the best fresh step is the best of these very images. A
-    size has no table without a fresh step and four steps.
+    image counts once for each seed, and the best fresh step, of those with the most seeds, is the
+    best of these very images. A size has no table without a fresh step and four steps.
 
     Args:
       rows: the trained nets.
@@ -232,6 +232,8 @@ def gap_closed(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[
         fresh = [name for name in _FRESH if name in verdicts]
         if not fresh or "four" not in verdicts:
             continue
+        most_seeds = max(len(verdicts[name]) for name in fresh)
+        fresh = [name for name in fresh if len(verdicts[name]) == most_seeds]
         best = max(fresh, key=lambda name: np.mean([*verdicts[name].values()]))
         headings = (
             "Training", f"Gain under AutoAttack at l2 {eps:g}, over: {WAYS[best]}", "95 %",
