@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from rows import table_row
 
 from experiments import figures as command
@@ -133,6 +134,9 @@ def test_one_command_redraws_all_figures_of_a_record(record, tmp_path, monkeypat
     command.main()
     again = {path.name for path in tmp_path.glob("*.png")}
     assert again == {path.name for path in record.glob("*.png")}
+    for name in again:  # few colours take little space
+        with Image.open(tmp_path / name) as picture:
+            assert picture.mode == "P"
     printed = re.sub(r"\s", "", capsys.readouterr().out)
     assert all(name in printed for name in again)
 

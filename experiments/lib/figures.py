@@ -6,6 +6,7 @@ Figures 1 and 2 of the paper if there are LeNets among the rows, and adversarial
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
+from PIL import Image
 
 from experiments.lib import options, records, tables, train_and_score
 from experiments.lib.recipes import NAMES
@@ -507,6 +509,11 @@ def _dress(panel: Axes, *, legend: bool = False, **labels: Any) -> None:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=140)
+    """Write a figure in 256 colours, which takes a third of the space."""
+    with io.BytesIO() as full:
+        figure.savefig(full, dpi=140, format="png")
+        Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+            path, optimize=True
+        )
     plt.close(figure)
     return path
