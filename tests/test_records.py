@@ -81,11 +81,15 @@ def test_a_cpus_description_has_its_number_of_cores_and_another_devices_its_kind
 
 RECORDED = {
     **dict.fromkeys(
-        ("autoattack", "autoattack/reference", "board", "certify/all", "remedies/autoattack"),
+        (
+            *("autoattack", "autoattack/reference", "board", "certify/all", "remedies/autoattack"),
+            "remedies/longer/autoattack",
+        ),
         records.AttackRow,
     ),
     **dict.fromkeys(
-        ("ablations", "cifar10", "mnist_lenet", "mnist_mlp", "remedies"), records.TableRow
+        ("ablations", "cifar10", "mnist_lenet", "mnist_mlp", "remedies", "remedies/longer"),
+        records.TableRow,
     ),
     **dict.fromkeys(("benchmark", "benchmark/slower_machine"), records.BenchmarkRow),
     **dict.fromkeys(("mnist_lenet/robust_linf", "mnist_mlp/robust_l2"), records.TrainRow),
