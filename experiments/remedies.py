@@ -190,7 +190,7 @@ def as_markdown(
     first = rows[0]
     notes = [
         tables.seeds(rows, WAYS),
-        f"Clean, Adv_Loss: {first.n:,} images; PGD: {settings.pgd_steps} steps on "
+        f"Clean, Adv_Loss: {first.n:,} images; PGD: {of('pgd_steps')} steps on "
         f"{first.n_pgd:,}; neither stays in the pixel range.",
         f"{of('epochs')} epochs, training size {of('train_eps')}.",
     ]

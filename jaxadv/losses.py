@@ -119,10 +119,11 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
       Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
       parameter-free attacks", 2020, Section 4.
     """
+    logits, labels = _checked(logits, labels)
     lead = logit_margin(logits, labels)
     if logits.shape[1] < 3:
         return lead
-    top = lax.top_k(shift_logits(logits.astype(inputs.accum_dtype(logits.dtype))), 3)[0]
+    top = lax.top_k(shift_logits(logits), 3)[0]
     return _ratio(lead, top[:, 0] - top[:, 2])
 
 

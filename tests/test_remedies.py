@@ -69,15 +69,21 @@ def test_a_ratio_is_the_median_over_rounds_and_is_measured_once(tmp_path, monkey
 
 
 def test_the_page_describes_its_rows_and_not_the_last_run():
-    made = {"epochs": 8, "train_eps": 2.0, "alignment": 0.2}
+    made = {"epochs": 8, "train_eps": 2.0, "alignment": 0.2, "pgd_steps": 100}
     rows = [
         table_row(method="aligned", settings={**made, "stride": 1.0}),
         table_row(method="memory", settings={**made, "stride": 1.5}, device="gpu x1"),
     ]
     attacked = [robust_row(method=f"{name}, seed 0", n=700) for name in ("aligned", "memory")]
-    settings = remedies.Settings(alignment=0.5, stride=3.0, n_autoattack=4)
+    settings = remedies.Settings(alignment=0.5, stride=3.0, n_autoattack=4, pgd_steps=2)
     page = "\n".join(remedies.as_markdown(settings, rows, attacked))
-    for said in ("penalty has weight 0.2.", "are 1.5 times", "| 700 |", "x1, jax 0; gpu x1"):
+    for said in (
+        "penalty has weight 0.2.",
+        "are 1.5 times",
+        "| 700 |",
+        "PGD: 100 steps",
+        "x1, jax 0; gpu x1",
+    ):
         assert said in page
 
 

@@ -306,7 +306,7 @@ def few_steps(
 ) -> jax.Array:
     """Take steps of a one-step method, from a random point or from `start`.
 
-    `OneStep` explains noise, stride and reach; `norm` is that of the ball.
+    `OneStep` explains noise, stride and reach; `norm` is the ball's norm.
     """
 
     def within(r: jax.Array) -> jax.Array:
