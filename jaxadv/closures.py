@@ -69,7 +69,8 @@ def method(name: str, perturb_fn: Any) -> None:
     """Check that a method is hashable and takes the arguments of `types.PerturbFn`.
 
     Raises:
-      TypeError: if it isn't a function, has no hash, or has another signature.
+      TypeError: if it isn't a function, has no hash, has another signature, or is set to bounds of
+        its own.
     """
     hashable(name, perturb_fn)
     try:
@@ -83,6 +84,25 @@ def method(name: str, perturb_fn: Any) -> None:
             f"expected {name} to take (apply_fn, params, x, y, *, eps, key, bounds), got "
             f"{signature} ({error}); see jaxadv.types.PerturbFn"
         ) from error
+    without_bounds(name, perturb_fn)
+
+
+def without_bounds(name: str, perturb_fn: Any) -> None:
+    """Check that a method has no bounds of its own, which those of its caller would replace.
+
+    Raises:
+      TypeError: if it has.
+    """
+    try:
+        parameters = inspect.signature(perturb_fn).parameters
+    except ValueError:  # of a built-in function
+        return
+    own = parameters["bounds"].default if "bounds" in parameters else None
+    if own is not None and own is not inspect.Parameter.empty:
+        raise TypeError(
+            f"expected {name} without bounds of its own, got bounds={own}; leave them out, and "
+            "pass them to the evaluation or the objective, which gives them to its attacks"
+        )
 
 
 def pair(source: Any) -> tuple[Any, Params]:
@@ -99,13 +119,14 @@ def pair(source: Any) -> tuple[Any, Params]:
     return source[0], source[1]
 
 
-def keyed(apply_fn: Any, params: Params, x: Any) -> Any:
+def keyed(apply_fn: Any, params: Params, x: Any, *, draws: bool | None = None) -> Any:
     """Wrap `apply_fn` so that it compares unequal once its captured arrays change.
 
     Args:
       apply_fn: `(params, x) -> logits`, or `(params, x, key) -> logits`.
       params: its first argument.
       x: `[B, ...]`, or a `jax.ShapeDtypeStruct` of it.
+      draws: whether it takes a key; None to tell by its signature.
 
     Returns:
       A hashable function with the same arguments and results.
@@ -123,12 +144,12 @@ def keyed(apply_fn: Any, params: Params, x: Any) -> Any:
                 f"{jax.tree_util.keystr(path)}; keep it out of params and in apply_fn; with "
                 "equinox, use eqx.partition(net, eqx.is_inexact_array)"
             )
-    draws = (jax.random.key(0),) if _draws(apply_fn) else ()
+    keys = (jax.random.key(0),) if (_draws(apply_fn) if draws is None else draws) else ()
 
     def anew(*args: Any) -> Any:  # a new function each time: JAX reuses the trace of a known one
         return inputs.called(apply_fn, *args)
 
-    traced = jax.make_jaxpr(anew)(params, x, *draws)
+    traced = jax.make_jaxpr(anew)(params, x, *keys)
     constants = list(_constants(traced))
     if any(isinstance(constant, jax.core.Tracer) for constant in constants):
         return apply_fn  # it captured the caller's tracers, so it isn't used beyond their trace

@@ -110,12 +110,19 @@ def are_examples(x: Any, name: str = "x") -> None:
         )
 
 
-def perturbation(r: Any, x: Any, name: str = "r") -> Any:
+def perturbation(r: Any, x: Any, name: str = "r", *, rounded: bool = False) -> Any:
     """Check perturbations of x, from a method or a user, without moving them to the device.
 
+    Args:
+      r: the perturbations.
+      x: the examples, `[B, ...]`.
+      name: what messages call them.
+      rounded: whether they are rounded to x's dtype later, so that theirs may be another.
+
     Raises:
-      TypeError: if it isn't a floating-point array.
-      ValueError: if it isn't of x's shape.
+      TypeError: if they aren't a floating-point array; if x + r would be of another dtype than x,
+        and the net would run in it.
+      ValueError: if they aren't of x's shape.
     """
     if r is None:
         raise TypeError(f"expected {name}, an array like x, got None; return the perturbation")
@@ -126,6 +133,12 @@ def perturbation(r: Any, x: Any, name: str = "r") -> Any:
             "example"
         )
     are_examples(r, name)
+    own, wanted = (jax.dtypes.canonicalize_dtype(a.dtype) for a in (r, x))
+    if not rounded and jnp.promote_types(own, wanted) != wanted:
+        raise TypeError(
+            f"expected {name} of x's dtype {wanted}, got {own}; convert it with "
+            f"{name}.astype(x.dtype)"
+        )
     return r
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxadv import _cpu, inputs
@@ -28,6 +29,11 @@ class _TwoLogits:
 
     def __call__(self, params: Params, x: jax.Array, /) -> jax.Array:
         z = self.apply_fn(params, x)
+        if not isinstance(z, jax.Array | np.ndarray):
+            raise TypeError(
+                f"expected an array of logits, got {type(z).__name__}; return only these, e.g. "
+                "lambda params, x: apply_fn(params, x)[0]"
+            )
         if z.size != len(x):
             raise ValueError(
                 f"expected one logit for each of {len(x)} examples, got shape {z.shape}; pass a "
@@ -46,7 +52,8 @@ def two_logits(apply_fn: Callable[[Params, jax.Array], jax.Array]) -> ApplyFn:
       apply_fn: `(params, x) -> z`, `[B, ...]` to `[B]` or `[B, 1]`; class 1 where z > 0.
 
     Returns:
-      A net with logits `[B, 2]`. It raises a ValueError if `apply_fn` returns more than one logit.
+      A net with logits `[B, 2]`. It raises a ValueError if `apply_fn` returns more than one logit,
+      and a TypeError if it doesn't return an array.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,7 +84,8 @@ def mean_of_draws(apply_fn: StochasticFn, key: jax.Array, draws: int = 100) -> A
 
     Raises:
       TypeError: if `key` isn't a key.
-      ValueError: if there is more than one key, or `draws` < 1.
+      ValueError: if there is more than one key, or `draws` < 1. The net raises as
+        `inputs.logits_of` if `apply_fn` doesn't return logits `[B, K]`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -97,7 +105,9 @@ def mean_of_draws(apply_fn: StochasticFn, key: jax.Array, draws: int = 100) -> A
 
     def mean(params: Params, x: jax.Array) -> jax.Array:
         def log_probabilities(key: jax.Array) -> jax.Array:
-            logits = jax.vmap(lambda example: apply_fn(params, example[None], key)[0])(x)
+            logits = jax.vmap(
+                lambda example: inputs.apply(apply_fn, params, example[None], key)[0]
+            )(x)
             return jax.nn.log_softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
 
         def add(total: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:

@@ -421,7 +421,7 @@ def clip_to_box(x: jax.Array, r: jax.Array, bounds: Bounds | None) -> jax.Array:
       [[0.25, -0.25]]
     """
     x = inputs.examples(x)
-    r = jnp.asarray(inputs.perturbation(r, x))
+    r = jnp.asarray(inputs.perturbation(r, x, rounded=True))
     if bounds is None:
         return _rounded_toward_zero(r, x.dtype).astype(x.dtype)
     lo, hi = inputs.box(bounds, x)

@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxadv import inputs, meshes, norms
+from jaxadv import closures, inputs, meshes, norms
 from jaxadv.types import (
     ApplyFn,
     Bounds,
@@ -178,7 +178,8 @@ def adversarial(
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: when called, if labels aren't integers and `loss_fn` is the default.
+      TypeError: if `perturb_fn` has bounds of its own; when called, if labels aren't integers and
+        `loss_fn` is the default.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:
@@ -240,7 +241,8 @@ def mixed(
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: when called, if labels aren't integers and `loss_fn` is the default.
+      TypeError: if `perturb_fn` has bounds of its own; when called, if labels aren't integers and
+        `loss_fn` is the default.
       ValueError: if `weight` is outside [0, 1]; when called, if `loss_fn` doesn't return one loss
         per example.
 
@@ -306,7 +308,8 @@ def kl_regularized(
       An `Objective`; its aux is `Aux`, with the accuracy at the perturbed inputs.
 
     Raises:
-      TypeError: when called, if labels aren't integers and `loss_fn` is the default.
+      TypeError: if `perturb_fn` has bounds of its own; when called, if labels aren't integers and
+        `loss_fn` is the default.
       ValueError: if `weight` is negative; when called, if `loss_fn` doesn't return one loss per
         example.
 
@@ -467,7 +470,8 @@ def representation(
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: when called, if labels aren't integers and `loss_fn` is the default.
+      TypeError: if `perturb_fn` has bounds of its own; when called, if labels aren't integers and
+        `loss_fn` is the default.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:
@@ -589,7 +593,8 @@ def with_memory(objective: Objective) -> Objective:
         # A row that was NaN once would be NaN whenever its example is used again.
         finite = jnp.isfinite(norms.norm(aux.r, "linf"))
         kept = jnp.where(inputs.expand_like(finite, aux.r), aux.r, 0)
-        return loss, (Memory(rows.set(kept, **exact), inner), aux._replace(r=None))
+        r = rows.set(kept.astype(model_state.r.dtype), **exact)
+        return loss, (Memory(r, inner), aux._replace(r=None))
 
     return remembering
 
@@ -658,7 +663,11 @@ def _adversary(
     By Proposition 6, r is a constant for derivatives. Its inputs are constants too, so that an
     objective is never differentiated through the adversary's loop, which need not be
     differentiable. The `stop_gradient` on r is for arrays that `perturb_fn` may have captured.
+
+    Raises:
+      TypeError: if `perturb_fn` is set to bounds of its own.
     """
+    closures.without_bounds("perturb_fn", perturb_fn)
 
     def perturb(
         variables: Any,

@@ -165,7 +165,9 @@ class Problem:
 
         It is recompiled if arrays that `apply_fn` has captured change.
         """
-        return replace(self, apply_fn=closures.keyed(self.apply_fn, self.params, self.x))
+        draws = self.samples > 0
+        apply_fn = closures.keyed(self.apply_fn, self.params, self.x, draws=draws)
+        return replace(self, apply_fn=apply_fn)
 
     def start(self) -> Problem:
         """Return the problem with examples flattened to rows, and with the net's logits at x.

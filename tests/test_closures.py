@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from nets import ATTACKS
 
-from jaxadv import attack, closures, evaluate, perturb
+from jaxadv import attack, closures, evaluate, objectives, perturb
 
 X = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 Y = np.argmax(X, axis=1)
@@ -190,6 +190,15 @@ def test_a_net_that_draws_is_inspected_with_a_key():
     assert before != closures.keyed(noisy, None, X)
 
 
+def test_a_net_of_any_arguments_that_draws_is_called_with_a_key():
+    def noisy(*args):
+        params, x, key = args
+        return x @ params + jax.random.normal(key, x[:, :1].shape)
+
+    r = attack.pgd(noisy, jnp.eye(3), X, Y, eps=1.0, samples=2, steps=1, key=jax.random.key(0))
+    assert np.isfinite(r).all()
+
+
 def test_a_closure_over_the_callers_tracers_stays_as_it_is():
     @jax.jit
     def inside(w):
@@ -238,6 +247,15 @@ def test_an_attack_without_a_hash_is_refused():
     for attacks, name in ((Attack(3), "the attack"), ({"mine": Attack(3)}, "attack 'mine'")):
         with pytest.raises(TypeError, match=f"expected {name} to be hashable, got Attack"):
             evaluate.attack_and_score(identity, None, X, Y, attacks, eps=1.0)
+
+
+def test_an_attack_with_bounds_of_its_own_is_refused():
+    boxed = partial(attack.pgd, bounds=(0.0, 1.0))
+    message = r"without bounds of its own, got bounds=\(0\.0, 1\.0\); leave them out"
+    with pytest.raises(TypeError, match=message):
+        evaluate.attack_and_score(identity, None, X, Y, boxed, eps=1.0)
+    with pytest.raises(TypeError, match=message):
+        objectives.adversarial(identity, boxed, eps=1.0)
 
 
 @pytest.mark.parametrize("net", [None, {"w": X}, SimpleNamespace(apply=identity)])

@@ -50,6 +50,7 @@ WRONG = [
     (lambda: inputs.examples(X[:, :0]), ValueError, "non-empty examples", "(4, 0)", "x[None]"),
     (lambda: inputs.perturbation(None, X), TypeError, "r, an array like x", "None", "return"),
     (lambda: inputs.perturbation(X[:1], X), ValueError, "r of x's shape (4, 5)", "(1, 5)", "one p"),
+    (lambda: inputs.perturbation(X, jnp.bfloat16(X)), TypeError, "r of x's dtype bf", "f", "r.as"),
     (lambda: inputs.perturbation(Y, Y), TypeError, "r of a floating-point", "int", "r.astype("),
     (lambda: inputs.labels(SOFT, B), TypeError, "integer labels", "float32 of shape", ARGMAX),
     (lambda: inputs.labels(SOFT.astype(int), B), ValueError, "of shape [4]", "(4, 3)", ARGMAX),

@@ -236,8 +236,10 @@ def trained(kind, params, x, y, keys):
 
 
 def test_a_memory_keeps_its_sharding(plain, spread):
-    step = partial(attack.pgd, steps=1, keep="last", bounds=(0.0, 1.0))
-    objective = objectives.with_memory(objectives.adversarial(net, step, eps=0.3))
+    step = partial(attack.pgd, steps=1, keep="last")
+    objective = objectives.with_memory(
+        objectives.adversarial(net, step, eps=0.3, bounds=(0.0, 1.0))
+    )
     ends = []
     for params, x, y, _ in (spread, plain):
         state = train.init(params, ADAM, model_state=objectives.Memory(0.1 * x), key=KEY)

@@ -45,6 +45,16 @@ def test_more_than_one_logit_is_refused():
         nets.two_logits(lambda params, x: x)(None, np.zeros((3, 2), np.float32))
 
 
+@pytest.mark.parametrize(
+    "net",
+    [nets.two_logits(lambda w, x: (x, w)), nets.mean_of_draws(lambda w, x, key: (x, w), KEY)],
+    ids=["two_logits", "mean_of_draws"],
+)
+def test_logits_with_features_are_refused(net):
+    with pytest.raises(TypeError, match=r"logits, .*got tuple|logits, got tuple; return only"):
+        net(None, np.zeros((3, 2), np.float32))
+
+
 def test_the_mean_is_taken_of_the_probabilities():
     x = np.array([[1, 0, -jnp.inf], [0, 2, 5]], np.float32)
     net = nets.mean_of_draws(noisy, KEY, draws=7)

@@ -859,6 +859,19 @@ def test_memory_also_holds_the_nets_own_state():
     np.testing.assert_array_equal(got[1][0].r[:4], want[1][1].r)
 
 
+def test_a_memory_may_be_narrower_than_the_examples():
+    objective = objectives.with_memory(objectives.adversarial(mlp, onward, eps=0.5))
+    args = {"key": KEY, "step": jnp.int32(0)}
+    x, y, index = (part[:4] for part in data())
+    exact = objectives.Memory(jnp.zeros((N, D)))
+    got, want = (
+        objective(PARAMS, memory, (x, y, index), **args)[1][0].r
+        for memory in (jax.tree.map(jnp.bfloat16, exact), exact)
+    )
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+
+
 def test_no_step_of_an_epoch_copies_the_memory():
     n = 4096
     tx, order = optax.sgd(0.1), jnp.arange(64).reshape(8, 8)

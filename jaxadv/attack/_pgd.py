@@ -136,7 +136,7 @@ def pgd(
         drawn_by="a random start" if random_start or restarts > 1 else None,
     )  # fmt: skip
     if start is not None:
-        start = jnp.asarray(inputs.perturbation(start, problem.x, "start"))
+        start = jnp.asarray(inputs.perturbation(start, problem.x, "start", rounded=True))
     size = _step_size(step_size, problem, steps)
     answer = _run(
         problem.keyed(), size, start, steps=steps, random_start=random_start, restarts=restarts,
