@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 import jaxadv
 from jaxadv import certify, closures, evaluate, host, inputs, meshes
-from jaxadv.evaluate import Outcome, Passes, Progress, Result, _batches, _budget, _check, _ensemble
+from jaxadv.evaluate import Outcome, Passes, Progress, Result, _batches, _budget, _check
 from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
 __all__ = ["Cost", "Part", "Robustness", "cost", "robustness"]
@@ -211,12 +211,7 @@ def _asked(
         raise ValueError("expected at least one example, got none; a thousand is usual")
     if attacks is None:
         attacks = evaluate.autoattack("l2" if norm is None else norm)
-    if not isinstance(attacks, Mapping):
-        raise TypeError(
-            f"expected attacks by name, got {type(attacks).__name__}; pass a dict, e.g. "
-            '{"pgd": attack.pgd}, or None for AutoAttack'
-        )
-    _ensemble.check_attacks(attacks)
+    _budget.named(attacks, example='a dict, e.g. {"pgd": attack.pgd}', default="AutoAttack")
     return attacks, _budget.norm_of(attacks.values(), norm)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import chex
 import jax
@@ -254,6 +255,14 @@ class Thirds(Halves):
 Thirds.__name__ = "Halves"
 
 
+class Named(NamedTuple):
+    size: float
+
+
+class Renamed(NamedTuple):
+    size: float
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -263,8 +272,15 @@ Thirds.__name__ = "Halves"
         (lambda: lambda x: jax.grad(lambda z: z)(x), lambda: lambda x: jax.grad(lambda z: -z)(x)),
         (lambda: Halves(0.1), lambda: Halves(0.2)),
         (lambda: Halves(0.1), lambda: Thirds(0.1)),
+        (lambda: Named(0.1), lambda: Renamed(0.1)),
+        (lambda: Moves([shift(0.1)]), lambda: Moves([shift(0.2)])),
+        (lambda: Moves({"a": shift(0.1)}), lambda: Moves({"a": shift(0.2)})),
+        (lambda: Moves([np.zeros(2000)]), lambda: Moves([np.eye(1, 2000, 1000)[0]])),
     ],
-    ids=["object", "method", "jitted", "function inside", "dataclass", "code of a dataclass"],
+    ids=[
+        *("object", "method", "jitted", "function inside", "dataclass", "code of a dataclass"),
+        *("tuples with names", "list", "dict", "long array in a list"),
+    ],
 )
 def test_attacks_that_differ_are_described_differently(one, other):
     assert _batches.described(one()) == _batches.described(one())

@@ -188,7 +188,7 @@ def test_sizes_and_keys_stay_with_their_examples_and_each_attack_has_its_own_key
 
 def test_an_empty_dict_of_attacks_and_a_missing_key_raise():
     x, y = problem()
-    with pytest.raises(ValueError, match=r"at least one attack, got none; pass None for AutoAtt"):
+    with pytest.raises(ValueError, match=r"at least one attack, got none; pass None for Auto"):
         evaluate.attack_and_score(net, 1.0, x, y, {}, eps=1.0)
     with pytest.raises(ValueError, match="expected a key"):
         evaluate.attack_and_score(net, 1.0, x, y, eps=1.0, norm="l1")
@@ -391,7 +391,7 @@ def test_the_outcome_is_that_of_the_returned_perturbations():
 @pytest.mark.parametrize("attacks", [[attack.pgd], (attack.pgd, perturb.loss), "pgd"])
 def test_several_attacks_without_names_are_refused(attacks):
     x, y = problem()
-    with pytest.raises(TypeError, match=r"an attack or several by name, got \w+; pass e\.g\."):
+    with pytest.raises(TypeError, match=r"attacks by name, got \w+; pass an attack, or several"):
         evaluate.attack_and_score(net, 1.0, x, y, attacks, eps=2.0)
 
 

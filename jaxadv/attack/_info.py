@@ -43,7 +43,8 @@ class AttackInfo(NamedTuple):
     Attributes:
       success: whether x + r is misclassified, or as the target if the attack is targeted. False if
         y has no class labels, as for soft labels and `pgd_kl`.
-      loss: the attack's loss at x + r.
+      loss: the attack's loss at x + r; for attacks toward several classes in turn
+        (`apgd_multitargeted`, `fab`) the top wrong class's lead, `losses.logit_margin`.
       forward: number of forward passes until the example was done, including those of gradients.
       backward: number of backward passes.
     """

@@ -66,7 +66,7 @@ class Progress(NamedTuple):
       attack: its name; empty for a single attack.
       done: number of examples attacked so far.
       of: number of examples to attack.
-      fooled: number of examples that the net now misclassifies; None for a single attack and in
+      fooled: number of these that the attack has fooled so far; None for a single attack and in
         `distances`, which measure it at the end.
     """
 
@@ -292,6 +292,10 @@ def described(method: Any, *around: Any) -> str:
     kind: Any = type(method)
     if dataclasses.is_dataclass(kind):
         fields = [getattr(method, field.name) for field in dataclasses.fields(kind)]
+    elif isinstance(method, list | tuple):
+        fields = [*method]
+    elif isinstance(method, Mapping):
+        fields = [*method.items()]
     elif kind.__repr__ is object.__repr__:
         fields = [*getattr(method, "__dict__", {}).values()]
     else:

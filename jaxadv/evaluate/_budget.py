@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,16 +17,40 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxadv import attack, host, norms, perturb
+from jaxadv import attack, closures, host, norms, perturb
 from jaxadv.evaluate._attacks import NearBoundary
 from jaxadv.evaluate._batches import Passes
 from jaxadv.types import Bounds, Eps, Norm, PerturbFn
 
-__all__ = ["counted", "keep", "most", "norm_of"]
+__all__ = ["counted", "keep", "most", "named", "norm_of"]
 
 _COUNTED = (
     attack.apgd, attack.apgd_multitargeted, attack.fab, attack.fmn, attack.pgd, attack.square,
 )  # fmt: skip
+
+
+def named(attacks: Mapping[str, PerturbFn], *, example: str, default: str) -> None:
+    """Check attacks by name; a single attack's name is empty.
+
+    Args:
+      attacks: the attacks.
+      example: what to pass instead.
+      default: the attacks that None stands for.
+
+    Raises:
+      TypeError: if they aren't a mapping, or one isn't a hashable function with the signature of
+        attacks.
+      ValueError: if there are none.
+    """
+    if not isinstance(attacks, Mapping):
+        raise TypeError(
+            f"expected attacks by name, got {type(attacks).__name__}; pass {example}, or None for "
+            f"{default}"
+        )
+    if not attacks:
+        raise ValueError(f"expected at least one attack, got none; pass None for {default}")
+    for name, method in attacks.items():
+        closures.method(f"attack {name!r}" if name else "the attack", method)
 
 
 def norm_of(attacks: Iterable[PerturbFn], norm: Norm | None) -> Norm:
@@ -80,7 +104,7 @@ def most(method: PerturbFn, n_classes: int) -> Passes | None:
     while isinstance(own, partial | NearBoundary):
         own = own.func if isinstance(own, partial) else own.method
     if own is perturb.loss:
-        return Passes(1, 1)
+        return Passes(1, 2)  # the second where y and the top wrong class have the same gradient
     if own not in _COUNTED:
         return None
     given: dict[str, Any] = {

@@ -95,8 +95,8 @@ def minimal_attacks(norm: Norm = "l2", budget: int = 2000) -> Mapping[str, Pertu
 
 @cache
 def _minimal_attacks(norm: Norm, budget: int) -> Mapping[str, PerturbFn]:
-    # Not all passes are steps: FMN has a DeepFool step and a bisection; APGD has a start in each
-    # ball, and a bisection in every other one.
+    # Not all passes are steps: FMN has a DeepFool step and a bisection; APGD has a start and a
+    # check in each ball, and needs room for the bisection after each success.
     return MappingProxyType({
         "fmn": partial(attack.fmn, norm=norm, steps=int((0.12 * budget - 45) / 2)),
         "fab-t": partial(attack.fab, norm=norm, steps=int(0.23 * budget / 18 - 1)),
@@ -169,15 +169,9 @@ def distances(
         if budget is None:
             raise ValueError("expected a budget or attacks, got neither; 2000 passes is usual")
         attacks = minimal_attacks("l2" if norm is None else norm, budget)
-    if not isinstance(attacks, Mapping):
-        raise TypeError(
-            f"expected attacks by name, got {type(attacks).__name__}; pass a dict, e.g. "
-            '{"fmn": attack.fmn}, or None for the default ones'
-        )
-    if not attacks:
-        raise ValueError("expected at least one attack, got none; pass None for the default ones")
-    for name, method in attacks.items():
-        closures.method(f"attack {name!r}", method)
+    _budget.named(
+        attacks, example='a dict, e.g. {"fmn": attack.fmn}', default="those of minimal_attacks"
+    )
     norm = _budget.norm_of(attacks.values(), norm)
     shape = host.one_batch(x, batch_size)
     apply_fn = closures.keyed(apply_fn, params, shape)

@@ -29,7 +29,7 @@ from jaxadv.evaluate._batches import Attacked, Passes, Progress, Ran
 from jaxadv.problem import fold
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
-__all__ = ["Audit", "Result", "Stage", "attack_and_score", "check_attacks"]
+__all__ = ["Audit", "Result", "Stage", "attack_and_score"]
 
 _log = logging.getLogger("jaxadv.evaluate")
 _fold = jax.jit(fold)
@@ -173,9 +173,12 @@ def attack_and_score(
     x, y = host.arrays("evaluate.attack_and_score", x, y, (params, eps, key, bounds, source))
     if attacks is None:
         attacks = autoattack("l2" if norm is None else norm)
-    check_attacks(attacks)
-    methods = attacks.values() if isinstance(attacks, Mapping) else [attacks]
-    norm = _budget.norm_of(methods, norm)
+    named = {"": attacks} if callable(attacks) else attacks
+    _budget.named(
+        named, example='an attack, or several in a dict, e.g. {"pgd": attack.pgd}',
+        default="AutoAttack",
+    )  # fmt: skip
+    norm = _budget.norm_of(named.values(), norm)
     if not 0 <= audit <= 1:
         raise ValueError(f"expected audit in 0..1, got {audit}; it is a fraction of the examples")
     shape = host.one_batch(x, batch_size)
@@ -185,7 +188,6 @@ def attack_and_score(
         source_fn, source_params = closures.pair(source)
         made_on = _Net(closures.keyed(source_fn, source_params, shape), source_params)
     bounds = host.checked(bounds, x)
-    named = attacks if isinstance(attacks, Mapping) else {"": attacks}
     examples = (x, y, *host.per_example(x, eps, key))
     # Raise the errors of all attacks before any of them runs.
     some = host.spread(x).take(examples, np.arange(len(y))[: shape.shape[0]])
@@ -242,27 +244,6 @@ def attack_and_score(
     robust = standard.outcome.robust
     found = compare(outcome.robust[rows], robust)
     return result._replace(audit=Audit(rows, robust, found.difference, found.interval, standard))
-
-
-def check_attacks(attacks: PerturbFn | Mapping[str, PerturbFn]) -> None:
-    """Check that `attacks` is one attack, or several by name.
-
-    Raises:
-      TypeError: if it is neither, or one isn't a hashable function with the signature of attacks.
-      ValueError: if there are none.
-    """
-    if isinstance(attacks, Mapping):
-        if not attacks:
-            raise ValueError("expected at least one attack, got none; pass None for AutoAttack")
-        for name, method in attacks.items():
-            closures.method(f"attack {name!r}", method)
-    elif not callable(attacks):
-        raise TypeError(
-            f"expected an attack or several by name, got {type(attacks).__name__}; pass e.g. "
-            'attack.pgd, or a dict {"pgd": attack.pgd}, or None for AutoAttack'
-        )
-    else:
-        closures.method("the attack", attacks)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["apply_fn"])
