@@ -4,7 +4,7 @@
     python experiments/accelerator.py --parts b c    # some of them
     python experiments/accelerator.py --quick        # a short run, under 3 minutes on 2 CPU cores
 
-    a  the library's tests of exactness, contract and attacks, with exact float32 matrix products
+    a  the library's tests of exactness and of attacks, with exact float32 matrix products
     b  robust accuracies of recorded nets, compared image by image with a CPU's
     e  LeNet's multi-step net, trained from scratch
     c  training steps and attacks per second, relative to the rate of large matrix products

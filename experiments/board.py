@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, cast, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -26,13 +26,14 @@ import tyro
 from rich.console import Console
 
 from experiments.lib import attack_tables, evaluation, options, parallel, problems, tables
-from experiments.lib.attack_tables import COLUMNS, NETS
-from experiments.lib.attacks import AttackName
+from experiments.lib.attack_tables import NETS
 from experiments.lib.options import Checked, Count, OutputFolder, Several, distinct
 from experiments.lib.records import RESULTS, AttackRow
 from jaxadv.types import Norm
 
 Record = Literal["mnist_mlp", "mnist_lenet", "cifar10"]
+Shown = Literal["one-step", "pgd-100x10", "standard", "check"]
+SHOWN: tuple[Shown, ...] = get_args(Shown)
 Threat = Literal["l2 0.25", "l2 0.5", "l2 1.0", "l2 1.5", "l2 2.0", "linf 0.3"]
 THREATS: dict[Record, tuple[Threat, ...]] = {
     "mnist_mlp": ("l2 1.5", "l2 1.0", "l2 2.0", "linf 0.3"),
@@ -54,7 +55,7 @@ class Settings(Checked):
     Table 3 for CIFAR-10."""
     n: Count = 1000
     """How many test images."""
-    attacks: Several[AttackName] = (*COLUMNS, "check")
+    attacks: Several[Shown] = SHOWN
     """What to run."""
     image_folder: Path | None = None
     """Read CIFAR-10 from here, DIR/{train,test}/CLASS/*, instead of downloading it."""

@@ -134,6 +134,25 @@ class Settings(recipes.Optimiser):
     out: OutputFolder = Path("runs/certify")
     """Where results go."""
 
+    def __post_init__(self) -> None:
+        """Check the settings of training.
+
+        Raises:
+          UsageError: if the perturbations would grow for longer than training takes, or a
+            divergence between copies would have only one.
+        """
+        super().__post_init__()
+        if self.warmup > self.epochs:
+            raise options.UsageError(
+                f"expected --warmup to be at most {self.epochs}, the number of epochs, got "
+                f"{self.warmup}; lower it, or train longer"
+            )
+        if self.copies < 2 and self.consistency and {"consistency", "both"} & {*self.methods}:
+            raise options.UsageError(
+                "expected --copies to be at least 2, got 1; a divergence between copies needs "
+                "several: raise it, or leave the divergence out with --consistency 0"
+            )
+
 
 def objective_of(
     way: Way, settings: Settings, apply_fn: ApplyFn, eps: Schedule | float
@@ -220,7 +239,8 @@ def measure(
     """Train a net, certify it, and attack it."""
     x, y = tested
     name, sigma, alpha = f"{way}-{seed}", settings.sigma, settings.alpha
-    folder = evaluation.store_of(settings.out, {"net": name, **_plain(settings)})
+    identity = {"net": name, **_plain(settings), **records.made_by()}
+    folder = evaluation.store_of(settings.out, identity)
     certify_key, *keys = jax.random.split(jax.random.key(seed), 2 + 2 * len(settings.radii))
     certified = partial(
         certify.certify, sigma=sigma, radii=settings.radii, alpha=alpha, n0=settings.n0,

@@ -97,10 +97,6 @@ class Settings(train_and_score.Settings):
         (2048, 2048), epochs=16, lr=0.02, objective="representation", eps=0.03, warmup=10
     )
 
-    def nets(self) -> dict[str, Method]:
-        """Return how to train each net of the table, by name."""
-        return {name: getattr(self, name) for name in self.methods}
-
 
 def crop_and_mirror(key: jax.Array, pixels: jax.Array) -> jax.Array:
     """Return a random crop of each image, scaled, and mirrored with probability one half.
@@ -185,7 +181,6 @@ def make_task(settings: Settings) -> train_and_score.Task:
         source=source,
         interface=data.CIFAR10_CROPS._replace(classes=classes),
         augment=crop_and_mirror,
-        box=tuple(_scale(jnp.array([0, 255], jnp.uint8)).tolist()),
         stored=jnp.float16,  # half the size of float32: 4 MB at a quarter of the width
     )
 

@@ -66,13 +66,9 @@ class Settings(evaluation.Settings):
 
 def run(settings: Settings, console: Console) -> list[CurveRow]:
     """Measure the net; return the rows of this and of earlier runs."""
-    of_attacks = {
-        field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)
-    }
-    del of_attacks["budget"]
-    attacked = evaluation.run(
-        evaluation.Settings(**of_attacks | {"out": settings.out / "attacks"}), console
-    )
+    of_attacks = {name: value for name, value in vars(settings).items() if name != "budget"}
+    of_attacks["out"] = settings.out / "attacks"
+    attacked = evaluation.run(evaluation.Settings(**of_attacks), console)
     problem = problems.load(settings)
     here = {**problem.identity, "norm": settings.norm, "seed": settings.seed, **records.made_by()}
     with training.bars(console) as progress:
@@ -114,12 +110,13 @@ def as_markdown(rows: Sequence[CurveRow]) -> list[str]:
     for row in rows:
         median = "none" if row.median is None else f"{row.median:.4f}"
         for eps, accuracy in row.accuracy.items():
-            others = {name: found[eps] for name, found in row.attacks.items() if eps in found}
-            cells += [
-                [row.method, row.norm, f"{row.n:,}", median, eps, f"{accuracy:.4f}",
-                 LABELS[name], f"{robust:.4f}", f"{accuracy - robust:+.4f}"]
-                for name, robust in others.items()
-            ]  # fmt: skip
+            line = [row.method, row.norm, f"{row.n:,}", median, eps, f"{accuracy:.4f}"]
+            beside = [
+                [LABELS[name], f"{found[eps]:.4f}", f"{accuracy - found[eps]:+.4f}"]
+                for name, found in row.attacks.items()
+                if eps in found
+            ]
+            cells += [[*line, *others] for others in beside or [["", "", ""]]]
     headings = (
         "Net", "Norm", "Images", "Median size", "Size", "Accuracy", "Attack", "Under attack",
         "Difference",

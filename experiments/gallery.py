@@ -93,7 +93,9 @@ def robust(settings: Settings) -> Figure:
         method: figures.Digits(*(values[chosen] for values in found))
         for method, found in perturbed.items()
     }
-    figure = _draw_digits(settings.out / "robust.json", x[chosen], labels[chosen], shown)
+    figure = _draw_digits(
+        settings.out / "robust.json", x[chosen], labels[chosen], shown, settings.eps
+    )
     figure.set_size_inches(5.2, 6.9)  # shown at less than half this size on a phone
     for text in figure.findobj(Text):
         text.set_fontsize(13)
@@ -121,13 +123,13 @@ def digits(settings: Settings) -> Figure:
         r = method(problem.apply_fn, problem.params, x, y, bounds=BOX)
         after = problem.apply_fn(problem.params, x + r).argmax(-1)
         perturbed[name] = figures.Digits(*map(np.asarray, (r, before, after)))
-    return _draw_digits(settings.out / "digits.json", x, y, perturbed)
+    return _draw_digits(settings.out / "digits.json", x, y, perturbed, settings.eps)
 
 
 def _draw_digits(
-    path: Path, x: ArrayLike, y: ArrayLike, perturbed: Mapping[str, figures.Digits]
+    path: Path, x: ArrayLike, y: ArrayLike, perturbed: Mapping[str, figures.Digits], eps: float
 ) -> Figure:
-    figures.save_digits(path, x, y, perturbed)
+    figures.save_digits(path, x, y, perturbed, eps)
     return figures.plot_digits(json.loads(path.read_text()))
 
 
@@ -346,7 +348,7 @@ def saturation(settings: Settings) -> Figure:
         "gradient of the cross-entropy, float32": cross_entropy_gradient,
         "jaxadv.perturb.loss, float32": lambda scale: ours((problem.params, scale), x, y),
     }
-    figure, (cosine, dead) = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, (cosine, dead) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for index, (name, gradient) in enumerate(kinds.items()):
         similar, zero = [], []
         for scale in scales:
@@ -383,11 +385,7 @@ def run(settings: Settings, console: Console) -> None:
     """Draw the chosen pictures."""
     settings.out.mkdir(parents=True, exist_ok=True)
     for name in settings.pictures:
-        path = settings.out / f"{name}.png"
-        figure = DRAW[name](settings)
-        figure.savefig(path, dpi=140, bbox_inches="tight")
-        plt.close(figure)
-        console.print(str(path))
+        console.print(str(figures.save(DRAW[name](settings), settings.out / f"{name}.png")))
 
 
 @options.command

@@ -83,10 +83,6 @@ class Settings(train_and_score.Settings):
     lwa_multi: MultiStep = MLP_MULTI
     trades: MultiStep = MLP_TRADES
 
-    def nets(self) -> dict[str, Method]:
-        """Return how to train each net of the table, by name."""
-        return {name: getattr(self, name) for name in self.methods}
-
 
 MLP = Settings()
 LENET = Settings(
@@ -115,7 +111,9 @@ def run(settings: Settings, console: Console) -> list[TableRow]:
     images = Images(*(part[: settings.eval_batch] for part in task.test))
     digits = {name: _digits(net, images, settings.eps[0]) for name, net in nets.items()}
     if parallel.first_process():
-        figures.save_digits(settings.out / "digits.json", task.test.x[:8], task.test.y[:8], digits)
+        figures.save_digits(
+            settings.out / "digits.json", task.test.x[:8], task.test.y[:8], digits, settings.eps[0]
+        )
         figures.draw(settings.out)
     return rows
 

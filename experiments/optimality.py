@@ -102,9 +102,11 @@ def ours(norm: Norm, budget: int) -> Mapping[str, PerturbFn]:
 def optimality(sizes: NDArray[np.float64], best: NDArray[np.float64]) -> float:
     """Return AttackBench's local optimality of sizes `[n]`, given those of the envelope, `[n]`.
 
-    As its `eval_optimality` (analysis/utils.py, commit cb475a2).
+    As its `eval_optimality` (analysis/utils.py, commit cb475a2). NaN for an envelope of no size.
     """
-    largest = best[np.isfinite(best)].max()
+    largest = best.max(where=np.isfinite(best), initial=0)
+    if not largest:
+        return np.nan  # no image is classified correctly, or none was fooled
 
     def area(sizes: NDArray[np.float64]) -> float:
         # From 0 on, as in AttackBench when some image is misclassified without perturbation.
@@ -258,7 +260,8 @@ def as_markdown(rows: Sequence[OptimalityRow]) -> list[str]:
             line: list[str] = [name, library]
             for net in nets:
                 own = [r for r in here if (r.net, r.attack, r.library) == (net, name, library)]
-                line += [f"{row.columns[of]:.4f}" for row in own for of in ("optimality", "median")]
+                figures = [row.columns[of] for row in own for of in ("optimality", "median")]
+                line += ["none" if figure is None else f"{figure:.4f}" for figure in figures]
                 line += [""] * (0 if own else 2)
             cells.append(line)
         lines += [f"## {norm}, {budget:,} passes", "", *tables.markdown(headings, cells), ""]

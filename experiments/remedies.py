@@ -128,6 +128,8 @@ class Settings(train_and_score.Settings):
 def run(settings: Settings, console: Console) -> tuple[list[TableRow], list[AttackRow]]:
     """Train, attack and score; return the rows of the table, and those of AutoAttack."""
     task = tasks.mnist(settings, "lenet", Method((500,), settings.epochs, 0.05))
+    if not settings.holdout:  # raise its error before any training
+        parallel.mesh(settings, min(settings.n_autoattack, len(task.test.y)))
     task = task._replace(experiment="remedies", names=WAYS)
     rows, _ = train_and_score.run(settings, task, console)
     rows = with_ratios(settings, task, rows)

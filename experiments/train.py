@@ -435,10 +435,11 @@ def initialised(
             "norm write the loop yourself, the documentation shows how"
         )
     logits = jax.eval_shape(models.function(net), params, x)
-    if logits.shape != (1, len(classes)):
+    shape = getattr(logits, "shape", type(logits).__name__)  # of a tuple
+    if shape != (1, len(classes)):
         raise options.UsageError(
             f"expected logits of shape (1, {len(classes)}) for an image, one for each "
-            f"class, got {logits.shape} from {settings.net}; use the number of classes it is given"
+            f"class, got {shape} from {settings.net}; use the number of classes it is given"
         )
     return net, params
 

@@ -76,6 +76,12 @@ def test_the_most_robust_net_comes_first_and_flags_are_listed():
     assert "- normal: no reason for doubt was found" in attack_tables.ranked(checked)
 
 
+def test_a_net_without_autoattack_comes_last_with_the_figures_it_has():
+    lines = attack_tables.ranked([row("mnist_mlp/lwa_rep", "pgd-100x10", 0.99), *ROWS])
+    nets = [line for line in lines if line.startswith("| ") and "Net" not in line]
+    assert nets[2] == "| LWA_Rep | 7x5 | 100 | 0.9900 |  | 0.9900 |  |  |  |  |  |"
+
+
 def test_the_published_ensemble_and_ours_are_compared():
     def fields(seed, robust, seconds, attack="apgd-t", eps=1.5):
         columns = {"clean": 1.0, "robust": robust}

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from experiments import board
-from experiments.lib import data, models, problems, records, weights
+from experiments.lib import attack_tables, data, models, problems, records, weights
 
 
 @pytest.fixture
@@ -40,6 +40,10 @@ def test_a_net_that_records_its_scaling_is_attacked_in_it(settings):
     chosen = dataclasses.replace(settings, methods=("robust_l2", "lwa"), threats=("l2 1.5",))
     rows = board.run(chosen, Console(file=io.StringIO()))
     assert [(row.subtract, row.divide) for row in rows] == [(0, 255), (0, 256)]
+
+
+def test_the_attacks_of_the_board_are_those_of_its_table():
+    assert (*attack_tables.COLUMNS, "check") == board.SHOWN
 
 
 def test_a_record_without_nets_is_an_error(settings):

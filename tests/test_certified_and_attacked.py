@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import jaxadv
 from experiments import certify as command
 from experiments.lib import data, figures, models, options, records, weights
 
@@ -43,6 +44,19 @@ def test_each_way_of_training_has_a_finite_loss_and_gradients(way):
     (loss, _), grad = run(params, None, batch, key=jax.random.key(1), step=jnp.int32(0))
     assert np.isfinite(loss)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grad))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 2}, "--warmup to be at most 2, the number of epochs, got 3"),
+        ({"copies": 1}, "--copies to be at least 2, got 1"),
+    ],
+    ids=["warmup", "copies"],
+)
+def test_settings_that_training_cant_use_are_refused(changes, message):
+    with pytest.raises(options.UsageError, match=message):
+        command.Settings(**changes)
 
 
 @pytest.mark.slow
@@ -84,6 +98,10 @@ def test_both_bounds_are_measured_and_kept(tmp_path, images, monkeypatch):
     (other,) = command.run(stronger, Console(file=io.StringIO()))  # measured, but not trained again
     assert other.settings["attack_steps"] == 3
     assert other.train_seconds == row.train_seconds
+    with monkeypatch.context() as upgraded:  # batches of another version are left behind
+        upgraded.setattr(jaxadv, "__version__", "99.0")
+        (later,) = command.run(stronger, Console(file=io.StringIO()))
+    assert (later.columns, later.versions["jaxadv"]) == (other.columns, "99.0")
     with pytest.raises(options.UsageError, match=r"expected radii below 0\.65"):  # before it trains
         command.run(dataclasses.replace(settings, radii=(1.0,)), Console(file=io.StringIO()))
     held = dataclasses.replace(settings, holdout=10, every=1, seeds=(1,))

@@ -1,5 +1,6 @@
 """`experiments/curve.py`: the accuracy at every size, compared with attacks."""
 
+import dataclasses
 import io
 
 import jax
@@ -67,6 +68,15 @@ def test_images_that_nothing_misleads_have_no_median(ran, tmp_path, monkeypatch)
     assert records.load(tmp_path / "results.json", records.CurveRow) == rows
     assert rows[0].accuracy == {"0.5": 0.5, "1.5": 0.5}
     assert "| 12 | none | 0.5 | 0.5000 |" in "\n".join(curve.as_markdown(rows))
+
+
+def test_without_attacks_the_page_has_only_the_curves_figures(ran):
+    _, (row,) = ran
+    lines = curve.as_markdown([dataclasses.replace(row, attacks={"check": {}})])
+    assert [line for line in lines if line.startswith("| mnist_mlp/normal")] == [
+        f"| mnist_mlp/normal | l2 | 12 | {row.median:.4f} | {eps} | {accuracy:.4f} |  |  |  |"
+        for eps, accuracy in row.accuracy.items()
+    ]
 
 
 def test_rows_of_other_nets_are_kept(ran):

@@ -364,6 +364,21 @@ def test_results_of_other_nets_and_sizes_stay_in_the_record_and_its_tables(folde
     assert text.count(want) == 2
 
 
+def test_results_of_a_nets_earlier_weights_are_removed(folder, tmp_path):
+    def ran(at, attack, **options):
+        path = tmp_path / "net.safetensors"
+        weights.save(path, {"at": jnp.asarray(at)})
+        rows = run(folder, weights=path, attacks=(attack,), name="net", **options)
+        return [(row.method, row.attack) for row in rows]
+
+    run(folder, attacks=("one-step",), name="other")
+    kept = [("other", "one-step"), ("net", "one-step")]
+    assert ran(0.2, "one-step") == kept
+    kept += [("net", "pgd"), ("net, smoothed by noise 0.5", "certify")]
+    assert ran(0.2, "pgd", certify=0.5) == kept
+    assert ran(0.5, "pgd") == [("other", "one-step"), ("net", "pgd")]
+
+
 def test_results_on_different_inputs_are_kept_in_separate_tables(folder):
     run(folder, attacks=("pgd",))
     run(folder, attacks=("pgd",), box=False)
@@ -415,6 +430,8 @@ def test_nets_in_one_folder_have_different_names(folder, tmp_path):
     ]  # fmt: skip
     name = problems._short_name(problems.Settings("run/epoch3.safetensors"))
     assert name == f"{place}/epoch3"
+    name = problems._short_name(problems.Settings("run/lwa/seed_1/params.safetensors"))
+    assert name == "run/lwa/seed_1"
 
 
 # Errors

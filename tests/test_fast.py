@@ -1,5 +1,6 @@
 """`experiments/fast.py` and `evaluate.fast_autoattack`."""
 
+import dataclasses
 import io
 
 import jax
@@ -14,7 +15,7 @@ from experiments.lib import models, records, weights
 
 
 @pytest.mark.slow
-def test_both_ensembles_run_and_their_verdicts_are_stored(tmp_path):
+def test_both_ensembles_run_and_their_verdicts_are_stored(tmp_path, monkeypatch):
     net = models.mlp((7, 5))
     params = models.init(net, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     weights.save(tmp_path / "mnist_mlp" / "normal" / "params.safetensors", params)
@@ -32,6 +33,16 @@ def test_both_ensembles_run_and_their_verdicts_are_stored(tmp_path):
     for left in row.orders.values():
         assert left == sorted(left, reverse=True)
     assert "| mnist_mlp/normal | l2 | distance |" in "\n".join(fast.as_markdown([row]))
+    # What an earlier run measured besides stays.
+    monkeypatch.setattr(fast, "run_published", lambda *_: (3.0, 0.25))
+    monkeypatch.setattr(fast.timing.Quiet, "report", lambda _: {"valid": True})
+    alone = dataclasses.replace(settings, orders=False, published=True)
+    (of_published,) = fast.run(alone, Console(file=io.StringIO()))
+    assert of_published.orders == row.orders
+    records.save(settings.out / "results.json", [dataclasses.replace(of_published, orders=None)])
+    (both,) = fast.run(settings, Console(file=io.StringIO()))
+    assert both.orders == row.orders
+    assert (both.seconds["published"], both.columns["published"]) == (3.0, 0.25)
 
 
 def test_time_that_nested_spans_share_is_counted_once():

@@ -144,9 +144,9 @@ def test_one_command_redraws_all_figures_of_a_record(record, tmp_path, monkeypat
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_worst_images_are_drawn_with_any_class_names(tmp_path, monkeypatch, channels):
     kept = []
-    save = figures._save
+    save = figures.save
     monkeypatch.setattr(
-        figures, "_save", lambda figure, path: kept.append(figure) or save(figure, path)
+        figures, "save", lambda figure, path: kept.append(figure) or save(figure, path)
     )
     x = np.full((2, 3, 5, channels), 0.75, np.float32)
     r = np.full_like(x, -0.25)
@@ -169,7 +169,7 @@ def test_digits_show_what_was_saved(tmp_path):
     images = np.linspace(0, 1, 2 * 784).reshape(2, 28, 28, 1)
     digits = figures.Digits(-images / 2, np.array([1, 2]), np.array([1, 3]))
     path = tmp_path / "digits.json"
-    figures.save_digits(path, images, np.array([1, 2]), {"lwa": digits})
+    figures.save_digits(path, images, np.array([1, 2]), {"lwa": digits}, 1.5)
     content = json.loads(path.read_text())
     figure = figures.plot_digits(content)
     shown = [axis.get_images()[0].get_array() for axis in figure.axes]
@@ -184,13 +184,14 @@ def test_digits_of_several_runs_are_kept_as_long_as_they_are_the_same(tmp_path):
     path, images = tmp_path / "digits.json", np.linspace(0, 1, 784).reshape(1, 28, 28, 1)
     digits = figures.Digits(-images, np.array([1]), np.array([1]))
 
-    def saved(images, name):
-        figures.save_digits(path, images, np.array([1]), {name: digits})
+    def saved(images, name, eps=1.5):
+        figures.save_digits(path, images, np.array([1]), {name: digits}, eps)
         return list(json.loads(path.read_text())["perturbed"])
 
     assert saved(images, "lwa") == ["lwa"]
     assert saved(images, "normal") == ["lwa", "normal"]
-    assert saved(1 - images, "lwa") == ["lwa"]
+    assert saved(images, "lwa", eps=2.0) == ["lwa"]
+    assert saved(1 - images, "normal", eps=2.0) == ["normal"]
 
 
 def test_curves_at_other_sizes_than_the_first_seeds_are_left_out():

@@ -29,6 +29,18 @@ def test_the_envelope_has_optimality_1_and_an_attack_that_finds_nothing_0():
     assert optimality.optimality(nothing, best) == pytest.approx(0)
 
 
+@pytest.mark.parametrize("best", [[0.0, 0.0], [0.0, np.inf]], ids=["all wrong", "none fooled"])
+def test_an_envelope_of_no_size_has_no_optimality(best):
+    assert np.isnan(optimality.optimality(np.array(best), np.array(best)))
+
+
+def test_figures_that_a_row_lacks_are_none_on_the_page():
+    rows = records.load(records.RESULTS / "optimality" / "results.json", records.OptimalityRow)
+    columns = {"optimality": 0.5, "median": None}
+    row = dataclasses.replace(rows[0], columns=columns, budget=600)
+    assert f"| {row.attack} | {row.library} | 0.5000 | none |" in optimality.as_markdown([row])
+
+
 def test_optimality_is_the_area_between_the_curves():
     rng = np.random.default_rng(0)
     best = rng.gamma(2.0, size=50)

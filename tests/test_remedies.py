@@ -39,6 +39,13 @@ def test_settings_that_autoattack_does_not_support_are_refused(changes):
         remedies.Settings(**changes)
 
 
+def test_devices_that_cant_share_the_attacked_images_are_refused_before_training(monkeypatch):
+    monkeypatch.setattr(remedies.train_and_score, "run", pytest.fail)
+    settings = remedies.Settings(devices=4, n_autoattack=50)
+    with pytest.raises(ValueError, match="devices to divide 50"):
+        remedies.run(settings, Console(file=io.StringIO()))
+
+
 def test_with_a_holdout_the_test_images_are_not_attacked(tmp_path, monkeypatch):
     rows = [table_row(method="four", ratio_to_lwa=2.5)]
     monkeypatch.setattr(remedies.train_and_score, "run", lambda *_: (rows, {}))

@@ -161,6 +161,34 @@ def test_the_scored_weights_are_the_stored_ones(tmp_path):
     assert read.accuracy == row.columns["fixed_source"]
 
 
+def test_each_seed_keeps_its_weights_whatever_the_order_of_the_runs(tmp_path):
+    task = task_of({"normal": METHOD})
+    console = Console(file=io.StringIO())
+    made = {}
+    for seeds in ((2,), (1,), (1, 0), (2,)):
+        settings = train_and_score.Settings(
+            out=tmp_path, seed=seeds, batch_size=10, eval_batch=20, pgd_steps=1
+        )
+        for seed in seeds:
+            alone = dataclasses.replace(settings, seed=(seed,), out=tmp_path / "alone")
+            made[seed] = train_and_score.run(alone, task, console)[1]["normal"].params
+        train_and_score.run(settings, task, console)
+    for seed, params in made.items():
+        folder = tmp_path / "normal" / ("" if seed == 0 else f"seed_{seed}")
+        chex.assert_trees_all_equal(weights.load(folder / "params.safetensors"), params)
+
+
+def test_a_row_of_another_fixed_set_is_scored_again(tmp_path):
+    task = task_of({"normal": METHOD})
+    settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20, pgd_steps=1)
+    console = Console(file=io.StringIO())
+    (first,), _ = train_and_score.run(settings, task, console)
+    of_another = {**first.columns, "fixed": 1.0, "fixed_source": 1.0}
+    records.save(tmp_path / "results.json", [dataclasses.replace(first, columns=of_another)])
+    (row,), _ = train_and_score.run(settings, task, console)
+    assert row.columns == first.columns
+
+
 def test_the_description_of_a_net_names_another_precision():
     task = task_of({}, lambda method: mlp(method.widths))
     low = train_and_score.in_precision(task, "bfloat16")

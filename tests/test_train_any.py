@@ -254,6 +254,14 @@ class Thrice(nn.Module):
         return nn.Dense(3)(x.reshape(len(x), -1))
 
 
+class Twofold(Own):
+    """Returns features besides the logits."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(self.classes)(x.reshape(len(x), -1)), x
+
+
 class Widths(nn.Module):
     widths: list
 
@@ -319,6 +327,7 @@ def test_resuming_with_other_images_is_an_error(folder, trained, tmp_path):
             f"{__name__}:Thrice",
             r"logits of shape \(1, 2\) for an image, .* got \(1, 3\) from .*; use",
         ),
+        (f"{__name__}:Twofold", r"logits of shape \(1, 2\) for an image, .* got tuple from"),
         (f"{__name__}:in_a_list", r"a module that can be hashed, got one .*lists .* tuples"),
     ],
 )

@@ -73,20 +73,25 @@ def ranked(rows: Sequence[AttackRow]) -> list[str]:
         here = [row for row in rows if place(row) == key]
         attacked = [row for row in here if isinstance(row, RobustRow)]
         by_n = sorted(attacked, key=lambda row: row.n)  # so that the row with the most images wins
-        best = {row.method: row for row in by_n if row.attack == "standard"}
-        order = sorted(best.values(), key=lambda row: -row.columns["robust"])
+        best = {row.method: row for row in by_n}
+        best |= {row.method: row for row in by_n if row.attack == "standard"}
+        # Nets on which AutoAttack hasn't been run come last.
+        order = sorted(
+            best.values(), key=lambda row: (row.attack != "standard", -row.columns["robust"])
+        )
         cells = []
         for row in order:
             same = row.method, "one-step", row.n
             one = [r for r in attacked if (r.method, r.attack, r.n) == same]
             pgd, full, difference = figures_of(here, row.method, norm, eps)
             low, high = row.interval
+            of_full = [f"**{full}**", f"{low:.3f} to {high:.3f}", difference, f"{row.seconds:,.0f}"]
+            of_full.append(f"{row.passes:,.0f}" if row.passes else "")
             name = row.method.split("/")[1]
             cells.append([
                 NETS.get(name, name), row.network, f"{row.n:,}", f"{row.columns['clean']:.4f}",
-                tables.mean_and_spread(one[:1], "robust"), pgd, f"**{full}**",
-                f"{low:.3f} to {high:.3f}", difference, f"{row.seconds:,.0f}",
-                f"{row.passes:,.0f}" if row.passes else "",
+                tables.mean_and_spread(one[:1], "robust"), pgd,
+                *(of_full if row.attack == "standard" else [""] * len(of_full)),
             ])  # fmt: skip
         headings = (
             "Net", "Layers", "Images", "Clean", "One step", "PGD-100x10", "AutoAttack", "95 %",

@@ -38,6 +38,8 @@ Name = AttackName | Literal["certify"]
 """What to run: an attack, or certification of the smoothed classifier."""
 CERTIFY: dict[str, Any] = {"alpha": 0.001, "n0": 100, "stages": [*certify.STAGES]}
 """How smoothed classifiers are certified."""
+_SMOOTHED = ", smoothed by noise "
+"""What follows a net's name in that of its smoothing."""
 _POINTS = 200
 """Number of sizes at which a curve is recorded."""
 
@@ -66,6 +68,8 @@ class Settings(problems.Settings, parallel.Devices):
 def run(settings: Settings, console: Console) -> list[AttackRow]:
     """Run the chosen attacks; return the rows of this and of earlier runs.
 
+    Rows of the same name with other weights are removed.
+
     Raises:
       ValueError: as `problems.load`.
       UsageError: if the devices don't divide the images evenly, or the sizes can't be certified.
@@ -91,14 +95,28 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
             }
             if name == "certify":
                 identity |= {
-                    "method": f"{identity['method']}, smoothed by noise {settings.certify:g}",
+                    "method": f"{identity['method']}{_SMOOTHED}{settings.certify:g}",
                     "sigma": settings.certify,
                     "radii": list(settings.eps),
                     **CERTIFY,
                 }
             make = partial(_row, settings, problem, name, eps, identity, mesh, progress)
             records.find_or_run(results, AttackRow, identity, make, place=PLACE)
-    return records.load(results, AttackRow)
+    rows = records.load(results, AttackRow)
+    current = [row for row in rows if not _of_other_weights(row, problem.identity)]
+    if len(current) < len(rows) and parallel.first_process():
+        records.save(results, current)
+        console.print(
+            f"Removed {len(rows) - len(current)} rows of {problem.identity['method']} with other "
+            f"weights from {results}."
+        )
+    return current
+
+
+def _of_other_weights(row: AttackRow, identity: Mapping[str, Any]) -> bool:
+    """Return whether a row has the name of a net, smoothed or not, but not its weights."""
+    name = row.method.partition(_SMOOTHED)[0]
+    return name == identity["method"] and row.weights != identity["weights"]
 
 
 def _row(

@@ -70,11 +70,11 @@ def draw(folder: Path) -> list[Path]:
         figures["certify.png"] = plot_sandwich(records.load(results, CertifyRow))
     elif content[0].get("experiment") == "logistic":
         figures["appendix_a.png"] = plot_appendix_a(records.load(results, PropositionRow))
-    written = [_save(figure, folder / name) for name, figure in figures.items()]
+    written = [save(figure, folder / name) for name, figure in figures.items()]
     digits = folder / "digits.json"
     if digits.exists():
         figure = plot_digits(json.loads(digits.read_text()))
-        written.append(_save(figure, folder / "adversarial_digits.png"))
+        written.append(save(figure, folder / "adversarial_digits.png"))
     return written
 
 
@@ -117,7 +117,7 @@ def draw_history(folder: Path, history: Sequence[Mapping[str, float]], scored: s
         _line(panels[1], epochs, np.array([entry[column] for entry in history]), index, label)
     _dress(panels[0], title="loss", xlabel="epoch")
     _dress(panels[1], legend=True, title="accuracy", xlabel="epoch", ylim=(0, 1))
-    return _save(figure, folder / "history.png")
+    return save(figure, folder / "history.png")
 
 
 def plot_curves(rows: Sequence[TableRow]) -> Any:
@@ -294,7 +294,7 @@ def draw_worst(
         titles = _short(label), f"size {size[i]:.3g}", _short(answer)
         for panel, title in zip(axes[:, i], titles, strict=True):
             panel.set_title(title, fontsize=8, parse_math=False)  # a class may be called $x$
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _short(name: str) -> str:
@@ -388,17 +388,17 @@ class Digits(NamedTuple):
 
 
 def save_digits(
-    path: Path, images: ArrayLike, labels: ArrayLike, perturbed: Mapping[str, Digits]
+    path: Path, images: ArrayLike, labels: ArrayLike, perturbed: Mapping[str, Digits], eps: float
 ) -> None:
     """Write images and each method's perturbations of them, with pixels in thousandths.
 
-    Perturbations of the same images by other methods stay in the file.
+    Perturbations of the same images and size by other methods stay in the file.
     """
 
     def thousandths(pixels: Any) -> Any:
         return np.rint(1000 * np.asarray(pixels)).astype(int).tolist()
 
-    shown = {"images": thousandths(images), "labels": np.asarray(labels).tolist()}
+    shown = {"images": thousandths(images), "labels": np.asarray(labels).tolist(), "eps": eps}
     new = {
         name: {
             "r": thousandths(digits.r),
@@ -508,7 +508,7 @@ def _dress(panel: Axes, *, legend: bool = False, **labels: Any) -> None:
         panel.legend(frameon=False, fontsize=8)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     """Write a figure in 256 colours, which takes a third of the space."""
     with io.BytesIO() as full:
         figure.savefig(full, dpi=140, format="png")

@@ -318,7 +318,9 @@ def _short_name(settings: Settings) -> str:
     """Return a net's default name: its function, and the folder of its weights."""
 
     def place(path: Path) -> str:
-        *_, group, folder, name = "", *path.resolve().with_suffix("").parts
+        *_, table, group, folder, name = "", "", *path.resolve().with_suffix("").parts
+        if folder.startswith("seed_"):
+            group = f"{table}/{group}"
         return f"{group}/{folder}" + ("" if name == "params" else f"/{name}")
 
     if ":" not in settings.net:

@@ -356,6 +356,7 @@ class CurveRow(Row):
       attacks: robust accuracy under other attacks, by attack and size.
       by: on how many images each attack found the smallest perturbation.
       passes: passes per image, by kind.
+      seconds: duration in the session that wrote the row; batches kept from others take none.
     """
 
     method: str
@@ -390,7 +391,8 @@ class OptimalityRow(Row):
       data: the images' source.
       budget: most forward plus backward passes that it may take per image.
       pool: the attacks whose envelope optimality is measured against.
-      columns: `optimality` and `median` size.
+      columns: `optimality`, None if no image is classified correctly or none was fooled by any
+        attack, and `median` size, None if this one fails on half the images.
       passes: passes per image, by kind.
     """
 

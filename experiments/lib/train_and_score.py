@@ -44,7 +44,7 @@ from experiments.lib.records import TableRow
 from jaxadv import attack, evaluate, objectives, perturb
 from jaxadv.train import TrainState, make_epoch
 from jaxadv.train import init as start
-from jaxadv.types import ApplyFn, Bounds, Objective, Params, PerturbFn
+from jaxadv.types import ApplyFn, Objective, Params, PerturbFn
 
 # The settings that determine how nets are scored.
 _SCORING = ("n_eval", "n_pgd", "pgd_steps", "fixed_seed")
@@ -96,8 +96,8 @@ class Settings(parallel.Settings, recipes.Optimiser):
             recipes.check(name, method, lr_warmup=self.lr_warmup)
 
     def nets(self) -> Mapping[str, Method]:
-        """Return how to train each net of the table, by name."""
-        return {}
+        """Return how to train each net of the table, by name: the fields that `methods` names."""
+        return {name: getattr(self, name) for name in getattr(self, "methods", ())}
 
 
 S = TypeVar("S", bound=Settings)
@@ -150,7 +150,6 @@ class Task(NamedTuple):
       interface: meaning of the nets' inputs and logits, saved with their weights.
       augment: `(key, x) -> x`, from a batch of training images to the net's inputs.
       groups: labels of a method in each question that it belongs to, if there are any.
-      box: the range of pixels, scaled.
       stored: dtype that weights are rounded to before scoring, and saved as.
       mesh: the devices that batches are spread over; None for one.
     """
@@ -167,7 +166,6 @@ class Task(NamedTuple):
     interface: data.Interface
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     groups: Callable[[str], dict[str, str] | None] = lambda name: None
-    box: Bounds = (0.0, 1.0)
     stored: DTypeLike = jnp.float32
     mesh: Mesh | None = None
 
@@ -191,7 +189,7 @@ class Training(NamedTuple):
 def prepare(method: Method, settings: Settings, task: Task) -> Training:
     """Return the arguments of a net's training."""
     epoch_steps = len(task.train.y) // settings.batch_size
-    objective = recipes.make_objective(task.make_net(method), method, epoch_steps, task.box)
+    objective = recipes.make_objective(task.make_net(method), method, epoch_steps)
     if isinstance(method, recipes.Robust) and method.shift:
         objective = recipes.augmented(objective, recipes.shifted(method.shift))
     if task.augment:
@@ -516,7 +514,8 @@ def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow
                     **records.made_by(),
                 }
                 row = records.find(known, identity)
-                if row is None:
+                # Figures on another Fixed set, told apart by this accuracy, are for another column.
+                if row is None or row.columns["fixed_source"] != fixed[eps].accuracy:
                     total = 1 if found else 7
                     bar = progress.add_task(f"{title}: attacks", total=total, note="")
                     tick = partial(progress.advance, bar)
@@ -541,7 +540,10 @@ def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow
                     records.save(results, rows + _others(known, rows))
             if parallel.first_process():
                 path = weights_path(settings, name, seed)
-                weights.save(path, net.params, task.stored, interface=task.interface)
+                _make_way(path, seed, [row for row in known if row.method == name])
+                weights.save(
+                    path, net.params, task.stored, interface=task.interface, made={"seed": seed}
+                )
     return rows, nets
 
 
@@ -551,6 +553,23 @@ def weights_path(settings: Settings, method: str, seed: int) -> Path:
     least = min(*settings.seed, *(row.seed for row in rows if row.method == method), seed)
     folder = settings.out / method / ("" if seed == least else f"seed_{seed}")
     return folder / "params.safetensors"
+
+
+def _make_way(path: Path, seed: int, known: Sequence[TableRow]) -> None:
+    """Move the weights of another seed from the folder of a method's least seed to their own.
+
+    Args:
+      path: where the weights of a seed will be written.
+      seed: the seed.
+      known: the method's rows of earlier runs.
+    """
+    # Older files don't record their seed.
+    least = min((row.seed for row in known), default=seed)
+    there = (weights.made(path) or {"seed": least})["seed"]
+    own = path.parent / f"seed_{there}" / path.name
+    if path.exists() and there != seed and path.parent.name != f"seed_{seed}":
+        own.parent.mkdir(exist_ok=True)
+        path.replace(own)
 
 
 def _check_splits(task: Task) -> None:
