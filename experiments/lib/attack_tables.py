@@ -22,7 +22,7 @@ NETS: dict[str, str] = NAMES | {
     "robust_l2": "multi-step, for l2 size 1.5",
     "robust_linf": "multi-step, for linf size 0.3",
 }
-"""The nets of the board: those of the paper's tables, and two by `train.py`."""
+"""The nets of the board: those of the paper's tables, and three by `train.py`."""
 
 
 def figures_of(rows: Sequence[AttackRow], method: str, norm: str, eps: float) -> list[str]:
