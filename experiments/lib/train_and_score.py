@@ -541,9 +541,7 @@ def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow
             if parallel.first_process():
                 path = weights_path(settings, name, seed)
                 _make_way(path, seed, [row for row in known if row.method == name])
-                weights.save(
-                    path, net.params, task.stored, interface=task.interface, made={"seed": seed}
-                )
+                weights.save(path, net.params, task.stored, interface=task.interface)
     return rows, nets
 
 
@@ -563,13 +561,12 @@ def _make_way(path: Path, seed: int, known: Sequence[TableRow]) -> None:
       seed: the seed.
       known: the method's rows of earlier runs.
     """
-    # Older files don't record their seed.
-    least = min((row.seed for row in known), default=seed)
-    there = (weights.made(path) or {"seed": least})["seed"]
-    own = path.parent / f"seed_{there}" / path.name
-    if path.exists() and there != seed and path.parent.name != f"seed_{seed}":
-        own.parent.mkdir(exist_ok=True)
-        path.replace(own)
+    folder = path.parent
+    others = (row.seed for row in known if not (folder / f"seed_{row.seed}").exists())
+    there = min(others, default=seed)
+    if path.exists() and there != seed and folder.name != f"seed_{seed}":
+        (folder / f"seed_{there}").mkdir()
+        path.replace(folder / f"seed_{there}" / path.name)
 
 
 def _check_splits(task: Task) -> None:
