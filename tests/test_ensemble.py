@@ -188,7 +188,7 @@ def test_sizes_and_keys_stay_with_their_examples_and_each_attack_has_its_own_key
 
 def test_an_empty_dict_of_attacks_and_a_missing_key_raise():
     x, y = problem()
-    with pytest.raises(ValueError, match=r"at least one attack, got none; pass None for Auto"):
+    with pytest.raises(ValueError, match=r"at least one attack, got none; pass None for AutoAtt"):
         evaluate.attack_and_score(net, 1.0, x, y, {}, eps=1.0)
     with pytest.raises(ValueError, match="expected a key"):
         evaluate.attack_and_score(net, 1.0, x, y, eps=1.0, norm="l1")

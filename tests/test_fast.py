@@ -36,8 +36,8 @@ def test_both_ensembles_run_and_their_verdicts_are_stored(tmp_path, monkeypatch)
     # What an earlier run measured besides stays.
     monkeypatch.setattr(fast, "run_published", lambda *_: (3.0, 0.25))
     monkeypatch.setattr(fast.timing.Quiet, "report", lambda _: {"valid": True})
-    alone = dataclasses.replace(settings, orders=False, published=True)
-    (of_published,) = fast.run(alone, Console(file=io.StringIO()))
+    only_published = dataclasses.replace(settings, orders=False, published=True)
+    (of_published,) = fast.run(only_published, Console(file=io.StringIO()))
     assert of_published.orders == row.orders
     records.save(settings.out / "results.json", [dataclasses.replace(of_published, orders=None)])
     (both,) = fast.run(settings, Console(file=io.StringIO()))

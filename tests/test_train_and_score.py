@@ -170,8 +170,8 @@ def test_each_seed_keeps_its_weights_whatever_the_order_of_the_runs(tmp_path):
             out=tmp_path, seed=seeds, batch_size=10, eval_batch=20, pgd_steps=1
         )
         for seed in seeds:
-            alone = dataclasses.replace(settings, seed=(seed,), out=tmp_path / "alone")
-            made[seed] = train_and_score.run(alone, task, console)[1]["normal"].params
+            one = dataclasses.replace(settings, seed=(seed,), out=tmp_path / "one by one")
+            made[seed] = train_and_score.run(one, task, console)[1]["normal"].params
         train_and_score.run(settings, task, console)
     for seed, params in made.items():
         folder = tmp_path / "normal" / ("" if seed == 0 else f"seed_{seed}")

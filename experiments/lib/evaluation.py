@@ -39,7 +39,7 @@ Name = AttackName | Literal["certify"]
 CERTIFY: dict[str, Any] = {"alpha": 0.001, "n0": 100, "stages": [*certify.STAGES]}
 """How smoothed classifiers are certified."""
 _SMOOTHED = ", smoothed by noise "
-"""What follows a net's name in that of its smoothing."""
+"""What stands between a net's name and its noise where the net is smoothed."""
 _POINTS = 200
 """Number of sizes at which a curve is recorded."""
 
