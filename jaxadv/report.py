@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jaxadv
-from jaxadv import certify, closures, evaluate, host, inputs, meshes
+from jaxadv import certify, closures, evaluate, host, inputs, meshes, perturb
 from jaxadv.evaluate import Outcome, Passes, Progress, Result, _batches, _budget, _check
 from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
@@ -284,7 +284,7 @@ def cost(
     twice = [*checks.values(), checks["pgd"]]  # PGD runs again, without a box
     return Cost(
         # One step; then a look at x before the attacks, and x and x + r to score each of two r.
-        one_step=part(n, Passes(1, 1), Passes(5, 0)),
+        one_step=part(n, most(perturb.loss), Passes(5, 0)),
         attacks={name: part(n, most(method), Passes(1, 0)) for name, method in attacks.items()},
         # The last passes score each r, and check outputs and gradients.
         check=part(len(_looked_at(x)), *map(most, twice), Passes(21, 6)),

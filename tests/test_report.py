@@ -359,7 +359,7 @@ def test_seconds_are_computed_from_passes_timed_on_a_batch(monkeypatch):
     w, x, *_ = problem()
     found = report.cost(net, w, x, ATTACKS, sigma=SIGMA, draws=DRAWS, batch_size=20)
     assert found.attacks["pgd"] == (N, (8, 5), N * (8 * 0.1 + 5 * 0.2))
-    assert found.one_step == (N, (6, 1), N * (6 * 0.1 + 0.2))
+    assert found.one_step == (N, (6, 2), N * (6 * 0.1 + 2 * 0.2))
     assert found.certify == (N, (4100, 0), N * 410.0)
     parts = [found.one_step, *found.attacks.values(), found.check, found.certify]
     assert found.seconds == sum(part.seconds for part in parts)
