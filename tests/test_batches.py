@@ -60,7 +60,8 @@ def single(**kwargs):
 
 
 def distances(batch_size=8, **kwargs):
-    attacks = {"ddn": functools.partial(attack.ddn, steps=9), "fmn": attack.fmn}
+    # Over many steps, FMN amplifies rounding error, which depends on the size of batches.
+    attacks = {name: functools.partial(getattr(attack, name), steps=9) for name in ("ddn", "fmn")}
     return evaluate.distances(net, *problem(), attacks=attacks, batch_size=batch_size, **kwargs)
 
 
@@ -107,7 +108,7 @@ def test_batches_stored_at_one_batch_size_serve_another(run, tmp_path):
         run(store=tmp_path, progress=stop_after(3))
     before = {path: path.read_bytes() for path in tmp_path.glob("*.npz")}
     found = run(store=tmp_path, batch_size=5)
-    chex.assert_trees_all_close(found.r, whole.r, atol=1e-6)
+    chex.assert_trees_all_close(found.r, whole.r, rtol=0, atol=3e-6)  # 4e-7 were seen
     assert len(before) == 3
     assert before == {path: path.read_bytes() for path in before}
 
