@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tyro
 from rich.console import Console
 
 from experiments import board
@@ -44,6 +45,8 @@ def test_a_net_that_records_its_scaling_is_attacked_in_it(settings):
 
 def test_the_attacks_of_the_board_are_those_of_its_table():
     assert (*attack_tables.COLUMNS, "check") == board.SHOWN
+    with pytest.raises(SystemExit):
+        tyro.cli(board.Settings, args=["mnist_mlp", "--attacks", "apgd-t"])
 
 
 def test_a_record_without_nets_is_an_error(settings):

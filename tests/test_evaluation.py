@@ -16,7 +16,16 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.lib import attacks, data, evaluation, models, options, problems, weights
+from experiments.lib import (
+    attacks,
+    data,
+    evaluation,
+    models,
+    options,
+    problems,
+    records,
+    weights,
+)
 from jaxadv import certify
 
 RECORD = Path(__file__).resolve().parents[1] / "experiments" / "results" / "mnist_mlp"
@@ -369,6 +378,7 @@ def test_results_of_a_nets_earlier_weights_are_removed(folder, tmp_path):
         path = tmp_path / "net.safetensors"
         weights.save(path, {"at": jnp.asarray(at)})
         rows = run(folder, weights=path, attacks=(attack,), name="net", **options)
+        assert records.load(Path("out/results.json"), records.AttackRow) == rows
         return [(row.method, row.attack) for row in rows]
 
     run(folder, attacks=("one-step",), name="other")

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import references
+from nets import linear
 from references import DUAL_ORDER, NORMS, ORDER, lengths
 
 from jaxadv import attack, losses
@@ -29,11 +30,6 @@ every_norm = pytest.mark.parametrize("norm", NORMS)
 def net(params, x):
     w, v, b = params
     return jnp.tanh(x @ w) @ v + b[None]
-
-
-def linear(params, x):
-    w, b = params
-    return x @ w + b[None]
 
 
 def problem(seed=0):
@@ -225,6 +221,14 @@ def test_the_last_point_is_steps_away_from_the_projected_start(norm, steps):
     )  # fmt: skip
     # Each step rounds entries of up to 3 a few times.
     np.testing.assert_allclose(r, want, atol=2e-6)
+
+
+def test_a_start_may_be_finer_than_the_examples():
+    params, x, y = problem()
+    x = jnp.asarray(x, jnp.bfloat16)
+    r = pgd(net, params, x, y, eps=0.5, steps=2, start=START, keep="last")
+    assert r.dtype == jnp.bfloat16
+    assert np.isfinite(r.astype(np.float32)).all()
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
