@@ -99,7 +99,7 @@ class Settings(recipes.Optimiser):
     """Steps of their attack."""
     warmup: Whole = 3
     """Epochs over which the size of the perturbations rises from 0."""
-    widths: Several[Count] = (500,)
+    widths: tuple[Count, ...] = (500,)
     """Sizes of the hidden dense layers."""
     epochs: Count = 26
     """Passes over the training images."""
@@ -294,7 +294,7 @@ def measure(
         radius=found.radius, sizes=np.array(settings.radii), broken=broken,
     )  # fmt: skip
     return CertifyRow(
-        experiment="certify", network="conv20-conv50-" + "x".join(map(str, settings.widths)),
+        experiment="certify", network=models.describe(models.lenet(settings.widths)),
         method=way, sigma=sigma, alpha=alpha, n=len(y), samples=int(found.samples.sum()),
         seed=seed, columns=columns,
         curve={"eps": eps.tolist(), "certified": [certified_at(size) for size in eps]},

@@ -385,13 +385,14 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
             save_history(settings.out, fitted.history, scored(settings))
         seen = evaluate.score(apply_fn, params, *watched, batch_size=100)
         advice = untaught(evaluate.accuracy(seen.clean), y, settings)
+        where = Path(settings.data)
         if advice:
             console.print(advice, style="bold")
         identity = {
             "method": f"{settings.net}, {settings.method}",
             "network": settings.net,
             "weights": problems.digest(params),
-            "data": Path(settings.data).resolve().name,
+            "data": where.resolve().name if data.is_folder(settings.data) else settings.data,
             "subtract": interface.subtract,
             "divide": interface.divide,
             "crop": None,

@@ -472,7 +472,7 @@ class _Draws(NamedTuple):
         sigma = _checked_sigma(sigma)
         _batches.check_progress(progress)
         x, y = host.arrays(
-            f"certify.{name}", x, np.zeros(np.shape(x)[:1], int) if y is None else y, params
+            f"certify.{name}", x, np.zeros(np.shape(x)[:1], int) if y is None else y, (params, key)
         )
         shape = host.one_batch(x, batch_size)
         apply_fn = closures.keyed(apply_fn, params, shape)

@@ -59,6 +59,10 @@ def test_settings_that_training_cant_use_are_refused(changes, message):
         command.Settings(**changes)
 
 
+def test_hidden_layers_may_be_equal():
+    assert command.Settings(widths=(500, 500)).widths == (500, 500)
+
+
 @pytest.mark.slow
 def test_both_bounds_are_measured_and_kept(tmp_path, images, monkeypatch):
     # As if interrupted at the end: finished batches are left, and must not stop other settings.

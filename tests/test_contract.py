@@ -622,7 +622,7 @@ def test_invalid_arguments_raise_before_the_net_is_called(name):
         if name in ("vat", "pgd_kl") and wrong.get("y", y) is None:  # which need no labels
             continue
         # Where the loss checks the labels, it is called after the net.
-        apply_fn = net if name == "pgd_kl" or (name in ("pgd", "apgd") and "y" in wrong) else None
+        apply_fn = net if name in ("pgd", "apgd") and "y" in wrong else None
         kwargs = {"x": x, "y": y, "eps": eps, "key": key} | wrong
         with pytest.raises(error, match=match):
             METHODS[FUNCTIONS[name]].func(

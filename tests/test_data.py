@@ -624,6 +624,14 @@ def test_an_unknown_name_of_data_is_an_error_that_lists_the_choices(name):
         data.named(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("mnist", False), ("cifar10", False), ("tfds:emnist/letters", False), ("my/images", True)],
+)
+def test_a_name_of_data_is_a_folder_unless_it_names_a_data_set(name, is_one):
+    assert data.is_folder(name) == is_one
+
+
 def test_links_to_classes_and_images_are_followed(place):
     (place / "train").rename(place / "elsewhere")
     (place / "train").mkdir()

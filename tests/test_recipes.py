@@ -241,6 +241,18 @@ def test_noise_stride_and_reach_set_start_length_and_end_of_the_step(noise, stri
     assert (size > reach * 0.7).all() == (reach == 1)
 
 
+def test_random_starts_take_a_key_for_each_example():
+    params, x, y = problem()
+    r, same = (
+        recipes.few_steps(
+            function(NET), params, x, y, eps=jnp.float32(0.7), noise=1.0, stride=1.0, reach=1.0,
+            key=key, bounds=(-9.0, 9.0),
+        )
+        for key in (KEY, jax.random.split(KEY, 12))
+    )  # fmt: skip
+    np.testing.assert_array_equal(r, same)
+
+
 def test_the_step_stays_in_the_box():
     params, x, y = problem()
     r = recipes.few_steps(

@@ -149,11 +149,14 @@ def named(name: str, *, resize: int | None = None) -> Dataset:
     return image_folder(name, resize=resize)
 
 
+def is_folder(name: str) -> bool:
+    """Return whether `named` takes this name for a folder's."""
+    return name not in ("mnist", "cifar10") and not name.startswith("tfds:")
+
+
 def held_out(name: str) -> str:
     """Return a note if `named` holds test images out of a folder's own; "" if it doesn't."""
-    if name in ("mnist", "cifar10") or name.startswith("tfds:"):
-        return ""
-    if folders.unsplit(Path(name)) is None:
+    if not is_folder(name) or folders.unsplit(Path(name)) is None:
         return ""
     return "there is no folder test, so every fifth image of each class is held out for testing"
 

@@ -164,7 +164,7 @@ def load(settings: Settings) -> Problem:
     number = {i: taken.classes.index(name) for i, name in enumerate(images.classes)}
     y = np.array([number.get(label, -1) for label in images.test_labels[chosen].tolist()], np.int32)
     bounds = taken.box if settings.box else None
-    folder = settings.data not in _USUAL and not settings.data.startswith("tfds:")
+    folder = data.is_folder(settings.data)
     identity: dict[str, Any] = {
         "experiment": "evaluate",
         "method": settings.name or _short_name(settings),

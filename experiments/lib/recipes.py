@@ -306,7 +306,7 @@ def few_steps(
 ) -> jax.Array:
     """Take steps of a one-step method, from a random point or from `start`.
 
-    `OneStep` explains noise, stride and reach; `norm` is the ball's norm.
+    `OneStep` explains noise, stride and reach. `norm` is the ball's; `step` has its own.
     """
 
     def within(r: jax.Array) -> jax.Array:
@@ -315,7 +315,7 @@ def few_steps(
     if start is not None:
         r = within(start)
     elif noise:
-        r = within(norms.sample(jax.random.split(key, len(x)), x, noise * eps, norm))
+        r = within(norms.sample(key, x, noise * eps, norm))
     else:  # drawing from a ball of radius 0 would take a sixth of an MLP's step
         r = jnp.zeros_like(x)
     for _ in range(steps):
@@ -342,13 +342,8 @@ def renewed(objective: Objective, method: FewSteps, epoch_steps: int) -> Objecti
         x, y, r = batch
         start_key, key = jax.random.split(key)
         size = radius(step) if callable(radius) else radius
-
-        def new() -> jax.Array:
-            keys = jax.random.split(start_key, len(x))
-            return norms.sample(keys, r, size, "l2")
-
         first = step // epoch_steps % method.memory == 0
-        r = jax.lax.cond(first, new, lambda: r)
+        r = jax.lax.cond(first, lambda: norms.sample(start_key, r, size, "l2"), lambda: r)
         return objective(params, model_state, (x, y, r), key=key, step=step)
 
     return renew
@@ -370,7 +365,7 @@ def aligned(
         x, y, *_ = batch
         start_key, key = jax.random.split(key)
         size = eps(step) if callable(eps) else eps
-        r = norms.sample(jax.random.split(start_key, len(x)), x, size, "l2")
+        r = norms.sample(start_key, x, size, "l2")
 
         @jax.grad
         def gradient(x: jax.Array) -> jax.Array:  # a positive multiple of cross-entropy's

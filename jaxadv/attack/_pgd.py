@@ -138,8 +138,9 @@ def pgd(
     if start is not None:
         start = jnp.asarray(inputs.perturbation(start, problem.x, "start", rounded=True))
     size = _step_size(step_size, problem, steps)
+    problem = problem.keyed()
     answer = _run(
-        problem.keyed(), size, start, steps=steps, random_start=random_start, restarts=restarts,
+        problem, size, start, steps=steps, random_start=random_start, restarts=restarts,
         keep=keep,
     )  # fmt: skip
     return Found(problem, *answer)
@@ -204,19 +205,18 @@ def pgd_kl(
       Miyato et al., "Distributional Smoothing with Virtual Adversarial Training", 2015.
     """
     inputs.at_least(1, "steps", steps, "perturb.vat takes one step")
-    x = inputs.examples(x)
-    if y is not None:
-        inputs.labels(y, x.shape[0])
-    keys = inputs.keys(key, x.shape[0], "attack.pgd_kl")
-    logits = inputs.apply(apply_fn, params, x)
-    own = jax.nn.log_softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
     problem = Problem.of(
-        apply_fn, params, x, own, norm=norm, eps=eps, bounds=bounds, loss_fn=_divergence,
-        any_labels=True, key=keys, drawn_by="attack.pgd_kl",
+        apply_fn, params, x, None, norm=norm, eps=eps, bounds=bounds, loss_fn=_divergence,
+        any_labels=True, key=key, drawn_by="attack.pgd_kl",
     )  # fmt: skip
+    if y is not None:
+        inputs.labels(y, problem.x.shape[0])
     size = _step_size(step_size, problem, steps)
+    logits = inputs.apply(apply_fn, params, problem.x)
+    own = jax.nn.log_softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
+    problem = replace(problem, y=own).keyed()
     r, forward, backward = _run(
-        problem.keyed(), size, None, steps=steps, random_start=True, restarts=1, keep="best"
+        problem, size, None, steps=steps, random_start=True, restarts=1, keep="best"
     )
     return Found(problem, r, forward + 1, backward)
 
