@@ -27,8 +27,7 @@ import numpy as np
 from jaxadv import host, inputs
 from jaxadv.types import Params
 
-__all__ = ["digest", "hashable", "keyed", "method", "pair"]
-
+__all__ = ["digest", "hashable", "keyed", "method", "preset", "source_net", "without_bounds"]
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # that jit accepts
 
@@ -93,30 +92,37 @@ def without_bounds(name: str, perturb_fn: Any) -> None:
     Raises:
       TypeError: if it has.
     """
-    try:
-        parameters = inspect.signature(perturb_fn).parameters
-    except ValueError:  # of a built-in function
-        return
-    own = parameters["bounds"].default if "bounds" in parameters else None
-    if own is not None and own is not inspect.Parameter.empty:
+    own = preset(perturb_fn, "bounds")
+    if own is not None:
         raise TypeError(
             f"expected {name} without bounds of its own, got bounds={own}; leave them out, and "
             "pass them to the evaluation or the objective, which gives them to its attacks"
         )
 
 
-def pair(source: Any) -> tuple[Any, Params]:
-    """Check that a source of perturbations is a net with its parameters.
+def preset(function: Any, name: str) -> Any:
+    """Return what an argument is set to, by `partial` or by default; None if it isn't."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # of a built-in function
+        return None
+    own = parameters[name].default if name in parameters else None
+    return None if own is inspect.Parameter.empty else own
+
+
+def source_net(source: Any, x: Any) -> tuple[Any, Params]:
+    """Check that a source of perturbations is a net with its parameters; return it `keyed`.
 
     Raises:
-      TypeError: if it isn't a pair.
+      TypeError: if it isn't a pair, or as `keyed`.
     """
     if not isinstance(source, tuple | list) or len(source) != 2:
         raise TypeError(
             f"expected source=(apply_fn, params), got {type(source).__name__}; pass another net "
             "with its parameters, or None for the attacked net itself"
         )
-    return source[0], source[1]
+    apply_fn, params = source
+    return keyed(apply_fn, params, x), params
 
 
 def keyed(apply_fn: Any, params: Params, x: Any, *, draws: bool | None = None) -> Any:

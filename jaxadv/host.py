@@ -26,8 +26,8 @@ from jaxadv.types import Bounds, Eps
 __all__ = [
     "Spread",
     "arrays",
-    "checked",
     "fetch",
+    "in_bounds",
     "one_batch",
     "outside",
     "over_batches",
@@ -106,8 +106,8 @@ def arrays(name: str, x: Any, y: Any, others: Any) -> tuple[Any, Any]:
     return x, inputs.as_classes(y)
 
 
-def checked(bounds: Bounds | None, x: Any) -> Bounds | None:
-    """Check bounds, and that the data set lies within them; return the bounds.
+def in_bounds(bounds: Bounds | None, x: Any) -> None:
+    """Check bounds, and that the data set lies within them.
 
     Raises:
       ValueError: if they aren't a pair of the right shape and order, or if x exceeds them by more
@@ -119,7 +119,6 @@ def checked(bounds: Bounds | None, x: Any) -> Bounds | None:
             f"expected x within bounds, got {stray}; scale the examples, and give eps in the same "
             "units, or pass their actual bounds"
         )
-    return bounds
 
 
 def outside(bounds: Bounds, x: Any) -> str:

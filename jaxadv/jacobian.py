@@ -239,12 +239,12 @@ def class_pullback(
     y = jnp.clip(y, 0, logits.shape[1] - 1)
     # Rows without an attackable class get dummy logits, so that their (discarded) derivatives are
     # finite: 0 * inf would be NaN.
-    posed = inputs.attackable(logits, y)[:, None]
+    attackable = inputs.attackable(logits, y)[:, None]
     small = headroom(logits)
 
     def rows_of(classes: jax.Array, masked: jax.Array | None = None) -> Rows:
         left = logits if masked is None else jnp.where(masked, -jnp.inf, logits)
-        rows, log_scale, log_gap = _softmax_rows(jnp.where(posed, left, 0), y, classes)
+        rows, log_scale, log_gap = _softmax_rows(jnp.where(attackable, left, 0), y, classes)
         # J cotangents of the whole batch, one forward pass: vmap over axis 1 of [B, J, K].
         d = jax.vmap(pull, in_axes=1, out_axes=1)(small[..., None] * rows)
         return Rows(logits, classes, d, log_scale - jnp.log(small), log_gap)
@@ -315,8 +315,7 @@ def wrong_classes(logits: jax.Array, y: jax.Array, n: int | None = None) -> jax.
     n_classes = logits.shape[1]
     y = jnp.clip(y, 0, n_classes - 1)
     if n is not None and n < n_classes - 1:
-        is_y = jax.nn.one_hot(y, n_classes, dtype=bool)
-        return jnp.sort(lax.top_k(jnp.where(is_y, -jnp.inf, logits), n)[1], axis=1)
+        return jnp.sort(losses.largest_wrong(logits, y, n)[1], axis=1)
     j = jnp.arange(n_classes - 1, dtype=y.dtype)[None]
     return j + (j >= y[:, None]).astype(y.dtype)
 

@@ -21,7 +21,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,16 +59,8 @@ def logits(w: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.stack([-half, half], axis=1)
 
 
-class _Data(NamedTuple):
-    """A checked data set of signed labels, with the margins y w.x, `[B]`."""
-
-    w: jax.Array
-    x: jax.Array
-    y: jax.Array
-    margins: jax.Array
-
-
-def _data(w: jax.Array, x: jax.Array, y: jax.Array) -> _Data:
+def _checked(w: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Check a data set of signed labels; return w, x, and y in float32 at least."""
     x, w, y = inputs.examples(x), jnp.asarray(w), jnp.asarray(y)
     if x.ndim != 2 or w.shape != x.shape[1:] or y.shape != x.shape[:1]:
         raise ValueError(
@@ -80,9 +72,7 @@ def _data(w: jax.Array, x: jax.Array, y: jax.Array) -> _Data:
         raise ValueError(
             "expected labels -1 and +1, got other values; convert labels 0 and 1 with 2 * y - 1"
         )
-    wide = inputs.accum_dtype(jnp.result_type(x, w))
-    margins = y.astype(wide) * (x.astype(wide) @ w.astype(wide))
-    return _Data(w, x, y.astype(wide), margins)
+    return w, x, y.astype(inputs.accum_dtype(jnp.result_type(x, w)))
 
 
 def adversary(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> jax.Array:
@@ -115,7 +105,7 @@ def adversary(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm)
     References:
       Huang et al., 2015, Appendix A, the proof of Proposition B.
     """
-    w, x, y, _ = _data(w, x, y)
+    w, x, y = _checked(w, x, y)
     r = -(inputs.radius(eps, x) * y)[:, None] * norms.steepest(w[None].astype(y.dtype), norm)
     return norms.clip_to_box(x, r, None)  # rounds to x's dtype toward 0, to stay in the ball
 
@@ -150,7 +140,8 @@ def loss(w: jax.Array, x: jax.Array, y: jax.Array, *, eps: Eps, norm: Norm) -> j
     References:
       Huang et al., 2015, Appendix A, Proposition B (with the sign of the loss corrected).
     """
-    w, x, _, margins = _data(w, x, y)
+    w, x, y = _checked(w, x, y)
+    margins = y * (x.astype(y.dtype) @ w.astype(y.dtype))
     size = norms.norm(w[None], norms.dual(norm))  # [1]
     return jax.nn.softplus(inputs.radius(eps, x) * size - margins)
 
@@ -232,7 +223,7 @@ def fit(
     """
     inputs.at_least(1, "steps", steps, "200 suits the default optimiser")
     full = optax.with_extra_args_support(optax.lbfgs() if tx is None else tx)
-    w, x, y, _ = _data(w, x, y)
+    w, x, y = _checked(w, x, y)
 
     def value_fn(w: jax.Array) -> jax.Array:
         return objective(w, x, y, eps=eps, norm=norm)

@@ -190,6 +190,12 @@ def shift_logits(logits: jax.Array) -> jax.Array:
     return jnp.maximum(logits - jnp.where(jnp.isneginf(largest), 0, largest), MASKED)
 
 
+def largest_wrong(logits: jax.Array, y: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """Return each row's n largest logits except y's, and their classes, `[B, n]`; y comes last."""
+    is_y = jax.nn.one_hot(y, logits.shape[1], dtype=bool)
+    return lax.top_k(jnp.where(is_y, -jnp.inf, logits), n)
+
+
 def top_wrong(logits: jax.Array, is_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Find each row's top wrong class.
 

@@ -119,7 +119,7 @@ def alpha(
     is_y = jax.nn.one_hot(y, n_classes, dtype=bool)
     z = losses.shift_logits(logits)
     others = jnp.where(is_y | jnp.isneginf(logits), -jnp.inf, z)
-    likeliest = jnp.argmax(others, axis=1)
+    top_wrong = jnp.argmax(others, axis=1)
     wrong = jnp.max(others, axis=1) >= jnp.sum(jnp.where(is_y, z, 0), axis=1)
 
     def distances(
@@ -132,10 +132,10 @@ def alpha(
         masked = jnp.isneginf(jnp.take_along_axis(logits, classes, axis=1))
         reachable = ~masked & jnp.isfinite(log_d)  # or d_j is 0, or not finite
         log_size = rows.log_gap - rows.log_scale - jnp.where(reachable, log_d, 0)
-        order = jnp.where(reachable, log_size, jnp.inf)
-        only = jnp.where(classes == likeliest[:, None], -jnp.inf, jnp.inf)
-        order = lax.stop_gradient(jnp.where(wrong[:, None], only, order))
-        return jacobian.Nearest(order, log_size, rows.d, reachable)
+        rank_by = jnp.where(reachable, log_size, jnp.inf)
+        only = jnp.where(classes == top_wrong[:, None], -jnp.inf, jnp.inf)
+        rank_by = lax.stop_gradient(jnp.where(wrong[:, None], only, rank_by))
+        return jacobian.Nearest(rank_by, log_size, rows.d, reachable)
 
     if candidates is None and chunk is None and n_classes - 1 > _MANY:
         _warn_of_many_passes(n_classes - 1)

@@ -6,17 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nets import curved
 from references import NORMS, ORDER, lengths, steepest
 
 from jaxadv import attack
 
 B, D = 40, 12
 BOX = (0.0, 1.0)
-
-
-def tanh_net(params, x):
-    w, v = params
-    return jnp.tanh(x @ w) @ v
 
 
 @functools.cache
@@ -87,7 +83,7 @@ def published_fmn(params, x, y, steps=100):
 )
 def test_r_is_no_longer_than_that_of_the_published_algorithm(fn, published):
     params, x, y = boxed_problem()
-    r = fn(tanh_net, as_float32(params), as_float32(x), y, bounds=BOX)
+    r = fn(curved, as_float32(params), as_float32(x), y, bounds=BOX)
     ours = lengths(r, "l2")
     theirs = np.array([np.linalg.norm(published(params, *row)) for row in zip(x, y, strict=True)])
     moved = x + np.asarray(r, np.float64)
@@ -156,11 +152,11 @@ def test_ddn_reaches_a_target_and_step_size_sets_the_units_of_x():
     params, x, _ = boxed_problem()
     params, x = as_float32((params, x))
     target = np.full(B, 2)
-    r = np.asarray(attack.ddn(tanh_net, params, x, target, targeted=True))
-    hit = np.asarray(tanh_net(params, x + r)).argmax(axis=1) == 2
+    r = np.asarray(attack.ddn(curved, params, x, target, targeted=True))
+    hit = np.asarray(curved(params, x + r)).argmax(axis=1) == 2
     assert hit.mean() > 0.9
     thousand = attack.ddn(
-        tanh_net, (params[0] / 1024, params[1]), 1024 * x, target, targeted=True, step_size=1024.0
+        curved, (params[0] / 1024, params[1]), 1024 * x, target, targeted=True, step_size=1024.0
     )
     np.testing.assert_allclose(thousand / 1024, r, rtol=1e-2, atol=1e-2)
 

@@ -15,8 +15,8 @@ from jaxadv.problem import Best, Problem, iterate
 def mifgsm(apply_fn, params, x, y, /, *, eps, steps=10, decay=1.0, key=None, bounds=None):
     problem = Problem.of(
         apply_fn, params, x, y, norm="linf", eps=eps, bounds=bounds, loss_fn=losses.margin
-    )
-    return Found(problem, *_run(problem.keyed(), decay, steps=steps))
+    ).keyed()
+    return Found(problem, *_run(problem, decay, steps=steps))
 
 
 @partial(jax.jit, static_argnames="steps")

@@ -16,7 +16,6 @@ in `apgd_multitargeted` the targeted form of `dlr`, for one class after another.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -46,7 +45,7 @@ from jaxadv.types import ApplyFn, Bounds, Eps, LossFn, Norm, Params, StochasticF
 __all__ = ["apgd", "apgd_multitargeted"]
 
 _ORDERS = "logit", "distance", "alpha"
-_RANKED = 100  # number of classes to rank by distance, those with the largest logits
+RANKED = 100  # number of classes to rank by distance, those with the largest logits
 _ROUNDS = 20  # number of balls in a search for the smallest one
 _REFUTED = 0.9  # a success of size s lowers the lower end of the search to this multiple of s
 _RISES = 0.75  # fraction of steps that have to raise the loss for the step size to be kept
@@ -140,8 +139,8 @@ def apgd(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, loss_fn=loss_fn,
         minimal=True, any_labels=eps is not None, targeted=targeted, samples=samples, key=key,
         drawn_by="a random start",
-    )  # fmt: skip
-    return Found(problem, *_run(problem.keyed(), steps=steps, restarts=restarts))
+    ).keyed()  # fmt: skip
+    return Found(problem, *_run(problem, steps=steps, restarts=restarts))
 
 
 @reports
@@ -218,8 +217,8 @@ def apgd_multitargeted(
     problem = Problem.of(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True, key=key,
         drawn_by="a random start",
-    )  # fmt: skip
-    found = _run_targets(problem.keyed(), steps=steps, n_targets=n_targets, order=order)
+    ).keyed()  # fmt: skip
+    found = _run_targets(problem, steps=steps, n_targets=n_targets, order=order)
     return Found(problem, *found)
 
 
@@ -228,7 +227,7 @@ def _run(problem: Problem, *, steps: int, restarts: int) -> Answer:
     problem = problem.start()
     keys = fold(problem.keys, 0)
     draws = max(problem.samples, 1)
-    passes = draws * sum(n + 1 for _, n in _phases(problem.norm, steps))
+    passes = draws * sum(n + 1 for _, n in balls(problem.norm, steps))
     # Each run gets its own range of step numbers, from which a random net's draws derive.
     stride = len(_PHASES[problem.norm]) * (steps + 1)
 
@@ -250,13 +249,13 @@ def _run(problem: Problem, *, steps: int, restarts: int) -> Answer:
 def _run_targets(problem: Problem, *, steps: int, n_targets: int, order: str) -> Answer:
     problem = problem.start()
     n_targets = min(n_targets, problem.logits.shape[1] - 1)
-    targets = _by_logit(problem, n_targets if order == "logit" else max(n_targets, _RANKED))
+    targets = _by_logit(problem, n_targets if order == "logit" else max(n_targets, RANKED))
     forward: jax.Array | int = 1
     backward: jax.Array | int = 0
     if order != "logit":
         forward, backward = 2, targets.shape[1]
         targets = _by_distance(problem, targets, order)[:, :n_targets]
-    passes = sum(n + 1 for _, n in _phases(problem.norm, steps))
+    passes = sum(n + 1 for _, n in balls(problem.norm, steps))
 
     def in_ball(problem: Problem, first: jax.Array | int) -> tuple[Best, jax.Array]:
         def run(rank: jax.Array | int) -> Best:
@@ -277,10 +276,8 @@ def _run_targets(problem: Problem, *, steps: int, n_targets: int, order: str) ->
 
 def _by_logit(problem: Problem, n: int) -> jax.Array:
     """Return the n wrong classes with the largest logits (or all), `[B, n]`, largest first."""
-    logits = problem.logits
-    is_y = jax.nn.one_hot(problem.y, logits.shape[1], dtype=bool)
-    n = min(n, logits.shape[1] - 1)
-    largest, classes = lax.top_k(jnp.where(is_y, -jnp.inf, logits), n)
+    n = min(n, problem.logits.shape[1] - 1)
+    largest, classes = losses.largest_wrong(problem.logits, problem.y, n)
     # A masked class can't be reached: the top wrong class is tried once more instead.
     return jnp.where(jnp.isneginf(largest), classes[:, :1], classes)
 
@@ -371,7 +368,7 @@ _PHASES: dict[Norm, tuple[tuple[float, float], ...]] = {
 }
 
 
-def _phases(norm: Norm, steps: int) -> list[tuple[float, int]]:
+def balls(norm: Norm, steps: int) -> list[tuple[float, int]]:
     """Return the balls of an ascent: each one's radius in units of eps and number of steps."""
     factors, shares = zip(*_PHASES[norm], strict=True)
     counts = [max(1, round(share * steps)) for share in shares[:-1]]
@@ -382,7 +379,7 @@ def _phases(norm: Norm, steps: int) -> list[tuple[float, int]]:
 def _ascend(problem: Problem, keys: jax.Array, steps: int, first: jax.Array | int) -> Best:
     """Run once from a random point; return the best point in the ball of radius eps."""
     x, eps, norm = problem.x, problem.eps, problem.norm
-    phases = _phases(norm, steps)
+    phases = balls(norm, steps)
     if norm == "l1":  # projected below, which leaves few nonzero entries
         r = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], eps.dtype))(keys)
     else:
@@ -410,7 +407,7 @@ class _Climb(NamedTuple):
 
     def from_highest(self, where: jax.Array) -> _Climb:
         """Return the state moved to the highest point, in some rows."""
-        rows = inputs.expand_like(where, self.r)
+        rows = where[:, None]
         return self._replace(
             r=jnp.where(rows, self.highest_r, self.r), g=jnp.where(rows, self.highest_g, self.g)
         )
@@ -430,7 +427,7 @@ def _move(problem: Problem, state: _Climb, r: jax.Array, step: jax.Array | int) 
     """Move to r, and record its loss and gradient."""
     success, loss, g = problem.gradient(r, step)
     higher = loss > state.highest
-    rows = inputs.expand_like(higher, r)
+    rows = higher[:, None]
     return state._replace(
         r=r,
         g=g,
@@ -471,7 +468,7 @@ def _climb(
         state, rises, halved, before = carry
         at = state.r.astype(state.g.dtype)
         share = jnp.where(i > 0, 0.75, 1).astype(at.dtype)
-        size = inputs.expand_like(state.step_size, at)
+        size = state.step_size[:, None]
         ahead = inside(at + size * norms.steepest(state.g, problem.norm)).astype(at.dtype)
         momentum = at - state.previous.astype(at.dtype)
         moved = _move(
@@ -508,26 +505,26 @@ def _climb_l1(
     choice of their sparsity: on images with many saturated pixels these entries would dominate.
     """
     eps, inside = problem.eps, problem.project
-    size = math.prod(r.shape[1:])
+    size = r.shape[1]
     every = max(int(0.04 * steps), 1)
 
     def free(g: jax.Array, r: jax.Array) -> jax.Array:
         return boxes.drop_blocked(g, r, problem.x, problem.bounds)
 
     def nonzeros(r: jax.Array) -> jax.Array:
-        return jnp.sum(free(jnp.sign(r), r).reshape(-1, size) != 0, axis=1).astype(eps.dtype)
+        return jnp.sum(free(jnp.sign(r), r) != 0, axis=1).astype(eps.dtype)
 
     def step(
         i: jax.Array, carry: tuple[_Climb, jax.Array, jax.Array]
     ) -> tuple[_Climb, jax.Array, jax.Array]:
         state, share, support = carry
-        g = free(state.g, state.r).reshape(-1, size)
+        g = free(state.g, state.r)
         magnitude = jnp.abs(g)
         # Rounded to nearest: rounded up, a support of two would never become one.
         rank = size - jnp.clip(jnp.round(share * size), 1, size).astype(jnp.int32)
         least = jnp.take_along_axis(jnp.sort(magnitude, axis=1), rank[:, None], axis=1)
         sparse = jnp.where(magnitude >= least, jnp.sign(g), 0)
-        ahead = norms.rescale(sparse.reshape(r.shape), state.step_size, "l1")
+        ahead = norms.rescale(sparse, state.step_size, "l1")
         moved = _move(problem, state, inside(state.r.astype(ahead.dtype) + ahead), first + 1 + i)
 
         now = nonzeros(moved.highest_r)

@@ -107,8 +107,8 @@ def ddn(
     problem = Problem.of(
         apply_fn, params, x, y, norm="l2", eps=eps, bounds=bounds, loss_fn=_by_cross_entropy,
         minimal=True, targeted=targeted,
-    )  # fmt: skip
-    return Found(problem, *_run(problem.keyed(), gamma, step_size, steps=steps))
+    ).keyed()  # fmt: skip
+    return Found(problem, *_run(problem, gamma, step_size, steps=steps))
 
 
 def _by_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -114,8 +114,9 @@ def deepfool(
             "choose one of these"
         )
     problem = Problem.of(apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True)
+    problem = problem.keyed()
     overshoot = max(overshoot, _OVERSHOOT)
-    return Found(problem, *_run(problem.keyed(), overshoot, steps=steps, output=output))
+    return Found(problem, *_run(problem, overshoot, steps=steps, output=output))
 
 
 def boundary_step(

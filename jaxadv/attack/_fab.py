@@ -25,9 +25,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxadv import inputs, norms
+from jaxadv import inputs, losses, norms
 from jaxadv.attack._info import Answer, Found, reports
 from jaxadv.boxes import box_limits, project_hyperplane_in_box
 from jaxadv.problem import Least, Problem, fold, gap_to_cross, iterate
@@ -126,9 +125,9 @@ def fab(
     problem = Problem.of(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True, key=key,
         drawn_by=drawn_by,
-    )  # fmt: skip
+    ).keyed()  # fmt: skip
     counts, constants = (steps, n_targets, restarts), (alpha_max, eta, beta)
-    return Found(problem, *_run(problem.keyed(), counts, constants))
+    return Found(problem, *_run(problem, counts, constants))
 
 
 def _class_lead(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> jax.Array:
@@ -215,15 +214,13 @@ def _run(problem: Problem, counts: Any, constants: Any) -> Answer:
     steps, n_targets, restarts = counts
     n_classes = problem.logits.shape[1]
     right = jnp.argmax(problem.logits, axis=1) == y
-    posed = problem.attackable & right & inputs.finite(x, problem.logits, eps)
-    # Largest logit first; y itself is last.
-    is_y = jax.nn.one_hot(y, n_classes, dtype=bool)
-    z_targets, targets = lax.top_k(jnp.where(is_y, -jnp.inf, problem.logits), n_classes)
+    attackable = problem.attackable & right & inputs.finite(x, problem.logits, eps)
+    z_targets, targets = losses.largest_wrong(problem.logits, y, n_classes)
     n_targets = jnp.minimum(n_targets, n_classes - 1)
 
     def wanted(least: Least) -> jax.Array:
         # A finished row doesn't change, or it would depend on how long the others take.
-        return posed if eps is None else posed & (least.size > eps) & (eps > 0)
+        return attackable if eps is None else attackable & (least.size > eps) & (eps > 0)
 
     def attempt(i: jax.Array, state: _State) -> _State:
         """Attack from one start, each example toward its class of the same rank."""

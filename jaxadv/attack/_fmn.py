@@ -34,7 +34,7 @@ __all__ = ["fmn"]
 # changes, and the length of a step relative to the first.
 _CHANGE = 0.05, 0.001
 _STEP = 1.0, 0.01
-_CLASSES = 10  # number of classes for the DeepFool step, those with the largest logits
+CLASSES = 10  # number of classes for the DeepFool step, those with the largest logits
 _PAST = 1.001  # the factor of that step, so that a slightly curved boundary is crossed too
 _PATIENCE = 10  # steps that a slow start may need although gradients aren't misleading
 
@@ -112,8 +112,8 @@ def fmn(
         raise ValueError(f"expected step_size > 0, got {step_size}; 1 suits images in [0, 1]")
     problem = Problem.of(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True, targeted=targeted
-    )
-    return Found(problem, *_run(problem.keyed(), step_size, steps=steps))
+    ).keyed()
+    return Found(problem, *_run(problem, step_size, steps=steps))
 
 
 @partial(jax.jit, static_argnames="steps")
@@ -156,9 +156,9 @@ def _run(problem: Problem, step_size: float, *, steps: int) -> Answer:
     r, _, closest = iterate(step, state, steps)
     closest = kept(closest, r, *problem.value(r))
     if not problem.targeted:  # another class than the top wrong one may be nearer
-        r = problem.clip_to_box(_PAST * boundary_step(problem, zero, _CLASSES))
+        r = problem.clip_to_box(_PAST * boundary_step(problem, zero, CLASSES))
         closest = kept(closest, r, *problem.value(r))
     r, tries = closest.shortened(problem, clear)
-    n_tried = 0 if problem.targeted else min(_CLASSES, problem.logits.shape[1] - 1)
+    n_tried = 0 if problem.targeted else min(CLASSES, problem.logits.shape[1] - 1)
     forward = steps + (4 if problem.targeted else 6) + tries
     return problem.answer(r), forward, jnp.full_like(tries, steps + n_tried)

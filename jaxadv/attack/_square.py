@@ -288,8 +288,8 @@ def square(
     problem = Problem.of(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, targeted=targeted, key=key,
         loss_fn=losses.margin if targeted else losses.logit_margin, drawn_by="the square attack",
-    )  # fmt: skip
-    found = _run(problem.keyed(), steps=steps, p_init=p_init, patience=patience)
+    ).keyed()  # fmt: skip
+    found = _run(problem, steps=steps, p_init=p_init, patience=patience)
     return Found(problem, *found)
 
 

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxadv import attack, closures, host, norms, perturb
+from jaxadv.attack._apgd import RANKED, balls
+from jaxadv.attack._fmn import CLASSES
 from jaxadv.evaluate._attacks import NearBoundary
 from jaxadv.evaluate._batches import Passes
 from jaxadv.types import Bounds, Eps, Norm, PerturbFn
@@ -59,26 +61,16 @@ def norm_of(attacks: Iterable[PerturbFn], norm: Norm | None) -> Norm:
     Raises:
       ValueError: if they contradict each other or `norm`, or the norm is unknown.
     """
-    named = {own for own in map(_own, attacks) if own is not None}
+    own = {closures.preset(method, "norm") for method in attacks} - {None}
     if norm is not None:
         norms.dual(norm)  # raises if the norm is unknown
-        named.add(norm)
-    if len(named) > 1:
+        own.add(norm)
+    if len(own) > 1:
         raise ValueError(
-            f"expected one norm, got {sorted(named)}; set it once, in the attack: e.g. "
+            f"expected one norm, got {sorted(own)}; set it once, in the attack: e.g. "
             'partial(attack.pgd, norm="linf") or evaluate.autoattack("linf")'
         )
-    return named.pop() if named else "l2"
-
-
-def _own(method: PerturbFn) -> Norm | None:
-    """Return the norm that a method is set to, by `partial` or by default; None if it has none."""
-    try:
-        parameters = inspect.signature(method).parameters
-    except ValueError:  # of a built-in function
-        return None
-    default: Any = parameters["norm"].default if "norm" in parameters else inspect.Parameter.empty
-    return None if default is inspect.Parameter.empty else default
+    return own.pop() if own else "l2"
 
 
 def counted(method: PerturbFn) -> Callable[..., tuple[Any, Passes | None]]:
@@ -120,11 +112,10 @@ def most(method: PerturbFn, n_classes: int) -> Passes | None:
     if own is attack.fab:
         return Passes(1 + runs * (steps + 1), runs * steps)
     if own is attack.fmn:  # its bisection makes at most 64 tries
-        return Passes(steps + 70, steps + min(10, others))
-    # APGD; in l1 a run uses three balls.
-    climb = draws * runs * (max(steps, 3) + 3 if given["norm"] == "l1" else steps + 1)
+        return Passes(steps + 70, steps + min(CLASSES, others))
+    climb = draws * runs * sum(n + 1 for _, n in balls(given["norm"], steps))  # APGD
     ranked = given.get("order", "logit") != "logit"
-    targets = min(max(given["n_targets"], 100), others) if ranked else 0
+    targets = min(max(given["n_targets"], RANKED), others) if ranked else 0
     return Passes(draws + ranked + climb, targets + climb)
 
 

@@ -165,15 +165,14 @@ def check(
     box: Bounds | None = None
     endless: Bounds | None = None
     if bounds is not None:
-        host.checked(bounds, x)
+        host.in_bounds(bounds, x)
         lo, hi = (jnp.asarray(bound, inputs.accum_dtype(x.dtype)) for bound in bounds)
         # An infinite box, not None, so that PGD is compiled once for both.
         box, endless = (lo, hi), (jnp.full_like(lo, -jnp.inf), jnp.full_like(hi, jnp.inf))
     shape = host.one_batch(x, batch_size)
     apply_fn = closures.keyed(apply_fn, params, shape)
     if source is not None:
-        source_fn, source_params = closures.pair(source)
-        source = closures.keyed(source_fn, source_params, shape), source_params
+        source = closures.source_net(source, shape)
     found = Findings()
     _log.info("outputs and clean accuracy")
     _look_at_outputs(apply_fn, params, x[:batch_size], found)

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from jaxadv import attack, closures, host, inputs, meshes, norms
 from jaxadv.evaluate import _batches, _budget
 from jaxadv.evaluate._accuracy import score
-from jaxadv.evaluate._batches import Attacked, Passes, Progress
-from jaxadv.problem import fold
+from jaxadv.evaluate._batches import Passes, Progress
+from jaxadv.evaluate._ensemble import Net, fold_in, perturb
 from jaxadv.types import ApplyFn, Bounds, Norm, Params, PerturbFn
 
 __all__ = ["Distances", "distances", "minimal_attacks"]
@@ -176,12 +176,13 @@ def distances(
     shape = host.one_batch(x, batch_size)
     apply_fn = closures.keyed(apply_fn, params, shape)
     _batches.warn_of_probabilities(apply_fn, params, x)
-    bounds = host.checked(bounds, x)
+    host.in_bounds(bounds, x)
     keys = host.per_example(x, None, key)[1]
-    batch = partial(_attack, apply_fn, params, bounds)
+    batch = partial(perturb, Net(apply_fn, params), bounds)
     # Raise the errors of all attacks before any of them runs.
-    some = host.spread(x).take((x, y, keys), np.arange(len(y))[: shape.shape[0]])
+    some = host.spread(x).take((x, y, None, keys), np.arange(len(y))[: shape.shape[0]])
     for method in attacks.values():
+        attack.with_info(method)  # raises if it doesn't count its passes
         jax.eval_shape(partial(batch, method=method), *some)
     kept = None
     if store is not None:
@@ -196,9 +197,9 @@ def distances(
     by = np.full(len(y), "", dtype=np.array(list(attacks)).dtype)
     spent, passes = np.zeros(len(y), int), {}
     for number, (name, method) in enumerate(attacks.items()):
-        own = None if keys is None else _fold(keys, number)
+        own = None if keys is None else fold_in(keys, number)
         ran = _batches.in_batches(
-            partial(batch, method=method), (x, y, own), np.arange(len(y)), [shape.shape[0]],
+            partial(batch, method=method), (x, y, None, own), np.arange(len(y)), [shape.shape[0]],
             stage=number, name=name, store=kept, progress=progress,
         )  # fmt: skip
         outcome = scored(ran.r)
@@ -208,7 +209,7 @@ def distances(
             r, np.where(outcome.nonfinite, 0, outcome.norm), x, eps=np.inf, norm=norm,
             bounds=bounds, name_of=partial(_same, name),
         )  # fmt: skip
-        passes[name] = cast(Passes, ran.passes)  # `_attack` always returns them
+        passes[name] = cast(Passes, ran.passes)  # all attacks count them
         spent = spent + sum(passes[name])
         less = ~outcome.robust & ~outcome.nonfinite & (outcome.norm < size)
         if budget is not None:
@@ -217,23 +218,5 @@ def distances(
     return Distances(size, least, by, passes)
 
 
-_fold = jax.jit(fold)
-
-
 def _same(name: str, example: int) -> str:
     return name
-
-
-@partial(jax.jit, static_argnames=("apply_fn", "method"))
-def _attack(
-    apply_fn: ApplyFn,
-    params: Params,
-    bounds: Bounds | None,
-    x: jax.Array,
-    y: jax.Array,
-    key: jax.Array | None,
-    *,
-    method: PerturbFn,
-) -> Attacked:
-    r, info = attack.with_info(method)(apply_fn, params, x, y, eps=None, key=key, bounds=bounds)
-    return Attacked(inputs.perturbation(r, x), passes=Passes(info.forward, info.backward))

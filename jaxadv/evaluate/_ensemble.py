@@ -29,10 +29,10 @@ from jaxadv.evaluate._batches import Attacked, Passes, Progress, Ran
 from jaxadv.problem import fold
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params, PerturbFn
 
-__all__ = ["Audit", "Result", "Stage", "attack_and_score"]
+__all__ = ["Audit", "Net", "Result", "Stage", "attack_and_score", "fold_in", "perturb"]
 
 _log = logging.getLogger("jaxadv.evaluate")
-_fold = jax.jit(fold)
+fold_in = jax.jit(fold)
 _GAIN = 0.02  # fraction of examples to break for `NearBoundary` to continue
 
 
@@ -182,12 +182,9 @@ def attack_and_score(
     if not 0 <= audit <= 1:
         raise ValueError(f"expected audit in 0..1, got {audit}; it is a fraction of the examples")
     shape = host.one_batch(x, batch_size)
-    net = _Net(closures.keyed(apply_fn, params, shape), params)
-    made_on = net
-    if source is not None:
-        source_fn, source_params = closures.pair(source)
-        made_on = _Net(closures.keyed(source_fn, source_params, shape), source_params)
-    bounds = host.checked(bounds, x)
+    net = Net(closures.keyed(apply_fn, params, shape), params)
+    made_on = net if source is None else Net(*closures.source_net(source, shape))
+    host.in_bounds(bounds, x)
     examples = (x, y, *host.per_example(x, eps, key))
     # Raise the errors of all attacks before any of them runs.
     some = host.spread(x).take(examples, np.arange(len(y))[: shape.shape[0]])
@@ -213,7 +210,7 @@ def attack_and_score(
         outcome = scored(r)
         broken = np.zeros_like(outcome.nonfinite)  # a NaN is never a success
     else:
-        batch = partial(_perturb, made_on, bounds, method=attacks)
+        batch = partial(perturb, made_on, bounds, method=attacks)
         rows = np.arange(len(y))
         r = run(batch, examples, rows, [shape.shape[0]], stage=0, name="").r
         outcome = scored(r)
@@ -229,26 +226,43 @@ def attack_and_score(
         x, eps=np.inf if eps is None else host.fetch(eps), norm=norm, bounds=bounds,
         name_of=name_of,
     )  # fmt: skip
-    result = Result(outcome, r, stages)
-    if not audit or not len(y):
-        return result
-    on = host.spread(x)
-    m = on.multiple(math.ceil(round(audit * len(y), 6)))  # 0.07 * 100 is a little over 7
-    rows = np.arange(m) * len(y) // m
+    audited = None
+    if audit and len(y):
+        standard = partial(
+            attack_and_score, net.apply_fn, params, norm=norm, bounds=bounds, source=source,
+            batch_size=batch_size, store=None if store is None else Path(store) / "audit",
+            progress=progress,
+        )  # fmt: skip
+        audited = _audit(standard, examples, outcome.robust, audit)
+    return Result(outcome, r, stages, audited)
+
+
+def _audit(
+    standard: Callable[..., Result],
+    examples: tuple[Any, Any, Any, jax.Array | None],
+    robust: NDArray[np.bool_],
+    share: float,
+) -> Audit:
+    """Compare a robust accuracy with that of the standard ensemble on a fraction of the examples.
+
+    Args:
+      standard: `(x, y, *, eps, key)`, attacks by AutoAttack.
+      examples: x, y, sizes and keys, `[n]`.
+      robust: which examples the other attacks left robust, bool `[n]`.
+      share: the fraction.
+    """
+    on = host.spread(examples[0])
+    m = on.multiple(math.ceil(round(share * len(robust), 6)))  # 0.07 * 100 is a little over 7
+    rows = np.arange(m) * len(robust) // m
     x, y, eps, key = on.take(examples, rows)
-    standard = attack_and_score(
-        net.apply_fn, params, x, y, eps=eps, norm=norm, key=key, bounds=bounds, source=source,
-        batch_size=batch_size, store=None if store is None else Path(store) / "audit",
-        progress=progress,
-    )  # fmt: skip
-    robust = standard.outcome.robust
-    found = compare(outcome.robust[rows], robust)
-    return result._replace(audit=Audit(rows, robust, found.difference, found.interval, standard))
+    result = standard(x, y, eps=eps, key=key)
+    found = compare(robust[rows], result.outcome.robust)
+    return Audit(rows, result.outcome.robust, found.difference, found.interval, result)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["apply_fn"])
 @dataclass(frozen=True)
-class _Net:
+class Net:
     """A net as an argument of compiled functions; `apply_fn` is static."""
 
     apply_fn: ApplyFn
@@ -256,8 +270,8 @@ class _Net:
 
 
 @partial(jax.jit, static_argnames="method")
-def _perturb(
-    net: _Net,
+def perturb(
+    net: Net,
     bounds: Bounds | None,
     x: jax.Array,
     y: jax.Array,
@@ -266,6 +280,7 @@ def _perturb(
     *,
     method: PerturbFn,
 ) -> Attacked:
+    """Return the perturbations of a batch, and their passes if the attack counts them."""
     r, passes = _budget.counted(method)(
         net.apply_fn, net.params, x, y, eps=eps, key=key, bounds=bounds
     )
@@ -274,10 +289,10 @@ def _perturb(
 
 @partial(jax.jit, static_argnames="method")
 def _attack(
-    net: _Net, made_on: _Net, bounds: Bounds | None, *batch: Any, method: PerturbFn
+    net: Net, made_on: Net, bounds: Bounds | None, *batch: Any, method: PerturbFn
 ) -> Attacked:
     """Attack, and evaluate the net at x + r; r is 0 where it doesn't fool the net."""
-    r, _, _, passes = _perturb(made_on, bounds, *batch, method=method)
+    r, _, _, passes = perturb(made_on, bounds, *batch, method=method)
     x, y, *_ = batch
     fooled, lead = _look(net, x + r, y)
     if passes is not None:
@@ -286,7 +301,7 @@ def _attack(
 
 
 @jax.jit
-def _look(net: _Net, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _look(net: Net, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return which examples are misclassified, and the top wrong class's lead over y."""
     logits = inputs.apply(net.apply_fn, net.params, x)
     return ~inputs.is_correct(logits, x, y), losses.logit_margin(logits, y)
@@ -322,7 +337,7 @@ def _in_turn(
     sizes = [max(1, whole // part) for part in (1, 8, 64)]
     stages = {}
     for number, (name, method) in enumerate(attacks.items()):
-        own = None if keys is None else _fold(keys, number)
+        own = None if keys is None else fold_in(keys, number)
         tried = np.zeros_like(robust)
         done: list[tuple[NDArray[np.intp], Ran]] = []
         within = within_of(method)
