@@ -65,7 +65,7 @@ def as_markdown(rows: Iterable[BenchmarkRow]) -> str:
         lines += [
             f"## {row.part}",
             "",
-            f"On {row.device}, jax {row.versions['jax']}, {machine['gflops_at_start']:.0f} "
+            f"On {tables.machines([row])}, {machine['gflops_at_start']:.0f} "
             f"GFLOP/s in 2048x2048 products before and {machine['gflops_at_end']:.0f} after; other "
             f"programs used {machine['cpu_of_others']:.1%} of the cores' time. Medians of "
             f"{row.settings['rounds']} rounds (a third as many for slow calls), with quartiles in "

@@ -48,7 +48,7 @@ from experiments.lib.recipes import NAMES, Adversarial, Method, PaperMethod
 from experiments.lib.records import TableRow
 from experiments.lib.train_and_score import Images
 
-CROP = 28
+CROP = data.CIFAR10_CROPS.shape[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,15 +93,9 @@ def run(settings: Settings, console: Console) -> list[CurveRow]:
         )
     name = f"{row.method.replace('/', '-')}-{row.norm}"
     np.savez_compressed(settings.out / f"{name}.npz", size=found.size, attack=found.attack)
-    results = settings.out / "results.json"
-    others = [old for old in records.load(results, CurveRow) if _place(old) != _place(row)]
-    records.save(results, [*others, row])
+    rows = records.put(settings.out / "results.json", row, place=("method", "norm"))
     figures.draw(settings.out)
-    return [*others, row]
-
-
-def _place(row: CurveRow) -> tuple[str, str]:
-    return row.method, row.norm
+    return rows
 
 
 def as_markdown(rows: Sequence[CurveRow]) -> list[str]:

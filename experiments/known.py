@@ -183,7 +183,7 @@ def as_markdown(rows: Sequence[KnownRow]) -> list[str]:
         "",
         *(f"- {row.net}: {tables.doubts(row.flags)}" for row in rows),
         "",
-        f"Seed {first.seed}, {first.device}, jax {first.versions['jax']}.",
+        f"Seed {first.seed}, {tables.machines([first])}.",
         "",
     ]
 

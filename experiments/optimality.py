@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from experiments.compare import minimal, pytorch
-from experiments.lib import options, parallel, problems, records, tables
+from experiments.lib import evaluation, options, parallel, problems, records, tables
 from experiments.lib.cache import replacing
 from experiments.lib.options import Checked, Count, OutputFolder, Range, Seed, Several
 from experiments.lib.problems import Problem
@@ -129,12 +129,7 @@ def by_ours(
         attacks=None if method is None else {name: method}, key=jax.random.key(seed),
         bounds=problem.bounds,
     )  # fmt: skip
-    spent = list(found.passes.values())
-    return {
-        "size": found.size.astype(np.float64),
-        "forward": np.mean(sum(passes.forward for passes in spent)),
-        "backward": np.mean(sum(passes.backward for passes in spent)),
-    }
+    return {"size": found.size.astype(np.float64), **evaluation.mean_passes(found)}
 
 
 def by_theirs(

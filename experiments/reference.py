@@ -24,7 +24,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
@@ -39,7 +39,7 @@ from experiments.lib.options import Checked, Count, OutputFolder, Seed, Several,
 from experiments.lib.records import AttackRow, PublishedRow
 
 MemberName = Literal["apgd-ce", "apgd-t", "fab-t", "square", "standard"]
-MEMBERS: tuple[MemberName, ...] = ("apgd-ce", "apgd-t", "fab-t", "square", "standard")
+MEMBERS: tuple[MemberName, ...] = get_args(MemberName)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,18 @@
-"""Complete rows of results.json, from the few fields that a test gives; and a small problem."""
+"""Complete rows of results.json, from the few fields that a test gives; a small problem and net."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.lib import models, problems, records, tables
 
 VERSIONS = {"jax": "0"}
+CONV = models.Classifier((6,), blocks=((3,), (5,)), size=3, padding=1)
+
+
+def drawn(seed=0):
+    """Weights of CONV."""
+    return models.init(CONV, jax.random.key(seed), jnp.zeros((1, 28, 28, 1)))
 
 
 def table_row(**fields):

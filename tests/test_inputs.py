@@ -99,7 +99,7 @@ WRONG = [
     (partial(inputs.at_least, 1, "n", 2.5, "cure"), TypeError, "an integer n", "2.5", "cure"),
     (partial(inputs.at_least, 1, "n", True, "cure"), TypeError, "an integer n", "True", "cure"),
     (partial(inputs.at_least, 1, "n", jnp.int32(1), "cure"), TypeError, "an integer n", "", "cure"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "error", "expected", "got", "remedy"), WRONG)

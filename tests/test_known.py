@@ -3,19 +3,12 @@
 import io
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 from rich.console import Console
+from rows import drawn
 
 from experiments import known
-from experiments.lib import models, records
-
-NET = models.Classifier((6,), blocks=((3,), (5,)), size=3, padding=1)
-
-
-def drawn(seed=0):
-    return models.init(NET, jax.random.key(seed), jnp.zeros((1, 28, 28, 1)))
+from experiments.lib import records
 
 
 @pytest.mark.slow

@@ -914,7 +914,7 @@ def test_an_example_starts_anew_after_a_perturbation_that_is_not_finite():
         (MEMORY, (*data()[:2], MEMORY.r), ValueError, r"integers \[11\], got float32 of .*11, 5"),
         (MEMORY._replace(r=R[:, :2]), data(), ValueError, r"start of x's shape \(11, 5\), got"),
     ],
-)  # fmt: skip
+)
 def test_memories_and_indices_that_are_refused(model_state, batch, error, message):
     objective = partial(objectives.with_memory(PGD), key=KEY, step=jnp.int32(0))
     with pytest.raises(error, match=f"expected .*{message}"):

@@ -1,18 +1,12 @@
 """PyTorch nets converted to ours."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import CONV, drawn
 
 from experiments.compare import pytorch
 from experiments.lib import models, options
-
-NET = models.Classifier((6,), blocks=((3,), (5,)), size=3, padding=1)
-
-
-def drawn(seed=0):
-    return models.init(NET, jax.random.key(seed), jnp.zeros((1, 28, 28, 1)))
 
 
 def in_pytorch(params):
@@ -32,7 +26,7 @@ def in_pytorch(params):
 def test_a_pytorch_net_is_converted_to_ours():
     params = drawn()
     got = pytorch.params_of(in_pytorch(params))
-    assert models.recognised(got, (28, 28, 1)) == NET
+    assert models.recognised(got, (28, 28, 1)) == CONV
     jax.tree.map(np.testing.assert_array_equal, got, jax.tree.map(np.asarray, params))
     odd = in_pytorch(params)
     odd["linear1.weight"] = odd["linear1.weight"][:, :-5]

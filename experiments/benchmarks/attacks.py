@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.common import Call, Figures, Settings, ratio
+from experiments.benchmarks.common import Figures, Settings, ratio
 from experiments.compare import libraries
 from experiments.lib import models, problems, timing
-from experiments.lib.timing import in_turn
+from experiments.lib.timing import Call, in_turn
 from jaxadv import attack, perturb
 
 BOX, KEY = (0.0, 1.0), jax.random.key(0)

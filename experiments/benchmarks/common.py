@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,11 +22,11 @@ from jax.sharding import Mesh
 from experiments.lib import models, parallel, records
 from experiments.lib.models import Classifier, function
 from experiments.lib.options import Checked, Count, OutputFolder, Several, Size
+from experiments.lib.timing import Call
 from jaxadv import attack, objectives, perturb, train
 
 Part = Literal["steps", "loops", "attacks", "growth", "devices", "starts"]
 NetName = Literal["mlp", "lenet", "vgg-0.25", "vgg-0.5", "vgg-1"]
-Call = Callable[[], Any]
 Figures = list[dict[str, Any]]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,9 +146,9 @@ def in_child(part: Part, settings: Settings, *, devices: int) -> Figures:
 def child(arguments: list[str], environment: Mapping[str, str]) -> str:
     """Run Python with these arguments; return what it prints."""
     command = [sys.executable, *arguments]
-    child = subprocess.run(
+    done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **environment}
     )
-    if child.returncode and "not valid" not in child.stderr:
-        raise RuntimeError(f"expected {command[1:3]} to succeed, got: {child.stderr[-2000:]}")
-    return child.stdout
+    if done.returncode and "not valid" not in done.stderr:
+        raise RuntimeError(f"expected {command[1:3]} to succeed, got: {done.stderr[-2000:]}")
+    return done.stdout

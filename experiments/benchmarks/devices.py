@@ -11,7 +11,7 @@ import optax
 from experiments.benchmarks import common
 from experiments.lib import models, parallel
 from experiments.lib.models import function, init
-from experiments.lib.timing import in_turn
+from experiments.lib.timing import Call, in_turn
 from jaxadv import objectives, perturb, train
 
 
@@ -24,7 +24,7 @@ def run(settings: common.Settings) -> common.Figures:
     params = init(net, jax.random.key(0), x)
     step = train.make_step(objectives.adversarial(function(net), perturb.loss, eps=1.5), tx)
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= jax.device_count()]
-    calls: dict[str, common.Call] = {}
+    calls: dict[str, Call] = {}
     losses: dict[int, list[float]] = {}
     states: dict[int, train.TrainState] = {}
     for n in counts:

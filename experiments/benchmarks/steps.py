@@ -15,14 +15,14 @@ from experiments.benchmarks import common
 from experiments.compare import libraries, pytorch
 from experiments.lib import parallel, records, timing
 from experiments.lib.models import Classifier, init
-from experiments.lib.timing import in_turn
+from experiments.lib.timing import Call, in_turn
 
 LARGE = ("vgg-0.5", "vgg-1")  # their steps take seconds
 # Enough steps to spread a call's one-off costs, such as allocating memory, as a real epoch does.
 EPOCH_STEPS = {"mlp": 20, "lenet": 20, "vgg-0.25": 10, "vgg-0.5": 10, "vgg-1": 5}
 
 
-def products(net: Classifier, n_inputs: int, batch: int) -> dict[str, common.Call]:
+def products(net: Classifier, n_inputs: int, batch: int) -> dict[str, Call]:
     """Return the compiled matrix products of a dense net, one of each kind for each layer."""
     sizes = (n_inputs, *net.dense, net.classes)
     rng = np.random.default_rng(0)
@@ -33,7 +33,7 @@ def products(net: Classifier, n_inputs: int, batch: int) -> dict[str, common.Cal
     dot = jax.jit(jnp.matmul)
     left_transposed = jax.jit(lambda a, b: a.T @ b)
     right_transposed = jax.jit(lambda a, b: a @ b.T)
-    calls: dict[str, common.Call] = {}
+    calls: dict[str, Call] = {}
     for layer, (i, o) in enumerate(itertools.pairwise(sizes)):
         w, h, g = array(i, o), array(batch, i), array(batch, o)
         gs = array((net.classes - 1) * batch, o)

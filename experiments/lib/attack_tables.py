@@ -22,7 +22,7 @@ NETS: dict[str, str] = NAMES | {
     "robust_l2": "multi-step, for l2 size 1.5",
     "robust_linf": "multi-step, for linf size 0.3",
 }
-"""The nets of the board: those of the paper's tables, and three by `train.py`."""
+"""Names of the board's nets: the methods of `recipes`, and what `train.py` trained."""
 
 
 def figures_of(rows: Sequence[AttackRow], method: str, norm: str, eps: float) -> list[str]:
@@ -133,7 +133,7 @@ def beside_published(ours: Sequence[AttackRow], published: Sequence[AttackRow]) 
         seconds = [
             min(theirs, key=lambda row: row.seed).seconds,
             min(own, key=lambda row: row.seed).seconds,
-        ]  # fmt: skip
+        ]
         cells.append([
             method, f"{norm} {eps:g}", LABELS[attack], tables.mean_and_spread(theirs, "robust"),
             tables.mean_and_spread(own, "robust"), f"{difference:+.4f}",

@@ -16,7 +16,6 @@ Attack = Literal[
 AttackName = Attack | Literal["check"]
 
 LABELS = {
-    "clean": "Clean",
     "one-step": "One step",
     "alpha": "Adv_Alpha",
     "deepfool": "DeepFool",

@@ -323,7 +323,6 @@ def curve(
         progress=lambda at: progress.update(bar, completed=at.done, total=at.of, note=at.attack),
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    spent = list(found.passes.values())
     finite = found.size[np.isfinite(found.size)]
     at = np.linspace(0, finite.max(initial=0), _POINTS)
     row = CurveRow(
@@ -333,13 +332,16 @@ def curve(
         accuracy={f"{size:g}": float(found.accuracy(size)) for size in eps},
         attacks={name: dict(robust) for name, robust in attacks.items()},
         by={name: int(np.sum(found.attack == name)) for name in found.passes},
-        passes={
-            "forward": float(np.mean(sum(passes.forward for passes in spent))),
-            "backward": float(np.mean(sum(passes.backward for passes in spent))),
-        },
+        passes=mean_passes(found),
         seconds=round(seconds, 1),
     )
     return found, row
+
+
+def mean_passes(found: evaluate.Distances) -> dict[str, float]:
+    """Return the mean number of passes per image, over all attacks together."""
+    forward, backward = (sum(of_all) for of_all in zip(*found.passes.values(), strict=True))
+    return {"forward": float(np.mean(forward)), "backward": float(np.mean(backward))}
 
 
 def store_of(out: Path, identity: dict[str, Any]) -> Path:

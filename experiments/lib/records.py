@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jaxadv
-from experiments.lib import cache, options
+from experiments.lib import cache, options, parallel
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 """Folder of the committed records."""
@@ -563,14 +563,20 @@ def find_or_run(
     if found is not None and enough(found):
         return found
     row = run()
-    if jax.process_index() == 0:
-        others = (
-            old
-            for old in load(path, kind)
-            if any(getattr(old, field) != getattr(row, field) for field in place)
-        )
-        save(path, [*others, row])
+    if parallel.first_process():
+        put(path, row, place=place)
     return row
+
+
+def put(path: Path, row: R, *, place: Sequence[str]) -> list[R]:
+    """Write a row to a file, in place of those that are the same in these fields; return all."""
+    others = [
+        old
+        for old in load(path, type(row))
+        if any(getattr(old, field) != getattr(row, field) for field in place)
+    ]
+    save(path, [*others, row])
+    return [*others, row]
 
 
 def made_by(others: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.lib import data, recipes
-from experiments.lib.models import Classifier, lenet, mlp
+from experiments.lib.models import Classifier, describe, lenet, mlp
 from experiments.lib.recipes import NAMES, Method
 from experiments.lib.train_and_score import Images, Settings, Task, parts
 
@@ -33,10 +33,6 @@ def mnist(
         build = mlp if network == "mlp" else lenet
         return build(method.widths, dropout=method.dropout, **recipes.split_of(method))
 
-    def called(method: Method) -> str:
-        widths = "x".join(map(str, method.widths))
-        return widths if network == "mlp" else f"conv20-conv50-{widths}"
-
     def scaled(pixels: NDArray[np.uint8], labels: NDArray[np.int32]) -> Images:
         return Images(jnp.asarray(data.MNIST.inputs(pixels)), jnp.asarray(labels))
 
@@ -48,7 +44,7 @@ def mnist(
         normal=normal,
         names=NAMES,
         make_net=make_net,
-        network=called,
+        network=lambda method: describe(make_net(method)),
         train=scaled(*train),
         test=scaled(test[0][:n], test[1][:n]),
         source="the original files, through tensorflow-datasets",
