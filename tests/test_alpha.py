@@ -139,9 +139,9 @@ def test_chunks_work_in_a_shard_map_with_replicated_labels(problem):
 # What it costs
 
 
-def wide_problem(n=8):
-    params = [jnp.ones((512, 64)), jnp.ones((64, 100)), jnp.zeros((1, 100))]
-    return params, jnp.ones((n, 512)), jnp.zeros(n, jnp.int32)
+def wide_problem(n=8, size=512, classes=100):
+    params = [jnp.ones((size, 64)), jnp.ones((64, classes)), jnp.zeros((1, classes))]
+    return params, jnp.ones((n, size)), jnp.zeros(n, jnp.int32)
 
 
 def compiled(n=8, **kwargs):

@@ -1,6 +1,7 @@
 """`experiments/fast.py` and `evaluate.fast_autoattack`."""
 
 import dataclasses
+import functools
 import io
 
 import jax
@@ -12,7 +13,7 @@ from rich.console import Console
 from experiments import fast
 from experiments.fast import Settings
 from experiments.lib import models, records, weights
-from jaxadv import perturb
+from jaxadv import attack
 
 
 @pytest.fixture
@@ -46,11 +47,11 @@ def test_both_ensembles_run_and_their_verdicts_are_stored(settings):
 
 
 def test_what_an_earlier_run_measured_besides_stays(settings, monkeypatch):
-    one_step = {"one step": perturb.loss}
+    weak = {"pgd": functools.partial(attack.pgd, steps=1)}
     for module, name in (
         (fast.evaluate, "autoattack"), (fast.evaluate, "fast_autoattack"), (fast, "in_order"),
     ):  # fmt: skip
-        monkeypatch.setattr(module, name, lambda *_: one_step)
+        monkeypatch.setattr(module, name, lambda *_: weak)
     monkeypatch.setattr(fast, "run_published", lambda *_: (3.0, 0.25))
     monkeypatch.setattr(fast.timing.Quiet, "report", lambda _: {"valid": True})
     ordered = run(settings)
