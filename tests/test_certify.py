@@ -504,4 +504,4 @@ def test_a_trace_is_refused():
     with pytest.raises(TypeError, match=r"expected arrays, got a tracer: certify.predict loops"):
         jax.jit(lambda x: certify.predict(linear, params, x, sigma=SIGMA, key=KEY))(x)
     with pytest.raises(TypeError, match=r"expected arrays, got a tracer: certify.predict loops"):
-        jax.jit(lambda key: certify.predict(linear, params, x, sigma=SIGMA, key=key))(KEY)
+        jax.vmap(lambda key: certify.predict(linear, params, x, sigma=SIGMA, key=key))(KEY[None])
