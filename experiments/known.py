@@ -122,7 +122,7 @@ def measure(name: str, params: Params, settings: Settings, console: Console) -> 
         outcome = evaluate.attack_and_score(
             apply_fn, params, x, y, method, eps=None, bounds=BOX
         ).outcome
-        size = np.where(outcome.robust, np.inf, outcome.norm)
+        size = np.where(outcome.robust, np.inf, outcome.norm.astype(np.float64))
         least = np.minimum(least, size)
         medians[attack_name] = float(np.median(size))
         seconds[attack_name] = round(time.perf_counter() - start, 1)
