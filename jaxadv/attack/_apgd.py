@@ -227,7 +227,7 @@ def _run(problem: Problem, *, steps: int, restarts: int) -> Answer:
     problem = problem.start()
     keys = fold(problem.keys, 0)
     draws = max(problem.samples, 1)
-    passes = draws * sum(n + 1 for _, n in balls(problem.norm, steps))
+    passes = draws * sum(n + 1 for _, n in phases_of(problem.norm, steps))
     # Each run gets its own range of step numbers, from which a random net's draws derive.
     stride = len(_PHASES[problem.norm]) * (steps + 1)
 
@@ -255,7 +255,7 @@ def _run_targets(problem: Problem, *, steps: int, n_targets: int, order: str) ->
     if order != "logit":
         forward, backward = 2, targets.shape[1]
         targets = _by_distance(problem, targets, order)[:, :n_targets]
-    passes = sum(n + 1 for _, n in balls(problem.norm, steps))
+    passes = sum(n + 1 for _, n in phases_of(problem.norm, steps))
 
     def in_ball(problem: Problem, first: jax.Array | int) -> tuple[Best, jax.Array]:
         def run(rank: jax.Array | int) -> Best:
@@ -368,8 +368,8 @@ _PHASES: dict[Norm, tuple[tuple[float, float], ...]] = {
 }
 
 
-def balls(norm: Norm, steps: int) -> list[tuple[float, int]]:
-    """Return the balls of an ascent: each one's radius in units of eps and number of steps."""
+def phases_of(norm: Norm, steps: int) -> list[tuple[float, int]]:
+    """Return each phase of an ascent: its ball's radius in units of eps, and its steps."""
     factors, shares = zip(*_PHASES[norm], strict=True)
     counts = [max(1, round(share * steps)) for share in shares[:-1]]
     counts.append(max(1, steps - sum(counts)))
@@ -379,7 +379,7 @@ def balls(norm: Norm, steps: int) -> list[tuple[float, int]]:
 def _ascend(problem: Problem, keys: jax.Array, steps: int, first: jax.Array | int) -> Best:
     """Run once from a random point; return the best point in the ball of radius eps."""
     x, eps, norm = problem.x, problem.eps, problem.norm
-    phases = balls(norm, steps)
+    phases = phases_of(norm, steps)
     if norm == "l1":  # projected below, which leaves few nonzero entries
         r = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], eps.dtype))(keys)
     else:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxadv import attack, closures, host, norms, perturb
-from jaxadv.attack._apgd import RANKED, balls
+from jaxadv.attack._apgd import RANKED, phases_of
 from jaxadv.attack._fmn import CLASSES
 from jaxadv.evaluate._attacks import NearBoundary
 from jaxadv.evaluate._batches import Passes
@@ -113,7 +113,7 @@ def most(method: PerturbFn, n_classes: int) -> Passes | None:
         return Passes(1 + runs * (steps + 1), runs * steps)
     if own is attack.fmn:  # its bisection makes at most 64 tries
         return Passes(steps + 70, steps + min(CLASSES, others))
-    climb = draws * runs * sum(n + 1 for _, n in balls(given["norm"], steps))  # APGD
+    climb = draws * runs * sum(n + 1 for _, n in phases_of(given["norm"], steps))  # APGD
     ranked = given.get("order", "logit") != "logit"
     targets = min(max(given["n_targets"], RANKED), others) if ranked else 0
     return Passes(draws + ranked + climb, targets + climb)

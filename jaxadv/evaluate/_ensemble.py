@@ -243,10 +243,10 @@ def _audit(
     robust: NDArray[np.bool_],
     share: float,
 ) -> Audit:
-    """Compare a robust accuracy with that of the standard ensemble on a fraction of the examples.
+    """Run AutoAttack on a fraction of the examples, and compare its robust accuracy.
 
     Args:
-      standard: `(x, y, *, eps, key)`, attacks by AutoAttack.
+      standard: `(x, y, *, eps, key) -> Result`, AutoAttack.
       examples: x, y, sizes and keys, `[n]`.
       robust: which examples the other attacks left robust, bool `[n]`.
       share: the fraction.
