@@ -33,7 +33,8 @@ def run(example, *arguments):
 @pytest.mark.slow
 def test_a_hand_written_net_becomes_robust():
     normal, lwa = run(DOCS / "examples" / "by_hand.py")
-    assert lwa > normal
+    assert normal < 0.1  # it relies on the small feature
+    assert lwa > 0.9
 
 
 def test_a_users_attack_beats_one_step():
