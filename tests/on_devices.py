@@ -96,4 +96,6 @@ def main(directory, epochs, axes, *settings):
 
 
 if __name__ == "__main__":
+    # By default, the death of another process is noticed only after 100 s.
+    jax.distributed.initialize = partial(jax.distributed.initialize, heartbeat_timeout_seconds=20)
     main(*sys.argv[1:])
