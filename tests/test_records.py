@@ -83,7 +83,7 @@ RECORDED = {
     **dict.fromkeys(
         (
             *("autoattack", "autoattack/reference", "board", "certify/all", "remedies/autoattack"),
-            "remedies/longer/autoattack",
+            *("remedies/longer/autoattack", "curve/attacks"),
         ),
         records.AttackRow,
     ),
@@ -97,6 +97,7 @@ RECORDED = {
         records.TrainRow,
     ),
     "certify": records.CertifyRow,
+    "curve": records.CurveRow,
     "fast": records.FastRow,
     "optimality": records.OptimalityRow,
     "logistic": records.PropositionRow,
