@@ -152,7 +152,8 @@ def test_dropout_acts_with_every_method():
 def command(out, cache):
     arguments = [
         "--methods", "normal", "lwa", "--out", str(out), "--normal.epochs", "3", "--lwa.epochs",
-        "3", "--lwa.widths", "100", "100", "--n-eval", "200", "--pgd-steps", "5",
+        "3", "--lwa.widths", "100", "100", "--n-eval", "200", "--pgd-steps", "5", "--holdout",
+        "50000",
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, str(ROOT / "experiments" / "mnist.py"), *arguments],
