@@ -52,10 +52,15 @@ def test_attacks_are_compared_with_it_at_their_sizes(ran):
     difference = row.accuracy["1.5"] - robust["pgd", "1.5"]
     assert f"| PGD-100 | {robust['pgd', '1.5']:.4f} | {difference:+.4f} |" in text
     (panel,) = figures.plot_distances([row]).axes
-    dots = [line for line in panel.get_lines() if line.get_marker() == "o"]
-    assert [list(line.get_ydata()) for line in dots] == [
+    _, one_step, pgd, *names = panel.get_lines()
+    assert [list(line.get_ydata()) for line in (one_step, pgd)] == [
         [robust[name, eps] for eps in row.accuracy] for name in row.attacks
     ]
+    markers = {line.get_label(): line.get_marker() for line in names}
+    assert markers == {
+        "under One step": one_step.get_marker(), "under PGD-100": pgd.get_marker()
+    }  # fmt: skip
+    assert len(set(markers.values())) == 2
 
 
 def test_images_that_nothing_misleads_have_no_median(ran, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from experiments.lib import options, records, tables, train_and_score
+from experiments.lib.attacks import LABELS
 from experiments.lib.recipes import NAMES
 from experiments.lib.records import BenchmarkRow, CertifyRow, CurveRow, PropositionRow, TableRow
 
@@ -243,7 +244,9 @@ def plot_appendix_a(rows: Sequence[PropositionRow]) -> Any:
 
 
 def plot_distances(rows: Sequence[CurveRow]) -> Any:
-    """Plot accuracy against size from the smallest perturbations, with dots for attacks."""
+    """Plot accuracy against size from the smallest perturbations, with markers for attacks."""
+    attacks = list(dict.fromkeys(name for row in rows for name in row.attacks))
+    markers = {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(attacks)}
     kinds = list(dict.fromkeys((row.data, row.norm) for row in rows))
     figure, panels = plt.subplots(
         1, len(kinds), figsize=(4.8 * len(kinds), 3.6), layout="constrained", squeeze=False
@@ -253,8 +256,13 @@ def plot_distances(rows: Sequence[CurveRow]) -> Any:
         for index, row in enumerate(here):
             colour = COLOURS[index % len(COLOURS)]
             panel.plot(row.curve["eps"], row.curve["accuracy"], color=colour, label=row.method)
-            for figures in row.attacks.values():
-                panel.plot(list(map(float, figures)), list(figures.values()), "o", color=colour)
+            for name, figures in row.attacks.items():
+                panel.plot(
+                    list(map(float, figures)), list(figures.values()), markers[name],
+                    color=colour,
+                )  # fmt: skip
+        for name, marker in markers.items():
+            panel.plot([], [], marker, color="0.4", label=f"under {LABELS[name]}")
         _dress(panel, legend=True, xlabel=f"{norm} size", ylabel="accuracy", title=source)
     return figure
 
