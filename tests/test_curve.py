@@ -58,7 +58,7 @@ def test_attacks_are_compared_with_it_at_their_sizes(ran):
     ]
     markers = {line.get_label(): line.get_marker() for line in names}
     assert markers == {
-        "under One step": one_step.get_marker(), "under PGD-100": pgd.get_marker()
+        "One step": one_step.get_marker(), "PGD-100": pgd.get_marker()
     }  # fmt: skip
     assert len(set(markers.values())) == 2
 

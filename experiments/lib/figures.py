@@ -262,7 +262,7 @@ def plot_distances(rows: Sequence[CurveRow]) -> Any:
                     color=colour,
                 )  # fmt: skip
         for name, marker in markers.items():
-            panel.plot([], [], marker, color="0.4", label=f"under {LABELS[name]}")
+            panel.plot([], [], marker, color="0.4", label=LABELS[name])
         _dress(panel, legend=True, xlabel=f"{norm} size", ylabel="accuracy", title=source)
     return figure
 
