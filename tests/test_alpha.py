@@ -45,10 +45,8 @@ def problem():
     return (w, v, c), jnp.asarray(x), jnp.asarray(y, jnp.int32)
 
 
-@pytest.mark.parametrize(
-    ("norm", "eps", "chunk"),
-    [("l1", None, 4), ("l2", 0.5, 1), ("l2", 0.5, 100), ("linf", None, 4), ("linf", None, 1)],
-)
+@pytest.mark.parametrize(("norm", "eps"), [("l1", None), ("l2", 0.5), ("linf", None)])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_r_is_the_same_however_many_classes_are_held_at_once(problem, norm, eps, chunk):
     got = alpha(net, *problem, norm=norm, eps=eps, chunk=chunk)
     np.testing.assert_allclose(

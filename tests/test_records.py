@@ -83,7 +83,8 @@ RECORDED = {
     **dict.fromkeys(
         (
             *("autoattack", "autoattack/reference", "board", "certify/all", "remedies/autoattack"),
-            *("remedies/longer/autoattack", "curve/attacks"),
+            "remedies/longer/autoattack",
+            "curve/attacks",
         ),
         records.AttackRow,
     ),

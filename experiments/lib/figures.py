@@ -245,14 +245,14 @@ def plot_appendix_a(rows: Sequence[PropositionRow]) -> Any:
 
 def plot_distances(rows: Sequence[CurveRow]) -> Any:
     """Plot accuracy against size from the smallest perturbations, with markers for attacks."""
-    attacks = list(dict.fromkeys(name for row in rows for name in row.attacks))
-    markers = {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(attacks)}
     kinds = list(dict.fromkeys((row.data, row.norm) for row in rows))
     figure, panels = plt.subplots(
         1, len(kinds), figsize=(4.8 * len(kinds), 3.6), layout="constrained", squeeze=False
     )
     for panel, (source, norm) in zip(panels[0], kinds, strict=True):
         here = [row for row in rows if (row.data, row.norm) == (source, norm)]
+        attacks = dict.fromkeys(name for row in here for name in row.attacks)
+        markers = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(attacks)}
         for index, row in enumerate(here):
             colour = COLOURS[index % len(COLOURS)]
             panel.plot(row.curve["eps"], row.curve["accuracy"], color=colour, label=row.method)
