@@ -1,7 +1,9 @@
 """Every figure of the results, drawn from nothing but their JSON files.
 
-python experiments/figures.py                   # all records in experiments/results
-python experiments/figures.py runs/mnist_mlp    # one run
+    python experiments/figures.py                   # all records in experiments/results
+    python experiments/figures.py runs/mnist_mlp    # one run
+
+Figures are written next to the JSON files.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
+import tyro
+
 from experiments.lib import figures, options
 from experiments.lib.records import RESULTS
 
@@ -18,7 +22,7 @@ from experiments.lib.records import RESULTS
 @options.command
 def main() -> None:
     """Draw the figures of the folders named on the command line, or of all records."""
-    folders = [Path(argument) for argument in sys.argv[1:]]
+    folders = tyro.cli(tuple[Path, ...], default=(), description=__doc__)
     for folder in folders or sorted(path.parent for path in RESULTS.glob("*/results.json")):
         for path in figures.draw(folder):
             print(path)

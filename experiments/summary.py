@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
+import tyro
+
 from experiments.lib import attack_tables, paper, records, tables
 from experiments.lib.recipes import NAMES
 from experiments.lib.records import RESULTS
@@ -98,10 +100,15 @@ def fill(text: str) -> str:
     return re.sub(place, filled, text, flags=re.DOTALL)
 
 
-def main() -> None:
+def update() -> None:
     """Fill the tables of the results' README."""
     path = RESULTS / "README.md"
     path.write_text(fill(path.read_text()))
+
+
+def main() -> None:
+    """Run from the command line."""
+    tyro.cli(update, description=__doc__)
 
 
 if __name__ == "__main__":

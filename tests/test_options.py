@@ -105,6 +105,22 @@ def test_every_number_has_a_range_and_is_refused_outside_by_name(name):
 
 # The command lines
 
+COMMANDS = {
+    name: module
+    for name in sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
+    if hasattr(module := importlib.import_module(f"experiments.{name}"), "main")
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_describes_each_command_and_runs_nothing(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as done:
+        COMMANDS[name].main()
+    assert done.value.code == 0
+    assert COMMANDS[name].__doc__.splitlines()[0][:40] in capsys.readouterr().out
+
+
 REFUSED = {
     "train.py": {
         "--eps-warmup -1": "--eps-warmup to be at least 0, got -1",
