@@ -6,7 +6,8 @@ Between a line `<!-- table NAME -->` and the next `<!-- end -->` goes the table 
 experiments/results/NAME. For each method it has the figures printed in the paper, those of the
 authors' released notebook, and ours, with the board's figures for the recorded weights. The table
 `autoattack` compares the published AutoAttack with ours; `remedies` compares ways of one-step
-training. `python experiments/figures.py` draws the figures that go with the tables.
+training, and `cifar10/representation` the splits and sizes of LWA_Rep. `python
+experiments/figures.py` draws the figures that go with the tables.
 """
 
 from __future__ import annotations
@@ -68,6 +69,24 @@ def table(
     return lines
 
 
+SPLITS = {1: "first block", 2: "second block", 3: "first dense layer"}
+"""The CIFAR-10 net's layers after which LWA_Rep can perturb the representation, by `split`."""
+
+
+def by_split(rows: Sequence[records.TableRow]) -> list[str]:
+    """Return a table with a line for each net of LWA_Rep, the first split first."""
+    cells = [
+        (
+            SPLITS[row.settings["split"]], f"{row.settings['train_eps']:g}", row.epochs,
+            f"{row.n:,} {'held out' if row.settings['holdout'] else 'for testing'}",
+            *(tables.mean_and_spread([row], column) for column in tables.LABELS),
+        )
+        for row in sorted(rows, key=lambda row: (row.settings["split"], row.settings["train_eps"]))
+    ]  # fmt: skip
+    headings = ("Perturbed after", "Size", "Epochs", "Images", *tables.LABELS.values())
+    return tables.markdown(headings, cells)
+
+
 def fill(text: str) -> str:
     """Return a document with its tables filled in.
 
@@ -92,11 +111,13 @@ def fill(text: str) -> str:
             rows = records.load(path, records.TableRow)
             if name == "remedies":
                 lines = attack_tables.ways(rows, attacked(f"{name}/autoattack"))
+            elif name == "cifar10/representation":
+                lines = by_split(rows)
             else:
                 lines = table(name, rows, attacked("board"))
         return "\n".join([match["start"], *lines, "<!-- end -->"])
 
-    place = r"(?P<start><!-- table (?P<name>\w+) -->)\n.*?<!-- end -->"
+    place = r"(?P<start><!-- table (?P<name>[\w/]+) -->)\n.*?<!-- end -->"
     return re.sub(place, filled, text, flags=re.DOTALL)
 
 

@@ -84,12 +84,15 @@ RECORDED = {
         (
             *("autoattack", "autoattack/reference", "board", "certify/all", "remedies/autoattack"),
             "remedies/longer/autoattack",
-            "curve/attacks",
+            *("cifar10/representation/attacks", "curve/attacks"),
         ),
         records.AttackRow,
     ),
     **dict.fromkeys(
-        ("ablations", "cifar10", "mnist_lenet", "mnist_mlp", "remedies", "remedies/longer"),
+        (
+            *("ablations", "cifar10", "cifar10/representation", "mnist_lenet", "mnist_mlp"),
+            *("remedies", "remedies/longer"),
+        ),
         records.TableRow,
     ),
     **dict.fromkeys(("benchmark", "benchmark/slower_machine"), records.BenchmarkRow),

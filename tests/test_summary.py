@@ -45,6 +45,24 @@ def test_a_table_has_the_papers_rows_above_ours_and_columns_of_the_board(monkeyp
     assert summary.fill("\n".join(lines)) == "\n".join(lines)
 
 
+def test_the_table_of_splits_has_a_line_for_each_net(monkeypatch, tmp_path):
+    def row(split, size, **fields):
+        settings = {"split": split, "train_eps": size, "holdout": 5}
+        return table_row(experiment="cifar10", method="lwa_rep", settings=settings, **fields)
+
+    rows = [row(3, 0.1), row(1, 0.02), row(1, 0.01, epochs=9, n=5000)]
+    (tmp_path / "cifar10" / "representation").mkdir(parents=True)
+    records.save(tmp_path / "cifar10" / "representation" / "results.json", rows)
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    text = "<!-- table cifar10/representation -->\n<!-- end -->"
+    figures = " | ".join(["0.5000"] * 6)
+    assert summary.fill(text).splitlines()[3:-1] == [
+        f"| first block | 0.01 | 9 | 5,000 held out | {figures} |",
+        f"| first block | 0.02 | 2 | 100 held out | {figures} |",
+        f"| first dense layer | 0.1 | 2 | 100 held out | {figures} |",
+    ]
+
+
 def test_the_table_of_remedies_has_accuracy_under_autoattack(monkeypatch, tmp_path):
     columns = {"validation": 0.99, "adv_loss": 0.95, "pgd": 0.7}
     row = table_row(method="four", epochs=2, train_seconds=10.0, columns=columns)
