@@ -160,7 +160,9 @@ def keyed(apply_fn: Any, params: Params, x: Any, *, draws: bool | None = None) -
     if any(isinstance(constant, jax.core.Tracer) for constant in constants):
         return apply_fn  # it captured the caller's tracers, so it isn't used beyond their trace
     # No addresses; and no mesh, since JAX itself tells programs in the contexts of meshes apart.
-    text = re.sub(r"0x[0-9a-f]+|\s+ctx_mesh=.*", "", str(traced))
+    # Only the mesh goes: JAX prints a call's program and its arguments on the same line.
+    mesh = r"\s+ctx_mesh=\w+\((?:[^()]|\([^()]*\))*\)"
+    text = re.sub(rf"0x[0-9a-f]+|{mesh}", "", str(traced))
     checksum = hashlib.sha256(text.encode())
     for array in host.fetch(constants):
         checksum.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())

@@ -100,8 +100,8 @@ class Aux(NamedTuple):
     Attributes:
       accuracy: fraction of the (perturbed) examples that the trained net classifies correctly.
       eps: mean size allowed to the adversary; 0 without an adversary.
-      zero: number of examples whose perturbation is exactly 0 although their eps isn't, for lack of
-        a usable gradient.
+      zero: number of examples whose perturbation is exactly 0 although their eps isn't: for lack of
+        a usable gradient or, with a minimal-norm adversary, because x is misclassified already.
       nonfinite: number of examples whose perturbation has NaN or infinite entries.
       r: the perturbations, `[B, ...]`, if the batch was `(x, y, r)`, else None.
     """

@@ -281,3 +281,22 @@ def test_a_net_is_identified_for_any_number_of_examples_and_in_the_context_of_a_
     with jax.set_mesh(jax.make_mesh((1,), ("data",))):
         assert closures.digest(net, w, x) == digest
     assert closures.digest(lambda w, x: -net(w, x), w, x) != digest
+
+
+def test_in_the_context_of_a_mesh_a_call_keeps_its_arguments():
+    @jax.jit
+    def f(x):  # so short a name that JAX prints a call, its mesh and its argument on one line
+        return x * x
+
+    def net(swapped):
+        def logits(w, x):
+            more, less = x + w, x - w
+            one, other = (less, more) if swapped else (more, less)
+            return f(one) - 3 * f(other)
+
+        return logits
+
+    w, x = jnp.ones((1, 3)), jnp.ones((5, 3))
+    mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert closures.digest(net(True), w, x) != closures.digest(net(False), w, x)

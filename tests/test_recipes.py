@@ -89,6 +89,14 @@ def test_the_average_is_of_all_steps_at_first_and_then_decays():
         np.testing.assert_allclose(average, want, rtol=1e-6)
 
 
+def test_the_average_is_found_in_a_net_with_a_layer_of_that_name():
+    params = {"average": jnp.ones(2)}
+    tx = recipes.optimiser(MultiStep((), 2, 0.1, average=0.9), 5, recipes.Optimiser())
+    state = train.init(params, tx, key=KEY)
+    result = recipes.result(MultiStep((), 2, 0.1, average=0.9), state)
+    np.testing.assert_array_equal(result["average"], params["average"])
+
+
 def test_the_result_is_the_average_if_there_is_one():
     params, x, y = problem()
     for average in (0.0, 0.9):

@@ -407,7 +407,7 @@ def averaging(decay: float) -> optax.GradientTransformation:
 def result(method: Method, state: TrainState) -> Params:
     """Return the trained parameters: their moving average if there is one, else the last."""
     if isinstance(method, Robust) and method.average:
-        return optax.tree_utils.tree_get(state.opt_state, "average")
+        return state.opt_state[-1].average
     return state.params
 
 

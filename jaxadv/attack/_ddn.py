@@ -9,6 +9,7 @@ toward its nearest point. The smallest perturbation found is then scaled down to
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -102,8 +103,10 @@ def ddn(
     inputs.at_least(1, "steps", steps, "100 is usual, 1000 thorough")
     if not 0 < gamma < 1:
         raise ValueError(f"expected 0 < gamma < 1, got {gamma}; 0.05 is the published value")
-    if not step_size > 0:
-        raise ValueError(f"expected step_size > 0, got {step_size}; 1 suits images in [0, 1]")
+    if not 0 < step_size < math.inf:
+        raise ValueError(
+            f"expected a finite step_size > 0, got {step_size}; 1 suits images in [0, 1]"
+        )
     problem = Problem.of(
         apply_fn, params, x, y, norm="l2", eps=eps, bounds=bounds, loss_fn=_by_cross_entropy,
         minimal=True, targeted=targeted,

@@ -9,6 +9,7 @@ becomes small only in the final bisection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -106,8 +107,10 @@ def deepfool(
       neural networks", 2015.
     """
     inputs.at_least(1, "steps", steps, "perturb.alpha takes one step")
-    if not overshoot >= 0:
-        raise ValueError(f"expected overshoot >= 0, got {overshoot}; 0.02 is the published number")
+    if not 0 <= overshoot < math.inf:
+        raise ValueError(
+            f"expected a finite overshoot >= 0, got {overshoot}; 0.02 is the published number"
+        )
     if output not in _OUTPUTS:
         raise ValueError(
             f"expected output to be one of {', '.join(map(repr, _OUTPUTS))}, got {output!r}; "

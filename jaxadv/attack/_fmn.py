@@ -14,6 +14,7 @@ surface of the ball, as in `ddn`, until something is found.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -108,8 +109,10 @@ def fmn(
     inputs.at_least(1, "steps", steps, "100 is usual, 1000 thorough")
     if step_size is None:
         step_size = 10.0 if norm == "linf" else 1.0
-    if not step_size > 0:
-        raise ValueError(f"expected step_size > 0, got {step_size}; 1 suits images in [0, 1]")
+    if not 0 < step_size < math.inf:
+        raise ValueError(
+            f"expected a finite step_size > 0, got {step_size}; 1 suits images in [0, 1]"
+        )
     problem = Problem.of(
         apply_fn, params, x, y, norm=norm, eps=eps, bounds=bounds, minimal=True, targeted=targeted
     ).keyed()
