@@ -160,7 +160,7 @@ def keyed(apply_fn: Any, params: Params, x: Any, *, draws: bool | None = None) -
     if any(isinstance(constant, jax.core.Tracer) for constant in constants):
         return apply_fn  # it captured the caller's tracers, so it isn't used beyond their trace
     # No addresses; and no mesh, since JAX itself tells programs in the contexts of meshes apart.
-    # Only the mesh goes: JAX prints a call's program and its arguments on the same line.
+    # Only the mesh goes: JAX prints a short call on one line, its arguments after the mesh.
     mesh = r"\s+ctx_mesh=\w+\((?:[^()]|\([^()]*\))*\)"
     text = re.sub(rf"0x[0-9a-f]+|{mesh}", "", str(traced))
     checksum = hashlib.sha256(text.encode())
