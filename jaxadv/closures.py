@@ -6,8 +6,9 @@ as the weights of a `flax.nnx` module do in training, JAX still sees the same fu
 cached program computes with the old values.
 
 `keyed` traces the net each time it is passed. Two of its results compare equal only if the net's
-program and captured arrays are the same; otherwise JAX compiles again. `digest` identifies a net in
-the same way for evaluations that are stored.
+program and captured arrays are the same; otherwise JAX compiles again. Where the net has derivative
+rules of its own (`jax.custom_vjp` or `jax.custom_jvp`), these belong to the program. `digest`
+identifies a net in the same way for evaluations that are stored.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from jaxadv.types import Params
 __all__ = ["digest", "hashable", "keyed", "method", "preset", "source_net", "without_bounds"]
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # that jit accepts
+# Derivative rules, of which JAX prints only the names. The rule of its own ReLU is known.
+_RULE = re.compile(r"custom_vjp_call|custom_jvp_call(?!\[\s*name=relu\s)")
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,13 @@ def keyed(apply_fn: Any, params: Params, x: Any, *, draws: bool | None = None) -
     def anew(*args: Any) -> Any:  # a new function each time: JAX reuses the trace of a known one
         return inputs.called(apply_fn, *args)
 
+    def differentiated(params: Params, x: jax.Array, *keys: jax.Array) -> Any:
+        logits, pull = jax.vjp(lambda v: anew(params, v, *keys), x)
+        return logits, pull(logits)
+
     traced = jax.make_jaxpr(anew)(params, x, *keys)
+    if _RULE.search(str(traced)):
+        traced = jax.make_jaxpr(differentiated)(params, x, *keys)
     constants = list(_constants(traced))
     if any(isinstance(constant, jax.core.Tracer) for constant in constants):
         return apply_fn  # it captured the caller's tracers, so it isn't used beyond their trace

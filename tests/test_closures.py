@@ -283,6 +283,44 @@ def test_a_net_is_identified_for_any_number_of_examples_and_in_the_context_of_a_
     assert closures.digest(lambda w, x: -net(w, x), w, x) != digest
 
 
+def by_vjp(backward):
+    """A net through a step function, whose derivative is a rule of its own."""
+
+    @jax.custom_vjp
+    def step(x):
+        return jnp.sign(x)
+
+    step.defvjp(lambda x: (jnp.sign(x), x), lambda x, g: (backward(x) * g,))
+    return lambda w, x: step(x) @ w
+
+
+def by_jvp(forward):
+    @jax.custom_jvp
+    def step(x):
+        return jnp.sign(x)
+
+    @step.defjvp
+    def rule(primals, tangents):
+        (x,), (v,) = primals, tangents
+        return step(x), forward(x) * v
+
+    return lambda w, x: jax.nn.relu(step(x)) @ w
+
+
+@pytest.mark.parametrize("of", [by_vjp, by_jvp])
+def test_a_net_is_identified_by_its_own_derivative_rules_too(of):
+    scale = np.ones(3, np.float32)
+    net = of(lambda x: scale[None])
+    before = closures.digest(net, X[:3], X)
+    assert before == closures.digest(of(lambda x: scale[None]), X[:3], X)
+    keyed = closures.keyed(net, X[:3], X)
+    assert closures.keyed(net, X[:3], X) == keyed
+    scale *= -1
+    assert closures.digest(net, X[:3], X) != before
+    assert closures.keyed(net, X[:3], X) != keyed
+    assert closures.digest(of(jnp.ones_like), X[:3], X) != before
+
+
 def test_in_the_context_of_a_mesh_a_call_keeps_its_arguments():
     @jax.jit
     def f(x):  # so short a name that JAX prints a call, its mesh and its argument on one line
