@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 _CACHED = 20_000_000  # bytes that a backward pass may produce before it becomes slow on CPU
+_HEADROOM = 12  # powers of 2 between scaled gradients and the largest number of the net's dtype
 
 
 class Rows(NamedTuple):
@@ -157,6 +158,35 @@ def pullback(
       >>> pull(jnp.array([[1.0, 0.0]])).tolist()
       [[1.0, 0.0]]
     """
+    logits, pull = _pullback(apply_fn, params, x)
+    return logits.astype(inputs.accum_dtype(logits.dtype)), pull
+
+
+def scaled_pullback(
+    apply_fn: ApplyFn, params: Params, x: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], jax.Array]:
+    """Like `pullback`, but scale the gradients where they might overflow.
+
+    Gradients may be as large as the logits, and their sum over classes, which a backward pass
+    computes first, larger than the net's dtype allows.
+
+    Returns:
+      The logits and the function, as `pullback`, and the factor of each example's gradients,
+      `[B, 1]`: 1, or a smaller power of 2 where a logit is near overflow.
+    """
+    logits, pull = _pullback(apply_fn, params, x)
+    largest = jnp.max(jnp.where(jnp.isfinite(logits), jnp.abs(logits), 0), axis=1, keepdims=True)
+    _, exponent = jnp.frexp(lax.stop_gradient(largest))
+    over = jnp.maximum(exponent - (jnp.finfo(logits.dtype).maxexp - _HEADROOM), 0)
+    logits = logits.astype(inputs.accum_dtype(logits.dtype))
+    scale = jnp.ldexp(jnp.ones_like(largest, logits.dtype), -over)
+    return logits, lambda rows: pull(scale * rows), scale
+
+
+def _pullback(
+    apply_fn: ApplyFn, params: Params, x: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Return the logits in the net's own dtype, and the function that pulls cotangents back."""
     x = inputs.examples(x)
     logits, vjp = jax.vjp(lambda v: inputs.apply(apply_fn, params, v), x)
 
@@ -164,7 +194,7 @@ def pullback(
         (pulled,) = vjp(rows.astype(logits.dtype))
         return pulled
 
-    return logits.astype(inputs.accum_dtype(logits.dtype)), pull
+    return logits, pull
 
 
 def class_differences(apply_fn: ApplyFn, params: Params, x: jax.Array, y: jax.Array) -> Rows:
@@ -235,19 +265,18 @@ def class_pullback(
     """
     x = inputs.examples(x)
     y = inputs.labels(y, x.shape[0])
-    logits, pull = pullback(apply_fn, params, x)
+    logits, pull, scale = scaled_pullback(apply_fn, params, x)
     y = jnp.clip(y, 0, logits.shape[1] - 1)
     # Rows without an attackable class get dummy logits, so that their (discarded) derivatives are
     # finite: 0 * inf would be NaN.
     attackable = inputs.attackable(logits, y)[:, None]
-    small = headroom(logits)
 
     def rows_of(classes: jax.Array, masked: jax.Array | None = None) -> Rows:
         left = logits if masked is None else jnp.where(masked, -jnp.inf, logits)
         rows, log_scale, log_gap = _softmax_rows(jnp.where(attackable, left, 0), y, classes)
         # J cotangents of the whole batch, one forward pass: vmap over axis 1 of [B, J, K].
-        d = jax.vmap(pull, in_axes=1, out_axes=1)(small[..., None] * rows)
-        return Rows(logits, classes, d, log_scale - jnp.log(small), log_gap)
+        d = jax.vmap(pull, in_axes=1, out_axes=1)(rows)
+        return Rows(logits, classes, d, log_scale - jnp.log(scale), log_gap)
 
     return logits, rows_of
 
@@ -369,14 +398,3 @@ def _softmax_rows(
 def without_rounding(rows: jax.Array) -> jax.Array:
     """Zero the entries below rounding error, for rows whose largest entry is about 1."""
     return jnp.where(jnp.abs(rows) < jnp.finfo(rows.dtype).epsneg, 0, rows)
-
-
-def headroom(logits: jax.Array) -> jax.Array:
-    """Return a factor for cotangents, `[B, 1]`: 1, or small where logits are near overflow.
-
-    The gradients of such logits may be as large, and their sum over classes, which a backward pass
-    computes first, would overflow. The factor is a power of 2, so that it changes no direction.
-    """
-    largest = jnp.max(jnp.where(jnp.isfinite(logits), jnp.abs(logits), 0), axis=1, keepdims=True)
-    near = largest > jnp.finfo(logits.dtype).max / 2**10
-    return jnp.where(near, 2.0**-12, 1).astype(logits.dtype)

@@ -374,13 +374,13 @@ def _margin_gradient(problem: Problem) -> tuple[Problem, jax.Array]:
     scaled would change its size. Where the gradient is 0, and so tells nothing about the other
     classes, it is computed without the top wrong class.
     """
-    logits, pull = jacobian.pullback(problem.apply_fn, problem.params, problem.x)
+    logits, pull, _ = jacobian.scaled_pullback(problem.apply_fn, problem.params, problem.x)
     is_y = jax.nn.one_hot(problem.y, logits.shape[1], dtype=bool)
 
     def gradient(others: jax.Array) -> jax.Array:
         # In z: the softmax of the other classes, and -1 at y.
         softmax = jacobian.without_rounding(jax.nn.softmax(losses.shift_logits(others), axis=1))
-        g = pull(jacobian.headroom(logits) * jnp.where(is_y, -1, softmax))
+        g = pull(jnp.where(is_y, -1, softmax))
         return g.astype(inputs.accum_dtype(g.dtype))
 
     g = gradient(jnp.where(is_y, -jnp.inf, logits))

@@ -159,6 +159,21 @@ def test_the_nearest_class_is_found_at_logits_of_1e29(norm):
     np.testing.assert_allclose(r, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", [alpha, loss])
+@pytest.mark.parametrize("scale", [60_000, 8_000])
+def test_in_float16_too_gradients_near_overflow_are_scaled(method, scale):
+    apply_fn, w, x, y = near_overflow(scale)
+    w, x = 64 * w, x / 64  # the same logits, but their gradients are larger than 65,504
+
+    def half(w, x):
+        return np.float16(scale) * (x.astype(jnp.float16) @ w.astype(jnp.float16))
+
+    r = np.asarray(method(half, w, x, y, eps=0.5))
+    np.testing.assert_allclose(lengths(r, "l2"), 0.5, rtol=1e-6)
+    # The net's weights and gradients are rounded to 11 bits.
+    np.testing.assert_allclose(r, method(apply_fn, w, x, y, eps=0.5), atol=2e-3)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_logits_whose_differences_overflow_have_a_direction_and_an_infinite_distance(norm):
     apply_fn, w, x, y = near_overflow(3.3e38)
