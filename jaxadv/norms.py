@@ -446,7 +446,13 @@ def _rounded_toward_zero(r: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _toward_zero(r: jax.Array, where: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Move entries of `r`, values of `dtype` stored wider, toward 0 by one ulp of `dtype`."""
+    """Move entries of `r`, values of `dtype` stored wider, toward 0 by one ulp of `dtype`.
+
+    One ulp from infinity is the largest number of `dtype`.
+    """
     narrow = lax.stop_gradient(r).astype(dtype)
-    step = lax.nextafter(narrow, jnp.zeros_like(narrow)).astype(r.dtype) - lax.stop_gradient(r)
-    return r + jnp.where(where, step, 0)  # nextafter has no derivative; the shift is a constant
+    nearer = lax.nextafter(narrow, jnp.zeros_like(narrow)).astype(r.dtype)
+    finite = jnp.isfinite(r)
+    # nextafter has no derivative; the shift is a constant.
+    shift = jnp.where(where & finite, nearer - lax.stop_gradient(r), 0)
+    return jnp.where(where & ~finite, nearer, r + shift)

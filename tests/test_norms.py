@@ -296,6 +296,14 @@ def test_clipped_entries_shrink_keep_their_sign_and_stay_in_the_box(
     assert (got * r >= 0).all()
 
 
+def test_in_a_box_wider_than_the_largest_number_entries_stay_finite():
+    largest = float(jnp.finfo(jnp.float16).max)
+    x = jnp.array([[-largest, largest, 0.0]], jnp.float16)
+    r = np.array([[1.5 * largest, -3 * largest, np.inf]], np.float32)
+    got = norms.clip_to_box(x, r, (-largest, largest))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), [[largest, -largest, largest]])
+
+
 @pytest.mark.parametrize("largest", [1e5, 1e8, 1e30])
 def test_the_l1_projection_of_huge_entries_has_size_eps(largest):
     got = norms.project(np.float32([[largest, 0.5 * largest, -0.1], 3 * [largest]]), 0.3, "l1")
