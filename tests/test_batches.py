@@ -288,6 +288,27 @@ def test_attacks_that_differ_are_described_differently(one, other):
     assert _batches.described(one()) != _batches.described(other())
 
 
+SIZES = np.full(D, 0.1)
+
+
+def scaled(x):
+    return jnp.broadcast_to(SIZES, x.shape)
+
+
+def through_a_helper(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+    return jax.vmap(lambda row: scaled(row[None])[0])(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("SIZES", np.full(D, 0.2)), ("scaled", lambda x: 2 * jnp.ones_like(x))]
+)
+def test_the_globals_that_an_attack_uses_belong_to_its_description(name, other, monkeypatch):
+    before = _batches.described(through_a_helper)
+    assert before == _batches.described(through_a_helper)
+    monkeypatch.setitem(globals(), name, other)
+    assert _batches.described(through_a_helper) != before
+
+
 def test_a_description_is_the_same_in_each_process():
     code = (
         "from functools import partial\nfrom jaxadv.evaluate import _batches\n"

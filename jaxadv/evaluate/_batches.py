@@ -269,6 +269,9 @@ def warn_of_probabilities(apply_fn: ApplyFn, params: Params, x: Any) -> None:
 def described(method: Any, *around: Any) -> str:
     """Describe an attack, identically in each process, by its name, its settings and its code.
 
+    The code of a function is its own, that of the functions of its package that it calls, and the
+    arrays, numbers and strings among its module's globals that it uses.
+
     Args:
       method: the attack, or a part of it.
       *around: what it is a part of.
@@ -314,8 +317,25 @@ def described(method: Any, *around: Any) -> str:
         return name if wrapped is None else of(wrapped)
     captured = [cell.cell_contents for cell in method.__closure__ or ()]
     captured += [*(method.__defaults__ or ()), *(method.__kwdefaults__ or {}).values()]
-    whole = *_code(code), [*map(of, captured)]
+    whole = *_code(code), [*map(of, captured)], [*map(of, _used(method))]
     return f"{name} {hashlib.sha256(str(whole).encode()).hexdigest()[:16]}"
+
+
+def _used(function: types.FunctionType) -> list[Any]:
+    """Return the globals that a function uses: its package's functions and classes, and values."""
+    package = function.__module__.partition(".")[0]
+
+    def names(code: types.CodeType) -> set[str]:
+        inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+        return set(code.co_names).union(*map(names, inner))
+
+    def counts(value: Any) -> bool:
+        if callable(value):
+            return str(getattr(value, "__module__", "")).partition(".")[0] == package
+        return isinstance(value, jax.Array | np.ndarray | np.generic | complex | float | int | str)
+
+    used = (function.__globals__.get(name) for name in sorted(names(function.__code__)))
+    return [value for value in used if counts(value)]
 
 
 def _code(code: types.CodeType) -> list[Any]:
