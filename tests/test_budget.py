@@ -115,12 +115,18 @@ def test_perturbations_that_are_not_finite_are_counted_and_exceed_no_size():
     assert not found.robust[2:4].any()
 
 
-def test_nan_is_no_success_of_one_of_several_attacks():
+def test_an_attack_after_one_that_is_not_finite_decides():
     def broken(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
         return jnp.full_like(x, jnp.nan)
 
-    with pytest.raises(ValueError, match="l2 size 9 at most, got nan by 'broken'"):
-        outcome({"broken": broken}, eps=9.0)
+    near = evaluate.NearBoundary(broken, 1 - 1e-6)
+    attacks = {"broken": broken, "loss": perturb.loss, "near": near}
+    found = evaluate.attack_and_score(linear, *problem(), attacks, eps=0.5)
+    fooled = found.stages["loss"].fooled
+    assert 0 < fooled.sum() < 7
+    np.testing.assert_array_equal(found.stages["near"].tried, ~fooled)
+    np.testing.assert_array_equal(found.outcome.nonfinite, ~fooled)
+    np.testing.assert_array_equal(np.isfinite(found.r).all(axis=1), fooled)
 
 
 @pytest.mark.parametrize("norm", NORMS)

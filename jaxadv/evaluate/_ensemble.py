@@ -82,7 +82,7 @@ class Result(NamedTuple):
     Attributes:
       outcome: the score of r; each leaf `[n]`.
       r: the perturbations, `[n, ...]`. With several attacks, each example's is the first that fools
-        the net, or 0 if none does.
+        the net, or 0 if none does; if none does, and one returned an r that isn't finite, that r.
       stages: the result of each of several attacks, by name, in order; empty for a single attack.
       audit: the comparison with AutoAttack, if it was asked for.
     """
@@ -207,14 +207,12 @@ def attack_and_score(
         batch = partial(_attack, net, made_on, bounds)
         wrong, lead = host.over_batches(partial(_look, net), (x, y), batch_size)
         r, stages = _in_turn(run, batch, attacks, examples, ~wrong, lead, batch_size)
-        outcome = scored(r)
-        broken = np.zeros_like(outcome.nonfinite)  # a NaN is never a success
     else:
         batch = partial(perturb, made_on, bounds, method=attacks)
         rows = np.arange(len(y))
         r = run(batch, examples, rows, [shape.shape[0]], stage=0, name="").r
-        outcome = scored(r)
-        broken = outcome.nonfinite  # counted as such; it has no size
+    outcome = scored(r)
+    broken = outcome.nonfinite  # counted as such; it has no size
 
     def name_of(example: int) -> str:
         fooled_by = (repr(name) for name, stage in stages.items() if stage.fooled[example])
@@ -291,13 +289,16 @@ def perturb(
 def _attack(
     net: Net, made_on: Net, bounds: Bounds | None, *batch: Any, method: PerturbFn
 ) -> Attacked:
-    """Attack, and evaluate the net at x + r; r is 0 where it doesn't fool the net."""
+    """Attack, and evaluate the net at x + r; a finite r that doesn't fool the net becomes 0."""
     r, _, _, passes = perturb(made_on, bounds, *batch, method=method)
     x, y, *_ = batch
+    finite = jnp.all(jnp.isfinite(r), axis=tuple(range(1, r.ndim)))
     fooled, lead = _look(net, x + r, y)
+    fooled &= finite
     if passes is not None:
         passes = passes._replace(forward=passes.forward + 1)
-    return Attacked(jnp.where(inputs.expand_like(fooled, r), r, 0), fooled, lead, passes)
+    r = jnp.where(inputs.expand_like(fooled | ~finite, r), r, 0)
+    return Attacked(r, fooled, lead, passes)
 
 
 @jax.jit
@@ -328,7 +329,8 @@ def _in_turn(
       batch_size: number of examples in the largest batches.
 
     Returns:
-      r, `[n, ...]`, 0 where no attack succeeded; and the result of each attack.
+      r, `[n, ...]`, 0 where no attack succeeded, or not finite if one returned that; and the result
+      of each attack.
     """
     x, y, eps, keys = examples
     robust, worst = clean.copy(), np.zeros(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
@@ -348,12 +350,13 @@ def _in_turn(
             ran = run(batch, (x, y, eps, own), rows, sizes, stage=number, name=name)
             done.append((rows, ran))
             tried[rows] = True
+            moved = ran.r.any(axis=tuple(range(1, ran.r.ndim)))
+            worst[rows[moved]] = ran.r[moved]
             hit = rows[ran.fooled]
-            worst[hit] = ran.r[ran.fooled]
             robust[hit] = False
             clearly = lead[rows]  # 0 on a tie
             share = ran.lead / np.where(clearly < 0, clearly, 1)
-            left[rows] = np.minimum(left[rows], share)
+            left[rows] = np.fmin(left[rows], share)  # ignores NaN
             if within >= 1 or len(hit) <= _GAIN * len(rows):
                 break
             within *= 2
