@@ -1,10 +1,11 @@
 """Iterated attacks, with the signature of the one-step methods in `perturb` (`types.PerturbFn`).
 
-They compile their own loop: `apply_fn`, the norm and the number of steps are static, so there is
-one compilation for each `apply_fn` object. Pass the same object again, with the weights as its
-params: each call checks the arrays that `apply_fn` has captured, and a change means recompilation.
-Under a caller's `jax.jit` the loop is inlined. r is meant to be used as a constant, as in
-`objectives`: attacks that stop early (`while_loop`) support no reverse-mode derivatives.
+They compile their own loop: `apply_fn`, the norm and the number of steps (in `fab`, only
+`apply_fn` and the norm) are static, so there is one compilation for each `apply_fn` object. Pass
+the same object again, with the weights as its params: each call checks the arrays that `apply_fn`
+has captured, and a change means recompilation. Under a caller's `jax.jit` the loop is inlined. r is
+meant to be used as a constant, as in `objectives`: attacks that stop early (`while_loop`) support
+no reverse-mode derivatives.
 
 In a ball of radius eps:
 

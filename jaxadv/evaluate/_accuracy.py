@@ -99,7 +99,9 @@ def measure(
     y = inputs.labels(y, x.shape[0])
     logits = inputs.apply(apply_fn, params, x)
     if r is None:
-        r, moved, moved_logits = jnp.zeros_like(x), x, logits
+        # XLA would evaluate a constant r's norm while it compiles: seconds for a batch of images.
+        r = jax.lax.optimization_barrier(jnp.zeros_like(x))
+        moved, moved_logits = x, logits
     else:
         r = jnp.asarray(inputs.perturbation(r, x))
         moved = x + r
