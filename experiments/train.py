@@ -80,6 +80,17 @@ _STRIDE = 1.5  # length of a step from a kept perturbation, in units of the size
 _BATCH = 250  # images that are attacked at once
 _BUDGET = 1000  # passes per image in the search for its smallest perturbation
 _WORST = 8  # images that are drawn
+# Options that have a use only with some values of another.
+_ADVERSARIES = ("lwa", "goodfellow", "trades")
+_USEFUL = {
+    "widths": ("net", ("conv", "mlp", "lenet", "vgg")),
+    "width": ("net", ("vgg",)),
+    "train_eps": ("method", _ADVERSARIES),
+    "steps": ("method", _ADVERSARIES),
+    "eps_warmup": ("method", _ADVERSARIES),
+    "memory": ("method", ("lwa", "goodfellow")),
+    "weight": ("method", ("trades",)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +161,7 @@ class Settings(parallel.Settings, recipes.Optimiser):
         """Check that the options fit together.
 
         Raises:
-          UsageError: if --widths, --memory or --train-eps is given where it has no use, or if any
+          UsageError: if an option is given, and not as its default, where it has no use, or if any
             two images are within reach of each other.
         """
         super().__post_init__()
@@ -160,21 +171,15 @@ class Settings(parallel.Settings, recipes.Optimiser):
                     f"expected {option} in linf to be less than 0.5, which makes every image grey, "
                     f"got {eps:g}; choose a smaller one, e.g. 0.031 for photographs"
                 )
-        if self.widths and ":" in self.net:
-            raise options.UsageError(
-                f"expected --widths with conv, mlp, lenet or vgg only, got {self.net}, whose "
-                "sizes are its own; leave it out"
-            )
-        if self.memory and self.method not in ("lwa", "goodfellow"):
-            raise options.UsageError(
-                f"expected --memory with the method lwa or goodfellow, got {self.method}, whose "
-                "adversary can't continue; leave it out, or choose another --method"
-            )
-        if self.train_eps is not None and self.method == "normal":
-            raise options.UsageError(
-                "expected --train-eps with an adversary, got the method normal, which has none; "
-                "leave it out, or choose another --method"
-            )
+        usual = {**vars(Settings), "eps_warmup": (self.epochs or 0) // 4}  # as `settled` sets it
+        for option, (other, useful) in _USEFUL.items():
+            chosen = getattr(self, other)
+            if getattr(self, option) not in (None, usual[option]) and chosen not in useful:
+                raise options.UsageError(
+                    f"expected --{option.replace('_', '-')} only with --{other} "
+                    f"{' or '.join(useful)}, got {chosen}; leave it out, or choose another "
+                    f"--{other}"
+                )
 
 
 def make_net(settings: Settings, classes: int) -> nn.Module:
@@ -199,6 +204,11 @@ def make_net(settings: Settings, classes: int) -> nn.Module:
         )
     make = options.imported(settings.net)
     made = make(classes)
+    if not isinstance(made, nn.Module):
+        raise options.UsageError(
+            f"expected {settings.net} to return a flax.linen module, got {type(made).__name__}; "
+            "for other nets write the loop yourself, the documentation shows how"
+        )
     try:
         hash(made)
     except TypeError as error:
@@ -206,11 +216,6 @@ def make_net(settings: Settings, classes: int) -> nn.Module:
             f"expected {settings.net} to return a module that can be hashed, got one that can't "
             "be; make lists among its attributes tuples"
         ) from error
-    if not isinstance(made, nn.Module):
-        raise options.UsageError(
-            f"expected {settings.net} to return a flax.linen module, got {type(made).__name__}; "
-            "for other nets write the loop yourself, the documentation shows how"
-        )
     return made
 
 

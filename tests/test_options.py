@@ -121,6 +121,7 @@ def test_help_describes_each_command_and_runs_nothing(name, monkeypatch, capsys)
     assert COMMANDS[name].__doc__.splitlines()[0][:40] in capsys.readouterr().out
 
 
+WITH_ADVERSARY = "only with --method lwa or goodfellow or trades, got normal"
 REFUSED = {
     "train.py": {
         "--eps-warmup -1": "--eps-warmup to be at least 0, got -1",
@@ -132,9 +133,13 @@ REFUSED = {
         "--batch-size 0": "--batch-size to be at least 1, got 0",
         "--seed 4294967296": "--seed to be at most 4294967295, got 4294967296",
         "--widths 5 0": "--widths to be at least 1, got 0",
-        "--widths 5 --net mine:make": "--widths with conv, mlp, lenet or vgg only, got mine:make",
-        "--memory 2 --method trades": "--memory with the method lwa or goodfellow, got trades",
-        "--train-eps 1 --method normal": "--train-eps with an adversary, got the method normal",
+        "--widths 5 --net mine:make": "--widths only with --net conv or .* or vgg, got mine:make",
+        "--width 1 --net mlp": "--width only with --net vgg, got mlp",
+        "--memory 2 --method trades": "--memory only with --method lwa or goodfellow, got trades",
+        "--weight 1": "--weight only with --method trades, got lwa",
+        "--train-eps 1 --method normal": f"--train-eps {WITH_ADVERSARY}",
+        "--steps 1 --method normal": f"--steps {WITH_ADVERSARY}",
+        "--eps-warmup 3 --method normal --epochs 9": f"--eps-warmup {WITH_ADVERSARY}",
         "--norm linf": "--eps in linf to be less than 0.5, which makes every image grey, got 0.5",
         "--norm linf --eps .1 --train-eps 1": "--train-eps in linf to be less than 0.5",
         "--resize 0": "--resize to be at least 1, got 0",

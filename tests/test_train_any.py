@@ -61,6 +61,9 @@ def settings(folder, out, **changes):
     return dataclasses.replace(small, **changes)
 
 
+PLAIN = {"method": "normal", "steps": 5, "eps_warmup": None}
+
+
 def run(*args, **changes):
     return train.run(settings(*args, **changes), Console(file=io.StringIO()))[0]
 
@@ -168,7 +171,7 @@ def test_an_attack_is_not_run_twice(folder, trained, tmp_path, monkeypatch):
     [
         ({}, {"n_eval": 7}, 7, "0.5"),
         ({"train_eps": 0.5}, {"train_eps": 0.5, "eps": 0.6}, 20, "0.6"),
-        ({"method": "normal"}, {"method": "normal", "eps": 0.6}, 20, "0.6"),
+        (PLAIN, {**PLAIN, "eps": 0.6}, 20, "0.6"),
     ],
     ids=["fewer images", "another size", "another size of a plain net"],
 )
@@ -211,7 +214,7 @@ def test_a_second_run_continues_the_first_and_refuses_other_settings(folder, tra
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "normal"},
+        PLAIN,
         {"method": "goodfellow", "steps": 1, "norm": "linf", "eps": 0.05},
         {"method": "trades", "mirror": True, "shift": 0},
         {"average": 0.0, "weight_decay": 1e-3, "eps_warmup": 0, "train_eps": 0.6},
@@ -270,8 +273,12 @@ class Widths(nn.Module):
         return nn.Dense(self.widths[-1])(x.reshape(len(x), -1))
 
 
-def in_a_list(classes):
+def with_a_list(classes):
     return Widths([classes])
+
+
+def in_a_list(classes):
+    return [Own(classes)]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +335,8 @@ def test_resuming_with_other_images_is_an_error(folder, trained, tmp_path):
             r"logits of shape \(1, 2\) for an image, .* got \(1, 3\) from .*; use",
         ),
         (f"{__name__}:Twofold", r"logits of shape \(1, 2\) for an image, .* got tuple from"),
-        (f"{__name__}:in_a_list", r"a module that can be hashed, got one .*lists .* tuples"),
+        (f"{__name__}:with_a_list", r"a module that can be hashed, got one .*lists .* tuples"),
+        (f"{__name__}:in_a_list", r"to return a flax.linen module, got list; for other nets"),
     ],
 )
 def test_a_net_that_cant_be_trained_is_an_error(folder, tmp_path, net, message):
