@@ -42,6 +42,7 @@ from rich.console import Console
 from experiments.benchmarks import common
 from experiments.lib import (
     attack_tables,
+    cache,
     evaluation,
     options,
     parallel,
@@ -176,7 +177,8 @@ def with_ratios(
         return dataclasses.replace(row, ratio_to_lwa=round(ratios[row.method], 3))
 
     path = settings.out / "results.json"
-    records.save(path, [with_ratio(row) for row in records.load(path, TableRow)])
+    with cache.locked(settings.out):
+        records.save(path, [with_ratio(row) for row in records.load(path, TableRow)])
     return [with_ratio(row) for row in rows]
 
 

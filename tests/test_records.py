@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from rows import check_row, published_row, robust_row
 
-from experiments.lib import options, records
+from experiments.lib import cache, options, records
 
 
 def test_rows_are_read_back_as_written(tmp_path):
@@ -136,3 +137,16 @@ def test_a_stored_row_is_found_and_a_missing_one_is_run(tmp_path):
     new = robust_row(seed=1, eps=2.0, n=7)
     assert found(lambda: new, seed=1, eps=2.0, n=7) == new
     assert records.load(path, records.AttackRow) == [*rows[:3], new]  # in place of the old one
+
+
+def test_a_row_is_put_only_once_no_other_process_holds_the_folder(tmp_path):
+    path = tmp_path / "results.json"
+    ours, theirs = robust_row(seed=0), robust_row(seed=1)
+    putting = threading.Thread(target=records.put, args=(path, theirs), kwargs={"place": ("seed",)})
+    with cache.locked(tmp_path):
+        putting.start()
+        putting.join(0.2)
+        assert not path.exists()
+        records.save(path, [ours])
+    putting.join()
+    assert records.load(path, records.AttackRow) == [ours, theirs]

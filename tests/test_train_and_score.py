@@ -179,6 +179,56 @@ def test_each_seed_keeps_its_weights_whatever_the_order_of_the_runs(tmp_path):
     assert len([*(tmp_path / "normal").rglob("*.safetensors")]) == len(made)
 
 
+def test_a_run_keeps_the_rows_that_another_one_saves_meanwhile(tmp_path, monkeypatch):
+    other, score = table_row(method="normal", seed=1), train_and_score.score
+
+    def meanwhile(*args):
+        records.put(tmp_path / "results.json", other, place=("seed",))
+        return score(*args)
+
+    monkeypatch.setattr(train_and_score, "score", meanwhile)
+    settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20, pgd_steps=1)
+    rows, _ = train_and_score.run(
+        settings, task_of({"normal": METHOD}), Console(file=io.StringIO())
+    )
+    assert records.load(tmp_path / "results.json", records.TableRow) == [other, *rows]
+
+
+@pytest.mark.parametrize(
+    ("done", "killed", "then", "place"),
+    [(2, 1, 1, "seed_2"), (2, 1, 0, "seed_2"), (1, 2, 1, "")],
+    ids=["the same run again", "another seed", "a larger seed was killed"],
+)
+def test_a_run_killed_before_it_saves_its_weights_endangers_no_others(
+    tmp_path, monkeypatch, done, killed, then, place
+):
+    def run(seed):
+        settings = train_and_score.Settings(
+            out=tmp_path, seed=(seed,), batch_size=10, eval_batch=20, pgd_steps=1
+        )
+        train_and_score.run(settings, task_of({"normal": METHOD}), Console(file=io.StringIO()))
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    run(done)
+    before = (tmp_path / "normal" / "params.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_and_score, "weights_path", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run(killed)
+    run(then)
+    assert (tmp_path / "normal" / place / "params.safetensors").read_bytes() == before
+
+
+def test_weights_that_do_not_say_their_seed_are_of_seed_0(tmp_path):
+    path = tmp_path / "lwa" / "params.safetensors"
+    weights.save(path, {"w": jnp.ones(2)})
+    settings = train_and_score.Settings(out=tmp_path)
+    places = [train_and_score.weights_path(settings, "lwa", seed) for seed in (0, 1)]
+    assert places == [path, tmp_path / "lwa" / "seed_1" / path.name]
+
+
 def test_a_row_of_another_fixed_set_is_scored_again(tmp_path):
     task = task_of({"normal": METHOD})
     settings = train_and_score.Settings(out=tmp_path, batch_size=10, eval_batch=20, pgd_steps=1)

@@ -35,6 +35,16 @@ def test_weights_are_stored_with_how_they_were_made_and_their_interface(tmp_path
     np.testing.assert_array_equal(weights.load(full)["w"], np.ones(2))
 
 
+def test_a_file_of_weights_is_the_same_every_time(tmp_path):
+    def content():
+        params = {"w": {"caf\u00e9": jnp.ones(3)}, "b": jnp.ones(2)}
+        weights.save(tmp_path / "w.safetensors", params, interface=PHOTOS, made={"seed": 3})
+        return (tmp_path / "w.safetensors").read_bytes()
+
+    assert len({content() for _ in range(20)}) == 1
+    assert load_file(tmp_path / "w.safetensors").keys() == {"w/caf\u00e9", "b"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -57,8 +57,7 @@ def arrays(
     with suppress(*unusable):
         return _open(place)
     place.mkdir(parents=True, exist_ok=True)
-    with (place / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(place):
         with suppress(*unusable):
             return _open(place)  # another process prepared them while this one waited
         store(place, prepare(place / "prepared"))
@@ -90,6 +89,14 @@ def _files(place: Path) -> list[Path]:
 def _checksums(place: Path) -> dict[str, int]:
     """Return checksums of whole files (55 MB in 0.05 s): headers hold shapes and dtypes."""
     return {path.name: zlib.crc32(path.read_bytes()) for path in _files(place)}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process holds the folder's lock, then hold it."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

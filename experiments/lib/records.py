@@ -569,13 +569,17 @@ def find_or_run(
 
 
 def put(path: Path, row: R, *, place: Sequence[str]) -> list[R]:
-    """Write a row to a file, in place of those that are the same in these fields; return all."""
-    others = [
-        old
-        for old in load(path, type(row))
-        if any(getattr(old, field) != getattr(row, field) for field in place)
-    ]
-    save(path, [*others, row])
+    """Write a row to a file, in place of those that are the same in these fields; return all.
+
+    Several processes may write to the same file.
+    """
+    with cache.locked(path.parent):
+        others = [
+            old
+            for old in load(path, type(row))
+            if any(getattr(old, field) != getattr(row, field) for field in place)
+        ]
+        save(path, [*others, row])
     return [*others, row]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments.lib import (
+    cache,
     data,
     models,
     options,
@@ -48,6 +50,8 @@ from jaxadv.types import ApplyFn, Objective, Params, PerturbFn
 
 # The settings that determine how nets are scored.
 _SCORING = ("n_eval", "n_pgd", "pgd_steps", "fixed_seed")
+# The fields of a row that tell it from others in its file.
+_PLACE = ("method", "seed", "eps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +313,11 @@ def train_settings(method: Method, settings: Settings, task: Task) -> dict[str, 
     }
 
 
+def _made(method: Method, seed: int, settings: Settings, task: Task) -> dict[str, Any]:
+    """Return what a net's file of weights says about how they were made."""
+    return {"seed": seed, **train_settings(method, settings, task)}
+
+
 def row_settings(method: Method, settings: Settings, task: Task, eps: float) -> dict[str, Any]:
     """Return everything that a row of the table depends on except its seed, in JSON's types."""
     stored = jnp.dtype(task.stored).name
@@ -448,7 +457,7 @@ class _Fixed(NamedTuple):
 def _fixed_net(settings: Settings, task: Task, progress: Progress) -> tuple[ApplyFn, Params]:
     """Train the net that the Fixed set is made on, or load its weights from an earlier run."""
     path = settings.out / "fixed" / "params.safetensors"
-    made = {"seed": settings.fixed_seed, **train_settings(task.normal, settings, task)}
+    made = _made(task.normal, settings.fixed_seed, settings, task)
     if weights.made(path) == made:
         params = _as_stored(weights.load(path, jnp.float32), task)
         normal = task.make_net(task.normal)
@@ -535,38 +544,38 @@ def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow
                         train_seconds=round(net.fitted.seconds, 1),
                         history=net.fitted.history,
                     )
+                    if parallel.first_process():
+                        records.put(results, row, place=_PLACE)
                 rows.append(row)
-                if parallel.first_process():
-                    records.save(results, rows + _others(known, rows))
             if parallel.first_process():
-                path = weights_path(settings, name, seed)
-                _make_way(path, seed, [row for row in known if row.method == name])
-                weights.save(path, net.params, task.stored, interface=task.interface)
+                made = _made(method, seed, settings, task)
+                with cache.locked(settings.out):
+                    path = weights_path(settings, name, seed)
+                    _make_way(path, seed)
+                    weights.save(path, net.params, task.stored, interface=task.interface, made=made)
     return rows, nets
 
 
 def weights_path(settings: Settings, method: str, seed: int) -> Path:
-    """Return the file for a net's weights: those of a method's least seed are in METHOD itself."""
-    rows = records.load(settings.out / "results.json", TableRow)
-    least = min(*settings.seed, *(row.seed for row in rows if row.method == method), seed)
-    folder = settings.out / method / ("" if seed == least else f"seed_{seed}")
-    return folder / "params.safetensors"
+    """Return the file for a net's weights: those of the least seed with any are METHOD's own."""
+    path = settings.out / method / "params.safetensors"
+    if not path.exists() or seed <= _seed_of(path):
+        return path
+    return path.parent / f"seed_{seed}" / path.name
 
 
-def _make_way(path: Path, seed: int, known: Sequence[TableRow]) -> None:
-    """Move the weights of another seed from the folder of a method's least seed to their own.
+def _make_way(path: Path, seed: int) -> None:
+    """Move weights of a larger seed from where this seed's will be written to their own folder."""
+    there = _seed_of(path)
+    if seed < there:
+        own = path.parent / f"seed_{there}"
+        own.mkdir(exist_ok=True)
+        path.replace(own / path.name)
 
-    Args:
-      path: where the weights of a seed will be written.
-      seed: the seed.
-      known: the method's rows of earlier runs.
-    """
-    folder = path.parent
-    others = (row.seed for row in known if not (folder / f"seed_{row.seed}").exists())
-    there = min(others, default=seed)
-    if path.exists() and there != seed and folder.name != f"seed_{seed}":
-        (folder / f"seed_{there}").mkdir()
-        path.replace(folder / f"seed_{there}" / path.name)
+
+def _seed_of(path: Path) -> int:
+    """Return the seed of a file's weights; 0 if it doesn't say, as older ones, or doesn't exist."""
+    return (weights.made(path) or {"seed": 0})["seed"]
 
 
 def _check_splits(task: Task) -> None:
@@ -611,9 +620,6 @@ def record(folder: Path, rows: Sequence[TableRow]) -> list[TableRow]:
 
 def _others(known: Sequence[TableRow], rows: Sequence[TableRow]) -> list[TableRow]:
     """Return the known rows, without those that the given rows replace."""
-
-    def place(row: TableRow) -> tuple[str, int, float]:
-        return row.method, row.seed, row.eps
-
+    place = operator.attrgetter(*_PLACE)
     taken = set(map(place, rows))
     return [row for row in known if place(row) not in taken]

@@ -48,7 +48,16 @@ def save(
         said["interface"] = interface._asdict()
     metadata = {key: json.dumps(value) for key, value in said.items()} or None
     with cache.replacing(path) as file:
-        file.write(serialised(named, metadata))
+        file.write(_sorted(serialised(named, metadata)))
+
+
+def _sorted(content: bytes) -> bytes:
+    """Return safetensors with a sorted header: the library writes metadata in a random order."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    text = json.dumps(header, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the arrays start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def load(path: Path, dtype: DTypeLike | None = None) -> Params:
