@@ -187,6 +187,15 @@ def names():
     }
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_the_places_that_a_page_names_in_an_example_are_unique(page):
+    quoted = r"```{literalinclude} (\S+)\n((?::.*\n)*)"
+    for name, options in re.findall(quoted, page.read_text()):
+        text = (page.parent / name).read_text()
+        for place in re.findall(r':(?:start-after|end-before): "(.*)"', options):
+            assert len(re.findall(re.escape(place), text)) == 1, place
+
+
 def test_every_module_and_every_name_is_in_the_reference_once():
     text = (DOCS / "api.md").read_text()
     modules = re.findall(r"(?m)^\.\. automodule:: jaxadv\.(\w+)$", text)

@@ -74,7 +74,7 @@ robust = state.params
 
 print("robust: accuracy and robust accuracy", robust_accuracy(robust))
 
-# -- how robust
+# -- under AutoAttack
 for name, params in {"plain": plain, "robust": robust}.items():
     found = jaxadv.evaluate.attack_and_score(
         net.apply, params, x_test[:100], y_test[:100],
