@@ -403,7 +403,7 @@ def test_results_on_different_inputs_are_kept_in_separate_tables(folder):
 
 
 def test_a_function_whose_outputs_changed_is_evaluated_anew(folder, monkeypatch):
-    (before,) = run(folder, attacks=("pgd",))
+    before, _ = run(folder, attacks=("pgd", "one-step"))
     module = importlib.import_module("brightness")
     apply_fn = module.apply_fn
     monkeypatch.setattr(module, "apply_fn", lambda params, x: -apply_fn(params, x))

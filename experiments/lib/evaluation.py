@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.lib import attacks, options, parallel, problems, records, tables, training
+from experiments.lib import attacks, cache, options, parallel, problems, records, tables, training
 from experiments.lib.attacks import LABELS, AttackName
 from experiments.lib.options import Count, OutputFolder, Positive, Seed, Several, Size
 from experiments.lib.problems import Problem
@@ -30,7 +30,9 @@ from experiments.lib.records import AttackRow, CheckRow, CurveRow, RobustRow, Sm
 from jaxadv import certify, evaluate
 from jaxadv.types import Norm, PerturbFn
 
-_PROBLEM = ("data", "subtract", "divide", "crop", "box", "n", "norm", "eps")
+_IMAGES = ("data", "subtract", "divide", "crop", "box")
+"""The fields that say which images a net gets, but for their number."""
+_PROBLEM = (*_IMAGES, "n", "norm", "eps")
 """The fields that determine which table a row belongs to."""
 PLACE = ("method", "attack", "seed", *_PROBLEM)
 """The fields that tell rows apart."""
@@ -68,7 +70,7 @@ class Settings(problems.Settings, parallel.Devices):
 def run(settings: Settings, console: Console) -> list[AttackRow]:
     """Run the chosen attacks; return the rows of this and of earlier runs.
 
-    Rows of the same name with other weights are removed.
+    Rows of the same name with other weights, or of another function, are removed.
 
     Raises:
       ValueError: as `problems.load`.
@@ -102,21 +104,26 @@ def run(settings: Settings, console: Console) -> list[AttackRow]:
                 }
             make = partial(_row, settings, problem, name, eps, identity, mesh, progress)
             records.find_or_run(results, AttackRow, identity, make, place=PLACE)
-    rows = records.load(results, AttackRow)
-    current = [row for row in rows if not _of_other_weights(row, problem.identity)]
-    if len(current) < len(rows) and parallel.first_process():
-        records.save(results, current)
-        console.print(
-            f"Removed {len(rows) - len(current)} rows of {problem.identity['method']} with other "
-            f"weights from {results}."
-        )
+    with cache.locked(settings.out):
+        rows = records.load(results, AttackRow)
+        current = [row for row in rows if not _of_another_net(row, problem.identity)]
+        if len(current) < len(rows) and parallel.first_process():
+            records.save(results, current)
+            console.print(
+                f"Removed {len(rows) - len(current)} rows of {problem.identity['method']} with "
+                f"other weights, or of another function, from {results}."
+            )
     return current
 
 
-def _of_other_weights(row: AttackRow, identity: Mapping[str, Any]) -> bool:
-    """Return whether a row has the name of a net, smoothed or not, but not its weights."""
-    name = row.method.partition(_SMOOTHED)[0]
-    return name == identity["method"] and row.weights != identity["weights"]
+def _of_another_net(row: AttackRow, identity: Mapping[str, Any]) -> bool:
+    """Return whether a row has the name of a net, smoothed or not, but is of another one."""
+    if row.method.partition(_SMOOTHED)[0] != identity["method"]:
+        return False
+    first = all(getattr(row, field) == identity[field] for field in _IMAGES)
+    first &= min(row.n, problems.ANSWERED) == min(identity["n"], problems.ANSWERED)
+    other_function = first and row.answers != identity.get("answers")
+    return row.weights != identity["weights"] or other_function
 
 
 def _row(

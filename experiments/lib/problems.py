@@ -75,6 +75,10 @@ class Settings(Checked):
             )
 
 
+ANSWERED = 8
+"""How many images identify a user's function, by its logits."""
+
+
 class Problem(NamedTuple):
     """A net and the images to evaluate it on."""
 
@@ -184,7 +188,7 @@ def load(settings: Settings) -> Problem:
     if held_out := data.held_out(settings.data):
         identity.setdefault("notes", []).append(held_out)
     if ":" in settings.net:  # the weights don't identify the function
-        identity["answers"] = digest(apply_fn(params, jnp.asarray(x[:8])))
+        identity["answers"] = digest(apply_fn(params, jnp.asarray(x[:ANSWERED])))
     return Problem(apply_fn, params, x, y, bounds, identity)
 
 
