@@ -191,7 +191,7 @@ def test_a_run_keeps_the_rows_that_another_one_saves_meanwhile(tmp_path, monkeyp
     rows, _ = train_and_score.run(
         settings, task_of({"normal": METHOD}), Console(file=io.StringIO())
     )
-    assert records.load(tmp_path / "results.json", records.TableRow) == [other, *rows]
+    assert records.load(tmp_path / "results.json", records.TableRow) == [*rows, other]
 
 
 @pytest.mark.parametrize(

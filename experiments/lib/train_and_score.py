@@ -544,9 +544,11 @@ def run(settings: Settings, task: Task, console: Console) -> tuple[list[TableRow
                         train_seconds=round(net.fitted.seconds, 1),
                         history=net.fitted.history,
                     )
-                    if parallel.first_process():
-                        records.put(results, row, place=_PLACE)
                 rows.append(row)
+                if parallel.first_process():
+                    with cache.locked(settings.out):  # others may have added rows meanwhile
+                        kept = _others(records.load(results, TableRow), rows)
+                        records.save(results, [*rows, *kept])
             if parallel.first_process():
                 made = _made(method, seed, settings, task)
                 with cache.locked(settings.out):
