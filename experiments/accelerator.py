@@ -381,7 +381,10 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     for part in [name for name in PARTS if name in chosen.parts]:
         seconds = chosen.timeout or PARTS[part][1]
-        settings = Settings(chosen.out, chosen.quick, seconds)
+        try:
+            settings = Settings(chosen.out, chosen.quick, seconds)
+        except options.UsageError as error:
+            parser.error(str(error))
         process = multiprocessing.get_context("spawn").Process(target=run, args=(part, settings))
         start = time.perf_counter()
         process.start()

@@ -227,6 +227,12 @@ def _plain(settings: Settings, *others: str) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
 
 
+def store_of(way: Way, seed: int, settings: Settings) -> Path:
+    """Return the folder for a net's finished batches."""
+    identity = {"net": f"{way}-{seed}", **_plain(settings), **records.made_by()}
+    return evaluation.store_of(settings.out, identity)
+
+
 def measure(
     way: Way,
     seed: int,
@@ -239,8 +245,7 @@ def measure(
     """Train a net, certify it, and attack it."""
     x, y = tested
     name, sigma, alpha = f"{way}-{seed}", settings.sigma, settings.alpha
-    identity = {"net": name, **_plain(settings), **records.made_by()}
-    folder = evaluation.store_of(settings.out, identity)
+    folder = store_of(way, seed, settings)
     certify_key, *keys = jax.random.split(jax.random.key(seed), 2 + 2 * len(settings.radii))
     certified = partial(
         certify.certify, sigma=sigma, radii=settings.radii, alpha=alpha, n0=settings.n0,
@@ -322,7 +327,8 @@ def run(settings: Settings, console: Console) -> list[CertifyRow]:
             results, CertifyRow, {**identity, **records.made_by()}, made,
             place=("method", "seed"),
         )  # fmt: skip
-    shutil.rmtree(settings.out / "batches", ignore_errors=True)
+        # Not those of other runs, which may be going on.
+        shutil.rmtree(store_of(way, seed, settings), ignore_errors=True)
     figures.draw(settings.out)
     return records.load(results, CertifyRow)
 

@@ -54,6 +54,7 @@ EPS: Mapping[tuple[str, Norm], float] = {
     ("cifar10", "l2"): 0.5,
     ("cifar10", "linf"): 2 / 256,  # two grey levels
 }
+KINDS = ("standard", "fast")
 TARGETS = (1, 2, 3, 5, 9)
 ORDERS = ("logit", "distance", "alpha")
 
@@ -122,6 +123,11 @@ def covered(spans: Sequence[Span]) -> float:
     return length
 
 
+def store_of(out: Path, identity: Mapping[str, Any], kind: str) -> Path:
+    """Return the folder for an ensemble's finished batches."""
+    return evaluation.store_of(out, {**identity, "kind": kind})
+
+
 def measure(
     identity: Mapping[str, Any], problem: Problem, settings: Settings, console: Console
 ) -> FastRow:
@@ -136,10 +142,9 @@ def measure(
     columns, passes, seconds, compile_seconds = {}, {}, {}, {}
     verdicts: dict[str, Any] = {}
     quiet = timing.Quiet()
-    for kind, attacks in (
-        ("standard", evaluate.autoattack(norm)), ("fast", evaluate.fast_autoattack(norm)),
-    ):  # fmt: skip
-        store = evaluation.store_of(settings.out, {**identity, "kind": kind})
+    ensembles = evaluate.autoattack(norm), evaluate.fast_autoattack(norm)
+    for kind, attacks in zip(KINDS, ensembles, strict=True):
+        store = store_of(settings.out, identity, kind)
         anew, start = not store.exists(), time.perf_counter()
         with compiling() as spans:
             found = attack_by(attacks, store=store)
@@ -223,7 +228,8 @@ def run(settings: Settings, console: Console) -> list[FastRow]:
                 results, FastRow, identity, partial(measure, identity, problem, settings, console),
                 place=("net", "norm", "seed", "n"), enough=partial(has_all, settings),
             )  # fmt: skip
-    shutil.rmtree(settings.out / "batches", ignore_errors=True)
+            for kind in KINDS:  # not those of other runs, which may be going on
+                shutil.rmtree(store_of(settings.out, identity, kind), ignore_errors=True)
     return records.load(results, FastRow)
 
 

@@ -87,6 +87,11 @@ def robust(settings: Settings) -> Figure:
         perturbed[method] = figures.Digits(np.asarray(r), *answers)
     normal = perturbed["normal"]
     fooled = np.flatnonzero((normal.before == labels) & (normal.after != labels))
+    if not fooled.size:
+        raise options.UsageError(
+            f"expected PGD to fool the Normal net on one of {len(labels)} digits, got none at size "
+            f"{settings.eps:g}; choose a larger --eps"
+        )
     _, first = np.unique(labels[fooled], return_index=True)
     chosen = fooled[np.sort(first)[:4]]  # from four classes
     shown = {

@@ -42,7 +42,7 @@ from rich.console import Console
 
 from experiments.compare import minimal, pytorch
 from experiments.lib import evaluation, options, parallel, problems, records, tables
-from experiments.lib.cache import replacing
+from experiments.lib.cache import locked, replacing
 from experiments.lib.options import Checked, Count, OutputFolder, Range, Seed, Several
 from experiments.lib.problems import Problem
 from experiments.lib.records import RESULTS, OptimalityRow
@@ -185,7 +185,8 @@ def run(settings: Settings, console: Console) -> list[OptimalityRow]:
                     seconds=round(seconds, 1),
                     **records.made_by({package: version(package)} if package else {}),
                 )  # fmt: skip
-                _add(settings.out, row, found["size"])
+                with locked(settings.out):
+                    _add(settings.out, row, found["size"])
                 console.print(
                     f"{net} {norm}, {library} {name}, {budget}: median "
                     f"{np.median(found['size']):.4f}, {seconds:.0f} s"

@@ -152,8 +152,8 @@ class Settings(parallel.Settings, recipes.Optimiser):
     n_eval: Count = 100
     """How many of the test images, or of those held out, are attacked."""
     attacks: Annotated[tuple[Attack, ...], distinct] = ("one-step", "fast")
-    """Attacks on the trained net: `standard` is AutoAttack, `fast` has nearly its verdicts in less
-    time. Followed by nothing: none."""
+    """Attacks on the trained net: `standard` is AutoAttack; `fast` reaches nearly the same verdicts
+    in less time. `--attacks` without a name runs none."""
     out: OutputFolder = Path("runs/train")
     """Where everything goes."""
 
@@ -291,9 +291,9 @@ def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
     if settings.method != "normal":
         advice += ", or lower --train-eps, or raise --eps-warmup"
     return (
-        f"The net is no better than one class for every image: of the {scored(settings)} it has "
-        f"{accuracy:.4f} right, and that would have {constant:.4f}. {advice}; and choose "
-        "another --out."
+        f"The net is no better than a constant answer: its accuracy on the {scored(settings)} is "
+        f"{accuracy:.4f}, and that of always answering the most frequent class {constant:.4f}. "
+        f"{advice}; and choose another --out."
     )
 
 

@@ -35,7 +35,10 @@ def run(settings, **changes):
 
 @pytest.mark.slow
 def test_both_ensembles_run_and_their_verdicts_are_stored(settings):
+    others = settings.out / "batches" / "of another run"
+    others.mkdir(parents=True)
     row = run(settings)
+    assert [*others.parent.iterdir()] == [others]
     assert row.columns["fast"] >= row.columns["standard"]
     assert sum(row.passes["fast"].values()) < sum(row.passes["standard"].values())
     with np.load(settings.out / "mnist_mlp-normal-l2-0.npz") as verdicts:

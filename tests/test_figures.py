@@ -180,6 +180,16 @@ def test_digits_show_what_was_saved(tmp_path):
     ]  # fmt: skip
 
 
+def test_digits_are_replaced_at_once(tmp_path):
+    path, earlier = tmp_path / "digits.json", tmp_path / "earlier.json"
+    digits = figures.Digits(np.zeros((1, 28, 28, 1)), np.array([1]), np.array([1]))
+    figures.save_digits(path, digits.r, np.array([1]), {"lwa": digits}, 1.5)
+    earlier.hardlink_to(path)
+    before = path.read_text()
+    figures.save_digits(path, digits.r, np.array([1]), {"lwa": digits}, 2.0)
+    assert earlier.read_text() == before != path.read_text()
+
+
 def test_digits_of_several_runs_are_kept_as_long_as_they_are_the_same(tmp_path):
     path, images = tmp_path / "digits.json", np.linspace(0, 1, 784).reshape(1, 28, 28, 1)
     digits = figures.Digits(-images, np.array([1]), np.array([1]))

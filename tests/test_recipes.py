@@ -353,6 +353,10 @@ REFUSED = [
      r"--four\.adversary to be loss, got alpha; the adversary of several steps is PGD"),
     ("four", MultiStep((6, 5), 1, 0.1, eps=0.7, objective="representation"), 0,
      r"--four\.objective to be adversarial, mixed or virtual,"),
+    ("four", MultiStep((6, 5), 1, 0.1, eps=0.7, weight=6.0), 0,
+     r"--four\.weight to be 1, got 6; only the objective virtual .* is adversarial"),
+    ("four", MultiStep((6, 5), 1, 0.1, eps=0.7, split=1), 0,
+     r"--four\.split to be 0, got 1; only the objective representation .* is adversarial"),
 ]  # fmt: skip
 
 

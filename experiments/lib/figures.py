@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from PIL import Image
 
-from experiments.lib import options, records, tables, train_and_score
+from experiments.lib import cache, options, records, tables, train_and_score
 from experiments.lib.attacks import LABELS
 from experiments.lib.recipes import NAMES
 from experiments.lib.records import BenchmarkRow, CertifyRow, CurveRow, PropositionRow, TableRow
@@ -418,7 +418,8 @@ def save_digits(
     old = json.loads(path.read_text()) if path.exists() else {}
     kept = old["perturbed"] if shown.items() <= old.items() else {}
     content = {**shown, "perturbed": {**kept, **new}}
-    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    with cache.replacing(path) as file:
+        file.write((json.dumps(content, separators=(",", ":")) + "\n").encode())
 
 
 def plot_digits(content: dict[str, Any]) -> Any:

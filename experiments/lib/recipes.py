@@ -161,7 +161,8 @@ def check(name: str, method: Method, *, lr_warmup: int) -> None:
 
     Raises:
       UsageError: if the rate would rise for the whole of the training, or the size of the
-        perturbations for longer; if there is no such objective of several steps, or of one.
+        perturbations for longer; if there is no such objective of several steps, or of one; or if
+        an option has no use.
     """
     option = f"--{name.replace('_', '-')}"
     if lr_warmup >= method.epochs:
@@ -175,6 +176,16 @@ def check(name: str, method: Method, *, lr_warmup: int) -> None:
         raise options.UsageError(
             f"expected {option}.warmup to be at most {method.epochs}, the epochs of {name}, got "
             f"{method.warmup}; lower it, or train longer"
+        )
+    if method.split and method.objective != "representation":
+        raise options.UsageError(
+            f"expected {option}.split to be 0, got {method.split}; only the objective "
+            f"representation splits a net, this one is {method.objective}"
+        )
+    if isinstance(method, MultiStep) and method.weight != 1 and method.objective != "virtual":
+        raise options.UsageError(
+            f"expected {option}.weight to be 1, got {method.weight:g}; only the objective virtual "
+            f"weighs its parts, this one is {method.objective}"
         )
     if isinstance(method, MultiStep) and method.objective == "representation":
         raise options.UsageError(

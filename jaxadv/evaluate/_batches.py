@@ -323,7 +323,9 @@ def described(method: Any, *around: Any) -> str:
 
 def _used(function: types.FunctionType) -> list[Any]:
     """Return the globals that a function uses: its package's functions and classes, and values."""
-    package = function.__module__.partition(".")[0]
+
+    def package(value: Any) -> str:
+        return str(getattr(value, "__module__", None)).partition(".")[0]
 
     def names(code: types.CodeType) -> set[str]:
         inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
@@ -331,7 +333,7 @@ def _used(function: types.FunctionType) -> list[Any]:
 
     def counts(value: Any) -> bool:
         if callable(value):
-            return str(getattr(value, "__module__", "")).partition(".")[0] == package
+            return package(value) == package(function)
         return isinstance(value, jax.Array | np.ndarray | np.generic | complex | float | int | str)
 
     used = (function.__globals__.get(name) for name in sorted(names(function.__code__)))
