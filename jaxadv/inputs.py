@@ -187,7 +187,8 @@ def paired(x: jax.Array, y: Any) -> jax.Array:
 
 def as_classes(y: Any) -> Any:
     """Clip wide integers to the range of int32: a cast would turn the label 2^32 into class 0."""
-    return y.clip(-1, 2**31 - 1) if y.dtype.itemsize > 4 else y
+    least = 0 if jnp.issubdtype(y.dtype, jnp.unsignedinteger) else -1
+    return y.clip(least, 2**31 - 1) if y.dtype.itemsize > 4 else y
 
 
 def called(apply_fn: Any, params: Params, x: Any, *key: Any) -> Any:

@@ -99,7 +99,7 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
     With two classes there is no third logit, and the loss is the numerator, `logit_margin`.
 
     Args:
-      logits: `[B, K]`, floating point.
+      logits: `[B, K]`, floating point; a class with a logit of -inf counts as absent.
       labels: integers, `[B]`, in 0..K-1.
 
     Returns:
@@ -123,8 +123,7 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
     lead = logit_margin(logits, labels)
     if logits.shape[1] < 3:
         return lead
-    top = lax.top_k(shift_logits(logits), 3)[0]
-    return _ratio(lead, top[:, 0] - top[:, 2])
+    return _ratio(lead, shift_logits(logits), 3)
 
 
 def targeted_dlr(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> jax.Array:
@@ -136,7 +135,7 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> 
     classes there is no denominator.
 
     Args:
-      logits: `[B, K]`, floating point.
+      logits: `[B, K]`, floating point; a class with a logit of -inf counts as absent.
       labels: integers, `[B]`, in 0..K-1.
       target: t, integers, `[B]`, in 0..K-1.
 
@@ -163,8 +162,7 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, *, target: jax.Array) -> 
     lead, classes = z[:, 0] - z[:, 1], logits.shape[1]
     if classes < 3:
         return lead
-    top = lax.top_k(shifted, min(classes, 4))[0]
-    return _ratio(lead, top[:, 0] - (top[:, 2] + top[:, -1]) / 2)
+    return _ratio(lead, shifted, min(classes, 4))
 
 
 def _checked(logits: jax.Array, *labels: jax.Array) -> tuple[jax.Array, ...]:
@@ -174,9 +172,17 @@ def _checked(logits: jax.Array, *labels: jax.Array) -> tuple[jax.Array, ...]:
     return logits.astype(inputs.accum_dtype(logits.dtype)), *(inputs.labels(k, n) for k in labels)
 
 
-def _ratio(above: jax.Array, below: jax.Array) -> jax.Array:
+def _ratio(lead: jax.Array, shifted: jax.Array, n: int) -> jax.Array:
+    """Divide by the largest logit minus the mean of the third and the nth, 3 or 4.
+
+    Where the nth class is masked, it is the third alone, and where that is, too, 1.
+    """
+    top = lax.top_k(shifted, n)[0]
+    third, last = top[:, 2], top[:, -1]
+    last = jnp.where(last > MASKED / 2, last, third)
+    below = jnp.where(third > MASKED / 2, top[:, 0] - (third + last) / 2, 1)
     zero = below == 0  # double where: no derivative of 0 / 0
-    return jnp.where(zero, 0, above / jnp.where(zero, 1, below))
+    return jnp.where(zero, 0, lead / jnp.where(zero, 1, below))
 
 
 def shift_logits(logits: jax.Array) -> jax.Array:

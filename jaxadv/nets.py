@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxadv import _cpu, inputs
+from jaxadv import _cpu, inputs, losses
 from jaxadv.types import ApplyFn, Params, StochasticFn
 
 __all__ = ["mean_of_draws", "two_logits"]
@@ -108,12 +108,14 @@ def mean_of_draws(apply_fn: StochasticFn, key: jax.Array, draws: int = 100) -> A
             logits = jax.vmap(
                 lambda example: inputs.apply(apply_fn, params, example[None], key)[0]
             )(x)
-            return jax.nn.log_softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
+            logits = jax.nn.log_softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
+            # Finite for masked classes, too: logaddexp(-inf, -inf) has no derivative.
+            return jnp.maximum(logits, losses.MASKED)
 
         def add(total: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
             return jnp.logaddexp(total, log_probabilities(key)), None
 
         total, _ = lax.scan(_cpu.fast_convolutions(add), log_probabilities(keys[0]), keys[1:])
-        return total - math.log(draws)
+        return jnp.where(total > losses.MASKED / 2, total - math.log(draws), -jnp.inf)
 
     return mean

@@ -44,6 +44,7 @@ __all__ = [
 State = TypeVar("State")
 
 CROSSING = 1e-4  # this far past the boundary, relative to the way there, is beyond rounding error
+_MASK = 1e3  # a class this far below the top is masked, perhaps by a finite logit such as -1e9
 
 
 Gradient: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -565,7 +566,11 @@ def gap_to_cross(gap: jax.Array, logits: jax.Array, dtype: jnp.dtype) -> jax.Arr
 
 
 def _ulps(logits: jax.Array) -> jax.Array:
-    size = jnp.max(jnp.where(jnp.isfinite(logits), jnp.abs(logits), 0), axis=1)
+    """Return 16 ulps of each row's largest logit, of classes that aren't masked."""
+    finite = jnp.isfinite(logits)
+    top = jnp.max(jnp.where(finite, logits, -jnp.inf), axis=1, keepdims=True)
+    counts = finite & (logits >= top - _MASK)
+    size = jnp.max(jnp.where(counts, jnp.abs(logits), 0), axis=1)
     return 16 * float(jnp.finfo(logits.dtype).eps) * size
 
 

@@ -1,5 +1,6 @@
 """`jaxadv.attack.apgd` and `apgd_multitargeted`; the contract is in test_contract."""
 
+import dataclasses
 import functools
 
 import jax
@@ -139,6 +140,11 @@ def test_the_best_point_is_that_of_the_algorithm(norm, steps, box, x64):
 # Closed forms
 
 
+def mask(logits):
+    """Add three masked classes."""
+    return jnp.pad(logits, ((0, 0), (0, 3)), constant_values=-jnp.inf)
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
 @pytest.mark.parametrize("order", ["distance", "alpha"])
 def test_targets_are_in_the_order_of_their_linearised_distances(order, norm):
@@ -151,7 +157,10 @@ def test_targets_are_in_the_order_of_their_linearised_distances(order, norm):
         lambda p, x: x @ p[0] + p[1][None], (w.astype(np.float32), b.astype(np.float32)), x, y,
         norm=norm, eps=1.0, bounds=None,
     ).start()  # fmt: skip
-    got = _apgd._by_distance(posed, _apgd._by_logit(posed, 6), order)
+    got = np.asarray(_apgd._by_distance(posed, _apgd._by_logit(posed, 6), order))
+    masked = dataclasses.replace(posed, apply_fn=lambda p, x: mask(posed.apply_fn(p, x))).start()
+    first = _apgd._by_distance(masked, _apgd._by_logit(masked, 9), order)
+    np.testing.assert_array_equal(first[:, :6], got)
     for i, label in enumerate(y):
         value, slope = z[i], w.T
         if order == "alpha":

@@ -460,3 +460,11 @@ def test_an_audit_that_can_not_run_is_refused_before_anything_runs():
 def test_progress_must_be_a_function():
     with pytest.raises(TypeError, match="expected progress to be a function, got int"):
         ensemble(progress=3)
+
+
+def test_a_class_masked_by_a_finite_logit_hides_no_difference():
+    z, other = np.array([[3.0, -3, -1e9]]), np.array([[-3.0, 3, -1e9]])
+    assert _batches.apart(z, other) == 2
+    assert _batches.apart(z, z + np.array([[0, 0, 64]])) == 64 / 1e9  # relative to its own size
+    assert _batches.apart(z[:, :2], z[:, :2] + 1e-6) == pytest.approx(1e-6 / 3)
+    assert _batches.apart(np.array([[np.nan]]), np.array([[1.0]])) == np.inf

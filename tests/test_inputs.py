@@ -193,6 +193,8 @@ def test_bounds_may_be_lists():
 def test_labels_beyond_int32_do_not_wrap_into_a_class(x64):
     y = jnp.array([2**32, -(2**32), 2**33 + 1, 2**63 - 1])
     assert not np.isin(inputs.labels(y, B), np.arange(K)).any()
+    unsigned = inputs.labels(jnp.array([0, 1, 2**63], jnp.uint64), 3)
+    np.testing.assert_array_equal(unsigned, [0, 1, 2**31 - 1])
 
 
 @pytest.mark.parametrize("fn", [attack.pgd, perturb.loss])

@@ -159,3 +159,20 @@ def test_dlr_with_two_and_three_classes():
     np.testing.assert_allclose(losses.targeted_dlr(z, y, target=t), [-1 / 2, -5 / 7])
     np.testing.assert_array_equal(losses.dlr(z[:, :2], y), [-2, -5])
     np.testing.assert_array_equal(losses.targeted_dlr(z[:, :2], y, target=1 - y), [-2, -5])
+
+
+def test_in_dlr_masked_classes_count_as_absent():
+    z, y, t = np.float32([[3, 1, 2, 0], [0, 5, 7, 4]]), jnp.array([0, 1]), jnp.array([2, 0])
+    for k in (4, 3, 2):
+        few, target = z[:, :k], jnp.minimum(t, k - 1)
+        masked = np.pad(few, ((0, 0), (0, 3)), constant_values=-np.inf)
+        np.testing.assert_array_equal(losses.dlr(masked, y), losses.dlr(few, y))
+        got = losses.targeted_dlr(masked, y, target=target)
+        np.testing.assert_array_equal(got, losses.targeted_dlr(few, y, target=target))
+
+
+@pytest.mark.parametrize("loss", [losses.dlr, functools.partial(losses.targeted_dlr, target=[1])])
+def test_in_float16_dlr_has_a_gradient_if_classes_are_masked(loss):
+    z = jnp.array([[2.0, 1.0, -jnp.inf, -jnp.inf]], jnp.float16)
+    g = jax.grad(lambda z: jnp.sum(loss(z, jnp.array([0]))))(z)
+    np.testing.assert_array_equal(g, np.float16([[-1, 1, 0, 0]]))

@@ -90,3 +90,20 @@ def test_a_random_net_is_attacked_with_averaged_gradients_and_measured_by_its_me
 def test_arguments_that_mean_of_draws_refuses(kwargs, error, match):
     with pytest.raises(error, match=match):
         nets.mean_of_draws(noisy, **{"key": KEY, **kwargs})
+
+
+def test_a_mean_of_draws_has_the_gradient_of_the_classes_that_are_not_masked():
+    def masked(params, x, key):
+        return jnp.pad(noisy(params, x, key), ((0, 0), (0, 2)), constant_values=-jnp.inf)
+
+    x = jnp.array([[1.0, -0.5, 0.2], [0.3, 0.1, -2.0]])
+
+    def loss(net, x):
+        return -jnp.sum(net(0.5, x)[:, 0])
+
+    some, every = (nets.mean_of_draws(net, KEY, draws=5) for net in (masked, noisy))
+    np.testing.assert_array_equal(some(0.5, x)[:, 3:], -np.inf)
+    np.testing.assert_allclose(some(0.5, x)[:, :3], every(0.5, x), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(loss, argnums=1)(some, x), jax.grad(loss, argnums=1)(every, x), rtol=1e-6
+    )

@@ -11,7 +11,14 @@ from references import NORMS, lengths
 
 from jaxadv import attack, perturb
 from jaxadv.attack import with_info
-from jaxadv.problem import Best, Problem, bisect_to_boundary, iterate, run_restarts
+from jaxadv.problem import (
+    Best,
+    Problem,
+    beyond_rounding,
+    bisect_to_boundary,
+    iterate,
+    run_restarts,
+)
 
 
 def problem(x, norm="l2", eps=None):
@@ -247,3 +254,20 @@ def test_with_info_works_under_jit_and_refuses_methods_that_do_not_report():
     assert info.forward.dtype == info.backward.dtype == jnp.int32
     with pytest.raises(TypeError, match=r"expected an attack of jaxadv\.attack.*attack\.reports"):
         with_info(perturb.loss)
+
+
+@pytest.mark.parametrize("masked", [-np.inf, -1e4, -1e9])
+def test_a_masked_class_does_not_change_what_is_beyond_rounding(masked):
+    x, y = jnp.array([[1.0, 0.5, -2.0]]), jnp.array([0])
+
+    def net(_, x):
+        return jnp.pad(x, ((0, 0), (0, 1)), constant_values=masked)
+
+    def least(net):  # the smallest loss that counts
+        posed = Problem.of(net, None, x, y, norm="l2", eps=1.0, bounds=None)
+        clear = beyond_rounding(posed.start())
+        tried = jnp.geomspace(1e-8, 1e3, 500)
+        found = jax.vmap(lambda loss: clear(jnp.array([True]), loss[None]))(tried)
+        return tried[jnp.argmax(found)]
+
+    assert least(net) == least(lambda _, x: x) < 1e-4

@@ -283,7 +283,10 @@ def _by_logit(problem: Problem, n: int) -> jax.Array:
 
 
 def _by_distance(problem: Problem, classes: jax.Array, order: str) -> jax.Array:
-    """Return the classes `[B, J]` sorted by distance to their linearised boundary."""
+    """Return the classes `[B, J]` sorted by distance to their linearised boundary.
+
+    Repetitions of the first class come last.
+    """
     if order == "alpha":
         _, rows_of = jacobian.class_pullback(
             problem.apply_fn, problem.params, problem.x, problem.y
@@ -298,8 +301,10 @@ def _by_distance(problem: Problem, classes: jax.Array, order: str) -> jax.Array:
         slope = norms.log_norm(rows.d[:, 0], norms.dual(problem.norm))
         return rows.log_gap[:, 0] - rows.log_scale[:, 0] - slope
 
-    sizes = lax.map(_cpu.fast_convolutions(to_one), classes.T)  # one after another, for memory
-    return jnp.take_along_axis(classes, jnp.argsort(sizes.T, axis=1), axis=1)
+    sizes = lax.map(_cpu.fast_convolutions(to_one), classes.T).T  # one by one, for memory
+    repeated = (classes == classes[:, :1]) & (jnp.arange(classes.shape[1]) > 0)[None]
+    order_of = jnp.argsort(jnp.where(repeated, jnp.inf, sizes), axis=1)
+    return jnp.take_along_axis(classes, order_of, axis=1)
 
 
 class _Searched(NamedTuple):

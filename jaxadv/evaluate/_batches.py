@@ -234,16 +234,20 @@ forward = jax.jit(inputs.apply, static_argnums=0)
 
 
 def apart(logits: NDArray[Any], others: NDArray[Any]) -> float:
-    """Return the largest difference from other logits, relative to the largest logit.
+    """Return the largest difference from other logits `[n, K]`, relative to their size.
 
-    It is inf if logits that aren't finite differ.
+    Their size is that of the largest logit among the two top classes of all rows, or the logit's
+    own if that is larger: a class that is masked by a finite logit hides no other's difference.
+    The result is inf if logits that aren't finite differ.
     """
     these, those = (array.astype(np.float64) for array in (logits, others))
     finite = np.isfinite(these) & np.isfinite(those)
     if not np.array_equal(these[~finite], those[~finite], equal_nan=True):
         return np.inf
-    largest = np.max(np.abs(these), where=finite, initial=1e-30)
-    return float(np.max(np.abs(these[finite] - those[finite]), initial=0) / largest)
+    top = np.sort(np.where(finite, these, -np.inf), axis=1)[:, -2:]
+    largest = np.max(np.abs(top), where=np.isfinite(top), initial=1e-30)
+    these, those = these[finite], those[finite]
+    return float(np.max(np.abs(these - those) / np.maximum(np.abs(these), largest), initial=0))
 
 
 def are_probabilities(outputs: NDArray[Any]) -> bool:
