@@ -491,7 +491,8 @@ class _Draws(NamedTuple):
             )
         if len(x):
             few = spread.take((x, keys), np.resize(np.arange(len(x)), spread.multiple(4)))
-            apart = _batches.apart(*host.fetch(_together_and_alone(apply_fn, params, sigma, *few)))
+            some = _together_and_alone(apply_fn, params, sigma, spread.devices, *few)
+            apart = _batches.apart(*host.fetch(some))
             if apart > _batches.ALONE:
                 raise ValueError(
                     f"expected logits that don't depend on the batch, got a difference of "
@@ -567,15 +568,22 @@ def _count(
     return lax.fori_loop(0, -((first - last) // each), _cpu.fast_convolutions(add), start)
 
 
-@partial(jax.jit, static_argnames=("apply_fn", "sigma"))
+@partial(jax.jit, static_argnames=("apply_fn", "sigma", "devices"))
 def _together_and_alone(
-    apply_fn: ApplyFn, params: Params, sigma: float, x: jax.Array, keys: jax.Array
+    apply_fn: ApplyFn, params: Params, sigma: float, devices: int, x: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the logits of two draws of each example, in a batch and as single rows."""
+    """Return the logits of two draws of each example, in a batch and by themselves.
+
+    By itself, a draw is a row for each device, since a net may name shardings.
+    """
     noisy = _noisy(sigma, x, keys, jnp.arange(2))
     together = inputs.apply(apply_fn, params, noisy)
-    alone = jax.vmap(lambda row: inputs.apply(apply_fn, params, row[None])[0])(noisy)
-    return together, alone
+
+    def of_one(row: jax.Array) -> jax.Array:
+        rows = jnp.broadcast_to(row[None], (devices, *row.shape))
+        return inputs.apply(apply_fn, params, rows)[0]
+
+    return together, jax.vmap(of_one)(noisy)
 
 
 def _noisy(sigma: float, x: jax.Array, keys: jax.Array, number: jax.Array) -> jax.Array:

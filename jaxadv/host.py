@@ -10,6 +10,7 @@ processes, all must pass the same data set, and all get the results of all examp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -69,8 +70,10 @@ def spread(x: Any) -> Spread:
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not any(sharding.spec[:1]):
         return Spread(None, 1)
-    first = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
-    return Spread(first, len(x) // first.shard_shape((len(x),))[0] if len(x) else 1)
+    axes = sharding.spec[0]
+    first = NamedSharding(sharding.mesh, PartitionSpec(axes))
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    return Spread(first, math.prod(sharding.mesh.shape[axis] for axis in axes))
 
 
 def fetch(tree: Any) -> Any:

@@ -175,7 +175,7 @@ def check(
         source = closures.source_net(source, shape)
     found = Findings()
     _log.info("outputs and clean accuracy")
-    _look_at_outputs(apply_fn, params, x[:batch_size], found)
+    _look_at_outputs(apply_fn, params, x, batch_size, found)
     plain = score(apply_fn, params, x, y, batch_size=batch_size)
     right, usable = plain.clean, ~(plain.nonfinite | plain.invalid)
     _look_at_clean(right, usable, found)
@@ -253,13 +253,20 @@ class Findings:
         return Report(tuple(self.flags), self.figures)
 
 
-def _look_at_outputs(apply_fn: ApplyFn, params: Params, x: Any, found: Findings) -> None:
+def _look_at_outputs(
+    apply_fn: ApplyFn, params: Params, x: Any, batch_size: int, found: Findings
+) -> None:
     x = jnp.asarray(x)
-    # Not compiled, so that a net that draws random numbers outside of JAX draws new ones.
-    logits, again = (host.fetch(inputs.apply(apply_fn, params, x)) for _ in range(2))
-    alone = np.concatenate(
-        [host.fetch(inputs.apply(apply_fn, params, x[i : i + 1])) for i in range(min(8, len(x)))]
-    )
+    on = host.spread(x)
+
+    def logits_of(rows: NDArray[np.intp]) -> NDArray[Any]:
+        # Not compiled, so that a net that draws random numbers outside of JAX draws new ones.
+        return host.fetch(inputs.apply(apply_fn, params, *on.take((x,), rows)))
+
+    first = np.arange(min(on.multiple(batch_size), len(x)))
+    logits, again = logits_of(first), logits_of(first)
+    # An example by itself is a row for each device: a net may name shardings.
+    alone = np.concatenate([logits_of(np.full(on.multiple(1), i))[:1] for i in first[:8]])
     random = found.figures["call to call"] = apart(logits, again)
     interacting = found.figures["alone or in a batch"] = apart(logits[: len(alone)], alone)
     found.flag(
