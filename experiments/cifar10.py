@@ -217,6 +217,8 @@ def main() -> None:
         tables.pgd_note(rows, settings.pgd_steps),
         tables.seeds(rows, NAMES),
     ]
+    if settings.image_folder and (held_out := data.held_out(str(settings.image_folder))):
+        notes.append(f"In {settings.image_folder.name}, {held_out}.")
     title = f"CIFAR-10, {rows[0].network}: accuracy on {rows[0].n:,} {which}"
     printed = paper.PRINTED["cifar10"], paper.PRINTED_EPS["cifar10"]
     sections = tables.by_size(rows, NAMES, *printed)

@@ -108,7 +108,13 @@ def margin(x: jax.Array, y: jax.Array) -> float:
         options={"maxiter": 100_000, "maxfun": 200_000, "ftol": 1e-15, "gtol": 1e-10},
     )  # fmt: skip
     w = z.T @ found.x
-    return 2 * float((z @ w).min() / np.linalg.norm(w))
+    least = float((z @ w).min() / np.linalg.norm(w))
+    if not least > 0:
+        raise options.UsageError(
+            f"expected {len(z)} digits that a hyperplane through 0 separates, got a margin of "
+            f"{least:g}; lower --n"
+        )
+    return 2 * least
 
 
 def equation_6(x: jax.Array, y: jax.Array, rng: np.random.Generator) -> Finding:

@@ -43,6 +43,7 @@ from experiments.benchmarks import common
 from experiments.lib import (
     attack_tables,
     cache,
+    data,
     evaluation,
     options,
     parallel,
@@ -130,7 +131,7 @@ def run(settings: Settings, console: Console) -> tuple[list[TableRow], list[Atta
     """Train, attack and score; return the rows of the table, and those of AutoAttack."""
     task = tasks.mnist(settings, "lenet", Method((500,), settings.epochs, 0.05))
     if not settings.holdout:  # raise its error before any training
-        parallel.mesh(settings, min(settings.n_autoattack, len(task.test.y)))
+        parallel.mesh(settings, min(settings.n_autoattack, len(data.mnist().test_labels)))
     task = task._replace(experiment="remedies", names=WAYS)
     rows, _ = train_and_score.run(settings, task, console)
     rows = with_ratios(settings, task, rows)

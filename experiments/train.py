@@ -351,6 +351,7 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
     # Before any work, raise an error if they are others.
     records.load(settings.out / "results.json", TrainRow)
     images = data.named(settings.data, resize=settings.resize)
+    whole = data.fingerprint(images)
     taught, judged = train_and_score.parts(settings.holdout, images)
     images = data.Dataset(*taught, *judged, images.classes)
     n = len(images.train_labels)
@@ -378,7 +379,9 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
             del kept[later]
     kept["images"] = data.fingerprint(images)
     if ":" in settings.net:  # the name doesn't identify the function
-        kept["answers"] = problems.digest(apply_fn(params, jnp.asarray(x[:1])))
+        example = jnp.asarray(x[:1])
+        dropped, _ = models.train_function(net)(params, None, example, init_key)
+        kept["answers"] = problems.digest((apply_fn(params, example), dropped))
     mesh = parallel.mesh(settings, batch_size, len(y))
     watched = parallel.spread(mesh, (x, y))
     with training.bars(console) as progress:
@@ -386,7 +389,8 @@ def run(settings: Settings, console: Console) -> tuple[list[TrainRow], Problem]:
             settings, net, params, images, watched, kept, fit_key, mesh, progress
         )
         if parallel.first_process():
-            weights.save(settings.out / "params.safetensors", params, interface=interface)
+            path = settings.out / "params.safetensors"
+            weights.save(path, params, interface=interface, made={"images": whole})
             save_history(settings.out, fitted.history, scored(settings))
         seen = evaluate.score(apply_fn, params, *watched, batch_size=100)
         advice = untaught(evaluate.accuracy(seen.clean), y, settings)
@@ -550,6 +554,7 @@ def attacked(
         "settings": kept,
         "attack": name,
         "n": len(problem.y),
+        "weights": problem.identity["weights"],
         **records.made_by(),
     }
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from experiments import logistic
-from experiments.lib import records
+from experiments.lib import options, records
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,12 @@ def test_a_claim_that_fails_is_an_error(tmp_path, monkeypatch):
 )
 def test_a_claim_holds_if_its_relation_does(value, relation, bound, holds):
     assert logistic.Claim("", value, relation, bound).holds is holds
+
+
+def test_classes_that_no_hyperplane_separates_are_an_error():
+    x, y = np.array([[1.0, 0.5], [0.5, 1.0], [1.0, 1.0]]), np.array([1, 1, -1])
+    with pytest.raises(options.UsageError, match=r"3 digits that a hyperplane .*; lower --n"):
+        logistic.margin(jnp.asarray(x), jnp.asarray(y))
 
 
 def test_the_margin_is_the_l2_gap_about_a_hyperplane_through_0():

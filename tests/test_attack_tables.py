@@ -159,16 +159,38 @@ def test_differences_of_ways_are_paired_and_pooled_over_their_common_seeds():
             names, ("-0.1000", "+0.6000", "+0.4000", "+0.2000"), strict=True
         )
     ]
-    assert [line.split(" | ")[-1] for line in lines] == [
-        "-0.50 |",
-        "1.20 |",
-        "0.80 |",
-        "1.00 |",
-    ]  # best and memory: of seed 0
+    assert [line.split(" | ")[-2] for line in lines] == ["-0.50", "1.20", "0.80", "1.00"]
+    assert all(line.endswith(" | 10 |") for line in lines)  # best and memory: of seed 0
     # Six images of seed 0 are right by four steps only; one of each seed, by the fresh step only.
     compared = evaluate.compare(np.arange(20) < 6, np.arange(20) >= 18)
     assert "| {:+.4f} to {:+.4f} |".format(*compared.interval) in lines[3]
     assert f"| {compared.p_value:.2g} |" in lines[3]
+
+
+def test_ways_are_compared_on_the_images_that_they_have_in_common():
+    def first(row, n):
+        return dataclasses.replace(
+            row, n=n, standing=np.packbits(row.verdicts()[:n]).tobytes().hex()
+        )
+
+    start, memory, four = (
+        judged(way, 0, wrong)
+        for way, wrong in (("start", [1, 2, 8]), ("memory", [1]), ("four", []))
+    )
+    rows = [trained(way, 0, 0.8) for way in ("start", "memory", "four")]
+    *_, of_memory, of_four, _ = attack_tables.gap_closed(
+        rows, [start, first(start, 3), first(memory, 6), four]
+    )
+    assert "+0.1667" in of_memory
+    assert of_memory.endswith("| 0.50 | 6 |")
+    assert "+0.3000" in of_four
+    assert of_four.endswith("| 1.00 | 10 |")
+
+
+def test_one_step_on_more_images_does_not_hide_autoattack():
+    attacked = [left("four", 0, 0.7), left("four", 0, 0.9, "one-step", n=1000)]
+    *_, line = attack_tables.ways([trained("four", 0, 0.8)], attacked)
+    assert line.endswith("|  | 0.7000 | 500 |")
 
 
 @pytest.mark.parametrize("missing", ["four", "start"])

@@ -256,6 +256,18 @@ def test_a_note_says_if_every_fifth_image_was_held_out(folder):
             )
 
 
+def test_a_note_warns_of_a_folder_that_has_changed_since_the_training(folder):
+    whole = Path(folder, "test")  # has no folder test, so that some of its images are held out
+    images = data.fingerprint(data.named(str(whole)))
+    params = weights.load(Path(saved()))
+    for taught, place, warned in (
+        (images, whole, False), ("crc32 00000000", whole, True), ("crc32 00000000", folder, False),
+    ):  # fmt: skip
+        weights.save(Path("said.safetensors"), params, made={"images": taught})
+        notes = load("said.safetensors", str(place)).identity.get("notes", [])
+        assert ("training images may be among the test images" in " ".join(notes)) == warned
+
+
 def test_the_interface_recorded_with_a_users_functions_weights_is_used_too(folder):
     turned = SQUARES._replace(classes=("light", "dark"), divide=204)
     weights.save(Path("w.safetensors"), {"at": jnp.asarray(0.5)}, interface=turned)

@@ -197,9 +197,10 @@ def test_another_training_size_needs_another_folder(folder, tmp_path):
         run(folder, tmp_path, attacks=(), eps=0.6)
 
 
-def test_another_function_of_the_same_name_is_refused(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("other", ["Negative", "Dropping"])
+def test_another_function_of_the_same_name_is_refused(folder, tmp_path, monkeypatch, other):
     run(folder, tmp_path, net=f"{__name__}:Own", widths=(), attacks=())
-    monkeypatch.setattr(sys.modules[__name__], "Own", Negative)
+    monkeypatch.setattr(sys.modules[__name__], "Own", globals()[other])
     with pytest.raises(ValueError, match=r"answers: .*choose another --out"):
         run(folder, tmp_path, net=f"{__name__}:Own", widths=(), attacks=())
 
@@ -241,6 +242,15 @@ class Negative(Own):
     @nn.compact
     def __call__(self, x, train=False):
         return -nn.Dense(self.classes)(x.reshape(len(x), -1))
+
+
+class Dropping(Own):
+    """Differs in training only."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1))
+        return nn.Dense(self.classes)(x)
 
 
 class Normalised(Own):

@@ -4,6 +4,7 @@ import functools
 import io
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,10 +164,16 @@ def test_every_epoch_has_its_own_order_of_examples(tmp_path, monkeypatch):
     assert len({tuple(order.tolist()) for order in orders}) == 3
 
 
-@pytest.mark.parametrize("damaged", ["record/metadata", "state/_METADATA", "state/manifest.ocdbt"])
+@pytest.mark.parametrize(
+    "damaged", ["record", "record/metadata", "state/_METADATA", "state/manifest.ocdbt"]
+)
 def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path, damaged):
     fit(tmp_path, epochs=1)
-    (tmp_path / "1" / damaged).write_bytes(b"")
+    path = tmp_path / "1" / damaged
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.write_bytes(b"")
     # In another process, since orbax may leave reads running that fail after the error.
     again = "import pathlib, sys; sys.path.insert(0, 'tests'); from test_training import fit"
     done = subprocess.run(

@@ -179,7 +179,8 @@ def ways(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[str]:
                 for row in attacked
                 if isinstance(row, RobustRow) and row.method in names and row.eps == eps
             ]
-            most = max((row.n for row in here), default=0)
+            run = [row for row in here if row.attack == "standard"] or here
+            most = max((row.n for row in run), default=0)
             ratios = [row.ratio_to_lwa for row in ours if row.ratio_to_lwa is not None]
             cells.append([
                 label, f"{eps:g}", f"{mean(row.train_seconds / row.epochs for row in ours):.1f}",
@@ -210,9 +211,11 @@ def gap_closed(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[
     """Return tables of the gap between the best fresh step and four steps that each way closes.
 
     Differences under AutoAttack are paired: each is over the same images, pooled over the seeds
-    that both ways have. Intervals and p-values are for other images, not for other seeds: each
-    image counts once for each seed, and the best fresh step, of those with the most seeds, is the
-    best of these very images. A size has no table without a fresh step and four steps.
+    that both ways have. Images are always taken in the same order, so these are the first ones, as
+    many as AutoAttack has been run on for both ways and for four steps. Intervals and p-values are
+    for other images, not for other seeds: each image counts once for each seed, and the best fresh
+    step, of those with the most seeds, is the best of these very images. A size has no table
+    without a fresh step and four steps.
 
     Args:
       rows: the trained nets.
@@ -228,8 +231,7 @@ def gap_closed(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[
             and (row.attack, row.eps) == ("standard", eps)
             and row.standing
         ]
-        most = max((row.n for row in here), default=0)
-        by_name = {row.method: row.verdicts() for row in here if row.n == most}
+        by_name = {row.method: row.verdicts() for row in sorted(here, key=lambda row: row.n)}
         verdicts: Verdicts = {}
         for row in rows:
             if (found := by_name.get(f"{row.method}, seed {row.seed}")) is not None:
@@ -239,10 +241,13 @@ def gap_closed(rows: Sequence[TableRow], attacked: Sequence[AttackRow]) -> list[
             continue
         most_seeds = max(len(verdicts[name]) for name in fresh)
         fresh = [name for name in fresh if len(verdicts[name]) == most_seeds]
-        best = max(fresh, key=lambda name: np.mean([*verdicts[name].values()]))
+        common = min(len(found) for name in fresh for found in verdicts[name].values())
+        best = max(
+            fresh, key=lambda name: np.mean([found[:common] for found in verdicts[name].values()])
+        )
         headings = (
             "Training", f"Gain under AutoAttack at l2 {eps:g}, over: {WAYS[best]}", "95 %",
-            "McNemar's p", "Share of the gap to four steps",
+            "McNemar's p", "Share of the gap to four steps", "Images",
         )  # fmt: skip
         lines += [*tables.markdown(headings, _differences(verdicts, best)), ""]
     return lines
@@ -255,15 +260,18 @@ def _differences(verdicts: Verdicts, best: str) -> list[list[str]]:
         seeds = sorted(verdicts.get(name, {}).keys() & verdicts[best].keys())
         if not seeds or name == best:
             continue
-        own, fresh = (np.concatenate([verdicts[way][s] for s in seeds]) for way in (name, best))
-        found = evaluate.compare(own, fresh)
         both = [s for s in seeds if s in verdicts["four"]]
+        compared = [(way, s) for way in (name, best) for s in seeds] + [("four", s) for s in both]
+        n = min(len(verdicts[way][s]) for way, s in compared)
+        first = {(way, s): verdicts[way][s][:n] for way, s in compared}
+        own, fresh = (np.concatenate([first[way, s] for s in seeds]) for way in (name, best))
+        found = evaluate.compare(own, fresh)
         closed, gap = (
-            sum(float(verdicts[way][s].mean() - verdicts[best][s].mean()) for s in both)
+            sum(float(first[way, s].mean() - first[best, s].mean()) for s in both)
             for way in (name, "four")
         )
         lines.append([
             WAYS[name], f"{found.difference:+.4f}", "{:+.4f} to {:+.4f}".format(*found.interval),
-            f"{found.p_value:.2g}", f"{closed / gap:.2f}" if gap > 0 else "",
+            f"{found.p_value:.2g}", f"{closed / gap:.2f}" if gap > 0 else "", f"{n:,}",
         ])  # fmt: skip
     return lines

@@ -187,6 +187,12 @@ def load(settings: Settings) -> Problem:
         identity["notes"] = _notes(taken, said, images)
     if held_out := data.held_out(settings.data):
         identity.setdefault("notes", []).append(held_out)
+        taught = path and (weights.made(path) or {}).get("images")
+        if taught and taught != data.fingerprint(images):
+            identity["notes"].append(
+                "the net was trained on other images than these; if they are of the same folder, "
+                "training images may be among the test images, and the accuracies too high"
+            )
     if ":" in settings.net:  # the weights don't identify the function
         identity["answers"] = digest(apply_fn(params, jnp.asarray(x[:ANSWERED])))
     return Problem(apply_fn, params, x, y, bounds, identity)

@@ -240,6 +240,7 @@ class TrainRow(Row):
     columns: dict[str, float]
     interval: list[float]
     train_seconds: float
+    weights: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -577,7 +577,7 @@ def _make_way(path: Path, seed: int) -> None:
 
 def _seed_of(path: Path) -> int:
     """Return the seed of a file's weights; 0 if it doesn't say, as older ones, or doesn't exist."""
-    return (weights.made(path) or {"seed": 0})["seed"]
+    return (weights.made(path) or {}).get("seed", 0)
 
 
 def _check_splits(task: Task) -> None:

@@ -194,7 +194,7 @@ def _restored(manager: ocp.CheckpointManager, args: ocp.args.Composite) -> Any:
     """Restore parts of the last checkpoint."""
     try:
         return manager.restore(manager.latest_step(), args=args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise options.UsageError(
             f"expected an intact checkpoint in {manager.directory}, got: {error}; delete it to "
             "start again"
