@@ -18,7 +18,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import jax
@@ -33,6 +33,9 @@ __all__ = ["digest", "hashable", "keyed", "method", "preset", "source_net", "wit
 _ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # that jit accepts
 # Derivative rules, of which JAX prints only the names. The rule of its own ReLU is known.
 _RULE = re.compile(r"custom_vjp_call|custom_jvp_call(?!\[\s*name=relu\s)")
+
+
+_TRACED = count()
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ def keyed(apply_fn: Any, params: Params, x: Any, *, draws: bool | None = None) -
         traced = jax.make_jaxpr(differentiated)(params, x, *keys)
     constants = list(_constants(traced))
     if any(isinstance(constant, jax.core.Tracer) for constant in constants):
-        return apply_fn  # it captured the caller's tracers, so it isn't used beyond their trace
+        # It captured the caller's tracers: no program is used beyond this trace.
+        return _Keyed(apply_fn, f"traced {next(_TRACED)}")
     # No addresses; and no mesh, since JAX itself tells programs in the contexts of meshes apart.
     # Only the mesh goes: JAX prints a short call on one line, its arguments after the mesh.
     mesh = r"\s+ctx_mesh=\w+\((?:[^()]|\([^()]*\))*\)"
@@ -193,7 +197,7 @@ def digest(apply_fn: Any, params: Params, x: jax.Array | np.ndarray) -> str:
     # A batch of fixed size, which the devices divide, since nets may name shardings.
     some = jax.ShapeDtypeStruct((host.spread(x).multiple(64), *x.shape[1:]), x.dtype)
     net = keyed(apply_fn.function if isinstance(apply_fn, _Keyed) else apply_fn, params, some)
-    return net.digest if isinstance(net, _Keyed) else ""
+    return str(net.digest)
 
 
 def _draws(apply_fn: Any) -> bool:

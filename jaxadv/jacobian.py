@@ -33,6 +33,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -319,6 +320,8 @@ def nearest(
     # Like x: in a `shard_map`, the scan's carry has to vary over the same mesh axes throughout.
     none = jax.tree.map(lambda leaf: jnp.zeros_like(x, leaf.dtype, leaf.shape), of_one)
     none = none._replace(rank_by=jnp.full_like(none.rank_by, jnp.inf))
+    if not isinstance(chunks, jax.core.Tracer):  # a scan would compile this new function each time
+        return functools.reduce(lambda best, some: nearer(best, some)[0], chunks, none)
     # Also the first chunk is in the loop, so that the backward pass is compiled once.
     best, _ = lax.scan(_cpu.fast_convolutions(nearer), none, chunks)
     return best

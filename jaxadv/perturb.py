@@ -25,6 +25,8 @@ Iterated methods with the same signature are in `attack`; `objectives` trains ag
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,8 @@ from jaxadv.problem import Problem
 from jaxadv.types import ApplyFn, Bounds, Eps, Norm, Params
 
 __all__ = ["alpha", "loss", "loss_sign", "vat"]
+
+Value = TypeVar("Value")
 
 _MANY = 100  # backward passes that Adv_Alpha makes without a warning
 
@@ -155,7 +159,7 @@ def alpha(
 
     # Where y and the top wrong class have the same gradient, it hides those of all others.
     if n_classes > 2:
-        best = lax.cond(jnp.all(best.reachable), lambda: best, past_top_wrong)
+        best = _where_needed(~jnp.all(best.reachable), past_top_wrong, best)
     direction = norms.steepest(best.d.astype(inputs.accum_dtype(x.dtype)), norm)
     length = problem.eps
     if length is None:
@@ -390,8 +394,18 @@ def _margin_gradient(problem: Problem) -> tuple[Problem, jax.Array]:
     def past_top_wrong() -> jax.Array:
         return jnp.where(inputs.expand_like(hidden, g), gradient(after), g)
 
-    g = lax.cond(jnp.any(hidden), past_top_wrong, lambda: g)
+    g = _where_needed(jnp.any(hidden), past_top_wrong, g)
     return problem.with_logits(logits), g
+
+
+def _where_needed(needed: jax.Array, compute: Callable[[], Value], otherwise: Value) -> Value:
+    """Return what is computed if it is needed, else the other.
+
+    Outside a trace, `lax.cond` would compile its branches at each call, since they are new.
+    """
+    if isinstance(needed, jax.core.Tracer):
+        return lax.cond(needed, compute, lambda: otherwise)
+    return compute() if needed else otherwise
 
 
 def _scaled_fisher(logits: jax.Array, u: jax.Array) -> jax.Array:

@@ -273,6 +273,7 @@ class Renamed(NamedTuple):
         (lambda: lambda x: jax.grad(lambda z: z)(x), lambda: lambda x: jax.grad(lambda z: -z)(x)),
         (lambda: Halves(0.1), lambda: Halves(0.2)),
         (lambda: Halves(0.1), lambda: Thirds(0.1)),
+        (lambda: Helped(0.1), lambda: HelpedOtherwise(0.1)),
         (lambda: Named(0.1), lambda: Renamed(0.1)),
         (lambda: Moves([shift(0.1)]), lambda: Moves([shift(0.2)])),
         (lambda: Moves({"a": shift(0.1)}), lambda: Moves({"a": shift(0.2)})),
@@ -280,7 +281,7 @@ class Renamed(NamedTuple):
     ],
     ids=[
         *("object", "method", "jitted", "function inside", "dataclass", "code of a dataclass"),
-        *("tuples with names", "list", "dict", "long array in a list"),
+        *("method called", "tuples with names", "list", "dict", "long array in a list"),
     ],
 )
 def test_attacks_that_differ_are_described_differently(one, other):
@@ -291,22 +292,78 @@ def test_attacks_that_differ_are_described_differently(one, other):
 SIZES = np.full(D, 0.1)
 
 
+weakly = functools.partial(attack.pgd, steps=1)
+this = sys.modules[__name__]
+
+
 def scaled(x):
     return jnp.broadcast_to(SIZES, x.shape)
 
 
+def turned(x):
+    return -x
+
+
 def through_a_helper(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
-    return jax.vmap(lambda row: scaled(row[None])[0])(x)
+    r = weakly(apply_fn, params, x, y, eps=eps, key=key, bounds=bounds)
+    return this.turned(r) + jax.vmap(lambda row: scaled(row[None])[0])(x)
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("SIZES", np.full(D, 0.2)), ("scaled", lambda x: 2 * jnp.ones_like(x))]
+    ("name", "other"),
+    [
+        ("SIZES", np.full(D, 0.2)),
+        ("scaled", lambda x: 2 * jnp.ones_like(x)),
+        ("weakly", functools.partial(attack.pgd, steps=2)),
+        ("turned", lambda x: 2 * x),
+    ],
 )
 def test_the_globals_that_an_attack_uses_belong_to_its_description(name, other, monkeypatch):
     before = _batches.described(through_a_helper)
     assert before == _batches.described(through_a_helper)
     monkeypatch.setitem(globals(), name, other)
     assert _batches.described(through_a_helper) != before
+
+
+def test_what_attacks_share_is_described_once():
+    calls = []
+
+    class Counted:
+        def __init__(self):
+            self.calls = calls
+
+        def __repr__(self):
+            calls.append(0)
+            return "counted"
+
+    layers = [Counted()]
+    for _ in range(30):
+        layers = [lambda x, below=layers: [of(x) for of in below] for _ in range(2)]
+    _batches.described(layers[0])
+    assert len(calls) == 1
+
+
+class Helped(Moves):
+    def __call__(self, apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return self.moved(x)
+
+    def moved(self, x):
+        return jnp.full_like(x, self.size)
+
+
+class HelpedOtherwise(Helped):
+    def moved(self, x):
+        return -jnp.full_like(x, self.size)
+
+
+HelpedOtherwise.__name__ = "Helped"
+
+
+def test_parameters_with_functions_in_their_structure_are_stored_and_found():
+    # In a new process, the function is at another address.
+    one, other = (jax.tree_util.Partial(shift(0.1), jnp.ones(2)) for _ in range(2))
+    assert jax.tree.structure(one) != jax.tree.structure(other)
+    assert _batches._digest(one) == _batches._digest(other)
 
 
 def test_a_description_is_the_same_in_each_process():

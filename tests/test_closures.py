@@ -199,16 +199,17 @@ def test_a_net_of_any_arguments_that_draws_is_called_with_a_key():
     assert np.isfinite(r).all()
 
 
-def test_a_closure_over_the_callers_tracers_stays_as_it_is():
-    @jax.jit
-    def inside(w):
-        def net(_, x):
-            return x @ w
+def test_a_net_may_capture_the_tracers_of_several_traces():
+    net = Mutable()
 
-        assert closures.keyed(net, None, X) is net
-        return net(None, X)
+    def attacked(w, scale):
+        net.w = w
+        return scale * attack.pgd(net.logits, None, X, Y, eps=0.1, steps=2)
 
-    inside(jnp.eye(3))
+    for w in (jnp.eye(3), -jnp.eye(3)):
+        want = attack.pgd(lambda w, x: x @ w, w, X, Y, eps=0.1, steps=2)
+        got = jax.jit(lambda w: attacked(w, 1.0))(w)  # a new function, and so a new trace
+        np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 # Functions that can't be keys

@@ -98,6 +98,23 @@ def test_scalar_bounds_hold_op_by_op_in_low_precision(name, dtype, width):
         assert (lengths(r, norm_of(name)) <= 1 + 1e-6).all()
 
 
+@pytest.mark.parametrize(
+    "method",
+    [perturb.loss, perturb.alpha, functools.partial(perturb.alpha, chunk=1), perturb.vat],
+    ids=["loss", "alpha", "alpha by chunks", "vat"],
+)
+def test_outside_of_jit_a_second_call_compiles_nothing(method, caplog):
+    w, x, y = near_overflow(1.0)[1:]
+
+    def again(x):
+        return method(lambda w, x: jnp.tanh(x @ w), w, x, y, eps=0.5, key=jax.random.key(0))
+
+    again(x)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        again(2 * x)
+    assert [line for line in caplog.messages if "ompil" in line] == []
+
+
 # Classes of equal gradients, and logits near overflow
 
 alpha, loss = (

@@ -417,7 +417,7 @@ def test_held_out_images_are_scored_and_not_trained_on(folder, tmp_path, monkeyp
     assert (row.n, row.settings["holdout"]) == (30, "30")
     assert "50 training and 30 held-out images" in console.file.getvalue()
     assert train.verdict(own, row).startswith("Of 30 held-out images the net")
-    assert "of the held-out images it has" in train.untaught(0.0, images.test_labels, own)
+    assert "its accuracy on the held-out images is" in train.untaught(0.0, images.test_labels, own)
 
 
 def test_a_run_draws_smallest_changes_and_ends_with_a_verdict(folder, trained, monkeypatch, capsys):

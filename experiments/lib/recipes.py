@@ -177,16 +177,6 @@ def check(name: str, method: Method, *, lr_warmup: int) -> None:
             f"expected {option}.warmup to be at most {method.epochs}, the epochs of {name}, got "
             f"{method.warmup}; lower it, or train longer"
         )
-    if method.split and method.objective != "representation":
-        raise options.UsageError(
-            f"expected {option}.split to be 0, got {method.split}; only the objective "
-            f"representation splits a net, this one is {method.objective}"
-        )
-    if isinstance(method, MultiStep) and method.weight != 1 and method.objective != "virtual":
-        raise options.UsageError(
-            f"expected {option}.weight to be 1, got {method.weight:g}; only the objective virtual "
-            f"weighs its parts, this one is {method.objective}"
-        )
     if isinstance(method, MultiStep) and method.objective == "representation":
         raise options.UsageError(
             f"expected {option}.objective to be adversarial, mixed or virtual, got representation, "
@@ -205,6 +195,16 @@ def check(name: str, method: Method, *, lr_warmup: int) -> None:
             f"expected {option}.objective to be adversarial and {option}.adversary to be "
             f"{' or '.join(taken)}, got {method.objective} and {method.adversary}; choose "
             "MultiStep or Adversarial for these"
+        )
+    if method.split and method.objective != "representation":
+        raise options.UsageError(
+            f"expected {option}.split to be 0, got {method.split}; only the objective "
+            f"representation splits a net, this one is {method.objective}"
+        )
+    if isinstance(method, MultiStep) and method.weight != 1 and method.objective != "virtual":
+        raise options.UsageError(
+            f"expected {option}.weight to be 1, got {method.weight:g}; only the objective virtual "
+            f"weighs its parts, this one is {method.objective}"
         )
     if isinstance(method, FewSteps) and method.candidates and method.adversary != "alpha":
         raise options.UsageError(

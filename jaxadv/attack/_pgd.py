@@ -212,13 +212,18 @@ def pgd_kl(
     if y is not None:
         inputs.labels(y, problem.x.shape[0])
     size = _step_size(step_size, problem, steps)
-    logits = inputs.apply(apply_fn, params, problem.x)
-    own = jax.nn.log_softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
-    problem = replace(problem, y=own).keyed()
+    problem = problem.keyed()
+    problem = replace(problem, y=_log_probabilities(problem))
     r, forward, backward = _run(
         problem, size, None, steps=steps, random_start=True, restarts=1, keep="best"
     )
     return Found(problem, r, forward + 1, backward)
+
+
+@jax.jit
+def _log_probabilities(problem: Problem) -> jax.Array:
+    logits = inputs.apply(problem.apply_fn, problem.params, problem.x)
+    return jax.nn.log_softmax(logits.astype(inputs.accum_dtype(logits.dtype)))
 
 
 def _step_size(step_size: Eps | None, problem: Problem, steps: int) -> jax.Array:

@@ -270,78 +270,101 @@ def warn_of_probabilities(apply_fn: ApplyFn, params: Params, x: Any) -> None:
         )
 
 
-def described(method: Any, *around: Any) -> str:
+def described(method: Any) -> str:
     """Describe an attack, identically in each process, by its name, its settings and its code.
 
     The code of a function is its own, that of the functions of its package that it calls, and the
-    arrays, numbers and strings among its module's globals that it uses.
+    arrays, numbers and strings among the globals that it uses. The code of an object is that of the
+    methods that its package defines.
 
     Args:
-      method: the attack, or a part of it.
-      *around: what it is a part of.
+      method: the attack.
     """
-    if any(method is outer for outer in around):
-        return "..."
+    seen: list[Any] = []  # what is shared is described once, by its place here afterwards
 
     def of(part: Any) -> str:
-        return described(part, *around, method)
+        for place, other in enumerate(seen):
+            if part is other:
+                return f"#{place}"
+        if isinstance(part, jax.Array | np.ndarray):
+            return _digest(part)
+        if isinstance(part, set | frozenset):  # its order differs between processes
+            return f"{{{', '.join(sorted(map(described, part)))}}}"
+        if isinstance(part, partial):
+            settings = [*map(of, part.args)]
+            settings += [f"{name}={of(value)}" for name, value in part.keywords.items()]
+            return f"{of(part.func)}({', '.join(settings)})"
+        if isinstance(part, types.MethodType):
+            return f"{of(part.__self__)}.{of(part.__func__)}"
+        if isinstance(part, tuple):
+            return f"{type(part).__name__}({', '.join(map(of, part))})"
+        kind: Any = type(part)
+        if dataclasses.is_dataclass(kind):
+            fields = [getattr(part, field.name) for field in dataclasses.fields(kind)]
+        elif isinstance(part, list):
+            fields = part
+        elif isinstance(part, Mapping):
+            fields = [*part.items()]
+        elif kind.__repr__ is object.__repr__:
+            fields = [*getattr(part, "__dict__", {}).values()]
+        else:
+            return of_function(part)
+        seen.append(part)
+        methods = [of_function(method) for method in _methods(kind)] if callable(part) else []
+        return f"{kind.__name__}({', '.join(map(of, fields))})[{', '.join(methods)}]"
 
-    if isinstance(method, jax.Array | np.ndarray):
-        return _digest(method)
-    if isinstance(method, set | frozenset):
-        return f"{{{', '.join(sorted(map(of, method)))}}}"  # its order differs between processes
-    if isinstance(method, partial):
-        settings = [*map(of, method.args)]
-        settings += [f"{name}={of(value)}" for name, value in method.keywords.items()]
-        return f"{of(method.func)}({', '.join(settings)})"
-    if isinstance(method, types.MethodType):
-        return f"{of(method.__self__)}.{of(method.__func__)}"
-    kind: Any = type(method)
-    if dataclasses.is_dataclass(kind):
-        fields = [getattr(method, field.name) for field in dataclasses.fields(kind)]
-    elif isinstance(method, list | tuple):
-        fields = [*method]
-    elif isinstance(method, Mapping):
-        fields = [*method.items()]
-    elif kind.__repr__ is object.__repr__:
-        fields = [*getattr(method, "__dict__", {}).values()]
-    else:
-        fields = None
-    if fields is not None:
-        called = f".{of(kind.__call__)}" if callable(method) else ""
-        return f"{kind.__name__}({', '.join(map(of, fields))}){called}"
-    if not hasattr(method, "__qualname__"):
-        return re.sub("0x[0-9a-f]+", "", repr(method))  # no addresses
-    name = f"{method.__module__}.{method.__qualname__}"
-    if name.startswith("jaxadv."):  # the store has the version of jaxadv
-        return name
-    code = getattr(method, "__code__", None)
-    if code is None:
-        wrapped = getattr(method, "__wrapped__", None)  # of jax.jit and others
-        return name if wrapped is None else of(wrapped)
-    captured = [cell.cell_contents for cell in method.__closure__ or ()]
-    captured += [*(method.__defaults__ or ()), *(method.__kwdefaults__ or {}).values()]
-    whole = *_code(code), [*map(of, captured)], [*map(of, _used(method))]
-    return f"{name} {hashlib.sha256(str(whole).encode()).hexdigest()[:16]}"
+    def of_function(part: Any) -> str:
+        if not hasattr(part, "__qualname__"):
+            return re.sub("0x[0-9a-f]+", "", repr(part))  # no addresses
+        name = f"{part.__module__}.{part.__qualname__}"
+        if name.startswith("jaxadv."):  # the store has the version of jaxadv
+            return name
+        code = getattr(part, "__code__", None)
+        if code is None:
+            wrapped = getattr(part, "__wrapped__", None)  # of jax.jit and others
+            return name if wrapped is None else of(wrapped)
+        seen.append(part)
+        captured = [cell.cell_contents for cell in part.__closure__ or ()]
+        captured += [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
+        whole = *_code(code), [*map(of, captured)], [*map(of, _used(part))]
+        return f"{name} {hashlib.sha256(str(whole).encode()).hexdigest()[:16]}"
+
+    return of(method)
+
+
+def _package(value: Any) -> str:
+    return str(getattr(value, "__module__", None)).partition(".")[0]
+
+
+def _methods(kind: type) -> list[types.FunctionType]:
+    """Return the methods that a class and its bases of the same package define."""
+    if _package(kind) == "jaxadv":  # the store has its version
+        return []
+    own = [base for base in kind.__mro__ if _package(base) == _package(kind)]
+    every = (value for base in own for _, value in sorted(vars(base).items()))
+    return [value for value in every if isinstance(value, types.FunctionType)]
 
 
 def _used(function: types.FunctionType) -> list[Any]:
     """Return the globals that a function uses: its package's functions and classes, and values."""
-
-    def package(value: Any) -> str:
-        return str(getattr(value, "__module__", None)).partition(".")[0]
 
     def names(code: types.CodeType) -> set[str]:
         inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
         return set(code.co_names).union(*map(names, inner))
 
     def counts(value: Any) -> bool:
+        if isinstance(value, partial):
+            return True
         if callable(value):
-            return package(value) == package(function)
+            return _package(value) == _package(function)
         return isinstance(value, jax.Array | np.ndarray | np.generic | complex | float | int | str)
 
-    used = (function.__globals__.get(name) for name in sorted(names(function.__code__)))
-    return [value for value in used if counts(value)]
+    mentioned = sorted(names(function.__code__))
+    values = [function.__globals__.get(name) for name in mentioned]
+    for module in [value for value in values if isinstance(value, types.ModuleType)]:
+        if module.__name__.partition(".")[0] == _package(function):
+            values += [getattr(module, name, None) for name in mentioned]
+    return [*filter(counts, values)]
 
 
 def _code(code: types.CodeType) -> list[Any]:
@@ -357,7 +380,8 @@ def _code(code: types.CodeType) -> list[Any]:
 
 
 def _digest(tree: Any) -> str:
-    digest = hashlib.sha256(str(jax.tree.structure(tree)).encode())
+    structure = re.sub("0x[0-9a-f]+", "", str(jax.tree.structure(tree)))  # no addresses
+    digest = hashlib.sha256(structure.encode())
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
