@@ -140,6 +140,21 @@ def test_a_loop_of_the_callers(plain, spread):
     same(jax.jit(iterated)(*spread), iterated(*plain))
 
 
+@pytest.mark.parametrize("name", ["ddn", "fab"])
+def test_an_attack_works_in_a_shard_map_that_does_not_check_types(name, plain):
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
+    rows, method = P("data"), METHODS[name]
+
+    def local(params, x, y):
+        return method(net, params, x, y)
+
+    spread = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows, check_vma=False
+    )
+    params, x, y, _ = plain
+    same(jax.jit(spread)(params, x, y), local(params, x, y))
+
+
 # Evaluation
 
 
