@@ -6,8 +6,9 @@ Between a line `<!-- table NAME -->` and the next `<!-- end -->` goes the table 
 experiments/results/NAME. For each method it has the figures printed in the paper, those of the
 authors' released notebook, and ours, with the board's figures for the recorded weights. The table
 `autoattack` compares the published AutoAttack with ours; `remedies` compares ways of one-step
-training, and `cifar10/representation` the splits and sizes of LWA_Rep. `python
-experiments/figures.py` draws the figures that go with the tables.
+training, `cifar10/representation` the splits and sizes of LWA_Rep, and `held_out` the settings that
+were tried for a net of train.py. `python experiments/figures.py` draws the figures that go with the
+tables.
 """
 
 from __future__ import annotations
@@ -87,6 +88,22 @@ def by_split(rows: Sequence[records.TableRow]) -> list[str]:
     return tables.markdown(headings, cells)
 
 
+def tried(rows: Sequence[records.TrainRow]) -> list[str]:
+    """Return a table of nets of train.py and the settings in which they differ."""
+    settings = [row.settings for row in rows]
+    differ = [name for name in settings[0] if len({of[name] for of in settings}) > 1]
+    cells = [
+        (
+            *(row.settings[name] for name in differ), f"{row.n:,}",
+            *(f"{row.columns[name]:.4f}" for name in ("clean", "robust")),
+            f"{row.interval[0]:.3f} to {row.interval[1]:.3f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    names = [name.replace("_", " ") for name in differ]
+    return tables.markdown((*names, "held-out images", "clean", "robust", "95% interval"), cells)
+
+
 def fill(text: str) -> str:
     """Return a document with its tables filled in.
 
@@ -107,6 +124,8 @@ def fill(text: str) -> str:
             return match[0]
         if name == "autoattack":
             lines = attack_tables.beside_published(attacked(name), attacked(f"{name}/reference"))
+        elif name.endswith("held_out"):
+            lines = tried(records.load(path, records.TrainRow))
         else:
             rows = records.load(path, records.TableRow)
             if name == "remedies":

@@ -98,7 +98,10 @@ RECORDED = {
     ),
     **dict.fromkeys(("benchmark", "benchmark/slower_machine"), records.BenchmarkRow),
     **dict.fromkeys(
-        ("mnist_lenet/robust_l2", "mnist_lenet/robust_linf", "mnist_mlp/robust_l2"),
+        (
+            *("mnist_lenet/robust_l2", "mnist_lenet/robust_linf", "mnist_mlp/robust_l2"),
+            "mnist_mlp/robust_l2/held_out",
+        ),
         records.TrainRow,
     ),
     "certify": records.CertifyRow,
