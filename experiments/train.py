@@ -171,10 +171,11 @@ class Settings(parallel.Settings, recipes.Optimiser):
                     f"expected {option} in linf to be less than 0.5, which makes every image grey, "
                     f"got {eps:g}; choose a smaller one, e.g. 0.031 for photographs"
                 )
-        usual = {**vars(Settings), "eps_warmup": (self.epochs or 0) // 4}  # as `settled` sets it
+        usual = {option: [None, getattr(Settings, option)] for option in _USEFUL}
+        usual["eps_warmup"] += [0, (self.epochs or 0) // 4]  # as `settled` sets it
         for option, (other, useful) in _USEFUL.items():
             chosen = getattr(self, other)
-            if getattr(self, option) not in (None, usual[option]) and chosen not in useful:
+            if getattr(self, option) not in usual[option] and chosen not in useful:
                 raise options.UsageError(
                     f"expected --{option.replace('_', '-')} only with --{other} "
                     f"{' or '.join(useful)}, got {chosen}; leave it out, or choose another "

@@ -574,7 +574,7 @@ def _together_and_alone(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the logits of two draws of each example, in a batch and by themselves.
 
-    By itself, a draw is a row for each device, since a net may name shardings.
+    "By itself" is a batch of copies of one draw, one per device, since a net may name shardings.
     """
     noisy = _noisy(sigma, x, keys, jnp.arange(2))
     together = inputs.apply(apply_fn, params, noisy)

@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
@@ -31,8 +32,11 @@ from jaxadv.types import Params
 __all__ = ["digest", "hashable", "keyed", "method", "preset", "source_net", "without_bounds"]
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # that jit accepts
-# Derivative rules, of which JAX prints only the names. The rule of its own ReLU is known.
-_RULE = re.compile(r"custom_vjp_call|custom_jvp_call(?!\[\s*name=relu\s)")
+# Derivative rules, of which JAX prints only the names. The rule of its own ReLU, a jitted function
+# of that name, is known.
+_RULE = re.compile(
+    r"custom_vjp_call|custom_jvp_call(?!\[\s*name=relu\s+call_jaxpr=\{[^=]*= p?jit\[\s*name=relu\b)"
+)
 
 
 _TRACED = count()
@@ -167,7 +171,8 @@ def keyed(apply_fn: Any, params: Params, x: Any, *, draws: bool | None = None) -
 
     traced = jax.make_jaxpr(anew)(params, x, *keys)
     if _RULE.search(str(traced)):
-        traced = jax.make_jaxpr(differentiated)(params, x, *keys)
+        with suppress(Exception):  # of a net without a derivative, and so without such rules
+            traced = jax.make_jaxpr(differentiated)(params, x, *keys)
     constants = list(_constants(traced))
     if any(isinstance(constant, jax.core.Tracer) for constant in constants):
         # It captured the caller's tracers: no program is used beyond this trace.

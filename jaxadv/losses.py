@@ -175,7 +175,7 @@ def _checked(logits: jax.Array, *labels: jax.Array) -> tuple[jax.Array, ...]:
 def _ratio(lead: jax.Array, shifted: jax.Array, n: int) -> jax.Array:
     """Divide by the largest logit minus the mean of the third and the nth, 3 or 4.
 
-    Where the nth class is masked, it is the third alone, and where that is, too, 1.
+    If the nth is masked, use only the third; if the third is masked too, divide by 1.
     """
     top = lax.top_k(shifted, n)[0]
     third, last = top[:, 2], top[:, -1]

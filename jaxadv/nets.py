@@ -116,6 +116,6 @@ def mean_of_draws(apply_fn: StochasticFn, key: jax.Array, draws: int = 100) -> A
             return jnp.logaddexp(total, log_probabilities(key)), None
 
         total, _ = lax.scan(_cpu.fast_convolutions(add), log_probabilities(keys[0]), keys[1:])
-        return jnp.where(total > losses.MASKED / 2, total - math.log(draws), -jnp.inf)
+        return jnp.where(total <= losses.MASKED / 2, -jnp.inf, total - math.log(draws))
 
     return mean

@@ -264,6 +264,35 @@ class Renamed(NamedTuple):
     size: float
 
 
+def callable_tuple(sign):
+    class Called(NamedTuple):
+        size: float
+
+        def __call__(self, x):
+            return x if sign else -x
+
+    return Called(0.1)
+
+
+def with_jitted(sign):
+    class Jitted(Moves):
+        @functools.partial(jax.jit, static_argnums=0)
+        def __call__(self, x):
+            return x if sign else -x
+
+        @property
+        def half(self):
+            return 0.5
+
+    return Jitted(0.1)
+
+
+def in_a_set(size):
+    made = Moves(size)
+    made.own = {made}
+    return made
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -275,13 +304,17 @@ class Renamed(NamedTuple):
         (lambda: Halves(0.1), lambda: Thirds(0.1)),
         (lambda: Helped(0.1), lambda: HelpedOtherwise(0.1)),
         (lambda: Named(0.1), lambda: Renamed(0.1)),
+        (lambda: callable_tuple(True), lambda: callable_tuple(False)),
+        (lambda: with_jitted(True), lambda: with_jitted(False)),
+        (lambda: in_a_set(0.1), lambda: in_a_set(0.2)),
         (lambda: Moves([shift(0.1)]), lambda: Moves([shift(0.2)])),
         (lambda: Moves({"a": shift(0.1)}), lambda: Moves({"a": shift(0.2)})),
         (lambda: Moves([np.zeros(2000)]), lambda: Moves([np.eye(1, 2000, 1000)[0]])),
     ],
     ids=[
         *("object", "method", "jitted", "function inside", "dataclass", "code of a dataclass"),
-        *("method called", "tuples with names", "list", "dict", "long array in a list"),
+        *("method called", "tuples with names", "tuple with code", "jitted method", "cycle"),
+        *("list", "dict", "long array in a list"),
     ],
 )
 def test_attacks_that_differ_are_described_differently(one, other):
@@ -304,9 +337,22 @@ def turned(x):
     return -x
 
 
+class Same:
+    def of(self, x):
+        return x
+
+
+class Twice:
+    def of(self, x):
+        return 2 * x
+
+
+Twice.__qualname__ = "Same"
+
+
 def through_a_helper(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
     r = weakly(apply_fn, params, x, y, eps=eps, key=key, bounds=bounds)
-    return this.turned(r) + jax.vmap(lambda row: scaled(row[None])[0])(x)
+    return this.turned(Same().of(r)) + jax.vmap(lambda row: scaled(row[None])[0])(x)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +362,7 @@ def through_a_helper(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
         ("scaled", lambda x: 2 * jnp.ones_like(x)),
         ("weakly", functools.partial(attack.pgd, steps=2)),
         ("turned", lambda x: 2 * x),
+        ("Same", Twice),
     ],
 )
 def test_the_globals_that_an_attack_uses_belong_to_its_description(name, other, monkeypatch):

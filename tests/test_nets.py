@@ -103,6 +103,7 @@ def test_a_mean_of_draws_has_the_gradient_of_the_classes_that_are_not_masked():
 
     some, every = (nets.mean_of_draws(net, KEY, draws=5) for net in (masked, noisy))
     np.testing.assert_array_equal(some(0.5, x)[:, 3:], -np.inf)
+    assert np.isnan(some(jnp.nan, x)).all()
     np.testing.assert_allclose(some(0.5, x)[:, :3], every(0.5, x), rtol=1e-6)
     np.testing.assert_allclose(
         jax.grad(loss, argnums=1)(some, x), jax.grad(loss, argnums=1)(every, x), rtol=1e-6

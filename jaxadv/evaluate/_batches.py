@@ -43,8 +43,8 @@ __all__ = [
 
 
 ALONE = 1e-2
-"""How much a row's logits may differ between batches, relative to the largest logit. Rounding to
-bfloat16 changes them less."""
+"""How much a row's logits may differ between batches, by `apart`. Rounding to bfloat16 changes them
+less."""
 
 
 class Passes(NamedTuple):
@@ -210,7 +210,8 @@ def opened(
     before = np.array(kept.pop("logits"))
     different = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
     # The remaining batches may have another size or device, and so other rounding errors.
-    if not different and not (before.shape == logits.shape and apart(before, logits) <= ALONE):
+    same = before.shape == logits.shape and apart(before, logits) <= ALONE
+    if not different and len(logits) and not same:
         different = ["logits of the first examples"]
     if different:
         raise ValueError(
@@ -270,7 +271,7 @@ def warn_of_probabilities(apply_fn: ApplyFn, params: Params, x: Any) -> None:
         )
 
 
-def described(method: Any) -> str:
+def described(method: Any, *around: Any) -> str:
     """Describe an attack, identically in each process, by its name, its settings and its code.
 
     The code of a function is its own, that of the functions of its package that it calls, and the
@@ -278,9 +279,10 @@ def described(method: Any) -> str:
     methods that its package defines.
 
     Args:
-      method: the attack.
+      method: the attack, or a part of it.
+      *around: what it is a part of, and has been described.
     """
-    seen: list[Any] = []  # what is shared is described once, by its place here afterwards
+    seen = [*around]  # what is shared is described once, by its place here afterwards
 
     def of(part: Any) -> str:
         for place, other in enumerate(seen):
@@ -289,28 +291,27 @@ def described(method: Any) -> str:
         if isinstance(part, jax.Array | np.ndarray):
             return _digest(part)
         if isinstance(part, set | frozenset):  # its order differs between processes
-            return f"{{{', '.join(sorted(map(described, part)))}}}"
+            return f"{{{', '.join(sorted(described(member, *seen) for member in part))}}}"
         if isinstance(part, partial):
             settings = [*map(of, part.args)]
             settings += [f"{name}={of(value)}" for name, value in part.keywords.items()]
             return f"{of(part.func)}({', '.join(settings)})"
         if isinstance(part, types.MethodType):
             return f"{of(part.__self__)}.{of(part.__func__)}"
-        if isinstance(part, tuple):
-            return f"{type(part).__name__}({', '.join(map(of, part))})"
         kind: Any = type(part)
         if dataclasses.is_dataclass(kind):
             fields = [getattr(part, field.name) for field in dataclasses.fields(kind)]
-        elif isinstance(part, list):
-            fields = part
+        elif isinstance(part, list | tuple):
+            fields = [*part]
         elif isinstance(part, Mapping):
             fields = [*part.items()]
         elif kind.__repr__ is object.__repr__:
             fields = [*getattr(part, "__dict__", {}).values()]
         else:
             return of_function(part)
-        seen.append(part)
-        methods = [of_function(method) for method in _methods(kind)] if callable(part) else []
+        if not isinstance(part, tuple):  # whether equal ones are one object differs
+            seen.append(part)
+        methods = map(of_function, _methods(kind)) if callable(part) else ()
         return f"{kind.__name__}({', '.join(map(of, fields))})[{', '.join(methods)}]"
 
     def of_function(part: Any) -> str:
@@ -336,17 +337,22 @@ def _package(value: Any) -> str:
     return str(getattr(value, "__module__", None)).partition(".")[0]
 
 
-def _methods(kind: type) -> list[types.FunctionType]:
-    """Return the methods that a class and its bases of the same package define."""
+def _methods(kind: type) -> list[Any]:
+    """Return the functions that a class and its bases of the same package define."""
     if _package(kind) == "jaxadv":  # the store has its version
         return []
     own = [base for base in kind.__mro__ if _package(base) == _package(kind)]
     every = (value for base in own for _, value in sorted(vars(base).items()))
-    return [value for value in every if isinstance(value, types.FunctionType)]
+    # Static and class methods, properties, and others, such as jitted ones.
+    inner = (getattr(v, "__func__", None) or getattr(v, "fget", None) or v for v in every)
+    return [value for value in inner if callable(value) and not isinstance(value, type)]
 
 
 def _used(function: types.FunctionType) -> list[Any]:
-    """Return the globals that a function uses: its package's functions and classes, and values."""
+    """Return the globals that a function uses: its package's functions and classes, and values.
+
+    Classes are followed by their methods.
+    """
 
     def names(code: types.CodeType) -> set[str]:
         inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
@@ -364,7 +370,8 @@ def _used(function: types.FunctionType) -> list[Any]:
     for module in [value for value in values if isinstance(value, types.ModuleType)]:
         if module.__name__.partition(".")[0] == _package(function):
             values += [getattr(module, name, None) for name in mentioned]
-    return [*filter(counts, values)]
+    used = [*filter(counts, values)]
+    return used + [of for kind in used if isinstance(kind, type) for of in _methods(kind)]
 
 
 def _code(code: types.CodeType) -> list[Any]:

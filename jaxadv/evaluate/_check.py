@@ -265,7 +265,7 @@ def _look_at_outputs(
 
     first = np.arange(min(on.multiple(batch_size), len(x)))
     logits, again = logits_of(first), logits_of(first)
-    # An example by itself is a row for each device: a net may name shardings.
+    # A batch of copies of one example, one per device, since a net may name shardings.
     alone = np.concatenate([logits_of(np.full(on.multiple(1), i))[:1] for i in first[:8]])
     random = found.figures["call to call"] = apart(logits, again)
     interacting = found.figures["alone or in a batch"] = apart(logits[: len(alone)], alone)
