@@ -16,9 +16,8 @@ and functions, the data's classes are taken to be the net's, in the same order.
 --attacks names what to run: `standard` is AutoAttack's ensemble, whose members also have names of
 their own; `check` looks for signs that the figures can't be trusted, on the first 300 images.
 Images are attacked in batches; each is saved once it is finished, and after an interruption the
-same command resumes.
-Writes results.json and results.md to --out, and keeps the rows there of other nets, sizes and
-attacks; a net whose weights, or whose function, have changed starts anew. Use --name to
+same command resumes. Writes results.json and results.md to --out, and keeps the rows there of other
+nets, sizes and attacks; a net whose weights or function have changed starts anew. Use --name to
 distinguish nets whose files are in folders with the same names.
 
 --certify SIGMA adds lower bounds at the same l2 sizes. They hold not for the attacked net itself

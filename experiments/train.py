@@ -293,7 +293,7 @@ def untaught(accuracy: float, labels: NDArray[Any], settings: Settings) -> str:
         advice += ", or lower --train-eps, or raise --eps-warmup"
     return (
         f"The net is no better than a constant answer: its accuracy on the {scored(settings)} is "
-        f"{accuracy:.4f}, and that of always answering the most frequent class {constant:.4f}. "
+        f"{accuracy:.4f}; always answering the most frequent class gives {constant:.4f}. "
         f"{advice}; and choose another --out."
     )
 

@@ -32,13 +32,10 @@ from jaxadv.types import Params
 __all__ = ["digest", "hashable", "keyed", "method", "preset", "source_net", "without_bounds"]
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # that jit accepts
-# Derivative rules, of which JAX prints only the names. The rule of its own ReLU, a jitted function
-# of that name, is known.
+# JAX prints only the names of derivative rules. That of jax.nn.relu, which is jitted, is known.
 _RULE = re.compile(
     r"custom_vjp_call|custom_jvp_call(?!\[\s*name=relu\s+call_jaxpr=\{[^=]*= p?jit\[\s*name=relu\b)"
 )
-
-
 _TRACED = count()
 
 
@@ -170,9 +167,11 @@ def keyed(apply_fn: Any, params: Params, x: Any, *, draws: bool | None = None) -
         return logits, pull(logits)
 
     traced = jax.make_jaxpr(anew)(params, x, *keys)
-    if _RULE.search(str(traced)):
+    printed = str(traced)
+    if _RULE.search(printed):
         with suppress(Exception):  # of a net without a derivative, and so without such rules
             traced = jax.make_jaxpr(differentiated)(params, x, *keys)
+            printed = str(traced)
     constants = list(_constants(traced))
     if any(isinstance(constant, jax.core.Tracer) for constant in constants):
         # It captured the caller's tracers: no program is used beyond this trace.
@@ -180,7 +179,7 @@ def keyed(apply_fn: Any, params: Params, x: Any, *, draws: bool | None = None) -
     # No addresses; and no mesh, since JAX itself tells programs in the contexts of meshes apart.
     # Only the mesh goes: JAX prints a short call on one line, its arguments after the mesh.
     mesh = r"\s+ctx_mesh=\w+\((?:[^()]|\([^()]*\))*\)"
-    text = re.sub(rf"0x[0-9a-f]+|{mesh}", "", str(traced))
+    text = re.sub(rf"0x[0-9a-f]+|{mesh}", "", printed)
     checksum = hashlib.sha256(text.encode())
     for array in host.fetch(constants):
         checksum.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())

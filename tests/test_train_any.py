@@ -111,7 +111,7 @@ def test_a_net_that_has_learnt_nothing_is_reported(folder, tmp_path):
     assert "no better than a constant" not in said[0.1]
     assert re.search(
         r"The net is no better than a constant answer: its accuracy on the test images is "
-        r"0\.\d{4}, and that of always answering the most frequent class 0\.5000\. Lower --lr, or "
+        r"0\.\d{4}; always answering the most frequent class gives 0\.5000\. Lower --lr, or "
         r"raise --lr-warmup or --epochs, or lower --train-eps, or raise --eps-warmup; and choose "
         r"another --out\.",
         said[1e6],
@@ -123,7 +123,7 @@ def test_advice_about_a_net_that_has_learnt_nothing_fits_the_settings():
     own = train.Settings(data="mnist", eps=0.5)
     assert train.untaught(0.75, labels, own) == ""
     said = train.untaught(0.5, labels, own)
-    assert "is 0.5000, and that of always answering the most frequent class 0.5000" in said
+    assert "is 0.5000; always answering the most frequent class gives 0.5000" in said
     assert train.untaught(1.0, np.array([1, 1]), own) == ""  # there is only one class
     plain = dataclasses.replace(own, method="normal")
     assert "eps" not in train.untaught(0.5, labels, plain)

@@ -237,8 +237,8 @@ forward = jax.jit(inputs.apply, static_argnums=0)
 def apart(logits: NDArray[Any], others: NDArray[Any]) -> float:
     """Return the largest difference from other logits `[n, K]`, relative to their size.
 
-    Their size is that of the largest logit among the two top classes of all rows, or the logit's
-    own if that is larger: a class that is masked by a finite logit hides no other's difference.
+    A difference is divided by the largest of each row's two top logits, over all rows, or by the
+    logit's own size if that is larger. So a class masked by a finite logit hides no difference.
     The result is inf if logits that aren't finite differ.
     """
     these, those = (array.astype(np.float64) for array in (logits, others))
@@ -274,9 +274,9 @@ def warn_of_probabilities(apply_fn: ApplyFn, params: Params, x: Any) -> None:
 def described(method: Any, *around: Any) -> str:
     """Describe an attack, identically in each process, by its name, its settings and its code.
 
-    The code of a function is its own, that of the functions of its package that it calls, and the
-    arrays, numbers and strings among the globals that it uses. The code of an object is that of the
-    methods that its package defines.
+    A function's code includes the functions of its package that it calls, and the arrays, numbers
+    and strings among the globals that it uses. An object's code is that of its methods, as far as
+    its package defines them.
 
     Args:
       method: the attack, or a part of it.
