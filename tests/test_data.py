@@ -35,14 +35,15 @@ ORIGINALS = {
 
 # Run with warnings as errors; its last line lists what it imported and which hosts it tried.
 LOAD = """
-import socket, sys
+import os, socket, sys
+os.environ["JAXADV_DATA"] = sys.argv[1]
 reached = []
 def refuse(*args, **kwargs):
     reached.append(args)
     raise OSError("no network here")
 socket.socket.connect = socket.getaddrinfo = refuse
 from experiments.lib import data
-data.mnist(data_dir=sys.argv[1])
+data.mnist()
 packages = {name.partition(".")[0] for name in sys.modules}
 print(sorted(packages & {"tensorflow", "tensorflow_datasets"}), reached)
 """
@@ -88,9 +89,17 @@ def prepared(tmp_path_factory):
     return Prepared(directory, debris, [finish(process) for process in processes])
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    place = tmp_path / "cache"
+    monkeypatch.setenv("JAXADV_DATA", str(place))
+    return place
+
+
 @pytest.fixture
-def mnist(prepared):
-    return data.mnist(data_dir=prepared.directory)
+def mnist(prepared, own_cache, monkeypatch):
+    monkeypatch.setenv("JAXADV_DATA", str(prepared.directory))
+    return data.mnist()
 
 
 class Preparation:
@@ -230,15 +239,15 @@ def test_a_damaged_original_is_reported_with_a_remedy(damage, tmp_path, monkeypa
             f"got {len(content)} with {got}; .*{cure}"
         )
     with pytest.raises(error, match=message):
-        data.mnist(data_dir=tmp_path / "cache")
+        data.mnist()
 
 
 # The cache
 
 
-def test_the_second_call_opens_what_the_first_stored(preparation, tmp_path):
-    first = data.mnist(data_dir=tmp_path)
-    second = data.mnist(data_dir=tmp_path)
+def test_the_second_call_opens_what_the_first_stored(preparation):
+    first = data.mnist()
+    second = data.mnist()
     assert preparation.count == 1
     assert_same(first, tiny(seed=0))
     assert_same(second, first)
@@ -246,9 +255,9 @@ def test_the_second_call_opens_what_the_first_stored(preparation, tmp_path):
 
 @pytest.mark.parametrize("name", ["train_labels", "checksums"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "first byte", "last byte"])
-def test_a_damaged_cache_is_rebuilt(name, damage, preparation, tmp_path):
-    data.mnist(data_dir=tmp_path)
-    (path,) = (tmp_path / "mnist").glob(f"{name}.*")
+def test_a_damaged_cache_is_rebuilt(name, damage, preparation, own_cache):
+    data.mnist()
+    (path,) = (own_cache / "mnist").glob(f"{name}.*")
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()
@@ -261,17 +270,17 @@ def test_a_damaged_cache_is_rebuilt(name, damage, preparation, tmp_path):
                 "last byte": content[:-1] + bytes([content[-1] ^ 1]),
             }[damage]
         )
-    assert_same(data.mnist(data_dir=tmp_path), tiny(seed=0))
+    assert_same(data.mnist(), tiny(seed=0))
     assert preparation.count == 2
-    assert_same(data.mnist(data_dir=tmp_path), tiny(seed=0))
+    assert_same(data.mnist(), tiny(seed=0))
     assert preparation.count == 2
 
 
-def test_rebuilding_the_cache_does_not_change_open_arrays(preparation, tmp_path):
-    old = data.mnist(data_dir=tmp_path)
-    cache.store(tmp_path / "mnist", tiny(seed=1))
+def test_rebuilding_the_cache_does_not_change_open_arrays(preparation, own_cache):
+    old = data.mnist()
+    cache.store(own_cache / "mnist", tiny(seed=1))
     assert_same(old, tiny(seed=0))
-    assert_same(data.mnist(data_dir=tmp_path), tiny(seed=1))
+    assert_same(data.mnist(), tiny(seed=1))
 
 
 # Stores one data set over another; killed at the given one of its ten fsyncs and renames.
@@ -296,14 +305,14 @@ cache.store(Path(sys.argv[1]) / "mnist", test_data.tiny(seed=0))
 
 
 @pytest.mark.parametrize("moment", [0, 1, 2, 6, 9, 10])
-def test_a_killed_store_never_mixes_old_and_new(moment, preparation, tmp_path):
-    (tmp_path / "mnist").mkdir()
-    cache.store(tmp_path / "mnist", tiny(seed=1))
-    process = python(KILLED_STORE, tmp_path, moment, Path(__file__).parent)
+def test_a_killed_store_never_mixes_old_and_new(moment, preparation, own_cache):
+    (own_cache / "mnist").mkdir(parents=True)
+    cache.store(own_cache / "mnist", tiny(seed=1))
+    process = python(KILLED_STORE, own_cache, moment, Path(__file__).parent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if moment < 10 else 0), err
     # Until the first rename, the old one is untouched.
-    assert_same(data.mnist(data_dir=tmp_path), tiny(seed=1 if moment < 2 else 0))
+    assert_same(data.mnist(), tiny(seed=1 if moment < 2 else 0))
     assert preparation.count == (moment in range(2, 10))
 
 
@@ -383,7 +392,7 @@ def folder_of(place, sizes=((5, 4),) * 3, mode="RGB", suffix="png"):
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
 def test_a_folder_is_read_as_pixels_in_the_order_of_file_names(tmp_path, mode, channels):
     pixels = folder_of(tmp_path / "images", mode=mode)
-    read = data.image_folder(tmp_path / "images", data_dir=tmp_path / "cache")
+    read = data.image_folder(tmp_path / "images")
     for part in ("train", "test"):
         images, labels = getattr(read, f"{part}_images"), getattr(read, f"{part}_labels")
         assert images.shape == (6, 4, 5, channels)
@@ -394,16 +403,16 @@ def test_a_folder_is_read_as_pixels_in_the_order_of_file_names(tmp_path, mode, c
 
 
 def test_a_folder_is_read_once_and_again_after_it_changes(tmp_path, monkeypatch):
-    place, cache = tmp_path / "images", tmp_path / "cache"
+    place = tmp_path / "images"
     folder_of(place)
     calls = []
     prepare = data._prepare_folder
     monkeypatch.setattr(data, "_prepare_folder", lambda *a: calls.append(1) or prepare(*a))
-    data.image_folder(place, data_dir=cache)
-    data.image_folder(place, data_dir=cache)
+    data.image_folder(place)
+    data.image_folder(place)
     assert len(calls) == 1
     Image.new("RGB", (5, 4), (9, 8, 7)).save(place / "test" / "b" / "1.png")
-    read = data.image_folder(place, data_dir=cache)
+    read = data.image_folder(place)
     assert len(calls) == 2
     np.testing.assert_array_equal(read.test_images[4], np.broadcast_to([9, 8, 7], (4, 5, 3)))
 
@@ -415,9 +424,9 @@ def test_a_folder_can_be_read_once_its_broken_image_is_repaired(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:60])
     with pytest.raises(ValueError, match=r"image .* in .*test.a.1\.png.*; replace it, or remove"):
-        read(place)
+        data.image_folder(place)
     path.write_bytes(whole)
-    assert len(read(place).test_labels) == 6
+    assert len(data.image_folder(place).test_labels) == 6
 
 
 def test_jpegs_are_decoded_and_hidden_files_are_ignored(tmp_path):
@@ -425,7 +434,7 @@ def test_jpegs_are_decoded_and_hidden_files_are_ignored(tmp_path):
     folder_of(place, suffix="jpg")
     (place / "train" / ".hidden").mkdir()
     (place / "train" / "a" / ".DS_Store").write_text("")
-    read = data.image_folder(place, data_dir=tmp_path / "cache")
+    read = data.image_folder(place)
     with Image.open(place / "train" / "b" / "2.jpg") as image:
         np.testing.assert_array_equal(read.train_images[5], np.asarray(image))
 
@@ -449,7 +458,7 @@ def test_cifar10_has_the_archives_bytes_in_order(tmp_path, monkeypatch):
         return tmp_path / "extracted"
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
-    read = data.cifar10(data_dir=tmp_path / "cache")
+    read = data.cifar10()
     assert asked == ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
     assert read.classes == names
     train = np.concatenate([records[f"data_batch_{i}"] for i in range(1, 6)])
@@ -471,7 +480,7 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
     message = r"download CIFAR-10 from https://\S+, got DownloadError: no network here; .*--image-f"
     with pytest.raises(options.UnavailableError, match=message):
-        data.cifar10(data_dir=tmp_path)
+        data.cifar10()
 
 
 def test_a_failed_download_from_the_catalogue_says_what_to_do(tmp_path, monkeypatch):
@@ -480,13 +489,13 @@ def test_a_failed_download_from_the_catalogue_says_what_to_do(tmp_path, monkeypa
 
     monkeypatch.setattr(builders, "prepared", download)
     with pytest.raises(options.UnavailableError, match=r"prepare mnist, got ConnectionError: no n"):
-        data.from_tfds("mnist", data_dir=tmp_path)
+        data.from_tfds("mnist")
 
 
 def test_with_one_colour_image_all_are_read_in_colour(tmp_path):
     pixels = folder_of(tmp_path / "images", mode="L")
     Image.new("RGB", (5, 4), (9, 8, 7)).save(tmp_path / "images" / "test" / "b" / "1.png")
-    read = data.image_folder(tmp_path / "images", data_dir=tmp_path / "cache")
+    read = data.image_folder(tmp_path / "images")
     np.testing.assert_array_equal(read.test_images[4, 0, 0], [9, 8, 7])
     grey = pixels["train", "a", 0]
     np.testing.assert_array_equal(read.train_images[0], np.stack([grey] * 3, -1))
@@ -496,13 +505,13 @@ def test_a_description_changes_with_the_pixels_and_mentions_lossy_files(tmp_path
     texts = []
     for name, suffix in (("one", "png"), ("same", "png"), ("jpeg", "jpg")):
         folder_of(tmp_path / name, suffix=suffix)
-        read = data.image_folder(tmp_path / name, data_dir=tmp_path / "cache")
+        read = data.image_folder(tmp_path / name)
         texts.append(data.describe(tmp_path / name, read))
     assert re.fullmatch(r"a folder of PNG files, crc32 [0-9a-f]{8}", texts[0])
     assert texts[0] == texts[1] != texts[2]
     assert "JPEG (lossy)" in texts[2]
     Image.new("RGB", (5, 4)).save(tmp_path / "one" / "test" / "b" / "1.png")
-    changed = data.image_folder(tmp_path / "one", data_dir=tmp_path / "cache")
+    changed = data.image_folder(tmp_path / "one")
     assert data.describe(tmp_path / "one", changed) != texts[0]
 
 
@@ -510,7 +519,7 @@ def test_a_description_changes_with_the_pixels_and_mentions_lossy_files(tmp_path
 def test_without_a_test_part_every_fifth_image_is_held_out(tmp_path, where):
     pixels = folder_of(tmp_path / "images", sizes=((5, 4),) * 11)
     shutil.rmtree(tmp_path / "images" / "test")
-    read = data.image_folder(tmp_path / where, data_dir=tmp_path / "cache")
+    read = data.image_folder(tmp_path / where)
     order = sorted(range(11), key=str)  # by file name
     for part, kept in (("test", order[::5]), ("train", [i for n, i in enumerate(order) if n % 5])):
         expected = [pixels["train", name, i] for name in "ab" for i in kept]
@@ -525,11 +534,11 @@ def test_images_of_any_size_are_cropped_to_their_middle_square_and_resized(tmp_p
     stripes[:, 10:30] = 200  # the middle square is 16:24; interpolation would reach beyond it
     Image.fromarray(stripes).save(place / "train" / "a" / "0.png")
     for side in (4, 6):
-        read = data.image_folder(place, resize=side, data_dir=tmp_path / "cache")
+        read = data.image_folder(place, resize=side)
         assert read.train_images.shape == (6, side, side, 3)
         np.testing.assert_array_equal(read.train_images[0], 200)
     with pytest.raises(ValueError, match="of one size"):
-        data.image_folder(place, data_dir=tmp_path / "cache")
+        data.image_folder(place)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -556,10 +565,6 @@ def place(tmp_path):
     return tmp_path / "images"
 
 
-def read(place):
-    return data.image_folder(place, data_dir=place.parent / "cache")
-
-
 def images_of(place):
     return [path for path in place.rglob("*") if path.is_file()]
 
@@ -579,7 +584,7 @@ def each_saved(place, change, **options):
 def test_grey_images_in_any_mode_have_one_channel(place, mode):
     first = each_saved(place, lambda image: image.convert(mode))
     assert first.mode == mode
-    images = read(place).train_images
+    images = data.image_folder(place).train_images
     assert images.shape == (6, 4, 5, 1)
     np.testing.assert_array_equal(images[0, ..., 0], np.asarray(first.convert("L")))
 
@@ -587,7 +592,7 @@ def test_grey_images_in_any_mode_have_one_channel(place, mode):
 def test_a_palette_image_with_a_colour_counts_as_colour(place):
     path = place / "test" / "b" / "1.png"
     Image.fromarray(np.full((4, 5, 3), (9, 8, 7), np.uint8)).quantize(2).save(path)
-    np.testing.assert_array_equal(read(place).test_images[4, 0, 0], [9, 8, 7])
+    np.testing.assert_array_equal(data.image_folder(place).test_images[4, 0, 0], [9, 8, 7])
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -604,7 +609,7 @@ def test_photographs_are_turned_as_their_exif_orientation_says(tmp_path, suffix)
         path = tmp_path / "images" / part / str(orientation) / f"0.{suffix}"
         path.parent.mkdir(parents=True)
         Image.fromarray(stored).save(path, exif=exif)
-    seen = read(tmp_path / "images").test_images[..., 0].astype(int)
+    seen = data.image_folder(tmp_path / "images").test_images[..., 0].astype(int)
     for got, turn in zip(seen, as_seen, strict=True):
         np.testing.assert_allclose(got, turn(stored), atol=0 if suffix == "png" else 2)
 
@@ -613,7 +618,7 @@ def test_a_class_name_composed_or_decomposed_in_unicode_is_one_class(place):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     (place / "train" / "a").rename(place / "train" / composed)
     (place / "test" / "a").rename(place / "test" / decomposed)
-    images = read(place)
+    images = data.image_folder(place)
     assert images.classes == ("b", composed)
     np.testing.assert_array_equal(images.test_labels, [0, 0, 0, 1, 1, 1])
 
@@ -638,7 +643,7 @@ def test_links_to_classes_and_images_are_followed(place):
     for name in "ab":
         (place / "train" / name).symlink_to(place / "elsewhere" / name)
     (place / "train" / "b" / "9.png").symlink_to("0.png")
-    images = read(place).train_images
+    images = data.image_folder(place).train_images
     assert len(images) == 7
     np.testing.assert_array_equal(images[3], images[6])
 
@@ -646,20 +651,20 @@ def test_links_to_classes_and_images_are_followed(place):
 def test_a_class_whose_name_is_not_valid_unicode_is_read(place):
     for part in ("train", "test"):
         os.rename(place / part / "b", os.fsencode(place / part) + b"/\xff\n")
-    assert read(place).classes == ("a", "\udcff\n")
+    assert data.image_folder(place).classes == ("a", "\udcff\n")
 
 
 def test_uppercase_suffixes_are_images(place):
     for path in images_of(place):
         path.rename(path.with_suffix(".PNG"))
-    assert len(read(place).train_labels) == 6
+    assert len(data.image_folder(place).train_labels) == 6
 
 
 def test_cmyk_jpegs_become_rgb(place):
     for path in images_of(place):
         path.unlink()
         Image.new("CMYK", (5, 4), (0, 255, 255, 0)).save(path.with_suffix(".jpg"))
-    red = read(place).test_images[0, 0, 0].astype(int)
+    red = data.image_folder(place).test_images[0, 0, 0].astype(int)
     np.testing.assert_allclose(red, [255, 0, 0], atol=4)
 
 
@@ -667,7 +672,7 @@ def test_an_opaque_alpha_channel_is_dropped(place):
     pixels = np.arange(80, dtype=np.uint8).reshape(4, 5, 4)
     pixels[..., 3] = 255
     each_saved(place, lambda _: Image.fromarray(pixels))
-    np.testing.assert_array_equal(read(place).train_images[0], pixels[..., :3])
+    np.testing.assert_array_equal(data.image_folder(place).train_images[0], pixels[..., :3])
 
 
 def test_of_a_jpeg_with_a_preview_the_first_image_is_read(place):
@@ -675,12 +680,12 @@ def test_of_a_jpeg_with_a_preview_the_first_image_is_read(place):
         path.unlink()
         picture, preview = Image.new("RGB", (5, 4), "white"), Image.new("RGB", (2, 2))
         picture.save(path.with_suffix(".jpg"), format="MPO", save_all=True, append_images=[preview])
-    assert (read(place).train_images == 255).all()
+    assert (data.image_folder(place).train_images == 255).all()
 
 
 def test_a_jpeg_named_png_is_described_as_lossy(place):
     each_saved(place, lambda image: image, format="JPEG")
-    assert "JPEG (lossy)" in data.describe(place, read(place))
+    assert "JPEG (lossy)" in data.describe(place, data.image_folder(place))
 
 
 def png_of_16_bits(colour_type, channels):
@@ -746,7 +751,7 @@ def test_an_error_about_an_unusable_image_names_it(place, content, message):
     (place / "test" / "b" / "1.png").write_bytes(content)
     start = r"expected an opaque image of 8 bits for each pixel and colour in .*test.b.1\.png, "
     with pytest.raises(ValueError, match=start + message):
-        read(place)
+        data.image_folder(place)
 
 
 def altered(path):
@@ -818,7 +823,7 @@ def test_an_error_about_an_unusable_folder_names_the_place(place, how):
     change, message = BROKEN[how]
     change(place)
     with pytest.raises((options.UsageError, FileNotFoundError), match=f"expected .*{message}"):
-        read(place)
+        data.image_folder(place)
 
 
 def test_cifar10_is_scaled_and_cropped_as_in_the_paper():

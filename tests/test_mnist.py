@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 import random
 import signal
 import subprocess
@@ -149,7 +148,7 @@ def test_dropout_acts_with_every_method():
         assert losses[0] != losses[1], name
 
 
-def command(out, cache):
+def command(out):
     arguments = [
         "--methods", "normal", "lwa", "--out", str(out), "--normal.epochs", "3", "--lwa.epochs",
         "3", "--lwa.widths", "100", "100", "--n-eval", "200", "--pgd-steps", "5", "--holdout",
@@ -157,7 +156,6 @@ def command(out, cache):
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, str(ROOT / "experiments" / "mnist.py"), *arguments],
-        env={**os.environ, "JAXADV_DATA": str(cache)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -191,20 +189,20 @@ def final_states(out):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Couldn't find sharding info:UserWarning")  # no devices
-def test_a_run_killed_at_ten_random_moments_ends_bit_for_bit_the_same(tmp_path):
-    cache = tmp_path / "cache"
-    data.mnist(data_dir=cache)
+def test_a_run_killed_at_ten_random_moments_ends_bit_for_bit_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXADV_DATA", str(tmp_path / "cache"))
+    data.mnist()
     start = time.perf_counter()
-    complete(command(tmp_path / "reference", cache))
+    complete(command(tmp_path / "reference"))
     whole = time.perf_counter() - start
 
     moments = random.Random(0)
     for _ in range(10):
-        process = command(tmp_path / "killed", cache)
+        process = command(tmp_path / "killed")
         time.sleep(moments.uniform(0.2, 0.6 * whole))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    complete(command(tmp_path / "killed", cache))
+    complete(command(tmp_path / "killed"))
 
     expected, got = final_states(tmp_path / "reference"), final_states(tmp_path / "killed")
     assert expected.keys() == {"lwa-0", "normal-0", "normal-1000"}

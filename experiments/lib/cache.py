@@ -33,7 +33,7 @@ class Arrays(NamedTuple):
 
 
 def directory() -> Path:
-    """Return the folder where prepared data is kept by default.
+    """Return the folder where prepared data is kept.
 
     It is `$JAXADV_DATA`, or else `$XDG_CACHE_HOME/jaxadv`, or else `~/.cache/jaxadv`.
     """
@@ -42,17 +42,14 @@ def directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxadv"
 
 
-def arrays(
-    name: str, prepare: Callable[[Path], Arrays], data_dir: str | os.PathLike[str] | None
-) -> Arrays:
+def arrays(name: str, prepare: Callable[[Path], Arrays]) -> Arrays:
     """Return the arrays stored under a name; prepare and store them if there are none.
 
     Args:
       name: name of their folder.
       prepare: makes the arrays; it is given a folder that it may use.
-      data_dir: where to store them; None for `directory()`.
     """
-    place = (directory() if data_dir is None else Path(data_dir)) / name
+    place = directory() / name
     unusable = (OSError, ValueError)
     with suppress(*unusable):
         return _open(place)

@@ -179,20 +179,17 @@ def _resized(images: Dataset, side: int | None) -> Dataset:
     )
 
 
-def mnist(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def mnist() -> Dataset:
     """Return MNIST in its original order: 60,000 training and 10,000 test images of 28x28x1.
 
-    Args:
-        data_dir: where prepared data is kept, 80 MB of it; by default `cache.directory()`.
-
     Returns:
-        The arrays, memory-mapped.
+        The arrays, memory-mapped: 80 MB in `cache.directory()`.
 
     Raises:
         FileNotFoundError: if the data isn't prepared yet and an original file is missing.
         ValueError: if the data isn't prepared yet and an original file is truncated or altered.
     """
-    return Dataset(*cache.arrays("mnist", _prepare_mnist, data_dir), DIGITS)
+    return Dataset(*cache.arrays("mnist", _prepare_mnist), DIGITS)
 
 
 def mnist_originals() -> Dataset:
@@ -247,11 +244,8 @@ def save_cifar10_crops(folder: str | os.PathLike[str], path: Path = _CROPS) -> N
     np.savez_compressed(path, images=crops, labels=images.test_labels[chosen])
 
 
-def cifar10(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def cifar10() -> Dataset:
     """Return CIFAR-10 in its original order: 50,000 training and 10,000 test images of 32x32x3.
-
-    Args:
-        data_dir: where downloaded and prepared data is kept, as for `mnist`.
 
     Returns:
         The arrays, memory-mapped.
@@ -260,15 +254,10 @@ def cifar10(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         UnavailableError: if it isn't prepared yet and can't be downloaded, or the download was
             altered.
     """
-    return Dataset(*cache.arrays("cifar10", _prepare_cifar10, data_dir), CIFAR10)
+    return Dataset(*cache.arrays("cifar10", _prepare_cifar10), CIFAR10)
 
 
-def image_folder(
-    folder: str | os.PathLike[str],
-    *,
-    resize: int | None = None,
-    data_dir: str | os.PathLike[str] | None = None,
-) -> Dataset:
+def image_folder(folder: str | os.PathLike[str], *, resize: int | None = None) -> Dataset:
     """Return images sorted into `train/CLASS/` and `test/CLASS/`, as for tfds's ImageFolder.
 
     Classes, and the images of each, are in the order of their names. When a file is added, removed,
@@ -284,7 +273,6 @@ def image_folder(
             class is held out for testing, and the classes may be in the folder itself.
         resize: side of the square that each image's largest centre square is resized to, whatever
             its size; None to keep images as they are.
-        data_dir: where prepared data is kept, as for `mnist`.
 
     Returns:
         The arrays, memory-mapped; C = 1 if all images are greyscale (bilevel, with an opaque alpha
@@ -303,16 +291,15 @@ def image_folder(
     listing = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     content = json.dumps([_READING, str(folder.resolve()), listing, *filter(None, [resize])])
     name = f"image_folder-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    arrays = cache.arrays(name, lambda where: _prepare_folder(where, files, resize), data_dir)
+    arrays = cache.arrays(name, lambda where: _prepare_folder(where, files, resize))
     return Dataset(*arrays, tuple(files["train"]))
 
 
-def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def from_tfds(name: str) -> Dataset:
     """Return a data set of the tensorflow-datasets catalogue that has splits train and test.
 
     Args:
         name: its name in the catalogue, e.g. `fashion_mnist` or `emnist/letters`.
-        data_dir: where downloaded and prepared data is kept, as for `mnist`.
 
     Raises:
         ValueError: if the catalogue has no such data set, or it isn't one of labelled images.
@@ -334,7 +321,7 @@ def from_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> D
                 "its images as a folder of images"
             )
         prepare = partial(builders.prepared, partial(tfds.builder, name))
-        arrays = cache.arrays(f"tfds-{name.replace('/', '-')}", prepare, data_dir)
+        arrays = cache.arrays(f"tfds-{name.replace('/', '-')}", prepare)
     except options.UsageError:
         raise
     except ModuleNotFoundError as error:
