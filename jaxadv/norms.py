@@ -132,14 +132,8 @@ def _flat(v: jax.Array) -> jax.Array:
     return v.reshape(v.shape[0], math.prod(v.shape[1:])).astype(inputs.accum_dtype(v.dtype))
 
 
-def _scaled(v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return `v / m` and `m`, each row's largest magnitude, or 1 if that is 0 or not finite."""
-    u, m, _ = _scaled_if_finite(v)
-    return u, m
-
-
-def _scaled_if_finite(v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return `v / m`, `m`, and which rows are finite, from one pass over v."""
+def _scaled(v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return `v / m`, each row's largest magnitude m (1 if 0 or not finite), and finite rows."""
     largest = jnp.max(jnp.abs(v), axis=1)  # NaN where an entry is
     finite = jnp.isfinite(largest)
     # A constant for derivatives: norms and directions are homogeneous in v, so the terms through m
@@ -151,7 +145,7 @@ def _scaled_if_finite(v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _flat_rescale(v: jax.Array, eps: jax.Array, norm: Norm) -> jax.Array:
-    u, _ = _scaled(v)
+    u, *_ = _scaled(v)
     size = _geometry(norm).size(u)
     return u * (eps / jnp.where(size == 0, 1, size))[:, None]
 
@@ -176,7 +170,7 @@ def norm(v: jax.Array, norm: Norm) -> jax.Array:
       >>> norms.norm(jnp.array([[3.0, -4.0]]), "l2").tolist()
       [5.0]
     """
-    u, m = _scaled(_flat(v))
+    u, m, _ = _scaled(_flat(v))
     return m * _geometry(norm).size(u)
 
 
@@ -200,7 +194,7 @@ def log_norm(v: jax.Array, norm: Norm) -> jax.Array:
       >>> round(float(norms.log_norm(jnp.full((1, 4), 3e38), "l1")[0]), 3)
       89.983
     """
-    u, m = _scaled(_flat(v))
+    u, m, _ = _scaled(_flat(v))
     size = _geometry(norm).size(u)
     zero = size == 0  # double where: the logarithm's derivative at 0 is infinite
     return jnp.where(zero, -jnp.inf, jnp.log(m) + jnp.log(jnp.where(zero, 1, size)))
@@ -281,7 +275,7 @@ def steepest(g: jax.Array, norm: Norm) -> jax.Array:
       Huang et al., 2015, Proposition 3 and Section 6.1.1.
     """
     g = inputs.examples(g, "g")
-    u, _, usable = _scaled_if_finite(_flat(g))
+    u, _, usable = _scaled(_flat(g))
     direction = jnp.where(usable[:, None], _geometry(norm).steepest(u), 0)
     return direction.reshape(g.shape).astype(g.dtype)
 
@@ -343,7 +337,7 @@ def project(v: jax.Array, eps: Eps, norm: Norm) -> jax.Array:
     v = inputs.examples(v, "v")
     flat = _flat(v)
     eps = inputs.radius(eps, flat)
-    u, m = _scaled(flat)
+    u, m, _ = _scaled(flat)
     geometry = _geometry(norm)
     inside = m * geometry.size(u) <= eps
     nearest = jnp.where(inside[:, None], flat, geometry.project(flat, eps))

@@ -76,9 +76,9 @@ def test_the_nearest_of_the_top_wrong_classes_is_taken(problem, norm, candidates
     got = alpha(net, *problem, norm=norm, eps=1.0, candidates=candidates, chunk=chunk)
     y, changed = np.asarray(problem[2]), 0
     for i, logits, all_classes in found(problem, norm):
-        likeliest = np.argsort(-np.where(np.arange(K) == y[i], -np.inf, logits), kind="stable")
+        top_wrong = np.argsort(-np.where(np.arange(K) == y[i], -np.inf, logits), kind="stable")
         sizes = np.full(K, np.inf)
-        sizes[likeliest[:candidates]] = all_classes.log_sizes[likeliest[:candidates]]
+        sizes[top_wrong[:candidates]] = all_classes.log_sizes[top_wrong[:candidates]]
         right = logits[y[i]] > np.delete(logits, y[i]).max()
         cls = sizes.argmin() if right else all_classes.cls
         changed += cls != all_classes.cls

@@ -247,13 +247,13 @@ def test_on_a_linear_net_the_margin_rises_to_the_most_that_the_box_leaves(norm):
     np.testing.assert_allclose(rise, want - ahead, rtol=0.02 if norm == "l2" else 1e-5)
 
 
-@pytest.mark.parametrize("walls", [0.5, 0.9])
-def test_in_l1_the_margin_rises_too_where_most_entries_are_at_a_wall(walls):
+@pytest.mark.parametrize("bounded", [0.5, 0.9])
+def test_in_l1_the_margin_rises_too_where_most_entries_are_at_a_bound(bounded):
     rng = np.random.default_rng(5)
     d, eps = 40, 1.0
     w = rng.normal(size=(d, 2)).astype(np.float32)
     x = rng.uniform(size=(B, d))
-    x = np.where(rng.uniform(size=x.shape) < walls, np.round(x), x).astype(np.float32)
+    x = np.where(rng.uniform(size=x.shape) < bounded, np.round(x), x).astype(np.float32)
     y = (x @ w).argmax(axis=1)
     r = np.asarray(
         apgd(
@@ -262,11 +262,11 @@ def test_in_l1_the_margin_rises_too_where_most_entries_are_at_a_wall(walls):
         np.float64,
     )
     away = (w[:, 1] - w[:, 0]) * np.where(y == 0, 1, -1)[:, None]
-    order = np.argsort(-np.abs(away), axis=1)  # the steepest entries first, each up to its wall
+    order = np.argsort(-np.abs(away), axis=1)  # the steepest entries first, each up to its bound
     room = np.take_along_axis(np.where(away > 0, 1 - x, x), order, axis=1)
     used = np.diff(np.minimum(np.cumsum(room, axis=1), eps), axis=1, prepend=0)
     most = (used * np.take_along_axis(np.abs(away), order, axis=1)).sum(axis=1)
-    # The published steps, which stop at walls, fall short of that.
+    # The published steps, which stop at bounds, fall short of that.
     assert ((away * r).sum(axis=1) >= 0.995 * most).all()
 
 
@@ -283,8 +283,8 @@ def test_on_a_linear_net_targets_are_reached_beyond_the_exact_distance_only(norm
         hit = np.asarray(linear(params, x + r)).argmax(axis=1) != y
         np.testing.assert_array_equal(hit, fooled)
     # The nearest class often isn't the top wrong one.
-    likeliest = np.where(np.eye(K, dtype=bool)[y], -np.inf, linear(params, x)).argmax(axis=1)
-    assert (distance.argmin(axis=1) != likeliest).mean() > 0.1
+    top_wrong = np.where(np.eye(K, dtype=bool)[y], -np.inf, linear(params, x)).argmax(axis=1)
+    assert (distance.argmin(axis=1) != top_wrong).mean() > 0.1
 
 
 # Targets

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nets import curved
-from references import NORMS, ORDER, lengths, steepest
+from nets import curved, distances, linear, linear_problem, misled
+from references import ORDER, lengths, steepest
 
 from jaxadv import attack
 
@@ -97,21 +97,6 @@ def as_float32(tree):
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
 
 
-def linear(w, x):
-    return x @ w
-
-
-def linear_problem():
-    """A linear net of two classes, and by norm each example's distance to the boundary."""
-    rng = np.random.default_rng(1)
-    w, x = (rng.normal(size=shape).astype(np.float32) for shape in ((D, 2), (B, D)))
-    y = np.argmax(x @ w, axis=1)
-    difference = np.subtract(*w.T.astype(np.float64))
-    gap = np.abs(x.astype(np.float64) @ difference)
-    dual = {"l1": np.inf, "l2": 2, "linf": 1}
-    return w, x, y, {norm: gap / np.linalg.norm(difference, dual[norm]) for norm in NORMS}
-
-
 SEARCHES = {
     "apgd": functools.partial(attack.apgd, eps=None, steps=25, key=jax.random.key(0)),
     "targeted": functools.partial(
@@ -126,13 +111,13 @@ every_search = pytest.mark.parametrize("fn", SEARCHES.values(), ids=SEARCHES)
     [(attack.ddn, "l2"), *((fn, norm) for fn in SEARCHES.values() for norm in ORDER)],
 )
 def test_on_a_linear_net_the_size_is_the_distance_to_the_boundary(fn, norm):
-    w, x, y, distances = linear_problem()
+    params, x, y = linear_problem(2, B, D, seed=1)
     options = {} if fn is attack.ddn else {"norm": norm}
-    r = np.asarray(fn(linear, w, x, y, **options))
-    assert (np.argmax((x + r) @ w, axis=1) != y).all()
-    size = lengths(r, norm)
-    assert (size >= distances[norm]).all()
-    np.testing.assert_allclose(size, distances[norm], rtol=0.02)
+    r = fn(linear, params, x, y, **options)
+    assert misled(linear, params, x, y, r).all()
+    size, least = lengths(r, norm), distances(params, x, y, norm).min(axis=1)
+    assert (size >= least).all()
+    np.testing.assert_allclose(size, least, rtol=0.02)
 
 
 @pytest.mark.parametrize("fn", [attack.ddn, *SEARCHES.values()])
@@ -162,7 +147,7 @@ def test_ddn_reaches_a_target_and_step_size_sets_the_units_of_x():
 
 
 def test_ddns_first_step_fits_a_small_box():
-    w = linear_problem()[0]
+    (w, _), *_ = linear_problem(2, B, D, seed=1)
     away = w[:, 1] - w[:, 0]
     half = 0.0005
 
@@ -191,14 +176,13 @@ def test_fmn_escapes_a_local_maximum():
 
 @every_search
 def test_a_search_counts_the_passes_of_every_ball(fn):
-    w, x, y, _ = linear_problem()
-    _, info = attack.with_info(fn)(linear, w, x, y)
+    _, info = attack.with_info(fn)(linear, *linear_problem(2, B, D, seed=1))
     np.testing.assert_array_equal(info.backward, 1 + 20 * 26)
     assert (info.forward > info.backward).all()
     assert info.success.all()
 
 
 def test_a_search_needs_labels():
-    w, x, _, _ = linear_problem()
+    params, x, _ = linear_problem(2, B, D, seed=1)
     with pytest.raises(TypeError, match="integer labels"):
-        SEARCHES["apgd"](linear, w, x, np.full((B, 2), 0.5, np.float32))
+        SEARCHES["apgd"](linear, params, x, np.full((B, 2), 0.5, np.float32))

@@ -96,9 +96,7 @@ def reports(method: Callable[P, Found]) -> Callable[P, jax.Array]:
     return cast(Callable[P, jax.Array], attack)
 
 
-@jax.jit
-def _judge(problem: Problem, r: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return problem.judge(r)
+_judge = jax.jit(Problem.judge)
 
 
 def with_info(method: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, AttackInfo]]:
