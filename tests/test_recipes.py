@@ -15,12 +15,15 @@ from jaxadv import attack, norms, objectives, perturb, train
 
 KEY = jax.random.key(0)
 NET = mlp((6, 5))
-BOX = (-0.1, 0.9)
+BOX = (0.0, 1.0)
 
 
 def problem():
     x = jax.random.uniform(jax.random.key(1), (12, 4, 4, 1))
     return init(NET, KEY, x), x, jnp.arange(12) % 10
+
+
+few_steps = functools.partial(recipes.few_steps, step=perturb.loss, steps=1)
 
 
 def value(objective):
@@ -56,9 +59,8 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_a_multi_step_method_makes_its_objective_with_the_box(name):
     method, make = METHODS[name]
-    box = (-0.1, 0.9)
-    got, aux = value(recipes.make_objective(NET, method, 10, box))
-    want, want_aux = value(make(eps=0.7, bounds=box))
+    got, aux = value(recipes.make_objective(NET, method, 10))
+    want, want_aux = value(make(eps=0.7, bounds=BOX))
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(aux.accuracy, want_aux.accuracy)
     free, _ = value(make(eps=0.7))
@@ -183,7 +185,7 @@ def test_perturbations_are_drawn_anew_every_few_epochs(noise):
 def test_steps_of_adv_loss_from_a_point_are_those_of_pgd(steps):
     params, x, y = problem()
     eps, start = jnp.full(len(x), 0.7), jax.random.normal(KEY, x.shape)
-    r = recipes.few_steps(
+    r = few_steps(
         function(NET), params, x, y, steps=steps, eps=eps, noise=0.3, stride=0.4, reach=1.0,
         key=KEY, bounds=BOX, start=start,
     )  # fmt: skip
@@ -204,7 +206,7 @@ def test_steps_of_alpha_go_to_the_nearest_of_the_candidates():
         by_hand = objectives.adversarial(function(NET), nearest, eps=0.7, bounds=BOX)
         got, want = (
             objective(params, None, (x, y), key=KEY, step=jnp.int32(0))[0]
-            for objective in (recipes.make_objective(NET, method, 10, BOX), by_hand)
+            for objective in (recipes.make_objective(NET, method, 10), by_hand)
         )
         np.testing.assert_allclose(got, want, rtol=1e-6)
         losses.append(round(float(got), 5))
@@ -214,7 +216,7 @@ def test_steps_of_alpha_go_to_the_nearest_of_the_candidates():
 def test_an_adversary_with_a_memory_starts_where_the_last_epoch_ended():
     method = FewSteps((6, 5), 1, 0.1, eps=0.7, stride=0.4, memory=2, steps=2)
     params, x, y = problem()
-    objective = recipes.renewed(recipes.make_objective(NET, method, 5, BOX), method, 5)
+    objective = recipes.renewed(recipes.make_objective(NET, method, 5), method, 5)
     start = 0.3 * jax.random.normal(KEY, x.shape)
     for step, r in ((3, 0 * start), (7, start)):
         _, (_, aux) = objective(params, None, (x, y, start), key=KEY, step=jnp.int32(step))
@@ -236,7 +238,7 @@ def curved(params, x):
 def test_noise_stride_and_reach_set_start_length_and_end_of_the_step(noise, stride, reach):
     params, x, y = problem()
     eps = jnp.float32(0.7)
-    r = recipes.few_steps(
+    r = few_steps(
         function(NET), params, x, y, eps=eps, noise=noise, stride=stride, reach=reach, key=KEY,
         bounds=(-9.0, 9.0),
     )  # fmt: skip
@@ -252,7 +254,7 @@ def test_noise_stride_and_reach_set_start_length_and_end_of_the_step(noise, stri
 def test_random_starts_take_a_key_for_each_example():
     params, x, y = problem()
     r, same = (
-        recipes.few_steps(
+        few_steps(
             function(NET), params, x, y, eps=jnp.float32(0.7), noise=1.0, stride=1.0, reach=1.0,
             key=key, bounds=(-9.0, 9.0),
         )
@@ -263,7 +265,7 @@ def test_random_starts_take_a_key_for_each_example():
 
 def test_the_step_stays_in_the_box():
     params, x, y = problem()
-    r = recipes.few_steps(
+    r = few_steps(
         function(NET), params, x, y, eps=jnp.float32(2.0), noise=1.0, stride=1.0, reach=2.0,
         key=KEY, bounds=BOX,
     )  # fmt: skip
@@ -275,7 +277,7 @@ def test_the_step_stays_in_the_box():
 def test_without_noise_one_step_is_lwa():
     method = OneStep((6, 5), 1, 0.1, eps=0.7)
     by_hand = objectives.adversarial(function(NET), perturb.loss, eps=0.7, bounds=BOX)
-    got = value(recipes.make_objective(NET, method, 10, BOX))[0]
+    got = value(recipes.make_objective(NET, method, 10))[0]
     np.testing.assert_allclose(got, value(by_hand)[0], rtol=1e-6)
 
 

@@ -213,10 +213,8 @@ def check(name: str, method: Method, *, lr_warmup: int) -> None:
         )
 
 
-def make_objective(
-    net: Classifier, method: Method, epoch_steps: int, box: Bounds = (0.0, 1.0)
-) -> Objective:
-    """Return the objective of a method that `check` accepts.
+def make_objective(net: Classifier, method: Method, epoch_steps: int) -> Objective:
+    """Return the objective of a method that `check` accepts, on pixels in 0..1.
 
     For a method with a memory, wrap it in `renewed`, after any augmentation.
     """
@@ -253,7 +251,7 @@ def make_objective(
         adversary = ADVERSARIES[method.adversary]
     objective = against(
         method.objective, apply_fn, adversary, eps=eps, train_fn=train_fn, weight=weight,
-        bounds=box if isinstance(method, Robust) else None,
+        bounds=(0.0, 1.0) if isinstance(method, Robust) else None,
     )  # fmt: skip
     if isinstance(method, OneStep) and method.alignment:
         objective = aligned(objective, apply_fn, eps, method.alignment)
@@ -304,8 +302,8 @@ def few_steps(
     y: jax.Array,
     /,
     *,
-    step: PerturbFn = perturb.loss,
-    steps: int = 1,
+    step: PerturbFn,
+    steps: int,
     eps: jax.Array,
     noise: float,
     stride: float,
@@ -507,10 +505,8 @@ def optimiser(
             "choose a smaller --batch-size"
         )
     total = method.epochs * epoch_steps
-    lr = optax.cosine_decay_schedule(method.lr, total)
-    if settings.lr_warmup:
-        steps = settings.lr_warmup * epoch_steps
-        lr = optax.warmup_cosine_decay_schedule(0, method.lr, steps, total)
+    warmup = settings.lr_warmup * epoch_steps
+    lr = optax.warmup_cosine_decay_schedule(0, method.lr, warmup, total)
     sgd = optax.sgd(lr, momentum=settings.momentum)
     if settings.weight_decay:
         kernels = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
