@@ -37,7 +37,7 @@ __all__ = [
     "preset",
     "program",
     "source_net",
-    "without_bounds",
+    "without_presets",
 ]
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # that jit accepts
@@ -84,8 +84,8 @@ def method(name: str, perturb_fn: Any) -> None:
     """Check that a method is hashable and takes the arguments of `types.PerturbFn`.
 
     Raises:
-      TypeError: if it isn't a function, has no hash, has another signature, or is set to bounds of
-        its own.
+      TypeError: if it isn't a function, has no hash, has another signature, is set to bounds of its
+        own, or is targeted.
     """
     hashable(name, perturb_fn)
     try:
@@ -99,20 +99,27 @@ def method(name: str, perturb_fn: Any) -> None:
             f"expected {name} to take (apply_fn, params, x, y, *, eps, key, bounds), got "
             f"{signature} ({error}); see jaxadv.types.PerturbFn"
         ) from error
-    without_bounds(name, perturb_fn)
+    without_presets(name, perturb_fn)
 
 
-def without_bounds(name: str, perturb_fn: Any) -> None:
-    """Check that a method has no bounds of its own, which those of its caller would replace.
+def without_presets(name: str, perturb_fn: Any) -> None:
+    """Check that a method has no bounds of its own, and isn't targeted.
+
+    Its caller passes bounds, which would replace them, and true labels.
 
     Raises:
-      TypeError: if it has.
+      TypeError: if it has bounds or is targeted.
     """
     own = preset(perturb_fn, "bounds")
     if own is not None:
         raise TypeError(
             f"expected {name} without bounds of its own, got bounds={own}; leave them out, and "
             "pass them to the evaluation or the objective, which gives them to its attacks"
+        )
+    if preset(perturb_fn, "targeted"):
+        raise TypeError(
+            f"expected {name} to lead away from y, got targeted=True; leave it out, or call the "
+            "attack with the targets as y and jaxadv.attack.with_info, which says where it succeeds"
         )
 
 

@@ -665,9 +665,9 @@ def _adversary(
     differentiable. The `stop_gradient` on r is for arrays that `perturb_fn` may have captured.
 
     Raises:
-      TypeError: if `perturb_fn` is set to bounds of its own.
+      TypeError: if `perturb_fn` is set to bounds of its own, or is targeted.
     """
-    closures.without_bounds("perturb_fn", perturb_fn)
+    closures.without_presets("perturb_fn", perturb_fn)
 
     def perturb(
         variables: Any,

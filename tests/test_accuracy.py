@@ -195,6 +195,10 @@ BAD = {
     "no batch size": (lambda: evaluate.score(linear, W, X, Y, batch_size=None), TypeError),
     "empty mask": (lambda: evaluate.accuracy(np.zeros(0, bool)), ValueError),
     "accuracy of an accuracy": (lambda: evaluate.accuracy(0.5), ValueError),
+    "accuracy of an outcome": (
+        lambda: evaluate.accuracy(evaluate.score(linear, W, X, Y)),
+        TypeError,
+    ),
     "accuracy of sizes": (lambda: evaluate.accuracy(np.ones(3)), TypeError),
     "interval of sizes": (lambda: evaluate.interval(np.ones(3)), TypeError),
     "confidence of 0": (lambda: evaluate.interval(np.ones(3, bool), 0), ValueError),

@@ -44,9 +44,10 @@ def problem():
 
 def ensemble(apply_fn=net, attacks=ATTACKS, eps=0.4, norm="l2", seed=2, batch_size=8, **kwargs):
     params, x, y = kwargs.pop("of", problem())
+    kwargs = {"bounds": (-5.0, 5.0), **kwargs}
     return evaluate.attack_and_score(
         apply_fn, params, x, y, attacks, eps=eps, norm=norm, key=jax.random.key(seed),
-        bounds=(-5.0, 5.0), batch_size=batch_size, **kwargs,
+        batch_size=batch_size, **kwargs,
     )  # fmt: skip
 
 
@@ -167,6 +168,30 @@ def test_a_store_of_another_evaluation_is_refused(field, tmp_path):
         ensemble(store=tmp_path)
     with pytest.raises(ValueError, match=rf"same evaluation as in store=.*, got other .*{field}"):
         ensemble(store=tmp_path, **OTHERS[field])
+
+
+def test_equal_labels_and_bounds_of_other_dtypes_are_the_same_evaluation(tmp_path):
+    params, x, y = problem()
+    wide = params, x, np.asarray(y, np.int64)
+    ensemble(store=tmp_path, of=(params, x, np.asarray(y, np.int32)), bounds=(-9.0, 9.0))
+    ensemble(store=tmp_path, of=wide, bounds=(-9, 9), progress=pytest.fail)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "missing", "file"])
+def test_a_folder_that_does_not_say_which_evaluation_it_holds_is_refused(damage, tmp_path):
+    store = tmp_path / "store"
+    if damage == "file":
+        store.write_text("")
+    else:
+        ensemble(store=store)
+        place = store / "evaluation.json"
+        if damage == "missing":
+            place.unlink()
+        else:
+            place.write_text("{}" if damage == "other" else place.read_text()[:40])
+    message = "a folder, got the file" if damage == "file" else "which evaluation .*; delete the fo"
+    with pytest.raises(ValueError, match=message):
+        ensemble(store=store)
 
 
 def test_a_store_tells_nets_apart_that_capture_their_weights(tmp_path):

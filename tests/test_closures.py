@@ -255,6 +255,15 @@ def test_an_attack_with_bounds_of_its_own_is_refused():
         objectives.adversarial(identity, boxed, eps=1.0)
 
 
+def test_a_targeted_attack_is_refused_where_true_labels_are_passed():
+    toward = partial(attack.pgd, targeted=True)
+    message = r"lead away from y, got targeted=True; .*with_info"
+    with pytest.raises(TypeError, match=message):
+        evaluate.attack_and_score(identity, None, X, Y, toward, eps=1.0)
+    with pytest.raises(TypeError, match=message):
+        objectives.adversarial(identity, toward, eps=1.0)
+
+
 @pytest.mark.parametrize("net", [None, {"w": X}, SimpleNamespace(apply=identity)])
 def test_a_net_that_is_not_a_function_is_refused(net):
     with pytest.raises(TypeError, match="expected apply_fn to be a function, got"):

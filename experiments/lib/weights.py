@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from jaxadv.types import Params
 
 
 def save(
-    path: Path,
+    path: str | os.PathLike[str],
     params: Any,
     dtype: DTypeLike | None = None,
     *,
@@ -38,6 +39,7 @@ def save(
     Raises:
       ValueError: if two of the pytree's paths give the same name.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In C order, since safetensors ignores strides and copies an array's memory as it is.
     named = {

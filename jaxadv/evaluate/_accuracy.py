@@ -309,9 +309,14 @@ def _booleans(mask: Any) -> NDArray[np.bool_]:
     """Check a mask `[n]` of at least one example.
 
     Raises:
-      TypeError: if it isn't boolean.
+      TypeError: if it isn't an array of booleans.
       ValueError: if it is empty or not one-dimensional.
     """
+    if hasattr(mask, "_fields"):
+        raise TypeError(
+            f"expected a mask [n], got {type(mask).__name__}; pass one of its masks, e.g. "
+            "outcome.robust"
+        )
     mask = np.asarray(mask)
     if mask.ndim != 1 or mask.size == 0:
         raise ValueError(

@@ -168,16 +168,13 @@ class NearBoundary:
           ValueError: if `within` isn't in (0, 1].
         """
         closures.method("the attack", self.method)
+        object.__setattr__(self, "__signature__", inspect.signature(self.method))
         if not 0 < self.within <= 1:
             raise ValueError(f"expected 0 < within <= 1, got {self.within}; pass a fraction")
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Attack all examples."""
         return self.method(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.method)
 
     @property
     def with_report(self) -> Callable[..., Any] | None:

@@ -195,19 +195,30 @@ def opened(
         "jaxadv": jaxadv.__version__,
         "apply_fn": closures.digest(apply_fn, params, x),
         "attacks": [*attacks],
-        **{name: _digest(tree) for name, tree in {"params": params, "x": x, **others}.items()},
+        "params": _digest(params),
+        "x": _digest(x),
+        **{name: _digest(tree, of_values=True) for name, tree in others.items()},
     }
     logits = _first_logits(apply_fn, params, x)
     folder = Path(folder)
     evaluation = folder / "evaluation.json"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"expected store to be a folder, got the file {str(folder)!r}; pass another"
+        )
     if not evaluation.exists():
+        if any(folder.glob("*.npz")):
+            raise ValueError(_damaged(evaluation, "none"))
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             text = json.dumps({**wanted, "logits": logits.astype(np.float64).tolist()}, indent=1)
             _write(evaluation, lambda file: file.write(text.encode()))
         return Store(folder)
-    kept = json.loads(evaluation.read_text())
-    before = np.array(kept.pop("logits"))
+    try:
+        kept = json.loads(evaluation.read_text())
+        before = np.array(kept.pop("logits"))
+    except (ValueError, KeyError) as error:
+        raise ValueError(_damaged(evaluation, repr(error))) from error
     different = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
     # The remaining batches may have another size or device, and so other rounding errors.
     same = before.shape == logits.shape and apart(before, logits) <= ALONE
@@ -219,6 +230,13 @@ def opened(
             f"{', '.join(different)}; choose another folder, or delete this one to start over"
         )
     return Store(folder)
+
+
+def _damaged(evaluation: Path, got: str) -> str:
+    return (
+        f"expected {str(evaluation)!r} to say which evaluation its folder holds, got {got}; delete "
+        "the folder to start over, or choose another"
+    )
 
 
 def _first_logits(apply_fn: ApplyFn, params: Params, x: Any) -> NDArray[Any]:
@@ -321,13 +339,16 @@ def _is_ours(method: Any) -> bool:
     return not callable(method) or method.__module__.startswith("jaxadv.")
 
 
-def _digest(tree: Any) -> str:
+def _digest(tree: Any, *, of_values: bool = False) -> str:
+    """Identify arrays by their values, and by their dtypes too unless it is `of_values`."""
     structure = re.sub("0x[0-9a-f]+", "", str(jax.tree.structure(tree)))  # no addresses
     digest = hashlib.sha256(structure.encode())
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.ascontiguousarray(host.fetch(leaf))
+        if of_values and np.issubdtype(array.dtype, np.number):
+            array = array.astype(np.float64)
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return digest.hexdigest()[:16]
 
