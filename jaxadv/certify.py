@@ -388,8 +388,8 @@ class _Rule:
             size = max(sigma * special.ndtri(final ** (1 / stages[-1]) - off), 0)
             raise ValueError(
                 f"expected radii below {size:.4g}, the most that {stages[-1]} draws can certify "
-                f"with sigma={sigma:g} and alpha={alpha:g}, got {max(radii):g}; raise the last of "
-                "stages, or sigma"
+                f"with sigma={sigma:g} and alpha={alpha:g}, got {max(radii):g}; raise the number "
+                "of draws, or sigma"
             )
         share = (*[0.0] * (len(stages) - 1 - able), *[each] * able, final)
         return cls(sigma, radii, stages, off, share)
