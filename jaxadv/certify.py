@@ -510,7 +510,7 @@ class _Draws(NamedTuple):
         if folder is None:
             return self
         store = _batches.opened(
-            folder, self.apply_fn, self.params, self.x, kind=self.name, key=self.keys,
+            folder, self.apply_fn, self.params, self.x, {}, kind=self.name, key=self.keys,
             sigma=self.sigma, **settings,
         )  # fmt: skip
         return self._replace(store=store)

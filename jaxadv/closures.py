@@ -29,16 +29,7 @@ import numpy as np
 from jaxadv import host, inputs
 from jaxadv.types import Params
 
-__all__ = [
-    "digest",
-    "hashable",
-    "keyed",
-    "method",
-    "preset",
-    "program",
-    "source_net",
-    "without_presets",
-]
+__all__ = ["digest", "hashable", "keyed", "method", "preset", "source_net", "without_presets"]
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | complex | float | int  # that jit accepts
 # JAX prints only the names of derivative rules. That of jax.nn.relu, which is jitted, is known.
@@ -188,25 +179,10 @@ def keyed(apply_fn: Any, params: Params, x: Any, *, draws: bool | None = None) -
         with suppress(Exception):  # of a net without a derivative, and so without such rules
             traced = jax.make_jaxpr(differentiated)(params, x, *keys)
             printed = str(traced)
-    # If it captured the caller's tracers, no program is used beyond this trace.
-    return _Keyed(apply_fn, _checksum(traced, printed) or f"traced {next(_TRACED)}")
-
-
-def program(function: Any, *args: Any) -> str:
-    """Identify a function by its program for these arguments and the arrays that it captures.
-
-    Returns:
-      A text, the same in each process with the same version of JAX.
-    """
-    traced = jax.make_jaxpr(function)(*args)
-    return _checksum(traced, str(traced))
-
-
-def _checksum(traced: Any, printed: str) -> str:
-    """Return a checksum of a printed program and its constants; "" if one of these is a tracer."""
     constants = list(_constants(traced))
     if any(isinstance(constant, jax.core.Tracer) for constant in constants):
-        return ""
+        # It captured the caller's tracers: no program is used beyond this trace.
+        return _Keyed(apply_fn, f"traced {next(_TRACED)}")
     # No addresses; and no mesh, since JAX itself tells programs in the contexts of meshes apart.
     # Only the mesh goes: JAX prints a short call on one line, its arguments after the mesh.
     mesh = r"\s+ctx_mesh=\w+\((?:[^()]|\([^()]*\))*\)"
@@ -214,7 +190,7 @@ def _checksum(traced: Any, printed: str) -> str:
     checksum = hashlib.sha256(text.encode())
     for array in host.fetch(constants):
         checksum.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-    return checksum.hexdigest()
+    return _Keyed(apply_fn, checksum.hexdigest())
 
 
 def digest(apply_fn: Any, params: Params, x: jax.Array | np.ndarray) -> str:

@@ -1,8 +1,13 @@
 """Evaluations that are stored batch by batch, resumed, and watched."""
 
+import dataclasses
 import functools
 import itertools
 import json
+import os
+import subprocess
+import sys
+from typing import NamedTuple
 
 import chex
 import jax
@@ -254,39 +259,176 @@ class Moves:
 
     def __init__(self, size):
         self.size = size
+        self.own = self  # as objects that know each other have it
 
     def __call__(self, apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
         return jnp.full_like(x, self.size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    size: float
+
+    def __call__(self, apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.full_like(x, self.size / 2)
+
+
+class Thirds(Halves):
+    def __call__(self, apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return jnp.full_like(x, self.size / 3)
+
+
+Thirds.__name__ = "Halves"
+
+
+class Named(NamedTuple):
+    size: float
+
+
+class Renamed(NamedTuple):
+    size: float
+
+
+def callable_tuple(sign):
+    class Called(NamedTuple):
+        size: float
+
+        def __call__(self, x):
+            return x if sign else -x
+
+    return Called(0.1)
+
+
+def with_jitted(sign):
+    class Jitted(Moves):
+        @functools.partial(jax.jit, static_argnums=0)
+        def __call__(self, x):
+            return x if sign else -x
+
+        @property
+        def half(self):
+            return 0.5
+
+    return Jitted(0.1)
+
+
+def in_a_set(size):
+    made = Moves(size)
+    made.own = {made}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: Moves(0.1), lambda: Moves(0.2)),
+        (lambda: Moves(0.1).__call__, lambda: Moves(0.2).__call__),
+        (lambda: jax.jit(shift(0.1)), lambda: jax.jit(shift(0.2))),
+        (lambda: lambda x: jax.grad(lambda z: z)(x), lambda: lambda x: jax.grad(lambda z: -z)(x)),
+        (lambda: Halves(0.1), lambda: Halves(0.2)),
+        (lambda: Halves(0.1), lambda: Thirds(0.1)),
+        (lambda: Helped(0.1), lambda: HelpedOtherwise(0.1)),
+        (lambda: Named(0.1), lambda: Renamed(0.1)),
+        (lambda: callable_tuple(True), lambda: callable_tuple(False)),
+        (lambda: with_jitted(True), lambda: with_jitted(False)),
+        (lambda: in_a_set(0.1), lambda: in_a_set(0.2)),
+        (lambda: Moves([shift(0.1)]), lambda: Moves([shift(0.2)])),
+        (lambda: Moves({"a": shift(0.1)}), lambda: Moves({"a": shift(0.2)})),
+        (lambda: Moves([np.zeros(2000)]), lambda: Moves([np.eye(1, 2000, 1000)[0]])),
+    ],
+    ids=[
+        *("object", "method", "jitted", "function inside", "dataclass", "code of a dataclass"),
+        *("method called", "tuples with names", "tuple with code", "jitted method", "cycle"),
+        *("list", "dict", "long array in a list"),
+    ],
+)
+def test_attacks_that_differ_are_described_differently(one, other):
+    assert _batches.described(one()) == _batches.described(one())
+    assert _batches.described(one()) != _batches.described(other())
+
+
 SIZES = np.full(D, 0.1)
 
 
-def helped(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
-    return jax.vmap(lambda row: row * 0 + SIZES)(x)
+weakly = functools.partial(attack.pgd, steps=1)
+this = sys.modules[__name__]
 
 
-def test_a_users_attack_is_identified_by_what_it_computes(monkeypatch):
-    some = problem()[1:]
+def scaled(x):
+    return jnp.broadcast_to(SIZES, x.shape)
 
-    def identity(method):
-        def run(x, y, *, method):
-            return method(None, None, x, y, eps=1.0)
 
-        return _batches.identified({"a": method}, run, some)
+def turned(x):
+    return -x
 
-    for one, other in (
-        (Moves(0.1), Moves(0.2)),
-        (Moves(0.1).__call__, Moves(0.2).__call__),
-        (jax.jit(shift(0.1)), jax.jit(shift(0.2))),
-        (functools.partial(shift(0.1)), functools.partial(shift(0.2))),
-        (evaluate.NearBoundary(shift(0.1), 0.5), evaluate.NearBoundary(shift(0.2), 0.5)),
-    ):
-        assert identity(one) == identity(one) != identity(other)
-    before = identity(helped)
-    assert before == identity(helped)
-    monkeypatch.setitem(globals(), "SIZES", np.full(D, 0.2))
-    assert identity(helped) != before
+
+class Same:
+    def of(self, x):
+        return x
+
+
+class Twice:
+    def of(self, x):
+        return 2 * x
+
+
+Twice.__qualname__ = "Same"
+
+
+def through_a_helper(apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+    r = weakly(apply_fn, params, x, y, eps=eps, key=key, bounds=bounds)
+    return this.turned(Same().of(r)) + jax.vmap(lambda row: scaled(row[None])[0])(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("SIZES", np.full(D, 0.2)),
+        ("scaled", lambda x: 2 * jnp.ones_like(x)),
+        ("weakly", functools.partial(attack.pgd, steps=2)),
+        ("turned", lambda x: 2 * x),
+        ("Same", Twice),
+    ],
+)
+def test_the_globals_that_an_attack_uses_belong_to_its_description(name, other, monkeypatch):
+    before = _batches.described(through_a_helper)
+    assert before == _batches.described(through_a_helper)
+    monkeypatch.setitem(globals(), name, other)
+    assert _batches.described(through_a_helper) != before
+
+
+def test_what_attacks_share_is_described_once():
+    calls = []
+
+    class Counted:
+        def __init__(self):
+            self.calls = calls
+
+        def __repr__(self):
+            calls.append(0)
+            return "counted"
+
+    layers = [Counted()]
+    for _ in range(30):
+        layers = [lambda x, below=layers: [of(x) for of in below] for _ in range(2)]
+    _batches.described(layers[0])
+    assert len(calls) == 1
+
+
+class Helped(Moves):
+    def __call__(self, apply_fn, params, x, y, /, *, eps, key=None, bounds=None):
+        return self.moved(x)
+
+    def moved(self, x):
+        return jnp.full_like(x, self.size)
+
+
+class HelpedOtherwise(Helped):
+    def moved(self, x):
+        return -jnp.full_like(x, self.size)
+
+
+HelpedOtherwise.__name__ = "Helped"
 
 
 def test_parameters_with_functions_in_their_structure_are_stored_and_found():
@@ -294,6 +436,22 @@ def test_parameters_with_functions_in_their_structure_are_stored_and_found():
     one, other = (jax.tree_util.Partial(shift(0.1), jnp.ones(2)) for _ in range(2))
     assert jax.tree.structure(one) != jax.tree.structure(other)
     assert _batches._digest(one) == _batches._digest(other)
+
+
+def test_a_description_is_the_same_in_each_process():
+    code = (
+        "from functools import partial\nfrom jaxadv.evaluate import _batches\n"
+        "def attack(norm, norms=()):\n    return norm in {'l1', 'l2', 'linf', 'l0'}\n"
+        "print(_batches.described(partial(attack, norms={'l1', 'l2', 'linf', 'l0'})))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in "123"
+    }  # fmt: skip
+    assert len(said) == 1
 
 
 def test_a_store_tells_sources_without_parameters_apart(tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+import types
 import warnings
 import zipfile
 import zlib
@@ -34,7 +35,6 @@ __all__ = [
     "are_probabilities",
     "check_progress",
     "described",
-    "identified",
     "in_batches",
     "opened",
     "split",
@@ -174,7 +174,7 @@ def opened(
     apply_fn: ApplyFn,
     params: Params,
     x: Any,
-    attacks: Sequence[Sequence[str]] = (),
+    attacks: Mapping[str, PerturbFn],
     **others: Any,
 ) -> Store:
     """Open a folder for an evaluation, which is new or was interrupted.
@@ -184,7 +184,7 @@ def opened(
       apply_fn: the net.
       params: its parameters.
       x: the examples, `[n, ...]`.
-      attacks: the attacks, `identified`.
+      attacks: the attacks by name.
       **others: everything else that the results depend on, by name: arrays, or None.
 
     Raises:
@@ -194,7 +194,7 @@ def opened(
         "jax": jax.__version__,
         "jaxadv": jaxadv.__version__,
         "apply_fn": closures.digest(apply_fn, params, x),
-        "attacks": [*attacks],
+        "attacks": [[name, described(method)] for name, method in attacks.items()],
         "params": _digest(params),
         "x": _digest(x),
         **{name: _digest(tree, of_values=True) for name, tree in others.items()},
@@ -289,54 +289,119 @@ def warn_of_probabilities(apply_fn: ApplyFn, params: Params, x: Any) -> None:
         )
 
 
-def described(method: Any) -> str:
-    """Describe an attack, identically in each process, by its name and its settings."""
-    if isinstance(method, partial):
-        settings = [*map(described, method.args)]
-        settings += [f"{name}={described(value)}" for name, value in method.keywords.items()]
-        return f"{described(method.func)}({', '.join(settings)})"
-    if isinstance(method, jax.Array | np.ndarray):
-        return _digest(method)
-    if dataclasses.is_dataclass(method) and not isinstance(method, type):
-        fields = (described(getattr(method, one.name)) for one in dataclasses.fields(method))
-        return f"{type(method).__name__}({', '.join(fields)})"
-    if hasattr(method, "__qualname__"):
-        return f"{method.__module__}.{method.__qualname__}"
-    return re.sub("0x[0-9a-f]+", "", repr(method))  # no addresses
+def described(method: Any, *around: Any) -> str:
+    """Describe an attack, identically in each process, by its name, its settings and its code.
 
-
-def identified(
-    attacks: Mapping[str, PerturbFn], run: Callable[..., Attacked], examples: tuple[Any, ...]
-) -> list[list[str]]:
-    """Identify attacks for a store, by name: by their descriptions, and users' own by programs.
-
-    (The store has the version of this library. What a callback does on the host isn't part of a
-    program.)
+    A function's code includes the functions of its package that it calls, and the arrays, numbers
+    and strings among the globals that it uses. An object's code is that of its methods, as far as
+    its package defines them.
 
     Args:
-      attacks: the attacks, by name.
-      run: `(*batch, method=...)`, runs an attack on a batch of the examples.
-      examples: arrays with a row for each example, or None; x first.
+      method: the attack, or a part of it.
+      *around: what it is a part of, and has been described.
     """
-    on, n = host.spread(examples[0]), len(examples[0])
+    seen = [*around]  # what is shared is described once, by its place here afterwards
 
-    def program(method: PerturbFn) -> str:
-        if _is_ours(method) or not n:
-            return ""
-        # A batch of fixed size, whatever the evaluation's.
-        some = on.take(examples, np.resize(np.arange(n), on.multiple(64)))
-        return closures.program(partial(run, method=method), *some)
+    def of(part: Any) -> str:
+        for place, other in enumerate(seen):
+            if part is other:
+                return f"#{place}"
+        if isinstance(part, jax.Array | np.ndarray):
+            return _digest(part)
+        if isinstance(part, set | frozenset):  # its order differs between processes
+            return f"{{{', '.join(sorted(described(member, *seen) for member in part))}}}"
+        if isinstance(part, partial):
+            settings = [*map(of, part.args)]
+            settings += [f"{name}={of(value)}" for name, value in part.keywords.items()]
+            return f"{of(part.func)}({', '.join(settings)})"
+        if isinstance(part, types.MethodType):
+            return f"{of(part.__self__)}.{of(part.__func__)}"
+        kind: Any = type(part)
+        if dataclasses.is_dataclass(kind):
+            fields = [getattr(part, field.name) for field in dataclasses.fields(kind)]
+        elif isinstance(part, list | tuple):
+            fields = [*part]
+        elif isinstance(part, Mapping):
+            fields = [*part.items()]
+        elif kind.__repr__ is object.__repr__:
+            fields = [*getattr(part, "__dict__", {}).values()]
+        else:
+            return of_function(part)
+        if not isinstance(part, tuple):  # whether equal ones are one object differs
+            seen.append(part)
+        methods = map(of_function, _methods(kind)) if callable(part) else ()
+        return f"{kind.__name__}({', '.join(map(of, fields))})[{', '.join(methods)}]"
 
-    return [[name, described(method), program(method)] for name, method in attacks.items()]
+    def of_function(part: Any) -> str:
+        if not hasattr(part, "__qualname__"):
+            return re.sub("0x[0-9a-f]+", "", repr(part))  # no addresses
+        name = f"{part.__module__}.{part.__qualname__}"
+        if name.startswith("jaxadv."):  # the store has the version of jaxadv
+            return name
+        code = getattr(part, "__code__", None)
+        if code is None:
+            wrapped = getattr(part, "__wrapped__", None)  # of jax.jit and others
+            return name if wrapped is None else of(wrapped)
+        seen.append(part)
+        captured = [cell.cell_contents for cell in part.__closure__ or ()]
+        captured += [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
+        whole = *_code(code), [*map(of, captured)], [*map(of, _used(part))]
+        return f"{name} {hashlib.sha256(str(whole).encode()).hexdigest()[:16]}"
+
+    return of(method)
 
 
-def _is_ours(method: Any) -> bool:
-    """Return whether an attack, with its settings, has no function from outside this library."""
-    if isinstance(method, partial):
-        return all(map(_is_ours, (method.func, *method.args, *method.keywords.values())))
-    if dataclasses.is_dataclass(method):
-        return all(_is_ours(getattr(method, one.name)) for one in dataclasses.fields(method))
-    return not callable(method) or method.__module__.startswith("jaxadv.")
+def _package(value: Any) -> str:
+    return str(getattr(value, "__module__", None)).partition(".")[0]
+
+
+def _methods(kind: type) -> list[Any]:
+    """Return the functions that a class and its bases of the same package define."""
+    if _package(kind) == "jaxadv":  # the store has its version
+        return []
+    own = [base for base in kind.__mro__ if _package(base) == _package(kind)]
+    every = (value for base in own for _, value in sorted(vars(base).items()))
+    # Static and class methods, properties, and others, such as jitted ones.
+    inner = (getattr(v, "__func__", None) or getattr(v, "fget", None) or v for v in every)
+    return [value for value in inner if callable(value) and not isinstance(value, type)]
+
+
+def _used(function: types.FunctionType) -> list[Any]:
+    """Return the globals that a function uses: its package's functions and classes, and values.
+
+    Classes are followed by their methods.
+    """
+
+    def names(code: types.CodeType) -> set[str]:
+        inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+        return set(code.co_names).union(*map(names, inner))
+
+    def counts(value: Any) -> bool:
+        if isinstance(value, partial):
+            return True
+        if callable(value):
+            return _package(value) == _package(function)
+        return isinstance(value, jax.Array | np.ndarray | np.generic | complex | float | int | str)
+
+    mentioned = sorted(names(function.__code__))
+    values = [function.__globals__.get(name) for name in mentioned]
+    for module in [value for value in values if isinstance(value, types.ModuleType)]:
+        if module.__name__.partition(".")[0] == _package(function):
+            values += [getattr(module, name, None) for name in mentioned]
+    used = [*filter(counts, values)]
+    return used + [of for kind in used if isinstance(kind, type) for of in _methods(kind)]
+
+
+def _code(code: types.CodeType) -> list[Any]:
+    """Return a function's bytecode, names and constants, with those of nested functions."""
+
+    def of(constant: Any) -> Any:
+        if isinstance(constant, types.CodeType):
+            return _code(constant)
+        # The order of a set of strings differs between processes.
+        return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
+
+    return [code.co_code.hex(), code.co_names, [of(constant) for constant in code.co_consts]]
 
 
 def _digest(tree: Any, *, of_values: bool = False) -> str:

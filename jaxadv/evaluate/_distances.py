@@ -187,8 +187,7 @@ def distances(
     kept = None
     if store is not None:
         others = {"y": y, "norm": norm, "key": key, "bounds": bounds, "kind": "distances"}
-        identified = _batches.identified(attacks, batch, (x, y, None, keys))
-        kept = _batches.opened(store, apply_fn, params, x, identified, **others)
+        kept = _batches.opened(store, apply_fn, params, x, attacks, **others)
     scored = partial(score, apply_fn, params, x, y, norm=norm, batch_size=batch_size)
     plain = scored()
     size = np.where(plain.clean, np.inf, np.where(plain.nonfinite, np.nan, 0)).astype(

@@ -196,9 +196,7 @@ def attack_and_score(
     kept = None
     if store is not None:
         kept = _batches.opened(
-            store, net.apply_fn, params, x,
-            _batches.identified(named, partial(perturb, made_on, bounds), examples),
-            y=y, eps=eps, norm=norm, key=key, bounds=bounds,
+            store, net.apply_fn, params, x, named, y=y, eps=eps, norm=norm, key=key, bounds=bounds,
             source=None if source is None else (source[1], closures.digest(*source, x)),
             kind="attack_and_score",
         )  # fmt: skip
