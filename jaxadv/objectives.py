@@ -178,8 +178,8 @@ def adversarial(
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: if `perturb_fn` has bounds of its own; when called, if labels aren't integers and
-        `loss_fn` is the default.
+      TypeError: if `perturb_fn` has bounds of its own or is targeted; when called, if labels aren't
+        integers and `loss_fn` is the default.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:
@@ -241,8 +241,8 @@ def mixed(
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: if `perturb_fn` has bounds of its own; when called, if labels aren't integers and
-        `loss_fn` is the default.
+      TypeError: if `perturb_fn` has bounds of its own or is targeted; when called, if labels aren't
+        integers and `loss_fn` is the default.
       ValueError: if `weight` is outside [0, 1]; when called, if `loss_fn` doesn't return one loss
         per example.
 
@@ -308,8 +308,8 @@ def kl_regularized(
       An `Objective`; its aux is `Aux`, with the accuracy at the perturbed inputs.
 
     Raises:
-      TypeError: if `perturb_fn` has bounds of its own; when called, if labels aren't integers and
-        `loss_fn` is the default.
+      TypeError: if `perturb_fn` has bounds of its own or is targeted; when called, if labels aren't
+        integers and `loss_fn` is the default.
       ValueError: if `weight` is negative; when called, if `loss_fn` doesn't return one loss per
         example.
 
@@ -470,8 +470,8 @@ def representation(
       An `Objective`; its aux is `Aux`.
 
     Raises:
-      TypeError: if `perturb_fn` has bounds of its own; when called, if labels aren't integers and
-        `loss_fn` is the default.
+      TypeError: if `perturb_fn` has bounds of its own or is targeted; when called, if labels aren't
+        integers and `loss_fn` is the default.
       ValueError: when called, if `loss_fn` doesn't return one loss per example.
 
     Example:

@@ -1,6 +1,7 @@
 """`evaluate.attack_and_score`: one attack, several in turn, and AutoAttack."""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -356,6 +357,12 @@ def test_a_tie_is_near_the_boundary():
     y = np.zeros(2, int)
     stages = evaluate.attack_and_score(lambda _, x: x, None, x, y, attacks, eps=1.0).stages
     assert stages["near"].tried.tolist() == [True, False]
+
+
+def test_near_boundary_has_its_attacks_signature_and_the_class_its_own():
+    near = evaluate.NearBoundary(attack.pgd, 0.1)
+    assert inspect.signature(near) == inspect.signature(attack.pgd)
+    assert list(inspect.signature(evaluate.NearBoundary).parameters) == ["method", "within"]
 
 
 def test_called_directly_near_boundary_is_its_attack():

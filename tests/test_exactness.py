@@ -380,6 +380,18 @@ def test_proposition_4_by_exhaustion_in_the_plane():
             assert size == pytest.approx(shortest, rel=1e-4)
 
 
+@every_norm
+@every_net
+def test_the_linearised_gap_is_closed_exactly(name, norm):
+    p = problem(name, 1)
+    r = solved(name, 1)["minimal", norm].astype(np.float64)
+    for i, found in list(enumerate(exact(name, 1, norm)))[::2]:
+        a, t = references.softmax_jacobian(p.logits[i], p.jac[i])
+        gap = a[p.y[i]] - a[found.cls]
+        # Corrected Prop. 3, with float32's rounding of a few 1e-7 relative to alpha_y.
+        assert (t[found.cls] - t[p.y[i]]) @ r[i] == pytest.approx(gap, rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1, 10, 100])
 def test_the_distance_between_two_classes_is_the_sinh_of_the_margin(scale, x64):
     p, r = problem("mlp-2", scale), solved_in_float64("mlp-2", scale)["minimal", "l2"]

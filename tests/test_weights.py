@@ -23,7 +23,7 @@ def test_weights_are_named_by_their_paths(tmp_path):
 def test_weights_are_stored_with_how_they_were_made_and_their_interface(tmp_path):
     full, bare = tmp_path / "full.safetensors", tmp_path / "bare.safetensors"
     made = {"seed": 3, "widths": [4, 5]}
-    weights.save(full, {"w": jnp.ones(2)}, interface=PHOTOS, made=made)
+    weights.save(str(full), {"w": jnp.ones(2)}, interface=PHOTOS, made=made)
     weights.save(bare, {"w": jnp.ones(2)})
     assert (weights.made(full), weights.interface(full)) == (made, PHOTOS)
     assert (weights.made(bare), weights.interface(bare)) == (None, None)

@@ -188,7 +188,8 @@ def opened(
       **others: everything else that the results depend on, by name: arrays, or None.
 
     Raises:
-      ValueError: if the folder has another evaluation; the message names the differences.
+      ValueError: if the folder has another evaluation, in which case the message names the
+        differences, or doesn't say which it has; if it is a file.
     """
     wanted = {
         "jax": jax.__version__,
